@@ -1,0 +1,44 @@
+# Two commands: `make demo` and `make test`. Both go through `make install`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+DEMO_N ?= 12
+
+.PHONY: help install install-test demo test lint bench clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+
+install: $(VENV)/.installed          ## .venv with the command .venv/bin/kvpatch
+install-test: $(VENV)/.installed-test ## the same, with what the tests need
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Pinned in constraints.txt; torch is named first so that its pin decides which build is taken.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: install    ## fetch the embedded model, run dec7 small, write the report
+	$(BIN)/kvpatch run dec7 --model smollm2-135m --n $(DEMO_N) --out $(DEMO)
+
+lint: install-test  ## format, rules and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test: install-test lint  ## every test that needs no GPU
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench: install-test  ## benchmarks, as ratios to a named peer measured in the same run
+	$(BIN)/python benchmarks/decode.py
+
+clean:           ## remove the environment and the demo's results
+	rm -rf $(VENV) $(DEMO)

@@ -1,0 +1,224 @@
+"""KVCache: the keys and values of a batch of prompts, with what each slot stands for. A value: nothing changes it.
+
+Layout. Rows are right-aligned: the last slot of every row is its last cached token, shorter rows are padded on the
+left. Per layer, `keys` and `values` are [batch, kv_heads, slots, head_dim]; keys are stored after RoPE. Beside them
+stand, for every slot, its position, token id, segment, piece of text and origin; -1 marks padding. The last prompt
+token is not cached: it is `pending`, and generation starts by feeding it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from kvpatch.errors import CacheError
+from kvpatch.rope import LayerRope
+
+PAD = -1
+
+
+class Segment(IntEnum):
+    """Strata of a prompt: what precedes the user's words, the words, and what follows them."""
+
+    bos = 0
+    template = 1
+    body = 2
+    trailer = 3
+
+
+class Origin(IntEnum):
+    """Whose activations a slot holds."""
+
+    own = 0
+    patched = 1
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of a batch, after prefill and before the pending token.
+
+    Attributes:
+        keys, values: one tensor a layer, [batch, kv_heads, slots, head_dim]; keys after RoPE.
+        positions: [batch, slots], the integer RoPE was applied with; -1 where padded.
+        token_ids: [batch, slots]; -1 where padded.
+        segments: [batch, slots], `Segment` codes; -1 where padded.
+        origins: [batch, slots], `Origin` codes; -1 where padded.
+        pending: [batch], the token to feed next.
+        pending_position: [batch], the position it will be fed at.
+        pieces: per row, the text of each of its own slots (padding left out).
+        rope: one `LayerRope` a layer.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    positions: Tensor
+    token_ids: Tensor
+    segments: Tensor
+    origins: Tensor
+    pending: Tensor
+    pending_position: Tensor
+    pieces: tuple[tuple[str, ...], ...]
+    rope: tuple[LayerRope, ...]
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.positions.shape)
+        for name in ("token_ids", "segments", "origins"):
+            if tuple(getattr(self, name).shape) != shape:
+                raise CacheError(f"{name} has shape {tuple(getattr(self, name).shape)}, positions {shape}")
+        if not len(self.keys) == len(self.values) == len(self.rope):
+            raise CacheError(f"{len(self.keys)} key layers, {len(self.values)} value layers, {len(self.rope)} ropes")
+        for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
+            if k.ndim != 4 or (k.shape[0], k.shape[2]) != shape or k.shape[:3] != v.shape[:3]:
+                raise CacheError(
+                    f"layer {layer}: keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit "
+                    f"[batch, kv_heads, slots, head_dim] with batch, slots = {shape}"
+                )
+        if tuple(self.pending.shape) != shape[:1] or tuple(self.pending_position.shape) != shape[:1]:
+            raise CacheError(f"pending has shape {tuple(self.pending.shape)}, the batch is {shape[0]}")
+
+    def __repr__(self) -> str:
+        lengths = self.lengths.tolist()
+        return (
+            f"KVCache(batch={self.batch}, layers={self.layers}, kv_heads={self.keys[0].shape[1]}, "
+            f"head_dim={self.keys[0].shape[3]}, slots={lengths}, dtype={self.keys[0].dtype})"
+        )
+
+    def __len__(self) -> int:
+        return self.batch
+
+    def __getitem__(self, rows: int | slice | Sequence[int]) -> KVCache:
+        """Some rows, as a cache of their own (padding that none of them needs is cut off)."""
+        chosen = list(range(self.batch))[rows] if isinstance(rows, slice) else rows
+        index = [chosen] if isinstance(chosen, int) else list(chosen)
+        index = [row % self.batch if -self.batch <= row < self.batch else row for row in index]
+        if not index or max(index) >= self.batch or min(index) < 0:
+            raise CacheError(f"rows {index} are not in a batch of {self.batch}")
+        at = torch.tensor(index, device=self.positions.device)
+        cut = self.slots - int(self.lengths[at].max())
+        return replace(
+            self,
+            keys=tuple(k[at, :, cut:] for k in self.keys),
+            values=tuple(v[at, :, cut:] for v in self.values),
+            positions=self.positions[at, cut:],
+            token_ids=self.token_ids[at, cut:],
+            segments=self.segments[at, cut:],
+            origins=self.origins[at, cut:],
+            pending=self.pending[at],
+            pending_position=self.pending_position[at],
+            pieces=tuple(self.pieces[row] for row in index),
+        )
+
+    def __iter__(self) -> Iterator[KVCache]:
+        return (self[row] for row in range(self.batch))
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return self.positions.shape[0]
+
+    @property
+    def slots(self) -> int:
+        """Number of slots of the longest row."""
+        return self.positions.shape[1]
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.keys)
+
+    @property
+    def is_real(self) -> Tensor:
+        """[batch, slots], False where padded."""
+        return self.positions != PAD
+
+    @property
+    def lengths(self) -> Tensor:
+        """[batch], slots of each row that are not padding."""
+        return self.is_real.sum(dim=1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by keys and values."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    @classmethod
+    def concat(cls, caches: Sequence[KVCache]) -> KVCache:
+        """Rows of several caches of one model in one batch, padded on the left to the longest."""
+        if not caches:
+            raise CacheError("there is nothing to concatenate")
+        first = caches[0]
+        if any(c.rope != first.rope for c in caches):
+            raise CacheError("caches of different models can't share a batch")
+        slots = max(c.slots for c in caches)
+
+        def joined(tensors: Sequence[Tensor], fill: int, axis: int) -> Tensor:
+            return torch.cat([pad_left(t, slots, fill, axis) for t in tensors])
+
+        def labels(name: str) -> Tensor:
+            return joined([getattr(c, name) for c in caches], PAD, 1)
+
+        return replace(
+            first,
+            keys=tuple(joined([c.keys[i] for c in caches], 0, 2) for i in range(first.layers)),
+            values=tuple(joined([c.values[i] for c in caches], 0, 2) for i in range(first.layers)),
+            positions=labels("positions"),
+            token_ids=labels("token_ids"),
+            segments=labels("segments"),
+            origins=labels("origins"),
+            pending=torch.cat([c.pending for c in caches]),
+            pending_position=torch.cat([c.pending_position for c in caches]),
+            pieces=tuple(row for c in caches for row in c.pieces),
+        )
+
+    def to(self, device: str | torch.device) -> KVCache:
+        """The same cache on another device."""
+        names = ("positions", "token_ids", "segments", "origins", "pending", "pending_position")
+        return replace(
+            self,
+            keys=tuple(k.to(device) for k in self.keys),
+            values=tuple(v.to(device) for v in self.values),
+            **{name: getattr(self, name).to(device) for name in names},
+        )
+
+    def row_token_ids(self, row: int, *, with_pending: bool = True) -> list[int]:
+        """Token ids of one row, padding left out, the pending token last."""
+        ids = self.token_ids[row][self.is_real[row]].tolist()
+        return [*ids, int(self.pending[row])] if with_pending else ids
+
+    def checksums(self) -> list[str]:
+        """One 16-digit hexadecimal number a row, over the bits of its real slots; padding and batch do not enter.
+
+        A multiply-and-add hash modulo 2**64, computed where the tensors are. It detects change; it is not a signature.
+        """
+        total = torch.zeros(self.batch, dtype=torch.int64, device=self.positions.device)
+        # Slots count from the end, so that padding on the left does not move them.
+        from_end = torch.arange(self.slots, 0, -1, device=self.positions.device)
+        for layer, pair in enumerate(zip(self.keys, self.values, strict=True)):
+            for part, tensor in enumerate(pair):
+                bits = _bits(tensor).to(torch.int64)
+                heads, dim = bits.shape[1], bits.shape[3]
+                weight = torch.arange(1, heads * dim + 1, device=bits.device).view(1, heads, 1, dim) * 0x9E3779B97F4A7C1
+                weight = weight + (from_end * 0x5851F42D4C957F2 + (2 * layer + part) * 0x14057B7EF767814).view(
+                    1, 1, -1, 1
+                )
+                mixed = (bits + 1) * (weight | 1)
+                total += (mixed * self.is_real[:, None, :, None]).sum(dim=(1, 2, 3))
+        return [f"{value % 2**64:016x}" for value in total.tolist()]
+
+
+def pad_left(tensor: Tensor, slots: int, fill: int, axis: int) -> Tensor:
+    """Pad one axis on the left to `slots` with `fill`; returned as it is when long enough."""
+    missing = slots - tensor.shape[axis]
+    if missing <= 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[axis] = missing
+    return torch.cat([tensor.new_full(shape, fill), tensor], dim=axis)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])

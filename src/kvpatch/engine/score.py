@@ -1,0 +1,141 @@
+"""Score: log-probabilities of given continuations under a cache (teacher forcing).
+
+All continuations of a row are packed behind its pending token as branches that do not see one another, so that the
+row's cache is held once however many continuations it is asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpatch.cache import PAD, KVCache
+from kvpatch.engine.decode import slab_of
+from kvpatch.engine.prefill import TOKENS_AT_ONCE
+from kvpatch.errors import CacheError, ProtocolError
+from kvpatch.models.hf import Backbone
+
+Branches = Sequence[Sequence[int]]
+"""The continuations of one row, as token ids."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Teacher-forced readings of given continuations.
+
+    Attributes:
+        logprobs: [batch, branches, tokens], natural logarithm, float32; NaN where a row has no such branch or token.
+        values: one tensor a layer asked for, [batch, kv_heads, tokens, head_dim]: cached values of the first branch.
+        logits: [batch, positions, vocabulary] of the first branch's first positions, or None.
+    """
+
+    logprobs: Tensor
+    values: dict[int, Tensor]
+    logits: Tensor | None
+
+
+@torch.no_grad()
+def score(
+    backbone: Backbone,
+    cache: KVCache,
+    continuations: Sequence[Branches],
+    *,
+    keep_values: Sequence[int] = (),
+    keep_logits: int = 0,
+) -> Scores:
+    """Feed each row its pending token and its continuations, and read what the model gave each token.
+
+    Args:
+        cache: any batch; not changed.
+        continuations: for every row any number of continuations, each of at least one token.
+        keep_values: layers whose cached values of the first continuation are returned.
+        keep_logits: return the logits of so many first positions of the first continuation (0: none).
+    Raises:
+        CacheError: where the continuations do not fit the batch.
+        ProtocolError: for an empty continuation, or one the context has no room for.
+    """
+    if len(continuations) != cache.batch:
+        raise CacheError(f"{len(continuations)} continuations for a batch of {cache.batch}")
+    if not all(row and all(row) for row in continuations):
+        raise ProtocolError("a continuation is empty; give it at least one token")
+    longest = max(len(branch) for row in continuations for branch in row)
+    last = int(cache.pending_position.max()) + longest
+    if last > backbone.geometry.context:
+        raise ProtocolError(f"{last} positions are needed; the model's context is {backbone.geometry.context}")
+    packed = max(1 + sum(len(branch) for branch in row) for row in continuations)
+    rows = max(1, TOKENS_AT_ONCE.get(backbone.device.type, 4096) // packed)
+    parts = [
+        _score_rows(backbone, cache[low : low + rows], continuations[low : low + rows], keep_values, keep_logits)
+        for low in range(0, cache.batch, rows)
+    ]
+    branches = max(len(row) for row in continuations)
+    logprobs = torch.full((cache.batch, branches, longest), float("nan"), device=backbone.device)
+    at = 0
+    for part in parts:
+        n, b, t = part.logprobs.shape
+        logprobs[at : at + n, :b, :t] = part.logprobs
+        at += n
+    return Scores(
+        logprobs,
+        {layer: _stack([part.values[layer] for part in parts], 2) for layer in keep_values},
+        _stack([part.logits for part in parts if part.logits is not None], 1) if keep_logits else None,
+    )
+
+
+def _stack(parts: Sequence[Tensor], axis: int) -> Tensor:
+    """Concatenate along the batch, zero-padded on the right of one axis to the longest."""
+    longest = max(part.shape[axis] for part in parts)
+    out = []
+    for part in parts:
+        shape = list(part.shape)
+        shape[axis] = longest - shape[axis]
+        out.append(torch.cat([part, part.new_zeros(shape)], dim=axis))
+    return torch.cat(out)
+
+
+def _score_rows(
+    backbone: Backbone, cache: KVCache, continuations: Sequence[Branches], keep_values: Sequence[int], keep_logits: int
+) -> Scores:
+    device = backbone.device
+    count = max(len(row) for row in continuations)
+    longest = max(len(branch) for row in continuations for branch in row)
+    wanted = torch.full((cache.batch, count, longest), PAD, dtype=torch.int64)
+    for r, row in enumerate(continuations):
+        for b, branch in enumerate(row):
+            wanted[r, b, : len(branch)] = torch.tensor(list(branch))
+    wanted = wanted.to(device)
+    # What is fed: the pending token, then every branch. A branch's last token is fed only where its values are wanted.
+    fed = wanted.clone()
+    lengths = (wanted != PAD).sum(dim=2, keepdim=True)
+    is_last = torch.arange(longest, device=device) == lengths - 1
+    is_last[:, :1] &= not keep_values
+    fed[is_last] = PAD
+    width = longest if keep_values or longest == 1 else longest - 1
+    fed = fed[:, :, :width]
+    tokens = torch.cat([cache.pending[:, None], fed.flatten(1)], dim=1)  # [batch, 1 + branches * width]
+    offset = torch.arange(1, width + 1, device=device).repeat(count)
+    positions = torch.cat(
+        [
+            cache.pending_position[:, None],
+            torch.where(fed.flatten(1) != PAD, cache.pending_position[:, None] + offset, PAD),
+        ],
+        dim=1,
+    )
+    branch = torch.arange(1, count + 1, device=device).repeat_interleave(width)
+    branches = torch.cat([torch.zeros(1, dtype=torch.int64, device=device), branch]).expand_as(tokens)
+    slab = slab_of(backbone, cache, tokens.shape[1])
+    hidden = backbone.forward(tokens.clamp(min=0), positions, slab, branches)
+    # The pending token's state predicts every branch's first token; a branch's states predict the tokens after them.
+    first = hidden[:, :1, None].expand(-1, -1, count, -1).transpose(1, 2)  # [batch, branches, 1, width]
+    rest = hidden[:, 1:].unflatten(1, (count, width))[:, :, : longest - 1]
+    states = torch.cat([first, rest], dim=2)  # [batch, branches, tokens, width]
+    is_real = wanted != PAD
+    logprobs = torch.full(wanted.shape, float("nan"), device=device)
+    logprobs[is_real] = backbone.token_logprobs(states[is_real], wanted[is_real])
+    start = cache.slots + 1
+    values = {i: slab.slab_layers[i].values[:, :, start : start + width] for i in keep_values}
+    logits = backbone.logits(states[:, 0, :keep_logits]) if keep_logits else None
+    return Scores(logprobs, values, logits)

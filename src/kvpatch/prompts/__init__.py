@@ -1,0 +1,1 @@
+"""The prompt bank (YAML) and pairing."""

@@ -1,0 +1,139 @@
+"""Prompt banks: prompts and held-out continuations, read from YAML.
+
+A bank is a directory of YAML lists. An entry with `group` is a prompt, one with `mode` a continuation. Shipped banks lie in
+`banks/`, written for this project and dedicated to the public domain (CC0).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import yaml
+from pydantic import Field, ValidationError
+
+from kvpatch.errors import ProtocolError
+from kvpatch.patch import Frozen
+
+
+class Prompt(Frozen):
+    """One prompt.
+
+    `topic` is its subject, `domain` the field the subject lies in (continuations are written by domain); `partner_of`
+    names the prompt that a foreign prompt is matched with, `paraphrase_of` the one that a paraphrase says over.
+    """
+
+    id: str
+    group: str
+    text: str = Field(min_length=1)
+    topic: str
+    domain: str
+    level: str | None = None
+    partner_of: str | None = None
+    paraphrase_of: str | None = None
+
+
+class Continuation(Frozen):
+    """A held-out opening of a reply: recursive or plain, on a topic of the target's or the source's side."""
+
+    id: str
+    mode: Literal["recursive", "plain"]
+    topic_of: Literal["target", "source"]
+    domain: str
+    text: str = Field(min_length=1)
+
+
+class Bank(Frozen):
+    """All prompts and continuations of one bank."""
+
+    name: str
+    sha256: str
+    prompts: tuple[Prompt, ...]
+    continuations: tuple[Continuation, ...]
+
+    @cached_property
+    def by_id(self) -> dict[str, Prompt]:
+        """Prompts by id."""
+        return {prompt.id: prompt for prompt in self.prompts}
+
+    def group(self, name: str) -> list[Prompt]:
+        """Prompts of one group, in the order of the files.
+
+        Raises:
+            ProtocolError: where the bank has no such group.
+        """
+        found = [prompt for prompt in self.prompts if prompt.group == name]
+        if not found:
+            groups = ", ".join(sorted({prompt.group for prompt in self.prompts}))
+            raise ProtocolError(f"bank {self.name!r} has no group {name!r}; it has {groups}")
+        return found
+
+    @cached_property
+    def partners(self) -> dict[str, Prompt]:
+        """Foreign prompts by the id of the prompt they are matched with."""
+        return {prompt.partner_of: prompt for prompt in self.prompts if prompt.partner_of}
+
+
+def load_bank(name: str) -> Bank:
+    """Load a shipped bank by name, or one from a directory.
+
+    Raises:
+        ProtocolError: where it can't be found or an entry is wrong; the message names file and entry.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return _read(name, path)
+    shipped = files("kvpatch.prompts").joinpath("banks", name)
+    if not shipped.is_dir():
+        raise ProtocolError(f"no prompt bank {name!r}: neither a shipped bank nor a directory")
+    with as_file(shipped) as folder:
+        return _read(name, folder)
+
+
+def _read(name: str, folder: Path) -> Bank:
+    digest = hashlib.sha256()
+    prompts: list[Prompt] = []
+    continuations: list[Continuation] = []
+    for path in sorted(folder.glob("*.yaml")):
+        raw = path.read_bytes()
+        digest.update(raw)
+        for entry in _entries(path, raw):
+            if isinstance(entry, Continuation):
+                continuations.append(entry)
+            else:
+                prompts.append(entry)
+    ids = [entry.id for entry in (*prompts, *continuations)]
+    if twice := {i for i in ids if ids.count(i) > 1}:
+        raise ProtocolError(f"bank {name!r}: id {sorted(twice)[0]!r} is used twice")
+    if not prompts:
+        raise ProtocolError(f"bank {name!r} holds no prompts")
+    return Bank(name=name, sha256=digest.hexdigest(), prompts=tuple(prompts), continuations=tuple(continuations))
+
+
+def _entries(path: Path, raw: bytes) -> Iterator[Prompt | Continuation]:
+    try:
+        loaded = yaml.safe_load(raw) or []
+    except yaml.YAMLError as error:
+        raise ProtocolError(f"{path.name}: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, list):
+        raise ProtocolError(f"{path.name}: expected a list of prompts or continuations")
+    for number, entry in enumerate(loaded, 1):
+        kind = Continuation if isinstance(entry, dict) and "mode" in entry else Prompt
+        try:
+            yield kind.model_validate(entry)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise ProtocolError(f"{path.name}, entry {number}, {key or 'entry'}: {first['msg']}") from error
+
+
+def shuffled_words(text: str, seed: int) -> str:
+    """The words of a text in another order: its vocabulary without its sentences."""
+    words = text.split()
+    order = np.random.Generator(np.random.Philox(key=seed % 2**64)).permutation(len(words))
+    return " ".join(words[i] for i in order)

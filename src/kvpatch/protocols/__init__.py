@@ -1,0 +1,1 @@
+"""Protocols: what may be said (schema), shipped ones (YAML), and the plan that follows from one."""

@@ -1,0 +1,235 @@
+"""From protocol to work: pairs, trials with content-hashed ids, and batches.
+
+A batch is a self-contained piece of work: plain data with every text, condition and setting in it, so that it can be
+sent to another process and gives the same rows there. All conditions of a pair are in one batch, and a batch's
+make-up depends on the plan alone, never on what was done before, so that a resumed run repeats it exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+
+from kvpatch.errors import ProtocolError
+from kvpatch.patch import Frozen
+from kvpatch.prompts.bank import Bank, shuffled_words
+from kvpatch.prompts.pairing import Pair, form_pairs
+from kvpatch.protocols.schema import Condition, Generation, Protocol, Readouts
+
+CALIBRATION = "calibration"
+ROWS_PER_BATCH = 120
+"""Trials in a batch, about; on two CPU cores the matrix products stop gaining from more."""
+
+
+class PlannedPair(Frozen):
+    """A pair's texts, by role, and its held-out continuations by cell of the 2x2."""
+
+    pair_id: str
+    target_id: str
+    source_id: str
+    texts: dict[str, str]
+    continuations: list[list[str]]
+
+    @property
+    def forced(self) -> str:
+        """The fixed continuation that every condition of the pair is forced on: plain, on the target's topic."""
+        return self.continuations[1][0]
+
+
+class PlannedTrial(Frozen):
+    """One pair, one condition, one sample."""
+
+    trial_id: str
+    pair: int
+    condition: str
+    sample: int
+    seed: int
+
+
+class Batch(Frozen):
+    """A piece of work that stands on its own."""
+
+    batch_id: str
+    phase: str
+    split: str
+    pairs: list[PlannedPair]
+    conditions: dict[str, Condition]
+    trials: list[PlannedTrial]
+    generation: Generation
+    readouts: Readouts
+    reference_texts: list[str]
+
+
+class Skipped(Frozen):
+    """A condition the model can't take, with the reason."""
+
+    phase: str
+    condition: str
+    reason: str
+
+
+class Plan(Frozen):
+    """Everything a run will do."""
+
+    batches: list[Batch]
+    skipped: list[Skipped]
+    dropped_pairs: list[str]
+
+    @property
+    def n_trials(self) -> int:
+        """Number of trials."""
+        return sum(len(batch.trials) for batch in self.batches)
+
+    @property
+    def trial_ids(self) -> list[str]:
+        """Ids of all trials, in order."""
+        return [trial.trial_id for batch in self.batches for trial in batch.trials]
+
+
+def make_plan(
+    protocol: Protocol,
+    bank: Bank,
+    *,
+    body_length: Callable[[str], int],
+    model_key: str,
+    kv_heads: int,
+    has_template: bool,
+    seed: int,
+    n: int | None = None,
+    phases: Sequence[str] | None = None,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        body_length: number of body tokens of a text, for the model's tokenizer.
+        model_key: names the model's weights, tokenizer and template; part of every trial id.
+        kv_heads: KV heads of the model.
+        has_template: whether prompts go into a chat template (the neutral scaffold needs one).
+        seed: orders the pairs and seeds the trials.
+        n: pairs per condition, in place of each phase's own.
+        phases: names of the phases to run; all if None.
+    Raises:
+        ProtocolError: for an unknown phase, or more pairs than the bank gives.
+    """
+    chosen = list(protocol.phases) if phases is None else list(phases)
+    if unknown := [name for name in chosen if name not in protocol.phases]:
+        raise ProtocolError(f"no phase {unknown[0]!r} in {protocol.protocol}; it has {', '.join(protocol.phases)}")
+    if n is not None and n < 1:
+        raise ProtocolError(f"n must be at least 1, got {n}")
+    if len(bank.by_id) == 0:
+        raise ProtocolError(f"bank {bank.name!r} is empty")
+    lengths = {p.id: body_length(p.text) for p in bank.prompts}
+    formed = form_pairs(bank, protocol, lengths, seed)
+    held_out = protocol.calibration.pairs
+    calibration, rest = formed.pairs[:held_out], formed.pairs[held_out:]
+    planner = _Planner(protocol, model_key, kv_heads, has_template, seed, [p.source.text for p in calibration])
+    batches = planner.batches(CALIBRATION, "calibration", calibration, protocol.calibration.conditions)
+    for name in chosen:
+        wanted = n or protocol.phases[name].n
+        if wanted > len(rest):
+            raise ProtocolError(
+                f"phase {name} wants n={wanted}, and bank {bank.name!r} gives {len(rest)} pairs for this model "
+                f"({len(formed.pairs)} less {held_out} held out for calibration)"
+            )
+        batches += planner.batches(name, "test", rest[:wanted], protocol.phases[name].conditions)
+    return Plan(batches=batches, skipped=planner.skipped, dropped_pairs=list(formed.dropped))
+
+
+class _Planner:
+    """What the batches of one plan share."""
+
+    def __init__(
+        self, protocol: Protocol, model_key: str, kv_heads: int, has_template: bool, seed: int, reference: list[str]
+    ) -> None:
+        self.protocol, self.model_key, self.seed = protocol, model_key, seed
+        self.kv_heads, self.has_template, self.reference = kv_heads, has_template, reference
+        self.skipped: list[Skipped] = []
+
+    def batches(self, phase: str, split: str, pairs: Sequence[Pair], names: Sequence[str]) -> list[Batch]:
+        """Batches of one phase."""
+        conditions = {name: self.protocol.conditions[name] for name in names if self._is_possible(phase, name, pairs)}
+        per_pair = len(conditions) * self.protocol.generation.samples
+        step = max(1, ROWS_PER_BATCH // max(1, per_pair))
+        needs_reference = any(c.patch and c.patch.donor in ("gaussian_fitted", "mean") for c in conditions.values())
+        out = []
+        for low in range(0, len(pairs), step):
+            planned = [self._pair(pair) for pair in pairs[low : low + step]]
+            trials = [
+                self._trial(phase, name, condition, index, pair, sample)
+                for name, condition in conditions.items()
+                for index, pair in enumerate(planned)
+                for sample in range(self.protocol.generation.samples)
+            ]
+            content = "".join(trial.trial_id for trial in trials)
+            out.append(
+                Batch(
+                    batch_id=f"{phase}-{low // step:04d}-{hashlib.sha256(content.encode()).hexdigest()[:12]}",
+                    phase=phase,
+                    split=split,
+                    pairs=planned,
+                    conditions=conditions,
+                    trials=trials,
+                    generation=self.protocol.generation,
+                    readouts=self.protocol.readouts,
+                    reference_texts=self.reference if needs_reference else [],
+                )
+            )
+        return out
+
+    def _is_possible(self, phase: str, name: str, pairs: Sequence[Pair]) -> bool:
+        condition = self.protocol.conditions[name]
+        roles = {condition.from_, condition.text_of}
+        reason = None
+        if self.kv_heads < condition.min_kv_heads:
+            reason = f"needs {condition.min_kv_heads} KV heads; the model has {self.kv_heads}"
+        elif "neutral" in roles and not self.has_template:
+            reason = "needs a chat template for the empty scaffold; the model has none"
+        elif "foreign" in roles and any(pair.foreign is None for pair in pairs):
+            reason = "needs a foreign partner for every target; the bank has not got them"
+        if reason:
+            self.skipped.append(Skipped(phase=phase, condition=name, reason=reason))
+        return reason is None
+
+    def _pair(self, pair: Pair) -> PlannedPair:
+        texts = {
+            "target": pair.target.text,
+            "source": pair.source.text,
+            "neutral": "",
+            "shuffled_words": shuffled_words(pair.source.text, _number(self.seed, pair.id, "words")),
+        }
+        if pair.foreign is not None:
+            texts["foreign"] = pair.foreign.text
+        return PlannedPair(
+            pair_id=pair.id,
+            target_id=pair.target.id,
+            source_id=pair.source.id,
+            texts=texts,
+            continuations=[[c.text for c in cell] for cell in pair.continuations],
+        )
+
+    def _trial(
+        self, phase: str, name: str, condition: Condition, index: int, pair: PlannedPair, sample: int
+    ) -> PlannedTrial:
+        # Conditions of a pair share their seed, and so their noise.
+        seed = _number(self.seed, pair.pair_id, sample)
+        content = {
+            "model": self.model_key,
+            "phase": phase,
+            "condition": condition.model_dump(mode="json", by_alias=True),
+            "name": name,
+            "pair": pair.model_dump(mode="json"),
+            "sample": sample,
+            "seed": seed,
+            "generation": self.protocol.generation.model_dump(mode="json"),
+            "readouts": self.protocol.readouts.model_dump(mode="json"),
+        }
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        trial_id = hashlib.sha256(text.encode()).hexdigest()[:32]
+        return PlannedTrial(trial_id=trial_id, pair=index, condition=name, sample=sample, seed=seed)
+
+
+def _number(*parts: object) -> int:
+    """A 63-bit number that belongs to these parts."""
+    text = ":".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

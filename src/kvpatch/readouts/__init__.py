@@ -1,0 +1,1 @@
+"""Numbers measured on a trial, one readout a file."""

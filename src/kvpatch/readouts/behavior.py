@@ -1,0 +1,338 @@
+"""Behavior of a generated text: how much of it is in the mode a lexicon describes, how much was copied.
+
+Every function reads the generated text alone, and the source text only to see what was copied from it: a
+score over prompt and output would score the prompt. The mode is whatever the lexicon holds (`recursion` is
+the first of `lexicons/*.yaml`), so another protocol brings another file. Scores count every occurrence, so a
+text that collapsed into repeating one mode word scores high; that is told by `fluency.repetition`, stored
+beside the score, and is not corrected here.
+
+A *word* is a run of letters and digits of any script, with the combining marks on them, and with apostrophes
+and hyphens inside. In scripts without spaces (Chinese, Thai) a run between punctuation marks is one word, so
+scores per 100 words compare only within a script.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.resources
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvpatch.errors import ProtocolError
+
+# No evidence of copying, and of no use in telling two texts apart. Reflexive pronouns are left out on
+# purpose: "myself" and "itself" carry the mode.
+_FUNCTION_WORDS = """
+    a about after again all also am an and any are aren't as at be because been before being both but by can
+    can't cannot could couldn't did didn't do does doesn't doing don't down each even every few for from
+    further had hadn't has hasn't have haven't having he he'd he'll her here hers him his how i i'd i'll i'm
+    i've if in into is isn't it its it'd it'll just let's like may me might more most much must my no nor not
+    now of off on once one only or other our ours out over own per same shall she she'd she'll should
+    shouldn't so some such than that the their theirs them then there these they they'd they'll they're
+    they've this those through to too under until up upon us very was wasn't we we'd we'll we're we've were
+    weren't what when where whether which while who whom whose why will with within without won't would
+    wouldn't yet you you'd you'll you're you've your yours s t
+"""
+STOPWORDS = frozenset(_FUNCTION_WORDS.split())
+
+# One character for one, so that offsets stay: four apostrophes and two hyphens.
+_PLAIN_PUNCTUATION = str.maketrans("\u2019\u2018\u02bc\uff07\u2010\u2011", "''''--")
+
+
+def _combining_marks() -> str:
+    """Every combining mark (Unicode category M*), as the inside of a regex character class.
+
+    `re` has no class for them, and `\\w` leaves out the vowel signs of Indic scripts.
+    """
+    # No mark lies beyond this range, but for the variation selectors added at the end.
+    is_mark = [unicodedata.category(chr(code)).startswith("M") for code in range(0x300, 0x20000)]
+    ranges, start = [], None
+    for code, marked in enumerate([*is_mark, False], start=0x300):
+        if marked and start is None:
+            start = code
+        elif not marked and start is not None:
+            ranges.append(f"{chr(start)}-{chr(code - 1)}")
+            start = None
+    return "".join(ranges) + "\U000e0100-\U000e01ef"
+
+
+_LETTER = r"[^\W_]"  # a letter or digit
+_MARK = f"[{_combining_marks()}]"
+_JOINER = "['\\-\u200c\u200d]"  # apostrophe, hyphen, and the invisible joiners of Persian and Indic scripts
+_WORD = re.compile(f"{_LETTER}(?:{_LETTER}+|{_MARK}|{_JOINER}(?={_LETTER}))*")
+_WORD_END = f"(?!{_LETTER}|{_MARK})(?!{_JOINER}{_LETTER})"
+
+
+def normalise(text: str) -> str:
+    """The text that offsets index: Unicode NFC, with one apostrophe and one hyphen.
+
+    For text already in NFC, as nearly all generated text is, offsets are those of the text itself.
+    """
+    return unicodedata.normalize("NFC", text).translate(_PLAIN_PUNCTUATION)
+
+
+def _lowered(normalised: str) -> str:
+    """Lower case with the same offsets: the dotted capital I is the one letter that would grow."""
+    return normalised.replace("\u0130", "i").lower()
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One stretch of text that is in the mode; it covers whole words."""
+
+    start: int
+    """First character, as an index into `normalise(text)`."""
+    end: int
+    """One past the last character."""
+    entry: str
+    """Id of the lexicon entry that claimed the stretch."""
+    text: str
+    """The stretch, normalised."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One word family of a lexicon: what it matches, and the examples that a test holds it to."""
+
+    id: str
+    pattern: str
+    """As in the file; a space stands for any run of whitespace."""
+    matches: tuple[str, ...] = ()
+    """Texts with exactly one hit, this entry's."""
+    rejects: tuple[str, ...] = ()
+    """Texts with no hit of any entry."""
+    not_after: tuple[str, ...] = ()
+    """Words that may not stand directly before a match."""
+    not_before: tuple[str, ...] = ()
+    """Patterns of words that may not stand directly after a match."""
+    core: str = field(init=False, repr=False, compare=False)
+    """The pattern as a regex for lowered text."""
+    regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
+    """The whole entry; to be matched at the start of a word of lowered text."""
+
+    def __post_init__(self) -> None:
+        if re.search(r"\\[1-9]| [?*+{]", self.pattern):
+            raise ProtocolError(
+                f"lexicon entry {self.id!r}: a repeated word must be a named group, and a space can't be "
+                f"quantified, in {self.pattern!r}"
+            )
+        core = _as_regex(self.pattern)
+        before = "".join(rf"(?<!\b{re.escape(_lowered(word))}\s)" for word in self.not_after)
+        following = "|".join(map(_as_regex, self.not_before))
+        after = rf"(?!\s+(?:{following}){_WORD_END})" if following else ""
+        try:
+            regex = re.compile(f"{before}(?:{core})(?:'s)?{_WORD_END}{after}")
+        except re.error as error:
+            message = f"lexicon entry {self.id!r}: {self.pattern!r} is no regex: {error}"
+            raise ProtocolError(message) from error
+        if regex.match(""):
+            raise ProtocolError(f"lexicon entry {self.id!r}: {self.pattern!r} matches the empty text")
+        object.__setattr__(self, "core", core)
+        object.__setattr__(self, "regex", regex)
+
+
+def _as_regex(pattern: str) -> str:
+    """A pattern as a regex for lowered text; a space outside [] becomes any run of whitespace."""
+    spaced = re.sub(r"(\\.|\[[^\]]*\])| ", lambda part: part[1] or r"\s+", normalise(pattern))
+    return re.sub(r"(\\.|\(\?P)|[^\\]", lambda part: part[1] or _lowered(part[0]), spaced)
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """A frozen, versioned list of word families that mark a mode; it can be hashed and pickled."""
+
+    name: str
+    version: int
+    sha256: str
+    """Of the bytes of the file; name, version and this identify the lexicon a stored score was made with."""
+    entries: tuple[Entry, ...]
+    _gate: re.Pattern[str] = field(init=False, repr=False, compare=False)  # matches wherever some entry might
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Lexicon:
+        """Read a shipped lexicon by its name ("recursion") or any other by the path of its YAML file.
+
+        Raises `ProtocolError` when there is no such lexicon, or the file does not have the form of
+        `lexicons/recursion.yaml`.
+        """
+        origin = str(name_or_path)
+        shipped = importlib.resources.files("kvpatch.readouts") / "lexicons"
+        is_path = isinstance(name_or_path, Path) or re.search(r"[/\\]|\.ya?ml$", origin)
+        file = Path(origin) if is_path else shipped / f"{origin}.yaml"
+        if not file.is_file():
+            names = ", ".join(sorted(item.name.removesuffix(".yaml") for item in shipped.iterdir()))
+            raise ProtocolError(f"no lexicon {origin!r}; give one of {names}, or the path of a .yaml file")
+        content = file.read_bytes()
+        try:
+            parsed = yaml.safe_load(content.decode("utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise ProtocolError(f"lexicon {origin!r} is not YAML in UTF-8: {reason}") from error
+        return cls._from_parsed(parsed, hashlib.sha256(content).hexdigest(), origin)
+
+    @classmethod
+    def _from_parsed(cls, parsed: Any, sha256: str, origin: str) -> Lexicon:
+        if not isinstance(parsed, dict) or set(parsed) != {"name", "version", "entries"}:
+            raise ProtocolError(f"lexicon {origin!r} must have exactly the keys name, version and entries")
+        name, version, rows = parsed["name"], parsed["version"], parsed["entries"]
+        if not isinstance(name, str) or type(version) is not int or not isinstance(rows, list) or not rows:
+            raise ProtocolError(
+                f"lexicon {origin!r}: name must be text, version an integer, entries a list of at least one"
+            )
+        entries = tuple(_entry_from_parsed(row, origin) for row in rows)
+        ids = [entry.id for entry in entries]
+        if len(set(ids)) < len(ids):
+            repeated = ", ".join(sorted({name for name in ids if ids.count(name) > 1}))
+            raise ProtocolError(f"lexicon {origin!r}: ids of entries must differ; these repeat: {repeated}")
+        return cls(name, version, sha256, entries)
+
+    def __post_init__(self) -> None:
+        try:
+            gate = re.compile("|".join(f"(?:{entry.core})" for entry in self.entries))
+        except re.error as error:
+            message = f"lexicon {self.name!r}: named groups must differ between entries: {error}"
+            raise ProtocolError(message) from error
+        object.__setattr__(self, "_gate", gate)
+
+    def hits(self, text: str) -> list[Hit]:
+        """The stretches of the text that are in the mode, in order, disjoint.
+
+        The leftmost match wins; of those that start at one place the longest, then the entry listed first.
+        """
+        text = normalise(text)
+        hits: list[Hit] = []
+        for start, matches in self._matches(text):
+            if not hits or start >= hits[-1].end:
+                entry, end = max(matches, key=lambda match: match[1])  # the first of equals
+                hits.append(Hit(start, end, entry, text[start:end]))
+        return hits
+
+    def families(self, text: str) -> frozenset[str]:
+        """Ids of the entries that match anywhere, also within what another entry claims or a compound.
+
+        "self-observation" is of the family of "observe", although it is a hit of another entry.
+        """
+        whole = normalise(text)
+        both = (*self._matches(whole), *self._matches(whole.replace("-", " ")))
+        return frozenset(entry for _, matches in both for entry, _ in matches)
+
+    def _matches(self, normalised: str) -> Iterator[tuple[int, list[tuple[str, int]]]]:
+        """For each start of a word at which entries match: the start, and each entry's id and end."""
+        lowered = _lowered(normalised)
+        for word in _WORD.finditer(lowered):
+            start = word.start()
+            if self._gate.match(lowered, start):
+                found = [(entry.id, entry.regex.match(lowered, start)) for entry in self.entries]
+                if matches := [(entry, match.end()) for entry, match in found if match]:
+                    yield start, matches
+
+
+def _entry_from_parsed(row: Any, origin: str) -> Entry:
+    lists = ("matches", "rejects", "not_after", "not_before")
+    if not isinstance(row, dict) or not {"id", "pattern"} <= set(row) <= {"id", "pattern", *lists}:
+        keys = f"id and pattern, and may have {', '.join(lists)}"
+        raise ProtocolError(f"lexicon {origin!r}: an entry must have {keys}; not {row!r:.80}")
+    for key, value in row.items():
+        texts = value if key in lists else [value]
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+            kind = "a list of texts (on, off, yes, no and numbers need quotes)" if key in lists else "text"
+            raise ProtocolError(f"lexicon {origin!r}: {key} of {row['id']!r} must be {kind}, not {value!r:.80}")
+    examples_and_limits = {key: tuple(row.get(key, ())) for key in lists}
+    return Entry(id=row["id"], pattern=row["pattern"], **examples_and_limits)
+
+
+def words(text: str) -> list[str]:
+    """The words of the text, case-folded, in order."""
+    return [match[0].casefold() for match in _WORD.finditer(normalise(text))]
+
+
+def _forms(word: str) -> Iterator[str]:
+    """What a case-folded word is compared by: itself and the parts of a compound, without a final 's."""
+    yield word.removesuffix("'s")
+    if "-" in word:
+        yield from (part.removesuffix("'s") for part in word.split("-"))
+
+
+def content_words(text: str) -> set[str]:
+    """The words of the text that are not function words, case-folded, without a final 's.
+
+    A hyphenated word counts as itself and as each of its parts ("self-observation", "self", "observation").
+    Two texts are lexically disjoint when these sets are. Inflections are different words.
+    """
+    return {form for word in words(text) for form in _forms(word)} - STOPWORDS
+
+
+def recursive_score(text: str, lexicon: Lexicon) -> float:
+    """Lexicon hits per 100 words of the generated text; in [0, 100], 0.0 for a text without words.
+
+    `text` is the generated text alone: prompt words in it would be scored. Each occurrence counts, so a text
+    that repeats one mode word scores up to 100; repetition is a readout of its own (`fluency.repetition`).
+    """
+    return _per_100_words(len(lexicon.hits(text)), text)
+
+
+def recursive_score_masked(text: str, source_text: str, lexicon: Lexicon) -> float:
+    """`recursive_score` without the hits that were copied from the source (`uncopied_hits`); never above it.
+
+    The words of copied hits still count as words. In a contrast of two conditions, mask both by the same text
+    (say, their sources joined by a newline): masking each by its own source lowers the score of the
+    condition whose source is in the mode, even where the outputs are equal.
+    """
+    return _per_100_words(len(uncopied_hits(text, source_text, lexicon)), text)
+
+
+def _per_100_words(hits: int, text: str) -> float:
+    total = len(words(text))
+    return 100 * hits / total if total else 0.0
+
+
+def uncopied_hits(text: str, source_text: str, lexicon: Lexicon) -> list[Hit]:
+    """The hits of the text that the source does not explain.
+
+    A hit counts as copied when the source holds one of its content words, in upper or lower case, or a match
+    of an entry that matches within the hit. The second stands for inflection: "observing" is copied from a
+    source with "observer". Function words are no evidence: "my" does not mask "my own thoughts".
+    """
+    source_words, source_families = content_words(source_text), lexicon.families(source_text)
+
+    @functools.cache
+    def is_copied(stretch: str, entry: str) -> bool:
+        families = lexicon.families(stretch) | {entry}
+        return not (content_words(stretch).isdisjoint(source_words) and families.isdisjoint(source_families))
+
+    return [hit for hit in lexicon.hits(text) if not is_copied(hit.text, hit.entry)]
+
+
+def copied_words(text: str, source_text: str) -> list[tuple[int, int]]:
+    """Where the text holds content words of the source: [(start, end)] in `normalise(text)`.
+
+    Words are compared case-folded; a compound counts as copied when any of its parts does.
+    """
+    source_words = content_words(source_text)
+    found = _WORD.finditer(normalise(text))
+    return [match.span() for match in found if not source_words.isdisjoint(content_words(match[0]))]
+
+
+def ngram_overlap(text: str, source_text: str, n: int = 4) -> float:
+    """Share of the text's word n-grams that occur in the source, in [0, 1].
+
+    NaN when the text has fewer than n words. Words are compared case-folded, punctuation is ignored, and each
+    occurrence in the text counts.
+    Raises `ValueError` when n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    ngrams = _ngrams(words(text), n)
+    in_source = set(_ngrams(words(source_text), n))
+    return sum(ngram in in_source for ngram in ngrams) / len(ngrams) if ngrams else float("nan")
+
+
+def _ngrams(items: list[str], n: int) -> list[tuple[str, ...]]:
+    return list(zip(*(items[offset:] for offset in range(n)), strict=False))

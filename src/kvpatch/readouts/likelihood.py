@@ -1,0 +1,65 @@
+"""Likelihood readouts: no sampling, so no luck of the draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LogLikelihoodRatios:
+    """Mode and content of one cache, in nats a token.
+
+    Attributes:
+        mode: main effect of recursive less plain continuations, topics averaged.
+        content: main effect of the source's topic less the target's, modes averaged.
+        mode_by_position, content_by_position: the same at each position, [positions].
+    """
+
+    mode: float
+    content: float
+    mode_by_position: list[float]
+    content_by_position: list[float]
+
+
+def log_likelihood_ratios(cells: Tensor, *, first: int) -> LogLikelihoodRatios:
+    """Main effects of a 2x2 of continuations.
+
+    Args:
+        cells: [4, positions], mean log-probability at each position over the continuations of the cells (recursive,
+            target), (plain, target), (recursive, source), (plain, source), in this order (`prompts.pairing.CELLS`).
+        first: the single numbers take the mean over this many first positions.
+    """
+    recursive_t, plain_t, recursive_s, plain_s = cells.double()
+    mode = (recursive_t + recursive_s - plain_t - plain_s) / 2
+    content = (recursive_s + plain_s - recursive_t - plain_t) / 2
+    return LogLikelihoodRatios(
+        mode=float(mode[:first].mean()),
+        content=float(content[:first].mean()),
+        mode_by_position=mode.tolist(),
+        content_by_position=content.tolist(),
+    )
+
+
+def js_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of next-token distributions, in nats (Lin 1991, eq. 4.1 with equal weights).
+
+    Args:
+        p_logits, q_logits: [..., vocabulary].
+    Returns:
+        [...], between 0 and log 2.
+    """
+    p, q = p_logits.log_softmax(dim=-1), q_logits.log_softmax(dim=-1)
+    mixed = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, dtype=p.dtype, device=p.device))
+    return ((p.exp() * (p - mixed)).sum(dim=-1) + (q.exp() * (q - mixed)).sum(dim=-1)).clamp(min=0) / 2
+
+
+def js_pull(logits: Tensor, target_logits: Tensor, source_logits: Tensor) -> float:
+    """JS(this, natural target) less JS(this, natural source), mean over positions: above 0 is nearer to the source.
+
+    Args:
+        logits, target_logits, source_logits: [positions, vocabulary], at the same fixed positions of the same text.
+    """
+    return float((js_divergence(logits, target_logits) - js_divergence(logits, source_logits)).mean())

@@ -1,0 +1,172 @@
+"""Verdicts, criteria and gates, as the report's tables show them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvpatch.protocols.schema import Hypothesis, Margin, Protocol
+from kvpatch.report.text import DASH, MINUS, as_float, number
+
+
+@dataclass(frozen=True)
+class Badge:
+    """A verdict's word with the icon and the colour class that go with it."""
+
+    word: str
+    icon: str
+    style: str
+    means: str
+
+
+BADGES = {
+    badge.word: badge
+    for badge in (
+        Badge("supported", "✓", "yes", "the test passed, and so did the gates before it"),
+        Badge("not supported", "✕", "no", "the test did not pass, and its interval speaks against the claim"),
+        Badge("equivalent", "≈", "same", "the difference lies inside the margin, shown by two one-sided tests"),
+        Badge("inconclusive", "?", "open", "the data decide neither way; more pairs may"),
+        Badge(
+            "not interpretable",
+            "⊘",
+            "void",
+            "a gate before it failed, or a condition's outputs are not coherent",
+        ),
+        Badge("tautological", "↻", "loop", "true by construction of the conditions; it is no evidence"),
+    )
+}
+MISSING = Badge("no verdict", DASH, "void", "no verdict of this hypothesis is recorded")
+DIFFERS = Badge("differs", "≠", "open", "numerical noise in bf16 can do this to a few; see the noise floor")
+PASSED, FAILED, UNKNOWN = (
+    Badge("holds", "✓", "yes", ""),
+    Badge("fails", "✕", "no", ""),
+    Badge("not recorded", DASH, "void", ""),
+)
+
+GATES = {
+    0: "Are the instruments right?",
+    1: "Is there a mode to move?",
+    2: "Does it move with the cache?",
+    3: "Do the nulls stay null?",
+    4: "What carries it, and how much?",
+    5: "Does it hold elsewhere?",
+}
+TESTS = {
+    "greater": "> 0",
+    "less": "< 0",
+    "much_greater": "> margin",
+    "much_less": f"< {MINUS}margin",
+    "equivalent": "within ± margin",
+}
+
+
+def badge(word: Any) -> Badge:
+    """Return the badge of a verdict's word; an unknown word gets a neutral one, none "no verdict"."""
+    if not isinstance(word, str) or not word.strip():
+        return MISSING
+    known = word.strip().lower().replace("_", " ")
+    return BADGES.get(known, Badge(known, "·", "void", "a verdict this report does not know"))
+
+
+def verdict_rows(verdicts: list[dict], protocol: Protocol) -> list[dict]:
+    """Return a row a verdict, hypotheses first in the protocol's order, with what the protocol adds to it."""
+    given = {str(v.get("id")): v for v in verdicts}
+    known = {h.id: h for h in protocol.hypotheses}
+    ids = [*known, *(i for i in given if i not in known)]
+    return [_row(name, given.get(name), known.get(name)) for name in ids]
+
+
+def _row(name: str, verdict: dict | None, hypothesis: Hypothesis | None) -> dict:
+    entry = dict(verdict or {})
+
+    def told(key: str) -> Any:
+        recorded = entry.get(key)
+        return recorded if recorded is not None else getattr(hypothesis, key, None)
+
+    test = told("test")
+    kind = badge(entry.get("verdict"))
+    confirmatory = told("confirmatory")
+    return {
+        "id": name,
+        "badge": kind,
+        "claim": told("claim") or name,
+        "phase": told("phase"),
+        "contrast": told("contrast") or "",
+        "readout": told("readout") or "",
+        "test": TESTS.get(test, test or ""),
+        "gate": told("gate"),
+        "family": told("family"),
+        "alpha": as_float(told("alpha")),
+        "criterion": hypothesis.criterion if hypothesis else entry.get("criterion"),
+        "is_gatekeeper": bool(hypothesis and hypothesis.is_gatekeeper),
+        "is_exploratory": confirmatory is False,
+        "because": entry.get("because") or ("" if verdict else "The run's verdicts do not name this hypothesis."),
+        "margin": margin_text(told("margin")),
+        **{key: as_float(entry.get(key)) for key in ("estimate", "ci_low", "ci_high", "effect_size", "n")},
+        **{key: as_float(entry.get(key)) for key in ("p", "p_adjusted")},
+    }
+
+
+def margin_text(margin: Any) -> str:
+    """Return a margin as text: a number in the readout's unit, or the parts the protocol gives."""
+    if isinstance(margin, Margin):
+        margin = margin.model_dump()
+    if isinstance(margin, dict):
+        named = {"dz": "dz {}", "natural_gap": "{} of natural gap", "value": "{}"}
+        parts = [str(named.get(k, f"{k} {{}}")).format(number(v)) for k, v in margin.items() if as_float(v) is not None]
+        return ", ".join(parts) or DASH
+    return number(margin)
+
+
+def criteria(rows: list[dict]) -> list[dict]:
+    """Return the success criteria in order, each with the rows of the hypotheses that decide it."""
+    out: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["criterion"]:
+            out.setdefault(row["criterion"], []).append(row)
+    return [{"name": name, "rows": decided_by} for name, decided_by in out.items()]
+
+
+def gates(rows: list[dict], instruments: Badge) -> list[dict]:
+    """Return the gates in order, each with its question, its state and the rows it holds.
+
+    A gate with gatekeepers is open when all of them are supported; one without has no say in what follows.
+    """
+    out = [{"gate": 0, "asks": GATES[0], "state": instruments, "rows": [], "keeps": True}]
+    for gate in sorted({row["gate"] for row in rows if isinstance(row["gate"], int)}):
+        members = [row for row in rows if row["gate"] == gate]
+        keepers = [row for row in members if row["is_gatekeeper"]]
+        words = {row["badge"].word for row in keepers}
+        if not keepers:
+            state = Badge("no gatekeeper", DASH, "void", "")
+        elif words == {"supported"}:
+            state = Badge("open", "✓", "yes", "")
+        elif MISSING.word in words:
+            state = UNKNOWN
+        else:
+            state = Badge("closed", "✕", "no", "")
+        asks = GATES.get(gate, "")
+        out.append({"gate": gate, "asks": asks, "state": state, "rows": members, "keeps": bool(keepers)})
+    return out
+
+
+def instruments_badge(checks: list[dict], validation: Any) -> Badge:
+    """Return whether gate 0 holds: every identity of the check, and the validation if it says so itself."""
+    passed = validation_passed(validation)
+    if any(check.get("holds") is False for check in checks) or passed is False:
+        return FAILED
+    if not checks or passed is None:
+        return UNKNOWN
+    return PASSED
+
+
+def validation_passed(validation: Any) -> bool | None:
+    """Return what a validation record says of itself; None where it says nothing."""
+    if isinstance(validation, dict):
+        for key in ("passed", "holds", "ok"):
+            if isinstance(validation.get(key), bool):
+                return validation[key]
+    if isinstance(validation, list) and validation:
+        said = [validation_passed(part) for part in validation]
+        return False if False in said else (True if all(said) else None)
+    return None

@@ -1,0 +1,307 @@
+"""From trials to the small tables the report shows: pure functions that bear missing readouts.
+
+What a pair's value, a failed trial and a coherent condition are is said once, in the statistics, and
+taken from there. Rows of the calibration split fix bounds and limits before any test; they are left out here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from kvpatch.protocols.schema import Condition, Protocol
+from kvpatch.statistics import pairs
+from kvpatch.statistics.gates import COHERENT_SHARE
+
+MAX_DOTS = 1500
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A readout the report shows: its column, and what it is in plain words."""
+
+    column: str
+    title: str
+    unit: str
+    about: str
+
+
+READOUTS = (
+    Readout(
+        "recursive_score",
+        "Recursive score",
+        "lexicon hits per 100 words",
+        "Words of the frozen lexicon in the generated text alone. Words copied from the source count.",
+    ),
+    Readout(
+        "recursive_score_masked",
+        "Recursive score, masked",
+        "lexicon hits per 100 words",
+        "The same, without words that occur in the source. What copying alone can produce is gone.",
+    ),
+    Readout(
+        "mode_llr",
+        "Mode, by likelihood",
+        "log-likelihood ratio",
+        "How much likelier held-out recursive continuations are than plain ones, whatever the topic.",
+    ),
+    Readout(
+        "content_llr",
+        "Content, by likelihood",
+        "log-likelihood ratio",
+        "How much likelier continuations on the source's topic are than on the target's. This is not mode.",
+    ),
+    Readout(
+        "rv_output",
+        "R_V of the output",
+        "participation ratio, late over early",
+        "Geometry of the cached values, every condition forced on the same continuation. Tests use its logarithm.",
+    ),
+    Readout("n_tokens", "Length", "tokens", "Tokens generated until the end token or the limit."),
+    Readout(
+        "nll_own",
+        "Surprise, own",
+        "nats per token",
+        "Negative log-likelihood of the output under the patched cache that produced it.",
+    ),
+    Readout(
+        "nll_target",
+        "Surprise, target",
+        "nats per token",
+        "Negative log-likelihood of the output under the unpatched target prompt. High: off topic, damaged.",
+    ),
+    Readout(
+        "repetition",
+        "Repetition",
+        "share of repeated 4-grams",
+        "0: no run of four tokens occurs twice. Near 1: the output is a loop.",
+    ),
+)
+
+
+def normalised(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return the trials of the test split, prepared as the statistics prepare them.
+
+    Phases, conditions and pairs are text ("" where the column is absent), each trial is there once, and
+    `failed` says whether it holds an error.
+    """
+    missing = {name: "" for name in pairs.REQUIRED if name not in trials}
+    prepared = pairs.prepare(trials.assign(**missing))
+    return pairs.rows_of(prepared, split="test").reset_index(drop=True)
+
+
+def values(trials: pd.DataFrame, column: str) -> pd.Series:
+    """Return a numeric column; missing values where the column, the value or its finiteness is missing."""
+    if column not in trials:
+        return pd.Series(np.nan, trials.index, dtype=float)
+    out = pd.to_numeric(trials[column], errors="coerce").astype(float)
+    return out.where(np.isfinite(out))
+
+
+def errors(trials: pd.DataFrame) -> pd.Series:
+    """Return each row's error message, empty where the trial ran."""
+    if "error" not in trials:
+        return pd.Series(["" for _ in trials.index], trials.index, dtype=object)
+    return trials["error"].map(lambda e: e.strip() if isinstance(e, str) else "").astype(object)
+
+
+def pair_means(trials: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return one row a condition and pair, with `value` the mean over samples, as the statistics have it.
+
+    A pair with a sample that has no finite value is left out, as it is there.
+    """
+    names = sorted(set(trials["condition"]) - {""})
+    wide = pairs.pair_means(trials.assign(**{column: values(trials, column)}), names, column)
+    wide.columns.name, wide.index.name = "condition", "pair"
+    long = wide.reset_index().melt("pair", var_name="condition", value_name="value").dropna(subset=["value"])
+    return long.sort_values(["condition", "pair"], ignore_index=True)[["condition", "pair", "value"]]
+
+
+def interval(sample: Iterable[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Return mean, lower and upper bound (Student's t); bounds are missing below two values."""
+    x = np.asarray(list(sample), dtype=float)
+    if len(x) == 0:
+        return math.nan, math.nan, math.nan
+    mean = float(x.mean())
+    if len(x) < 2:
+        return mean, math.nan, math.nan
+    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    return mean, mean - half, mean + half
+
+
+def condition_means(trials: pd.DataFrame, column: str, protocol: Protocol) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return (points, means) of a readout: pair means, and their mean and 95% interval a condition.
+
+    Points have `condition`, `pair`, `value`, `role`; means have `condition`, `about`, `role`, `mean`, `low`,
+    `high`, `n`, in the protocol's order; a condition that ran but has no value has a row of missing values.
+    """
+    points = pair_means(trials, column)
+    rows = []
+    for name in conditions_of(trials, protocol):
+        sample = points.loc[points["condition"] == name, "value"]
+        mean, low, high = interval(sample)
+        rows.append((name, about(protocol, name), role(protocol, name), mean, low, high, len(sample)))
+    means = pd.DataFrame(rows, columns=["condition", "about", "role", "mean", "low", "high", "n"])
+    return points.assign(role=[role(protocol, c) for c in points["condition"]]), means
+
+
+def thinned(points: pd.DataFrame, limit: int = MAX_DOTS) -> pd.DataFrame:
+    """Return at most about `limit` points: a condition's at evenly spaced ranks, with the extremes."""
+    if len(points) <= limit:
+        return points
+    share = limit / len(points)
+    kept = []
+    for _, group in points.sort_values(["condition", "value"]).groupby("condition", sort=False):
+        ranks = np.linspace(0, len(group) - 1, max(2, round(len(group) * share))).round().astype(int)
+        kept.append(group.iloc[np.unique(ranks)])
+    return pd.concat(kept, ignore_index=True)
+
+
+def conditions_of(trials: pd.DataFrame, protocol: Protocol) -> list[str]:
+    """Return the conditions that have rows, in the protocol's order, unknown ones last."""
+    present = set(trials["condition"]) - {""}
+    return [c for c in protocol.conditions if c in present] + sorted(present - set(protocol.conditions))
+
+
+def about(protocol: Protocol, name: str) -> str:
+    """Return what a condition is, in the protocol's words."""
+    return protocol.conditions[name].about if name in protocol.conditions else "not in the protocol"
+
+
+def role(protocol: Protocol, name: str) -> str:
+    """Return a condition's role; "control" where the protocol does not know it."""
+    return protocol.conditions[name].role if name in protocol.conditions else "control"
+
+
+def baseline_of(protocol: Protocol) -> str | None:
+    """Return the condition that is the target's natural run."""
+    return natural_run(protocol, "target")
+
+
+def natural_run(protocol: Protocol, side: str) -> str | None:
+    """Return the condition that is the natural run of the pair's target or source."""
+    found = (n for n, c in protocol.conditions.items() if c.is_natural and c.text_of is None and c.into == side)
+    return next(found, None)
+
+
+def coherence(trials: pd.DataFrame, protocol: Protocol) -> pd.DataFrame:
+    """Return, a condition: `rows`, `errors`, `judged`, `coherent`, `share` and `is_below` the line.
+
+    As in the statistics, the share is of the trials without an error, and one that was not judged is not
+    coherent. Natural conditions are the baseline that the limits come from; they are never below the line.
+    `share` is missing where no trial was judged.
+    """
+    column = trials["coherent"] if "coherent" in trials else pd.Series(None, trials.index, dtype=object)
+    rows = []
+    for name in conditions_of(trials, protocol):
+        here = trials["condition"] == name
+        ran = column[here & ~trials["failed"]]
+        known = ran.dropna().astype(bool)
+        share = known.sum() / len(ran) if len(known) else math.nan
+        known_condition = protocol.conditions.get(name)
+        is_natural = known_condition is not None and known_condition.is_natural
+        rows.append(
+            {
+                "condition": name,
+                "about": about(protocol, name),
+                "role": role(protocol, name),
+                "rows": int(here.sum()),
+                "errors": int((here & trials["failed"]).sum()),
+                "judged": len(known),
+                "coherent": int(known.sum()),
+                "share": float(share),
+                "is_below": bool(share < COHERENT_SHARE) and not is_natural,
+            }
+        )
+    columns = ["condition", "about", "role", "rows", "errors", "judged", "coherent", "share", "is_below"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def output_of(row: Any) -> str:
+    """Return an output as one comparable string: its token ids, or its text where those are missing."""
+    ids = row.get("output_token_ids")
+    if isinstance(ids, str):
+        return ids
+    if isinstance(ids, (list, tuple, np.ndarray)):
+        return json.dumps([int(i) for i in ids])
+    text = row.get("text")
+    return text if isinstance(text, str) else ""
+
+
+def sameness(trials: pd.DataFrame, left: str, right: str) -> tuple[int, int]:
+    """Return (trials on which two conditions gave the very same output, trials they share)."""
+    if "sample" not in trials:
+        trials = trials.assign(sample=0)
+    ran = trials[~trials["failed"]]
+    outputs = {
+        name: {(r["pair_id"], r["sample"]): output_of(r) for r in ran[ran["condition"] == name].to_dict("records")}
+        for name in (left, right)
+    }
+    shared = [key for key in outputs[left] if key in outputs[right] and (outputs[left][key] or outputs[right][key])]
+    return sum(outputs[left][key] == outputs[right][key] for key in shared), len(shared)
+
+
+def twins(protocol: Protocol) -> list[tuple[str, str, str]]:
+    """Return (condition, its twin, why) wherever the protocol itself says that two conditions should agree.
+
+    An integrity condition repeats the condition whose cache it rebuilds. A full swap between the pair's own
+    prompts equals the natural run of the prompt whose cache was taken, if both prompts end in the same token.
+    """
+    out = []
+    for name, condition in protocol.conditions.items():
+        if condition.text_of is not None:
+            twin = _full_swap(protocol, condition)
+            if twin:
+                out.append((name, twin, "a full swap equals this text"))
+        elif condition.patch is not None and condition.patch.is_full_swap and condition.from_ in ("target", "source"):
+            twin = natural_run(protocol, condition.from_)
+            if twin and condition.from_ == condition.into:
+                out.append((name, twin, "a cache put into itself changes nothing"))
+            elif twin:
+                out.append((name, twin, "a full swap is text substitution, if both prompts end in the same token"))
+    return out
+
+
+def _full_swap(protocol: Protocol, text: Condition) -> str | None:
+    for name, other in protocol.conditions.items():
+        is_full = other.patch is not None and other.patch.is_full_swap
+        if is_full and (other.from_, other.into) == (text.text_of, text.into):
+            return name
+    return None
+
+
+def unchanged_caches(trials: pd.DataFrame) -> tuple[int, int]:
+    """Return (rows whose input caches have the same checksum before and after, rows that record both)."""
+    if "cache_checksum_before" not in trials or "cache_checksum_after" not in trials:
+        return 0, 0
+    both = trials[["cache_checksum_before", "cache_checksum_after"]].dropna().astype(str)
+    both = both[(both != "").all(axis=1)]
+    return int((both["cache_checksum_before"] == both["cache_checksum_after"]).sum()), len(both)
+
+
+def example_pairs(trials: pd.DataFrame, protocol: Protocol, k: int = 5) -> tuple[list[tuple[str, float | None]], bool]:
+    """Return up to k (pair, its source minus target recursive score), and whether that difference chose them.
+
+    The pairs are those at evenly spaced ranks of the difference, smallest first; where it can't be had, at
+    evenly spaced places of the list of pairs.
+    """
+    table = pair_means(trials, "recursive_score").pivot(index="pair", columns="condition", values="value")
+    source, target = natural_run(protocol, "source"), natural_run(protocol, "target")
+    ranked: list[tuple[str, float | None]] = []
+    if source in table and target in table:
+        gap = (table[source] - table[target]).dropna()
+        ranked = sorted(((str(p), float(v)) for p, v in gap.items()), key=lambda item: (item[1], item[0]))
+    by_gap = bool(ranked)
+    if not by_gap:
+        ranked = [(p, None) for p in sorted(set(trials["pair_id"]) - {""})]
+    if not ranked:
+        return [], by_gap
+    ranks = np.unique(np.linspace(0, len(ranked) - 1, min(k, len(ranked))).round().astype(int))
+    return [ranked[i] for i in ranks], by_gap

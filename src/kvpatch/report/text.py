@@ -1,0 +1,154 @@
+"""Text and numbers as a reader may see them: nothing hidden, nothing that runs, one way to round."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from markupsafe import Markup, escape
+
+Span = tuple[int, int, str]
+MARK_KINDS = ("hit", "copied")
+NOT_RECORDED = "not recorded"
+DASH, MINUS = "\u2013", "\u2212"
+
+_BIDI = {
+    0x202A: "LRE", 0x202B: "RLE", 0x202C: "PDF", 0x202D: "LRO", 0x202E: "RLO",
+    0x2066: "LRI", 0x2067: "RLI", 0x2068: "FSI", 0x2069: "PDI",
+}  # fmt: skip
+_VISIBLE: dict[int, str] = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: "\u2421",
+    **dict.fromkeys(range(0x80, 0xA0), "\u2426"),
+    0x2028: "\u2424",
+    0x2029: "\u2424",
+    **{code: f"\u27e8{name}\u27e9" for code, name in _BIDI.items()},
+    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),
+    0xFFFE: "\ufffd",
+    0xFFFF: "\ufffd",
+}
+
+
+def visible(value: str) -> str:
+    """Return the text with every character that would hide, reorder or break something shown as a symbol.
+
+    Controls become their pictures (U+2400 block), bidirectional embeddings, overrides and isolates their
+    names in angle brackets, lone surrogates U+FFFD. Newline and tab stay.
+
+    >>> visible("a\\x00b\\u202ec")
+    'a␀b⟨RLO⟩c'
+    """
+    return value.translate(_VISIBLE)
+
+
+def marked(text: str, spans: Iterable[Span] = ()) -> Markup:
+    """Return the text as HTML, with the spans in `<mark>`; a stretch that two kinds cover carries both.
+
+    Args:
+        text: any string; it is escaped.
+        spans: (start, end, kind) as character offsets into `text`, in any order; they may overlap. Parts
+            outside the text and kinds other than "hit" and "copied" are left out.
+    """
+    usable = [
+        (max(0, start), min(len(text), end), kind)
+        for start, end, kind in spans
+        if kind in MARK_KINDS and min(len(text), end) > max(0, start)
+    ]
+    edges = sorted({0, len(text), *(s for s, _, _ in usable), *(e for _, e, _ in usable)})
+    out = Markup()
+    for left, right in itertools.pairwise(edges):
+        kinds = [k for k in MARK_KINDS if any(s <= left and right <= e and kind == k for s, e, kind in usable)]
+        piece = escape(visible(text[left:right]))
+        if kinds:
+            label = " and ".join({"hit": "lexicon hit", "copied": "copied from the source"}[k] for k in kinds)
+            piece = Markup('<mark class="{}" title="{}">{}</mark>').format(" ".join(kinds), label, piece)
+        out += piece
+    return out
+
+
+def script_json(value: Any) -> Markup:
+    """Return JSON that may stand inside a script element: it holds no `<`, `>`, `&` or line separator."""
+    raw = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return Markup(raw.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def as_float(value: Any) -> float | None:
+    """Return the value as a finite float, or None where it is missing or no number."""
+    try:
+        out = float(value)
+    except (TypeError, ValueError):
+        return None
+    return out if math.isfinite(out) else None
+
+
+def number(value: Any) -> str:
+    """Return a number with about three digits that matter; an en dash where there is none.
+
+    >>> number(1234.5), number(0.0421), number(7), number(float("nan")) == DASH
+    ('1,234', '0.042', '7', True)
+    """
+    x = as_float(value)
+    if x is None:
+        return DASH
+    if x == int(x) and abs(x) < 1e15:
+        out = f"{int(x):,}"
+    elif abs(x) >= 1000:
+        out = f"{x:,.0f}"
+    elif abs(x) >= 100:
+        out = f"{x:.1f}"
+    elif abs(x) >= 1:
+        out = f"{x:.2f}"
+    elif abs(x) >= 0.001:
+        out = f"{x:.3f}"
+    else:
+        out = f"{x:.1e}"
+    return out.replace("-", MINUS, 1) if out.startswith("-") else out
+
+
+def p_value(value: Any) -> str:
+    """Return a p-value: three decimals, or one digit and the power of ten where that would show too little.
+
+    >>> p_value(0.0412), p_value(0.00005)
+    ('0.041', '5.0e-05')
+    """
+    x = as_float(value)
+    if x is None:
+        return DASH
+    return f"{x:.3f}" if x >= 0.001 or x == 0 else f"{x:.1e}"
+
+
+def percent(value: Any) -> str:
+    """Return a share as a whole percentage, rounded down short of 100 so that "100%" means all.
+
+    >>> percent(0.999), percent(1)
+    ('99%', '100%')
+    """
+    x = as_float(value)
+    return DASH if x is None else f"{math.floor(x * 100 + 1e-9)}%"
+
+
+def facts(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Return a nested record as flat (name, text) rows; an empty one gives no row."""
+    if isinstance(value, dict):
+        return [row for key, inner in value.items() for row in facts(inner, f"{prefix} {key}".strip())]
+    if isinstance(value, (list, tuple)) and any(isinstance(inner, (dict, list, tuple)) for inner in value):
+        return [row for i, inner in enumerate(value, 1) for row in facts(inner, f"{prefix} {i}".strip())]
+    return [(prefix.replace("_", " "), plain(value))]
+
+
+def plain(value: Any) -> str:
+    """Return one recorded value as text; "not recorded" for None and for what is empty."""
+    if value is None or (isinstance(value, (str, list, tuple, dict)) and len(value) == 0):
+        return NOT_RECORDED
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return f"{value:.6g}" if math.isfinite(value) else NOT_RECORDED
+    if isinstance(value, (list, tuple)):
+        return ", ".join(plain(inner) for inner in value)
+    return str(value)

@@ -1,0 +1,72 @@
+"""Turn cached keys from one position to another (rotary position embedding, Su et al. 2021, eq. 34).
+
+Keys are cached after RoPE. A key that moves by `delta` positions is multiplied by the rotation of `delta`, since
+rotations compose: R(new) = R(new - old) R(old). Scaling factors of YaRN and the like are already in the key and stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvpatch.errors import CacheError
+
+Layout = Literal["half", "interleaved", "none", "absolute"]
+
+
+@dataclass(frozen=True)
+class LayerRope:
+    """How one layer rotates its keys.
+
+    Attributes:
+        layout: "half" pairs dimension i with i + rotary_dim/2 (Llama, GPT-NeoX); "interleaved" pairs 2i with 2i+1
+            (GPT-J, Cohere, GLM); "none" means keys carry no position; "absolute" means positions enter through the
+            embeddings, so that a key can't be moved at all.
+        inv_freq: radians per position, [rotary_dim / 2]; dimensions past rotary_dim are not rotated. Empty for
+            "none" and "absolute".
+    """
+
+    layout: Layout
+    inv_freq: tuple[float, ...] = ()
+
+    @property
+    def rotary_dim(self) -> int:
+        """Number of key dimensions that are rotated."""
+        return 2 * len(self.inv_freq)
+
+
+def rotate(keys: Tensor, delta: Tensor, rope: LayerRope) -> Tensor:
+    """Turn keys by `delta` positions.
+
+    Args:
+        keys: [batch, kv_heads, slots, head_dim], after RoPE, any floating dtype.
+        delta: [batch, slots], new position minus old position, in tokens.
+        rope: the layer's rotation.
+    Returns:
+        Keys of the same shape and dtype. Angles are made in float64, the rotation is done in float32 (float64 for
+        float64 keys) and rounded once to the keys' dtype; keys with delta 0 are returned bit for bit.
+    Raises:
+        CacheError: for a model with absolute position embeddings, where delta is not 0 everywhere.
+    """
+    if not bool((delta != 0).any()) or rope.layout == "none":
+        return keys
+    if rope.layout == "absolute":
+        raise CacheError(
+            "this model adds positions to its embeddings, so cached keys can't be moved to another position"
+        )
+    work = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float64, device=keys.device)
+    angle = delta.to(torch.float64)[:, None, :, None] * inv_freq  # [batch, 1, slots, rotary_dim / 2]
+    cos, sin = angle.cos().to(work), angle.sin().to(work)
+    rotary, rest = keys[..., : rope.rotary_dim].to(work), keys[..., rope.rotary_dim :]
+    if rope.layout == "half":
+        first, second = rotary.chunk(2, dim=-1)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    else:
+        first, second = rotary[..., 0::2], rotary[..., 1::2]
+        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+    moved = torch.cat([turned.to(keys.dtype), rest], dim=-1)
+    return torch.where((delta == 0)[:, None, :, None], keys, moved)

@@ -1,0 +1,133 @@
+"""Which slots, layers and KV heads a patch means in a given cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvpatch.cache import KVCache, Segment
+from kvpatch.errors import CacheError
+from kvpatch.patch import LayerBand, Patch, SlotQuery
+
+SINKS = 4
+"""First slots that models use as attention sinks whatever they hold (Xiao et al. 2023, StreamingLLM)."""
+
+
+def layer_indices(layers: Sequence[int] | LayerBand | None, count: int) -> list[int]:
+    """Layer indices that a selection means in a model of `count` layers; a band is rounded to whole layers.
+
+    Raises:
+        CacheError: for a layer the model does not have, or a band too narrow for it.
+    """
+    if layers is None:
+        return list(range(count))
+    if isinstance(layers, LayerBand):
+        low, high = (round(share * count) for share in layers.band)
+        inside = range(low, high)
+        if not inside:
+            raise CacheError(f"band {list(layers.band)} holds no layer of a model with {count} layers")
+        return [layer for layer in range(count) if (layer in inside) != layers.inverse]
+    return _in_range("layer", layers, count)
+
+
+def head_indices(kv_heads: Sequence[int] | None, count: int) -> list[int]:
+    """KV-head indices in a layer of `count` KV heads.
+
+    Raises:
+        CacheError: for a head the layer does not have.
+    """
+    return list(range(count)) if kv_heads is None else _in_range("KV head", kv_heads, count)
+
+
+def slot_indices(cache: KVCache, row: int, slots: Patch | str | SlotQuery | Sequence[int], seed: int = 0) -> list[int]:
+    """Slots of one row that a selection means, as ascending indices into the cache tensor (padding counted).
+
+    Args:
+        cache: any batch.
+        row: the row.
+        slots: a named selection, a `SlotQuery`, indices that count the row's real slots, or a patch that has one.
+        seed: what random selections draw from.
+    Raises:
+        CacheError: for an index the row does not have, or a query that asks for more slots than there are.
+    """
+    chosen = slots.slots if isinstance(slots, Patch) else slots
+    length = int(cache.lengths[row])
+    if isinstance(chosen, str):
+        own = _named(cache, row, chosen)
+    elif isinstance(chosen, SlotQuery):
+        own = _query(cache, row, chosen, seed)
+    else:
+        own = _in_range("slot", chosen, length)
+    padding = cache.slots - length
+    return sorted(slot + padding for slot in own)
+
+
+def _in_range(what: str, indices: Sequence[int], count: int) -> list[int]:
+    bad = [i for i in indices if not -count <= i < count]
+    if bad:
+        raise CacheError(f"{what} {bad[0]} does not exist: there are {count} (0 to {count - 1})")
+    return sorted({i % count for i in indices})
+
+
+def _named(cache: KVCache, row: int, name: str) -> list[int]:
+    segments = cache.segments[row][cache.is_real[row]].tolist()
+    if name == "all":
+        return list(range(len(segments)))
+    if name == "last":
+        return [len(segments) - 1] if segments else []
+    if name == "sinks":
+        return list(range(min(SINKS, len(segments))))
+    if name not in Segment.__members__:
+        raise CacheError(f"slots {name!r} is not a selection; use all, {', '.join(Segment.__members__)}, last or sinks")
+    return [slot for slot, segment in enumerate(segments) if segment == Segment[name]]
+
+
+def _query(cache: KVCache, row: int, query: SlotQuery, seed: int) -> list[int]:
+    pool = _named(cache, row, query.of)
+    if query.without is not None:
+        out = set(_named(cache, row, query.without))
+        pool = [slot for slot in pool if slot not in out]
+    if query.fraction is not None:
+        low, high = (round(share * len(pool)) for share in query.fraction)
+        pool = pool[low:high]
+    if query.keywords is not None:
+        matches = _keyword_slots(cache.pieces[row], query.keywords)
+        pool = [slot for slot in pool if slot in matches]
+    if query.matched_to is not None:
+        pool = _matched(pool, _query(cache, row, query.matched_to, seed), seed)
+    return pool
+
+
+def _keyword_slots(pieces: Sequence[str], keywords: Sequence[str]) -> set[int]:
+    """Slots whose piece of text overlaps a match of one of the patterns in the text of the row, case ignored."""
+    text = "".join(pieces)
+    ends = np.cumsum([len(piece) for piece in pieces])
+    hit: set[int] = set()
+    for pattern in keywords:
+        for match in re.finditer(pattern, text, flags=re.IGNORECASE):
+            first = int(np.searchsorted(ends, match.start(), side="right"))
+            last = int(np.searchsorted(ends, match.end() - 1, side="right"))
+            if match.end() > match.start():
+                hit.update(range(first, last + 1))
+    return hit
+
+
+def _matched(pool: Sequence[int], like: Sequence[int], seed: int) -> list[int]:
+    """As many slots of `pool` as `like` has, none of them in it, at like depths (tenths of the pool)."""
+    free = [slot for slot in pool if slot not in set(like)]
+    if len(free) < len(like):
+        raise CacheError(f"matched_to wants {len(like)} other slots, and only {len(free)} are free")
+    span = max(1, len(pool))
+    depth = {slot: 10 * place // span for place, slot in enumerate(pool)}
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    chosen: list[int] = []
+    for slot in like:
+        wanted = depth.get(slot, 0)
+        nearest = min(abs(depth[other] - wanted) for other in free)
+        candidates = [other for other in free if abs(depth[other] - wanted) == nearest]
+        pick = candidates[int(rng.integers(len(candidates)))]
+        chosen.append(pick)
+        free.remove(pick)
+    return sorted(chosen)

@@ -1,0 +1,210 @@
+"""Carry out a patch: splice a donor's slots into a target's finished cache (KV cache patching).
+
+For every row a plan says, slot by slot of the result, which target slot and which donor slot it is made of. The
+tensors then follow by gathering, layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvpatch.cache import PAD, KVCache, Origin
+from kvpatch.donors import make_donor
+from kvpatch.errors import CacheError
+from kvpatch.patch import Patch
+from kvpatch.rope import rotate
+from kvpatch.selection import head_indices, layer_indices, slot_indices
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every slot of the result comes from.
+
+    Attributes:
+        target, source: [batch, slots], slot of the target (of the donor) it is made of; -1 for none.
+        positions: [batch, slots], where it lands; -1 where padded.
+        pending_position: [batch].
+    """
+
+    target: Tensor
+    source: Tensor
+    positions: Tensor
+    pending_position: Tensor
+
+
+def splice(
+    patch: Patch,
+    source: KVCache,
+    target: KVCache,
+    *,
+    seed: int | Sequence[int] = 0,
+    reference: KVCache | None = None,
+) -> KVCache:
+    """Put the selected part of `source` (or of the donor made from it) into `target`; see `Patch.apply`.
+
+    Args:
+        seed: one for all rows, or one a row.
+    """
+    source = _broadcast(source, target)
+    seeds = [seed] * target.batch if isinstance(seed, int) else list(seed)
+    if len(seeds) != target.batch:
+        raise CacheError(f"{len(seeds)} seeds for a batch of {target.batch}")
+    layers = set(layer_indices(patch.layers, target.layers))
+    donor = make_donor(patch.donor, source, seeds, reference)
+    layout = plan(patch, donor, target, seeds)
+    keys, values = [], []
+    for layer, rope in enumerate(target.rope):
+        chosen = layer in layers
+        moved = rotate_to(target.keys[layer], target.positions, layout.target, layout.positions, rope)
+        own_v = take(target.values[layer], layout.target)
+        if not chosen:
+            keys.append(moved)
+            values.append(own_v)
+            continue
+        heads = head_indices(patch.kv_heads, target.keys[layer].shape[1])
+        landing = layout.positions if patch.rotate else None
+        put_k = rotate_to(donor.keys[layer], donor.positions, layout.source, landing, rope)
+        put_v = take(donor.values[layer], layout.source)
+        is_put = _mask(layout.source != PAD, heads, target.keys[layer].shape[1])
+        keys.append(_blend(moved, put_k, is_put, patch.strength) if "k" in patch.parts else moved)
+        values.append(_blend(own_v, put_v, is_put, patch.strength) if "v" in patch.parts else own_v)
+    return _labelled(patch, donor, target, layout, tuple(keys), tuple(values), len(layers))
+
+
+def plan(patch: Patch, source: KVCache, target: KVCache, seeds: Sequence[int]) -> Layout:
+    """Lay out the result of a patch, row by row."""
+    rows = []
+    for row in range(target.batch):
+        from_source = slot_indices(source, row, patch, seeds[row])
+        from_target = slot_indices(target, row, patch, seeds[row])
+        first = target.slots - int(target.lengths[row])
+        rows.append(_row_plan(patch.align, from_source, from_target, first, target.slots))
+    slots = max((len(pairs) for pairs in rows), default=0)
+    table = torch.full((2, target.batch, slots), PAD, dtype=torch.int64)
+    for row, pairs in enumerate(rows):
+        if pairs:
+            table[:, row, slots - len(pairs) :] = torch.tensor(pairs, dtype=torch.int64).T
+    table = table.to(target.positions.device)
+    to, of = table[0], table[1]
+    if patch.align in ("replace", "append"):
+        # The sequence runs on from the target's first position, whatever its new length.
+        real = (to != PAD) | (of != PAD)
+        start = torch.where(target.is_real, target.positions, target.positions.max() + 1).amin(dim=1, keepdim=True)
+        positions = torch.where(real, start + real.cumsum(dim=1) - 1, PAD)
+        pending = (start + real.sum(dim=1, keepdim=True)).squeeze(1)
+    else:
+        positions = torch.where(to != PAD, _pick(target.positions, to), PAD)
+        pending = target.pending_position
+    return Layout(to, of, positions, pending)
+
+
+def _row_plan(align: str, source: list[int], target: list[int], first: int, slots: int) -> list[tuple[int, int]]:
+    """(target slot, source slot) for every slot of one row's result; -1 for none."""
+    own = range(first, slots)
+    if align == "append":
+        return [(slot, PAD) for slot in own] + [(PAD, slot) for slot in source]
+    if align == "replace":
+        if not target:
+            raise CacheError("align='replace' found no slot to replace in the target")
+        gone = set(target)
+        before = [(slot, PAD) for slot in own if slot < target[0]]
+        after = [(slot, PAD) for slot in own if slot > target[0] and slot not in gone]
+        return before + [(PAD, slot) for slot in source] + after
+    if align == "stretch":
+        last, span = len(source) - 1, max(1, len(target) - 1)
+        pairs = {slot: source[round(i * last / span)] for i, slot in enumerate(target)} if source else {}
+    else:
+        step = 1 if align == "start" else -1
+        pairs = dict(zip(target[::step], source[::step], strict=False))
+    return [(slot, pairs.get(slot, PAD)) for slot in own]
+
+
+def take(tensor: Tensor, slots: Tensor) -> Tensor:
+    """Slots of [batch, kv_heads, slots, dim] by [batch, new_slots]; zeros where -1."""
+    index = slots.clamp(min=0)[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+    return torch.where((slots != PAD)[:, None, :, None], tensor.gather(2, index), 0)
+
+
+def rotate_to(keys: Tensor, positions: Tensor, slots: Tensor, landing: Tensor | None, rope) -> Tensor:
+    """Take key slots and turn each from its position to where it lands (as it is when landing is None)."""
+    taken = take(keys, slots)
+    if landing is None:
+        return taken
+    return rotate(taken, torch.where(slots != PAD, landing - _pick(positions, slots), 0), rope)
+
+
+def _pick(labels: Tensor, slots: Tensor) -> Tensor:
+    return labels.gather(1, slots.clamp(min=0))
+
+
+def _mask(is_put: Tensor, heads: list[int], count: int) -> Tensor:
+    chosen = torch.zeros(count, dtype=torch.bool, device=is_put.device)
+    chosen[heads] = True
+    return is_put[:, None, :, None] & chosen[None, :, None, None]
+
+
+def _blend(own: Tensor, put: Tensor, is_put: Tensor, strength: float) -> Tensor:
+    if strength == 1:
+        return torch.where(is_put, put, own)
+    if strength == 0:
+        return own
+    mixed = own.float() + strength * (put.float() - own.float())
+    return torch.where(is_put, mixed.to(own.dtype), own)
+
+
+def _labelled(
+    patch: Patch, donor: KVCache, target: KVCache, layout: Layout, keys: tuple, values: tuple, n_layers: int
+) -> KVCache:
+    """The result with its labels. A slot is the source's token where all of its K and V came from there."""
+    of_source = layout.source != PAD
+    is_whole = patch.parts == "kv" and patch.strength == 1 and patch.kv_heads is None and n_layers == target.layers
+    has_no_target = layout.target == PAD
+    named_by_source = of_source & (has_no_target | is_whole)
+
+    def label(name: str, by_source: Tensor) -> Tensor:
+        own = torch.where(layout.target != PAD, _pick(getattr(target, name), layout.target), PAD)
+        return torch.where(by_source, _pick(getattr(donor, name), layout.source), own)
+
+    origins = torch.where(of_source & (patch.strength != 0), int(Origin.patched), label("origins", of_source & False))
+    pieces = tuple(
+        _row_pieces(donor, target, row, layout.target[row].tolist(), layout.source[row].tolist(), by)
+        for row, by in enumerate(named_by_source.tolist())
+    )
+    return replace(
+        target,
+        keys=keys,
+        values=values,
+        positions=layout.positions,
+        token_ids=label("token_ids", named_by_source),
+        segments=label("segments", of_source & has_no_target),
+        origins=origins,
+        pending_position=layout.pending_position,
+        pieces=pieces,
+    )
+
+
+def _row_pieces(donor: KVCache, target: KVCache, row: int, to: list[int], of: list[int], by: list[bool]) -> tuple:
+    own, put = target.pieces[row], donor.pieces[row]
+    own_pad, put_pad = target.slots - len(own), donor.slots - len(put)
+    return tuple(
+        put[s - put_pad] if is_put else own[t - own_pad]
+        for t, s, is_put in zip(to, of, by, strict=True)
+        if is_put or t != PAD
+    )
+
+
+def _broadcast(source: KVCache, target: KVCache) -> KVCache:
+    """Check that the caches are of one model, and give a source of one row the target's batch size."""
+    if source.rope != target.rope or any(
+        a.shape[1] != b.shape[1] or a.shape[3] != b.shape[3] for a, b in zip(source.keys, target.keys, strict=True)
+    ):
+        raise CacheError("source and target caches come from models of different shape")
+    if source.batch == target.batch:
+        return source
+    if source.batch != 1:
+        raise CacheError(f"a source batch of {source.batch} does not fit a target batch of {target.batch}")
+    return source[[0] * target.batch]

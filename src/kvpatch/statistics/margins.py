@@ -1,0 +1,75 @@
+"""How large an effect must be, or how small: bounds fixed before the test, from the calibration pairs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+
+from kvpatch.protocols.schema import Hypothesis
+from kvpatch.statistics.pairs import PairDifferences, Transform, contrast_differences, rows_of
+from kvpatch.statistics.tests import sd_of
+
+NATURAL_TARGET, NATURAL_SOURCE = "A", "B"
+MIN_CALIBRATION_PAIRS = 3
+SMALL_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bound in the readout's unit, or None and the reason why it can't be fixed."""
+
+    value: float | None
+    reason: str | None = None
+
+
+def natural_gap(trials: pd.DataFrame, readout: str, transform: Transform) -> Bound:
+    """|mean(B - A)| of a readout over the calibration pairs; never over test pairs.
+
+    trials: prepared rows of every split. Fewer than 3 calibration pairs give no bound.
+    """
+    rows = rows_of(trials, split="calibration")
+    gap = contrast_differences(rows, {NATURAL_SOURCE: 1, NATURAL_TARGET: -1}, readout, transform)
+    if gap.n < MIN_CALIBRATION_PAIRS:
+        return Bound(
+            None,
+            f"the natural gap needs at least {MIN_CALIBRATION_PAIRS} calibration pairs with both"
+            f" {NATURAL_TARGET} and {NATURAL_SOURCE}, there are {gap.n}",
+        )
+    return Bound(abs(float(gap.values.mean())))
+
+
+def margin_of(hypothesis: Hypothesis, differences: PairDifferences, gap: Bound) -> Bound:
+    """The hypothesis' margin: the largest of the parts it gives.
+
+    The dz part is in standard deviations of the tested pair differences themselves, since the calibration
+    pairs run only the natural conditions and have no such contrast.
+    """
+    margin = hypothesis.margin
+    if margin is None:
+        return Bound(None, "the hypothesis has no margin")
+    parts: list[float] = [] if margin.value is None else [margin.value]
+    if margin.natural_gap is not None:
+        if gap.value is None:
+            return gap
+        parts.append(margin.natural_gap * gap.value)
+    if margin.dz is not None:
+        sd = sd_of(differences.values)
+        if math.isnan(sd):
+            return Bound(None, f"a margin in standard deviations needs at least 2 pairs, there are {differences.n}")
+        parts.append(margin.dz * sd)
+    largest = max(parts)
+    if largest <= 0:
+        return Bound(None, "it comes out as 0, since the natural conditions do not differ on the calibration pairs")
+    return Bound(largest)
+
+
+def too_small_to_matter(hypothesis: Hypothesis, differences: PairDifferences, gap: Bound) -> float:
+    """Up to where an effect is too small to matter: the margin, or 20% of the natural gap without one; NaN if
+    unknown."""
+    if hypothesis.margin is not None:
+        value = margin_of(hypothesis, differences, gap).value
+    else:
+        value = None if gap.value is None else SMALL_SHARE * gap.value
+    return math.nan if value is None else value

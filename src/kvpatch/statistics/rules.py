@@ -1,0 +1,86 @@
+"""From numbers to a verdict, for a hypothesis that may be interpreted. Every rule of SCIENCE.md 8 is here
+once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kvpatch.statistics.measure import Measured
+from kvpatch.statistics.records import Word
+from kvpatch.statistics.tests import smallest_n
+from kvpatch.statistics.wording import chance, figures, number, quantity
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A verdict's word, the sentence that says why, and what blocked it if it can't be interpreted."""
+
+    word: Word
+    because: str
+    blocked_by: Literal["instrument", "gate", "coherence"] | None = None
+
+
+def decide(m: Measured, p_adjusted: float) -> Decision:
+    """Decide one hypothesis. p_adjusted: its p after Holm within the family, NaN if it has none.
+
+    "Not supported" is said only where the data speak against the claim; where they decide neither way,
+    "inconclusive".
+    """
+    h, found = m.hypothesis, m.differences
+    if found.n == 0:
+        lack = f"no trials of {' or '.join(m.absent)} are stored" if m.absent else "no pair has all its conditions"
+        return Decision("inconclusive", f"Nothing was measured for {h.contrast} in phase {h.phase}: {lack}.")
+    needed = smallest_n(h.alpha)
+    if found.n < needed:
+        few = f"p below {number(h.alpha)} needs at least {needed} pairs"
+        return Decision("inconclusive", f"{figures(m)}, but {few}.")
+    needs_margin = h.test in ("much_greater", "much_less", "equivalent")
+    if needs_margin and m.margin.value is None:
+        return Decision("inconclusive", f"{figures(m)}, but the margin can't be fixed: {m.margin.reason}.")
+    return _equivalent(m, p_adjusted) if h.test == "equivalent" else _directional(m, p_adjusted)
+
+
+def _directional(m: Measured, p_adjusted: float) -> Decision:
+    h = m.hypothesis
+    sign = -1 if h.test in ("less", "much_less") else 1
+    near, far = sorted((sign * m.interval.low, sign * m.interval.high))  # the ends, with the claim's side positive
+    is_much = h.test in ("much_greater", "much_less")
+    bound = m.margin.value if is_much and m.margin.value is not None else 0.0
+    side = "above" if sign > 0 else "below"
+    limit = "0" if bound == 0 else f"the margin of {quantity(sign * bound, h)}"
+    if p_adjusted < h.alpha and near > bound:
+        return Decision("supported", f"{figures(m)}, {side} {limit}; adjusted {chance(p_adjusted)}, {_under(m)}.")
+    if far < 0:
+        return Decision("not supported", f"{figures(m)}, wholly on the other side of 0 than the claim.")
+    if far <= m.small:
+        size = "the margin" if h.margin else "20% of the natural gap"
+        return Decision(
+            "not supported",
+            f"{figures(m)}, so an effect beyond {quantity(sign * m.small, h)}, {size}, is ruled out.",
+        )
+    lacks = []
+    if not near > bound:
+        lacks.append(f"the interval is not wholly {side} {limit}")
+    if not p_adjusted < h.alpha:
+        lacks.append(f"adjusted {chance(p_adjusted)} is not below {number(h.alpha)}")
+    return Decision("inconclusive", f"{figures(m)}, but {' and '.join(lacks)}, so the data decide neither way.")
+
+
+def _equivalent(m: Measured, p_adjusted: float) -> Decision:
+    h, margin = m.hypothesis, m.margin.value or 0.0
+    low, high = m.interval.low, m.interval.high
+    bounds = f"the bounds of -{number(margin)} to {number(margin)}"
+    if p_adjusted < h.alpha and -margin < low and high < margin:
+        return Decision("equivalent", f"{figures(m)}, within {bounds}; adjusted {chance(p_adjusted)}, {_under(m)}.")
+    if low > margin or high < -margin:
+        return Decision("not supported", f"{figures(m)}, wholly outside {bounds}.")
+    if -margin < low and high < margin:
+        lack = f"adjusted {chance(p_adjusted)} is not below {number(h.alpha)}"
+    else:
+        lack = f"the interval is not wholly within {bounds}"
+    return Decision("inconclusive", f"{figures(m)}, but {lack}, so the data decide neither way.")
+
+
+def _under(m: Measured) -> str:
+    return f"below {number(m.hypothesis.alpha)}"

@@ -1,0 +1,97 @@
+"""Numbers as a reader who isn't a statistician wants them: rounded, with their unit, in a sentence."""
+
+from __future__ import annotations
+
+import math
+
+from kvpatch.protocols.schema import Hypothesis, Protocol
+from kvpatch.statistics.margins import NATURAL_SOURCE, NATURAL_TARGET
+from kvpatch.statistics.measure import Measured
+
+UNITS = {
+    "recursive_score": "hits per 100 words",
+    "recursive_score_masked": "hits per 100 words",
+    "mode_llr": "nats",
+    "content_llr": "nats",
+    "nll_own": "nats per token",
+    "nll_target": "nats per token",
+    "n_tokens": "tokens",
+}
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent where that reads well."""
+    if not math.isfinite(value):
+        return "unknown"
+    if value != 0 and (abs(value) < 1e-4 or abs(value) >= 1e6):
+        return f"{value:.2e}"
+    text = f"{value:.3g}"
+    return f"{value:.0f}" if "e" in text else text
+
+
+def quantity(value: float, hypothesis: Hypothesis) -> str:
+    """A number with the unit of the hypothesis' readout; a logarithm also as the factor it stands for."""
+    if hypothesis.transform == "log":
+        factor = f" (a factor of {number(math.exp(value))})" if abs(value) < 20 else ""
+        return f"{number(value)} log units{factor}"
+    unit = UNITS.get(hypothesis.readout)
+    return number(value) if unit is None else f"{number(value)} {unit}"
+
+
+def chance(p: float) -> str:
+    """ "p = 0.012" or "p < 0.0001"."""
+    return "p unknown" if math.isnan(p) else "p < 0.0001" if p < 1e-4 else f"p = {number(p)}"
+
+
+def pairs_text(m: Measured) -> str:
+    """How many pairs the numbers rest on, and how they were grouped."""
+    found = m.differences
+    if found.n == found.n_pairs:
+        return f"{found.n} pairs"
+    return f"{found.n} groups of pairs that share no prompt ({found.n_pairs} pairs)"
+
+
+def interval_text(m: Measured) -> str:
+    """ "95% interval 0.2 to 0.4"."""
+    if math.isnan(m.interval.low):
+        return "too few pairs for an interval"
+    return f"{m.interval.level:.0%} interval {number(m.interval.low)} to {number(m.interval.high)}"
+
+
+def figures(m: Measured) -> str:
+    """The measured contrast: what, how large, on how many pairs, how sure."""
+    h = m.hypothesis
+    return (
+        f"{h.contrast} in {h.readout} is {quantity(m.estimate, h)} on average over {pairs_text(m)} ({interval_text(m)})"
+    )
+
+
+def tautology(protocol: Protocol, m: Measured) -> str:
+    """Why the hypothesis holds by construction, what its numbers re-measure, and where the evidence
+    stands."""
+    h = m.hypothesis
+    equals = {name: _equal_text(protocol, name) for name in h.weights()}
+    swapped = [name for name in equals if not protocol.conditions[name].is_natural]
+    text = {NATURAL_SOURCE: "the source's text", NATURAL_TARGET: "the target's text"}
+    named = " and ".join(f"{name} is {text[equals[name]]}" for name in swapped)
+    terms = [f"{'-' if sign < 0 else '+'} {equals[name]}" for name, sign in h.weights().items()]
+    again = " ".join(terms).removeprefix("+ ")
+    what = f"re-measures {again}" if len(set(equals.values())) > 1 else "compares a text with itself"
+    measured = figures(m) if m.differences.n else f"no pair was measured for {h.contrast}"
+    return f"A full swap is text substitution ({named}), so this {what}: {measured}; {_where_to_look(protocol)}."
+
+
+def _equal_text(protocol: Protocol, name: str) -> str:
+    condition = protocol.conditions[name]
+    prompt = condition.text_of or condition.from_ or condition.into
+    return NATURAL_SOURCE if prompt == "source" else NATURAL_TARGET
+
+
+def _where_to_look(protocol: Protocol) -> str:
+    foreign = [name for name, c in protocol.conditions.items() if c.from_ == "foreign"]
+    found = [h for h in protocol.hypotheses if h.test != "equivalent" and set(foreign) & set(h.weights())]
+    if not found:
+        return "this protocol has no contrast against a foreign cache, which is what would be evidence"
+    used = [name for name in foreign if any(name in h.weights() for h in found)]
+    ids = ", ".join(h.id for h in found)
+    return f"the evidence stands in the contrasts against a foreign cache ({', '.join(used)}): {ids}"

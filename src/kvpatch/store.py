@@ -1,0 +1,302 @@
+"""The run directory: what is in it, how it is written, and how damage shows.
+
+    run.json            one `RunRecord`, written before the first trial
+    trials/*.parquet    one row a trial, one part a batch
+    parts.jsonl         one line a part: name, rows, SHA-256; a part counts once its line is there
+    verdicts.json       one entry a hypothesis
+    report.html
+
+A part is written beside its place, flushed, moved there, and only then named in parts.jsonl: data before index. A
+killed process leaves at most an unnamed part, which the resumed run writes again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from kvpatch.errors import StoreError
+from kvpatch.patch import Frozen
+
+_TOKENS = pa.list_(pa.int32())
+_NUMBERS = pa.list_(pa.float32())
+
+TRIAL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+    "trial_id": (pa.string(), "hash of the trial's content: model, pair, condition, seed and settings"),
+    "phase": (pa.string(), "phase of the protocol; 'calibration' for held-out pairs"),
+    "split": (pa.string(), "'test' or 'calibration'"),
+    "condition": (pa.string(), "id of the condition"),
+    "condition_role": (pa.string(), "experiment, control or integrity"),
+    "pair_id": (pa.string(), "target and source of the pair; the unit of analysis"),
+    "source_id": (pa.string(), "bank id of the pair's source prompt"),
+    "target_id": (pa.string(), "bank id of the pair's target prompt"),
+    "sample": (pa.int32(), "number of the continuation within pair and condition"),
+    "seed": (pa.int64(), "seed of the trial's random numbers; shared by the conditions of a pair"),
+    "patch": (pa.string(), "the patch as JSON; null for a natural cache"),
+    "source_text": (pa.string(), "words of the pair's source prompt"),
+    "target_text": (pa.string(), "words of the pair's target prompt"),
+    "source_token_ids": (_TOKENS, "tokens of the prompt whose cache was put in, pending token last"),
+    "target_token_ids": (_TOKENS, "tokens of the prompt that received it, pending token last"),
+    "cache_token_ids": (_TOKENS, "token each slot of the trial's cache stands for, pending token last"),
+    "output_token_ids": (_TOKENS, "tokens written, end token included"),
+    "output_logprobs": (_NUMBERS, "log-probability of each, temperature 1, natural logarithm"),
+    "text": (pa.string(), "the continuation, special tokens left out"),
+    "stopped": (pa.string(), "'eos' or 'length'"),
+    "n_tokens": (pa.int32(), "tokens written, end token included"),
+    "recursive_score": (pa.float64(), "lexicon hits per 100 words of the text"),
+    "recursive_score_masked": (pa.float64(), "the same without hits that occur in the pair's source or foreign prompt"),
+    "overlap_4gram": (pa.float64(), "share of the text's word 4-grams that occur in the source prompt"),
+    "rv_prompt": (
+        pa.float64(),
+        "R_V of the cache the trial starts from; under a full swap the source's by construction",
+    ),
+    "rv_output": (pa.float64(), "R_V of the values of a fixed continuation, the same for all conditions of the pair"),
+    "rv_own": (pa.float64(), "R_V of the values of the trial's own last tokens; tracks its words too"),
+    "nll_own": (pa.float64(), "mean negative log-likelihood of the text under the trial's own cache, nats a token"),
+    "nll_target": (
+        pa.float64(),
+        "the same under the natural cache of the pair's target prompt, whatever the condition",
+    ),
+    "mode_llr": (pa.float64(), "log-likelihood of recursive less plain continuations over topics, nats a token"),
+    "content_llr": (pa.float64(), "log-likelihood of the source's topic less the target's over modes, nats a token"),
+    "mode_llr_by_position": (_NUMBERS, "mode_llr at each position of the continuations"),
+    "content_llr_by_position": (_NUMBERS, "content_llr at each position of the continuations"),
+    "js_pull": (pa.float64(), "JS(this, A) - JS(this, B) of next-token distributions at fixed positions, nats"),
+    "repetition": (pa.float64(), "repetition_4"),
+    "repetition_1": (pa.float64(), "share of repeated tokens"),
+    "repetition_2": (pa.float64(), "share of repeated token 2-grams"),
+    "repetition_4": (pa.float64(), "share of repeated token 4-grams"),
+    "repetition_8": (pa.float64(), "share of repeated token 8-grams"),
+    "coherent": (
+        pa.bool_(),
+        "whether nll_target and repetition are within the natural runs' limits; null in calibration",
+    ),
+    "cache_checksum_before": (pa.string(), "checksum of the trial's cache before it was used"),
+    "cache_checksum_after": (pa.string(), "the same after decoding and all readouts"),
+    "error": (pa.string(), "what went wrong with this trial; null if nothing did"),
+}
+"""Every column of a trial row: its type and meaning. This is the documentation of the file format."""
+
+TRIAL_SCHEMA = pa.schema([pa.field(k, t, metadata={"doc": doc}) for k, (t, doc) in TRIAL_COLUMNS.items()])
+
+
+class ModelRecord(Frozen):
+    """The model of a run. The three hashes name weights, tokenizer and chat template."""
+
+    name: str
+    architecture: str
+    layers: int
+    kv_heads: int
+    query_heads: int
+    head_dim: int
+    dtype: str
+    device: str
+    weights_sha256: str
+    tokenizer_sha256: str
+    template_sha256: str | None
+
+
+class RunRecord(Frozen):
+    """run.json: how a run was made. `identity` is what a resumed run must share; the rest is for the reader."""
+
+    kvpatch_version: str
+    protocol: dict[str, Any]
+    protocol_sha256: str
+    bank_sha256: str
+    model: ModelRecord
+    seed: int
+    n: int | None
+    phases: list[str]
+    planned: int
+    versions: dict[str, str]
+    git: dict[str, Any]
+    hardware: dict[str, Any]
+    command: list[str]
+    created: str
+    finished: str | None = None
+    seconds: float = 0.0
+    tokens: int = 0
+    skipped: list[dict[str, Any]] = Field(default_factory=list)
+    dropped_pairs: list[str] = Field(default_factory=list)
+    check: list[dict[str, Any]] | None = None
+    noise_floor: dict[str, Any] | None = None
+    coherence_limits: dict[str, float] | None = None
+    validation: dict[str, Any] | None = None
+
+    def differs_from(self, other: RunRecord) -> str | None:
+        """What keeps two records from being the same run, or None."""
+        if self.protocol_sha256 != other.protocol_sha256:
+            return "another protocol (or a changed one)"
+        if self.bank_sha256 != other.bank_sha256:
+            return "another prompt bank (or a changed one)"
+        for key in ("weights_sha256", "tokenizer_sha256", "template_sha256", "dtype", "device"):
+            if getattr(self.model, key) != getattr(other.model, key):
+                return f"another model ({key.removesuffix('_sha256')} of {other.model.name})"
+        if self.seed != other.seed:
+            return f"seed {other.seed}"
+        if self.n != other.n:
+            return f"n={'as planned' if other.n is None else other.n}"
+        return None
+
+
+class Store:
+    """One run directory."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        self.trials = self.directory / "trials"
+        self.index = self.directory / "parts.jsonl"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory, made if need be, against other processes.
+
+        Raises:
+            StoreError: where another process holds it, or it can't be written.
+        """
+        with _explained(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if self.directory.is_dir() and not self._is_ours():
+                raise StoreError(f"{self.directory} holds other files; give an empty or a new directory")
+            lock = filelock.FileLock(self.directory / ".lock", timeout=0)
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                raise StoreError(f"{self.directory} is in use by another kvpatch process") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _is_ours(self) -> bool:
+        names = {p.name for p in self.directory.iterdir()}
+        return "run.json" in names or not names - {".lock", "trials"}
+
+    def read_record(self) -> RunRecord:
+        """run.json.
+
+        Raises:
+            StoreError: where there is none, or it is damaged.
+        """
+        path = self.directory / "run.json"
+        try:
+            return RunRecord.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise StoreError(f"{self.directory} is not a run directory: it has no run.json") from None
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
+
+    def has_record(self) -> bool:
+        """Whether a run was started here."""
+        return (self.directory / "run.json").exists()
+
+    def write_record(self, record: RunRecord) -> None:
+        """Write run.json."""
+        self.write_text("run.json", record.model_dump_json(indent=1) + "\n")
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a file of the directory atomically.
+
+        Raises:
+            StoreError: where it can't be written; what was there before stays.
+        """
+        path = self.directory / name
+        with _explained(self.directory):
+            _atomically(path, text.encode("utf-8"))
+        return path
+
+    def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Store the rows of one batch as a part, data before index.
+
+        Raises:
+            StoreError: where they can't be written; nothing stored before is lost.
+        """
+        table = pa.Table.from_pylist(list(rows), schema=TRIAL_SCHEMA)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        data = sink.getvalue().to_pybytes()
+        line = json.dumps({"part": f"{name}.parquet", "rows": len(table), "sha256": hashlib.sha256(data).hexdigest()})
+        with _explained(self.directory):
+            self.trials.mkdir(exist_ok=True)
+            _atomically(self.trials / f"{name}.parquet", data)
+            kept = b"".join(
+                json.dumps(entry).encode() + b"\n" for entry in self.parts() if entry["part"] != f"{name}.parquet"
+            )
+            _atomically(self.index, kept + line.encode() + b"\n")
+
+    def parts(self) -> list[dict[str, Any]]:
+        """Lines of parts.jsonl."""
+        if not self.index.exists():
+            return []
+        try:
+            return [json.loads(line) for line in self.index.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except ValueError as error:
+            raise StoreError(f"{self.index} is damaged: {error}") from error
+
+    def done(self) -> set[str]:
+        """Names of the batches that are stored, each part checked against its hash.
+
+        Raises:
+            StoreError: naming a part that is missing or damaged.
+        """
+        for part in self.parts():
+            path = self.trials / part["part"]
+            if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != part["sha256"]:
+                raise StoreError(
+                    f"{path} is missing or damaged; delete its line in {self.index.name} to run its trials again"
+                )
+        return {part["part"].removesuffix(".parquet") for part in self.parts()}
+
+    def read(self) -> pa.Table:
+        """All stored trials, in the order they were stored.
+
+        Raises:
+            StoreError: where there are none, or a part is damaged.
+        """
+        tables = []
+        for part in self.parts():
+            path = self.trials / part["part"]
+            try:
+                tables.append(pq.read_table(path, schema=TRIAL_SCHEMA))
+            except (OSError, pa.ArrowException) as error:
+                raise StoreError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
+        if not tables:
+            raise StoreError(f"{self.directory} holds no trials yet")
+        return pa.concat_tables(tables)
+
+
+def _atomically(path: Path, data: bytes) -> None:
+    """Write beside the place, flush to the disk, move there; a failure leaves what was there before."""
+    part = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{directory} can't be written: {error.strerror or error}; what was stored is kept") from error

@@ -1,0 +1,152 @@
+"""What the commands print: summaries as plain data, and the tables that show them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kvpatch.prompts.bank import Bank
+from kvpatch.protocols.plan import CALIBRATION, Plan
+from kvpatch.protocols.schema import Protocol
+from kvpatch.store import Store
+
+if TYPE_CHECKING:
+    from kvpatch.check import Identity
+    from kvpatch.statistics.verdicts import Verdict
+
+
+def plan_summary(plan: Plan, protocol: Protocol) -> dict[str, Any]:
+    """Trials by phase and condition; the experiment's own conditions and controls counted apart."""
+    phases: dict[str, Any] = {}
+    for batch in plan.batches:
+        phase = phases.setdefault(batch.phase, {"experiment": 0, "controls": 0, "conditions": Counter()})
+        for trial in batch.trials:
+            own = batch.phase != CALIBRATION and protocol.conditions[trial.condition].role == "experiment"
+            phase["experiment" if own else "controls"] += 1
+            phase["conditions"][trial.condition] += 1
+    for phase in phases.values():
+        phase["conditions"] = dict(phase["conditions"])
+    prompts = {text for batch in plan.batches for pair in batch.pairs for text in pair.texts.values()}
+    return {
+        "protocol": protocol.protocol,
+        "protocol_sha256": protocol.sha256,
+        "trials": plan.n_trials,
+        "phases": phases,
+        "distinct_prompts": len(prompts),
+        "new_tokens_at_most": plan.n_trials * protocol.generation.max_new_tokens,
+        "skipped": [s.model_dump() for s in plan.skipped],
+        "dropped_pairs": plan.dropped_pairs,
+    }
+
+
+def print_plan(summary: dict[str, Any]) -> None:
+    """A table of phases and conditions."""
+    table = Table(title=f"{summary['protocol']}: {summary['trials']} trials")
+    for column in ("phase", "experiment's own", "controls", "conditions"):
+        table.add_column(column)
+    for name, phase in summary["phases"].items():
+        conditions = " ".join(f"{k}:{v}" for k, v in phase["conditions"].items())
+        table.add_row(name, str(phase["experiment"]), str(phase["controls"]), conditions)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{summary['distinct_prompts']} distinct prompts, at most {summary['new_tokens_at_most']:,} new tokens; "
+        f"{len(summary['dropped_pairs'])} pairs dropped"
+    )
+    for skipped in summary["skipped"]:
+        console.print(f"left out in phase {skipped['phase']}: {skipped['condition']} ({skipped['reason']})")
+
+
+def status_summary(store: Store) -> dict[str, Any]:
+    """How far a run is."""
+    record = store.read_record()
+    store.done()
+    done = sum(part["rows"] for part in store.parts())
+    failed = store.read().column("error").drop_null() if done else []
+    speed = record.tokens / record.seconds if record.seconds else None
+    return {
+        "protocol": record.protocol["protocol"],
+        "model": record.model.name,
+        "done": done,
+        "left": max(0, record.planned - done),
+        "failed": len(failed),
+        "finished": record.finished if done >= record.planned else None,
+        "tokens_per_second": speed,
+        "seconds": record.seconds,
+    }
+
+
+def print_status(summary: dict[str, Any]) -> None:
+    """One line a fact."""
+    table = Table(show_header=False)
+    for key, value in summary.items():
+        table.add_row(key.replace("_", " "), "not yet" if value is None else str(value))
+    Console().print(table)
+
+
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """The verdict table, and under it the reason for each."""
+    console = Console()
+    table = Table(title="verdicts")
+    for column in ("hypothesis", "verdict", "contrast", "readout", "estimate [interval]", "p adjusted", "n"):
+        table.add_column(column, no_wrap=column in ("hypothesis", "verdict"))
+    for v in verdicts:
+        interval = "" if v.ci_low is None else f" [{v.ci_low:.3g}, {v.ci_high:.3g}]"
+        estimate = "-" if v.estimate is None else f"{v.estimate:.3g}{interval}"
+        p = "-" if v.p_adjusted is None else f"{v.p_adjusted:.2g}"
+        table.add_row(v.id, v.verdict, v.contrast, v.readout, escape(estimate), p, str(v.n))
+    console.print(table)
+    for v in verdicts:
+        console.print(f"[bold]{v.id}[/bold]: {escape(v.because)}")
+
+
+def print_check(identities: Sequence[Identity]) -> None:
+    """The identities with their measured errors."""
+    table = Table()
+    for column in ("identity", "holds", "error", "bound", "note"):
+        table.add_column(column)
+    for i in identities:
+        word = {True: "yes", False: "NO", None: "does not apply"}[i.holds]
+        table.add_row(i.identity, word, f"{i.error:.2g}", f"{i.bound:.2g}", i.note)
+    Console().print(table)
+
+
+def bank_summary(bank: Bank, body_length: Callable[[str], int], group: str | None) -> dict[str, Any]:
+    """Prompts of a bank with their lengths in tokens."""
+    prompts = bank.group(group) if group else bank.prompts
+    return {
+        "bank": bank.name,
+        "sha256": bank.sha256,
+        "groups": dict(Counter(p.group for p in prompts)),
+        "continuations": dict(Counter(f"{c.mode}, {c.topic_of}'s topic" for c in bank.continuations)),
+        "prompts": [
+            {"id": p.id, "group": p.group, "topic": p.topic, "tokens": body_length(p.text), "text": p.text}
+            for p in prompts
+        ],
+    }
+
+
+def print_bank(summary: dict[str, Any]) -> None:
+    """A row a prompt."""
+    table = Table(title=f"bank {summary['bank']}: {summary['groups']}; continuations {summary['continuations']}")
+    for column in ("id", "group", "topic", "tokens"):
+        table.add_column(column)
+    table.add_column("text", ratio=1)
+    for p in summary["prompts"]:
+        table.add_row(p["id"], p["group"], escape(p["topic"]), str(p["tokens"]), escape(p["text"]))
+    Console().print(table)
+
+
+def print_models(models: Sequence[dict[str, Any]]) -> None:
+    """A row a named model."""
+    table = Table()
+    for column in ("name", "about", "licence", "MB to fetch", "here"):
+        table.add_column(column)
+    for m in models:
+        table.add_row(m["name"], m["about"], m["licence"], str(m["megabytes"]), "yes" if m["pulled"] else "no")
+    Console().print(table)

@@ -1,0 +1,26 @@
+"""Tiny models, made once a session."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_dirs(architecture, chat=True)`: the directory of a tiny model. Not to be written to."""
+    from tiny import tiny_model_dir
+
+    home = tmp_path_factory.mktemp("tiny")
+    return functools.cache(lambda architecture, chat=True: tiny_model_dir(architecture, home, chat=chat))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_dirs: Callable[..., Path]) -> Callable:
+    """`tiny(architecture, chat=True)`: a loaded `kvpatch.Model`, shared by all tests: leave it as it is."""
+    import kvpatch as kv
+
+    return functools.cache(lambda architecture, chat=True: kv.load(tiny_dirs(architecture, chat), device="cpu"))

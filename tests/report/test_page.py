@@ -1,0 +1,230 @@
+"""The page says what the trials say, holds all it needs, and lets no text become anything but text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from kvpatch.protocols.schema import Protocol
+from kvpatch.report.page import render
+
+HOSTILE = [
+    "<script>window.ran = 1</script>",
+    "</script><script>window.ran = 1</script>",
+    "<img src=x onerror='window.ran = 1'>",
+    '"><svg onload="window.ran = 1">',
+    "<!--<script>",
+    "{{ 7 * 7 }}{% raw %}",
+    "\u202eright to left\u2069\u200f \u05d0\u05d1",
+    "nul\x00bell\x07\u2028\u2029\ud800end",
+    "w" * 10_000,
+    "javascript:window.ran=1",
+]
+ALLOWED_TAGS = set(
+    "html head meta title style body header p h1 nav a main section h2 h3 h4 ul ol li span strong b bdi code "
+    "table thead tbody tr th td data br details summary dl div dt dd figure figcaption script article mark "
+    "pre".split()
+)
+
+
+class Page(HTMLParser):
+    """What a parser makes of the page: tags, attributes, and the text by section."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.text: list[str] = []
+        self.values: list[float] = []
+        self._script: dict[str, str | None] | None = None
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._script = dict(attrs) if tag == "script" else None
+        if tag == "data":
+            self.values.append(float(dict(attrs)["value"] or "nan"))
+
+    def handle_data(self, data: str) -> None:
+        if self._script is not None:
+            self.scripts.append((self._script, data))
+        else:
+            self.text.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "script":
+            self._script = None
+
+    @property
+    def said(self) -> str:
+        return "".join(self.text)
+
+    @property
+    def specs(self) -> list[dict]:
+        return [json.loads(s) for attrs, s in self.scripts if attrs.get("type") == "application/json"]
+
+
+def hostile(trials: pd.DataFrame) -> pd.DataFrame:
+    texts = pd.Series([HOSTILE[i % len(HOSTILE)] for i in range(len(trials))], dtype=object)
+    out = trials.assign(text=texts, source_text=texts, target_text=texts, stopped=texts)
+    return out.assign(pair_id=[f"{p} {HOSTILE[int(p[-1]) % 4]}" for p in out["pair_id"]])
+
+
+def test_sections_come_in_order(
+    run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]
+) -> None:
+    html = render(run, protocol, trials, verdicts, "The answer.")
+    ids = ["answer", "verdicts", "instruments", "conditions", "texts", "how", "not-shown"]
+    places = [html.index(f'<section id="{name}">') for name in ids]
+    assert places == sorted(places)
+    assert "The answer." in html and len(html.encode()) < 8_000_000
+
+
+def test_every_mean_is_the_one_the_frame_gives(
+    run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]
+) -> None:
+    page = Page(render(run, protocol, trials, verdicts, ""))
+    tested = trials[trials["split"] == "test"]
+    for column in ("recursive_score", "recursive_score_masked", "mode_llr", "content_llr", "rv_output"):
+        for _, mean in tested.groupby("condition")[column].mean().items():
+            assert any(value == pytest.approx(mean, rel=1e-12) for value in page.values)
+    for column in ("n_tokens", "nll_own", "nll_target", "repetition"):
+        for _, mean in tested.groupby("condition")[column].mean().items():
+            assert any(value == pytest.approx(mean, rel=1e-12) for value in page.values)
+
+
+def test_every_verdict_shows_its_numbers_word_and_reason(
+    run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]
+) -> None:
+    page = Page(render(run, protocol, trials, verdicts, ""))
+    for verdict in verdicts:
+        for key in ("estimate", "ci_low", "ci_high", "p", "p_adjusted", "effect_size"):
+            assert verdict[key] in page.values
+        assert verdict["because"] in page.said
+    for word in (
+        "supported",
+        "not supported",
+        "equivalent",
+        "inconclusive",
+        "not interpretable",
+        "tautological",
+    ):
+        assert f" {word}</span>" in render(run, protocol, trials, verdicts, "")
+    assert "no verdict" in page.said  # the last hypothesis has none
+
+
+def test_charts_hold_one_dot_a_pair(
+    run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]
+) -> None:
+    specs = Page(render(run, protocol, trials, verdicts, "")).specs
+    assert len(specs) == 10
+    sizes = [max(len(rows) for rows in spec["datasets"].values()) for spec in specs]
+    assert sizes == [15] + [178] * 9
+
+
+def test_hostile_texts_stay_text(
+    run: dict,
+    protocol: Protocol,
+    trials: pd.DataFrame,
+    verdicts: list[dict],
+    marker: Callable[[str, str], list[tuple[int, int, str]]],
+) -> None:
+    calm = Page(render(run, protocol, trials, verdicts, "", marker))
+    run["model"]["name"] = run["git"]["commit"] = run["hardware"]["cpu"] = HOSTILE[1]
+    run["skipped"] = [{"phase": h, "condition": h, "reason": h} for h in HOSTILE]
+    run["check"] = [{"identity": h, "holds": False, "error": h, "bound": None} for h in HOSTILE]
+    for i, verdict in enumerate(verdicts):
+        verdict["because"] = verdict["claim"] = HOSTILE[i % len(HOSTILE)]
+    verdicts.append({"id": HOSTILE[3], "verdict": HOSTILE[2], "claim": HOSTILE[0], "margin": HOSTILE[0]})
+    html = render(run, protocol, hostile(trials), verdicts, HOSTILE[1], marker)
+    page = Page(html)
+    assert {tag for tag, _ in page.tags} <= ALLOWED_TAGS
+    assert len(page.scripts) == len(calm.scripts)
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert html.encode("utf-8") and not set("\x00\x07\u202e\u2069\u2028\u2029") & set(html)
+    assert all(h in page.said for h in HOSTILE[:6])
+    assert "nul\u2400bell\u2407" in page.said and "\u27e8RLO\u27e9right to left\u27e8PDI\u27e9" in page.said
+
+
+def test_nothing_outside_the_file_is_referred_to(
+    run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]
+) -> None:
+    page = Page(render(run, protocol, trials, verdicts, ""))
+    for _, attrs in page.tags:
+        assert not {"src", "srcset", "data", "action", "poster"} & set(attrs)
+        assert (attrs.get("href") or "#").startswith("#")
+        assert "url(" not in (attrs.get("style") or "")
+    assert "@import" not in page.said and "url(" not in page.said  # the style sheet is part of it
+    assert all("http" not in json.dumps(spec) for spec in page.specs)
+    policy = next(
+        a["content"] or "" for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert "default-src 'none'" in policy and "unsafe-eval" not in policy
+    assert "'unsafe-inline'" not in policy.split("style-src")[0]
+
+
+@pytest.mark.parametrize("kind", ["no rows", "no columns", "keys only", "all missing", "one pair"])
+def test_a_page_is_made_of_any_table(
+    kind: str, run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]
+) -> None:
+    numbers = trials.select_dtypes("number").columns.drop("sample")
+    tables = {
+        "no rows": trials.iloc[:0],
+        "no columns": pd.DataFrame(),
+        "keys only": trials[["phase", "condition", "pair_id"]],
+        "all missing": trials.assign(**dict.fromkeys([*numbers, "coherent", "text", "source_text"], None)),
+        "one pair": trials[trials["pair_id"] == "pair-000"],
+    }
+    page = Page(render(run, protocol, tables[kind], verdicts, "The answer."))
+    assert ("no data" in page.said) == (kind != "one pair")
+    assert "nan" not in page.said.lower().replace("resonan", "").split()
+
+
+def test_a_run_record_may_be_empty(protocol: Protocol, trials: pd.DataFrame) -> None:
+    said = Page(render({}, protocol, trials, [], "")).said
+    assert "not recorded" in said
+    assert "No validation of this version is recorded." in said
+    assert "No check of this model is recorded" in said
+
+
+def test_a_changed_protocol_and_a_failed_validation_raise_an_alarm(
+    run: dict, protocol: Protocol, trials: pd.DataFrame
+) -> None:
+    html = render(run, protocol, trials, [], "")
+    assert 'role="alert"' not in html
+    html = render(run | {"protocol_sha256": "00", "validation": {"passed": False}}, protocol, trials, [], "")
+    assert html.count('role="alert"') == 2
+
+
+def test_what_was_not_shown_names_every_kind_of_gap(
+    run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]
+) -> None:
+    html = render(run, protocol, trials, verdicts, "")
+    said = Page(html[html.index('<section id="not-shown">') :].split("</section>")[0]).said
+    for part in ("E9", "the model has one KV head", "12 pairs have results", "plans 100", "Small n."):
+        assert part in said
+    for part in (
+        "C >> A: the mode is in memory",
+        "gave the very output of",
+        "RuntimeError: planted",
+        "2.4e-07",
+    ):
+        assert part in said
+    assert "F1" in said and "33%" in said
+
+
+def test_hits_and_copied_words_are_marked_apart(
+    run: dict,
+    protocol: Protocol,
+    trials: pd.DataFrame,
+    marker: Callable[[str, str], list[tuple[int, int, str]]],
+) -> None:
+    html = render(run, protocol, trials, [], "", marker)
+    assert '<mark class="hit" title="lexicon hit">' in html
+    assert '<mark class="copied" title="copied from the source">' in html
+    assert "<mark" not in render(run, protocol, trials, [], "")

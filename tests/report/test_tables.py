@@ -1,0 +1,107 @@
+"""The small tables agree with what anyone would compute from the trials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from kvpatch.protocols.schema import Protocol
+from kvpatch.report import tables
+
+
+def by_condition(table: pd.DataFrame) -> dict[str, dict]:
+    return {row["condition"]: row for row in table.to_dict("records")}
+
+
+def test_calibration_rows_are_left_out(trials: pd.DataFrame) -> None:
+    assert tables.normalised(trials)["pair_id"].nunique() == 12
+    assert trials["pair_id"].nunique() == 14
+
+
+def test_means_are_over_pairs_not_over_samples(
+    protocol: Protocol, trials_of: Callable[..., pd.DataFrame]
+) -> None:
+    trials = tables.normalised(trials_of(n=8, samples=5))
+    points, means = tables.condition_means(trials, "recursive_score", protocol)
+    (row,) = means[means["condition"] == "B"].to_dict("records")
+    by_pair = trials[trials["condition"] == "B"].groupby("pair_id")["recursive_score"].mean()
+    low, high = stats.t.interval(0.95, 7, by_pair.mean(), stats.sem(by_pair))
+    assert row["n"] == 8
+    assert (row["mean"], row["low"], row["high"]) == pytest.approx((by_pair.mean(), low, high))
+    assert len(points[points["condition"] == "B"]) == 8
+
+
+def test_an_interval_needs_two_pairs() -> None:
+    assert all(map(math.isnan, tables.interval([])))
+    mean, low, high = tables.interval([2.0])
+    assert mean == 2 and math.isnan(low) and math.isnan(high)
+
+
+def test_failed_rows_are_counted_and_not_averaged(trials: pd.DataFrame, protocol: Protocol) -> None:
+    rows = by_condition(tables.coherence(tables.normalised(trials), protocol))
+    assert [rows["E3"][key] for key in ("rows", "errors", "judged", "share")] == [12, 2, 10, 1.0]
+    _, means = tables.condition_means(tables.normalised(trials), "n_tokens", protocol)
+    assert by_condition(means)["E3"]["n"] == 10
+
+
+def test_coherence_counts_the_unjudged_as_not_coherent_and_spares_the_baseline(protocol: Protocol) -> None:
+    rows = [("A", True), ("A", False), ("C", True), ("C", None), ("N1", None)]
+    frame = pd.DataFrame(rows, columns=["condition", "coherent"]).assign(phase="1", pair_id="p")
+    got = by_condition(tables.coherence(tables.normalised(frame), protocol))
+    assert (got["A"]["share"], got["A"]["is_below"]) == (0.5, False)
+    assert (got["C"]["share"], got["C"]["is_below"]) == (0.5, True)
+    assert math.isnan(got["N1"]["share"])
+
+
+def test_conditions_that_must_agree_are_read_off_the_protocol(protocol: Protocol) -> None:
+    found = {(name, twin) for name, twin, _ in tables.twins(protocol)}
+    assert found == {("S0", "A"), ("S1", "C"), ("C", "B"), ("D", "A")}
+
+
+def test_sameness_counts_equal_outputs(trials: pd.DataFrame) -> None:
+    ready = tables.normalised(trials)
+    assert tables.sameness(ready, "S0", "A") == (12, 12)
+    first = (ready["condition"] == "S0") & (ready["pair_id"] == "pair-000")
+    ids = [[1, 2, 3] if here else old for here, old in zip(first, ready["output_token_ids"], strict=True)]
+    ready = ready.assign(output_token_ids=pd.Series(ids, dtype=object))
+    assert tables.sameness(ready, "S0", "A") == (11, 12)
+    assert tables.sameness(ready, "A", "B")[0] == 0
+
+
+def test_outputs_compare_alike_as_lists_and_as_arrays() -> None:
+    assert tables.output_of({"output_token_ids": [1, 2]}) == tables.output_of(
+        {"output_token_ids": np.array([1, 2])}
+    )
+
+
+def test_example_pairs_lie_at_evenly_spaced_ranks_of_the_natural_gap(
+    trials: pd.DataFrame, protocol: Protocol
+) -> None:
+    ready = tables.normalised(trials)
+    wide = ready.pivot(index="pair_id", columns="condition", values="recursive_score")
+    gap = (wide["B"] - wide["A"]).sort_values()
+    chosen, by_gap = tables.example_pairs(ready, protocol, k=4)
+    assert by_gap
+    assert [pair for pair, _ in chosen] == [gap.index[i] for i in (0, 4, 7, 11)]
+    assert [value for _, value in chosen] == pytest.approx(gap.iloc[[0, 4, 7, 11]].tolist())
+
+
+def test_example_pairs_fall_back_on_the_list_of_pairs(trials: pd.DataFrame, protocol: Protocol) -> None:
+    chosen, by_gap = tables.example_pairs(
+        tables.normalised(trials.drop(columns="recursive_score")), protocol, k=2
+    )
+    assert not by_gap
+    assert chosen == [("pair-000", None), ("pair-011", None)]
+
+
+def test_thinning_keeps_the_extremes() -> None:
+    points = pd.DataFrame({"condition": ["A", "B"] * 500, "pair": range(1000), "value": np.arange(1000.0)})
+    kept = tables.thinned(points, limit=100)
+    assert 90 <= len(kept) <= 110
+    assert {0.0, 1.0, 998.0, 999.0} <= set(kept["value"])
+    assert tables.thinned(points, limit=1000) is points

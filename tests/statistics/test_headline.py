@@ -1,0 +1,137 @@
+"""The one-sentence answer never says more than the verdicts do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvpatch.protocols.schema import Protocol
+from kvpatch.statistics.verdicts import headline, verdicts
+
+Make = Callable[..., Any]
+N = 30
+FLAT = [0.0] * N
+UP = [1 + i / 100 for i in range(N)]
+DOWN = [-value for value in UP]
+NOISE = [9.0 * (-1) ** i for i in range(N)]
+STRONGEST = "Information sufficient for recursive-style output can be read from these cache slots"
+
+
+@pytest.fixture
+def protocol(make_protocol: Make) -> Protocol:
+    return make_protocol(
+        {"id": "exists", "contrast": "B - A", "test": "greater", "is_gatekeeper": True, "family": "a"},
+        {
+            "id": "moves",
+            "contrast": "X - N1",
+            "test": "greater",
+            "gate": 2,
+            "is_gatekeeper": True,
+            "family": "b",
+        },
+        {
+            "id": "also",
+            "contrast": "X - N2",
+            "test": "greater",
+            "gate": 2,
+            "is_gatekeeper": True,
+            "family": "b",
+        },
+        {"id": "null", "contrast": "N1 - A", "test": "equivalent", "margin": {"value": 0.3}, "gate": 3},
+    )
+
+
+@pytest.fixture
+def say(protocol: Protocol, make_trials: Make) -> Callable[..., str]:
+    def sentence(instrument_ok: bool | None = None, incoherent: Any = None, **scores: Any) -> str:
+        given = {"A": FLAT, "B": UP, "X": UP, "N1": FLAT, "N2": FLAT, **scores}
+        given = {name: values for name, values in given.items() if values is not None}
+        trials = make_trials(given, incoherent=incoherent)
+        return headline(protocol, verdicts(protocol, trials, instrument_ok=instrument_ok))
+
+    return sentence
+
+
+def test_the_strongest_sentence(say: Make):
+    assert say() == STRONGEST + "."
+
+
+def test_controls_that_are_not_inert_stand_beside_it(say: Make):
+    lifted = [0.5 + i / 1000 for i in range(N)]
+    assert say(X=[2 + v for v in UP], N1=lifted) == (
+        STRONGEST + "; 1 of 1 control caches were not shown to leave the target as it is."
+    )
+
+
+@pytest.mark.parametrize("b", [FLAT, DOWN, NOISE], ids=["flat", "down", "noise"])
+def test_a_model_without_the_mode_is_told_plainly(say: Make, b: list[float]):
+    sentence = say(B=b)
+    assert sentence.startswith("This model does not show recursive mode under these prompts (exists: ")
+    assert sentence.endswith("so nothing about transfer was or could be shown.")
+
+
+def test_a_mode_that_was_seen_in_too_few_pairs_is_not_called_absent(protocol: Protocol, make_trials: Make):
+    few = {name: UP[:4] if name in "BX" else FLAT[:4] for name in ("A", "B", "X", "N1", "N2")}
+    sentence = headline(protocol, verdicts(protocol, make_trials(few)))
+    assert sentence.startswith("This run saw recursive mode under these prompts but could not establish it")
+
+
+def test_a_mode_that_was_not_measured_is_not_called_absent(say: Make):
+    assert say(B=None).startswith("Whether this model shows recursive mode was not measured")
+
+
+@pytest.mark.parametrize(
+    ("scores", "says"),
+    [
+        ({"X": DOWN}, "was not seen to move with the cache; the data speak against it"),
+        ({"X": NOISE}, "can't tell whether recursive mode moves with the cache"),
+        ({"N2": NOISE}, "is incomplete, so it is not shown (moves: supported, also: inconclusive)"),
+        ({"X": NOISE, "N2": [99.0] * N}, "is not shown; part of the data speak against it"),
+    ],
+)
+def test_anything_less_than_every_primary_hypothesis_is_less_than_the_strongest(
+    say: Make, scores: dict[str, list[float]], says: str
+):
+    sentence = say(**scores)
+    assert says in sentence
+    assert "can be read from these cache slots" not in sentence
+
+
+def test_incoherent_outputs_are_said_to_be_so(say: Make):
+    assert "are not coherent" in say(incoherent={"X": 0.5})
+
+
+def test_a_failed_instrument_says_nothing_about_the_mode(say: Make):
+    assert say(instrument_ok=False).startswith("The instrument check failed")
+
+
+def test_the_mode_is_the_protocols_own(make_protocol: Make, make_trials: Make):
+    protocol = make_protocol(
+        {"id": "exists", "contrast": "B - A", "test": "greater", "is_gatekeeper": True},
+        {"id": "moves", "contrast": "X - N1", "test": "greater", "gate": 2},
+        pairing={"sources": "legal_english", "targets": "plain"},
+    )
+    trials = make_trials({"A": FLAT, "B": UP, "X": UP, "N1": FLAT})
+    assert headline(protocol, verdicts(protocol, trials)).startswith(
+        "Information sufficient for legal english-style output"
+    )
+    trials = make_trials({"A": FLAT, "B": FLAT, "X": UP, "N1": FLAT})
+    assert "recursive" not in headline(protocol, verdicts(protocol, trials))
+
+
+def test_a_protocol_of_tautologies_is_no_evidence(make_protocol: Make, make_trials: Make):
+    protocol = make_protocol({"id": "seed", "contrast": "C - A", "test": "greater", "gate": 2})
+    sentence = headline(protocol, verdicts(protocol, make_trials({"A": FLAT, "C": UP})))
+    assert "true by construction" in sentence and protocol.title in sentence
+
+
+def test_a_protocol_without_a_primary_gate_counts_what_held(make_protocol: Make, make_trials: Make):
+    protocol = make_protocol({"id": "exists", "contrast": "B - A", "test": "greater"})
+    sentence = headline(protocol, verdicts(protocol, make_trials({"A": FLAT, "B": UP})))
+    assert sentence == 'Of the 1 hypotheses of "A small protocol", 1 held (exists: supported).'
+
+
+def test_nothing_decided_is_said_so(protocol: Protocol):
+    assert headline(protocol, []) == 'Nothing has been decided yet on "A small protocol".'

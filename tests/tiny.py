@@ -135,7 +135,7 @@ def tiny_hf(architecture: str) -> PreTrainedModel:
         for parameter in hf.parameters():
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
-    return hf
+    return hf.requires_grad_(False)
 
 
 def tiny_model_dir(architecture: str, tmp: Path, *, chat: bool = True) -> Path:

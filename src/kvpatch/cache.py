@@ -79,6 +79,8 @@ class KVCache:
                 )
         if tuple(self.pending.shape) != shape[:1] or tuple(self.pending_position.shape) != shape[:1]:
             raise CacheError(f"pending has shape {tuple(self.pending.shape)}, the batch is {shape[0]}")
+        if len(self.pieces) != shape[0]:
+            raise CacheError(f"there are pieces for {len(self.pieces)} rows, the batch is {shape[0]}")
 
     def __repr__(self) -> str:
         lengths = self.lengths.tolist()
@@ -192,21 +194,20 @@ class KVCache:
     def checksums(self) -> list[str]:
         """One 16-digit hexadecimal number a row, over the bits of its real slots; padding and batch do not enter.
 
-        A multiply-and-add hash modulo 2**64, computed where the tensors are. It detects change; it is not a signature.
+        A sum modulo 2**64 of hashes of every number's bits with its place (layer, part, KV head, slot, dimension),
+        computed where the tensors are. It detects change; it is not a signature.
         """
         total = torch.zeros(self.batch, dtype=torch.int64, device=self.positions.device)
         # Slots count from the end, so that padding on the left does not move them.
         from_end = torch.arange(self.slots, 0, -1, device=self.positions.device)
         for layer, pair in enumerate(zip(self.keys, self.values, strict=True)):
             for part, tensor in enumerate(pair):
-                bits = _bits(tensor).to(torch.int64)
-                heads, dim = bits.shape[1], bits.shape[3]
-                weight = torch.arange(1, heads * dim + 1, device=bits.device).view(1, heads, 1, dim) * 0x9E3779B97F4A7C1
-                weight = weight + (from_end * 0x5851F42D4C957F2 + (2 * layer + part) * 0x14057B7EF767814).view(
-                    1, 1, -1, 1
-                )
-                mixed = (bits + 1) * (weight | 1)
-                total += (mixed * self.is_real[:, None, :, None]).sum(dim=(1, 2, 3))
+                heads, dim = tensor.shape[1], tensor.shape[3]
+                place = torch.arange(1, heads * dim + 1, device=tensor.device).view(heads, 1, dim) * 0x9E3779B97F4A7C1
+                place = place + (from_end * 0x5851F42D4C957F2 + (2 * layer + part) * 0x14057B7EF767814)[:, None]
+                # The fold is what makes the hash more than a weighted sum, in which swapped slots could cancel out.
+                mixed = _fold_((_bits(tensor) ^ place).mul_(0x2545F4914F6CDD1D))
+                total += (mixed.sum(dim=(1, 3)) * self.is_real).sum(dim=1)
         return [f"{value % 2**64:016x}" for value in total.tolist()]
 
 
@@ -221,4 +222,12 @@ def pad_left(tensor: Tensor, slots: int, fill: int, axis: int) -> Tensor:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    """The bits of every number as int64, those of float64 folded so that a product spreads the highest too."""
+    size = tensor.element_size()
+    bits = tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).to(torch.int64)
+    return _fold_(bits.clone()) if size == 8 else bits
+
+
+def _fold_(x: Tensor) -> Tensor:
+    """The upper half of every int64 mixed into its lower half, in place (the shift keeps the sign: masked off)."""
+    return x.bitwise_xor_((x >> 32).bitwise_and_(0xFFFFFFFF))

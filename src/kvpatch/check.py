@@ -23,6 +23,7 @@ from kvpatch.patch import Frozen, Patch
 from kvpatch.rope import rotate
 
 BOUND = 1e-5
+NOISE_LIMIT = 5e-2
 _SOURCE = "Watch how each of these words arrives, and say what it is like to be the one that is choosing them now."
 _TARGET = "Explain how bread rises in a warm oven, and which of the usual steps a beginner can leave out safely."
 _SHIFT = 7
@@ -55,14 +56,15 @@ def check(model: Model, on_identity: Callable[[Identity], None] | None = None) -
 
     Returns:
         One `Identity` each, in a fixed order. In float32 the bound is 1e-5; in other types it is ten times the measured
-        noise of the same row among other batch mates.
+        noise of the same row among other batch mates (at least one rounding), and that noise has a limit of its own.
     """
     source, target = _same_length(model)
     caches = prefill(model.backbone, [source, target])
     setup = _Setup(model, caches[0], caches[1], source, target, BOUND)
     noise = _batch_noise(setup)
     if model.backbone.dtype != torch.float32:
-        setup.bound = max(10 * noise, BOUND)
+        # Noise may measure 0 by luck; less than one rounding of this type says nothing.
+        setup.bound = 10 * max(noise, torch.finfo(model.backbone.dtype).eps / 2)
     out = []
     for name, measure in _IDENTITIES.items():
         error, note, bound = measure(setup)
@@ -211,21 +213,24 @@ def _hooks(s: _Setup) -> tuple[float, str, float]:
 
 def _unchanged(s: _Setup) -> tuple[float, str, float]:
     before = s.source.checksums() + s.target.checksums()
-    mixed = Patch(slots="body", strength=0.5).apply(s.source, s.target)
+    # The two bodies may differ in length, so that keys would move: not where positions are in the embeddings.
+    is_fixed = any(rope.layout == "absolute" for rope in s.model.geometry.rope)
+    mixed = Patch(slots="all" if is_fixed else "body", strength=0.5).apply(s.source, s.target)
     _greedy(s.model, mixed, 4)
     _greedy(s.model, s.target, 4)
     return float(before != s.source.checksums() + s.target.checksums()), "checksums of both inputs", 0.0
 
 
 def _batched(s: _Setup) -> tuple[float, str, float]:
-    return _batch_noise(s), "one row alone and among longer ones", s.bound
+    bound = s.bound if s.model.backbone.dtype == torch.float32 else NOISE_LIMIT  # the others' bound is made of this noise
+    return _batch_noise(s), "one row alone and among longer ones", bound
 
 
 def _edit(s: _Setup) -> tuple[float, str, float]:
     """Reported as 0 where the edit shows, 1 where it does not."""
     edited = Patch(slots="all", align="end", donor="gaussian_isotropic").apply(s.source, s.target, seed=1)
     moved = _off(next_logits(s.model, edited), next_logits(s.model, s.target))
-    return float(not moved > max(100 * s.bound, 1e-3)), f"a random cache moves logits by {moved:.3g} of their size", 0.0
+    return float(not moved > max(s.bound, 1e-3)), f"a random cache moves logits by {moved:.3g} of their size", 0.0
 
 
 _IDENTITIES: dict[str, Callable[[_Setup], tuple[float, str, float]]] = {

@@ -281,9 +281,11 @@ def _one_line_errors() -> Iterator[None]:
             raise
         sys.stderr.write(f"kvpatch: {' '.join(str(error).split())}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("kvpatch: stopped; what was stored is kept, and the same command goes on from there\n")
-        sys.exit(130)
+    except SystemExit as stop:
+        # typer turns Ctrl-C into this exit code.
+        if stop.code == 130:
+            sys.stderr.write("kvpatch: stopped; what was stored is kept, and the same command goes on from there\n")
+        raise
 
 
 def main() -> None:

@@ -27,12 +27,17 @@ def make_donor(name: str, source: KVCache, seeds: Sequence[int], reference: KVCa
         name: a `Donor` of patch.py.
         source: the cache it is made from, any batch.
         seeds: one seed a row.
-        reference: caches whose statistics "gaussian_fitted" and "mean" take (the source itself if None).
+        reference: caches whose statistics "gaussian_fitted" and "mean" take. If None, the source itself: a Gaussian is
+            fitted to each row alone, the mean is over the source's rows.
     Returns:
         A cache of the source's shape and labels.
     Raises:
         CacheError: where the donor can't be made from this source.
     """
+    if len(seeds) != source.batch:
+        raise CacheError(f"{len(seeds)} seeds for a batch of {source.batch}")
+    if name == "gaussian_fitted" and reference is None and source.batch > 1:
+        return KVCache.concat([make_donor(name, row, [seed]) for row, seed in zip(source, seeds, strict=True)])
     generators = [np.random.Generator(np.random.Philox(key=seed % 2**64)) for seed in seeds]
     return _MAKERS[name](source, generators, source if reference is None else reference)
 

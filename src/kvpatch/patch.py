@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 if TYPE_CHECKING:
     from kvpatch.cache import KVCache
@@ -72,6 +73,16 @@ class SlotQuery(Frozen):
     keywords: list[str] | None = None
     matched_to: SlotQuery | None = None
 
+    @field_validator("keywords")
+    @classmethod
+    def _keywords_compile(cls, keywords: list[str] | None) -> list[str] | None:
+        for keyword in keywords or []:
+            try:
+                re.compile(keyword)
+            except re.error as error:
+                raise ValueError(f"keyword {keyword!r} is not a regular expression: {error}") from None
+        return keywords
+
     @model_validator(mode="after")
     def _fraction_is_ordered(self) -> SlotQuery:
         if self.fraction is not None and not 0 <= self.fraction[0] < self.fraction[1] <= 1:
@@ -104,7 +115,7 @@ class Patch(Frozen):
     slots: NamedSlots | SlotQuery | Indices = "all"
     parts: Parts = "kv"
     align: Align = "end"
-    strength: float = 1.0
+    strength: float = Field(default=1.0, allow_inf_nan=False)
     rotate: bool = True
     donor: Donor = "source"
 

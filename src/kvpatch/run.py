@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import kvpatch
 from kvpatch.check import check
 from kvpatch.errors import ModelError, ProtocolError
 from kvpatch.executors.local import LocalExecutor, OnBatch
+from kvpatch.fit import refuse_misfits
 from kvpatch.model import Model
 from kvpatch.models.load import template_sha256, tokenizer_sha256, weights_sha256
 from kvpatch.models.template import has_template
@@ -24,6 +26,7 @@ from kvpatch.outcome import write_report, write_verdicts
 from kvpatch.prompts.bank import Bank, load_bank
 from kvpatch.protocols.plan import Plan, make_plan
 from kvpatch.protocols.schema import Protocol
+from kvpatch.readouts.behavior import Lexicon
 from kvpatch.readouts.geometry import layer_at
 from kvpatch.store import ModelRecord, RunRecord, Store
 
@@ -53,17 +56,21 @@ def plan_for(
     """
     for layer in (protocol.readouts.r_v.early, protocol.readouts.r_v.late):
         layer_at(layer, model.geometry.layers)
+    Lexicon.load(protocol.readouts.lexicon)
     record = model_record(model)
-    longest = max(len(model.encode(prompt.text).token_ids) for prompt in bank.prompts)
-    if longest + protocol.generation.max_new_tokens > model.geometry.context:
+    encode = functools.cache(lambda text: model.encode(text, may_be_empty=not text))
+    longest = max(len(encode(prompt.text).token_ids) for prompt in bank.prompts)
+    readouts = protocol.readouts
+    room = max(protocol.generation.max_new_tokens, readouts.forced_tokens, readouts.likelihood_tokens)
+    if longest + room > model.geometry.context:
         raise ProtocolError(
-            f"the longest prompt has {longest} tokens and {protocol.generation.max_new_tokens} are to be written; "
+            f"the longest prompt has {longest} tokens and {room} are to follow; "
             f"the model's context is {model.geometry.context}"
         )
     plan = make_plan(
         protocol,
         bank,
-        body_length=lambda text: model.encode(text).body_length,
+        body_length=lambda text: encode(text).body_length,
         model_key=f"{record.weights_sha256}:{record.tokenizer_sha256}:{record.template_sha256}:{record.dtype}",
         kv_heads=model.geometry.kv_heads,
         has_template=has_template(model.tokenizer),
@@ -71,6 +78,7 @@ def plan_for(
         n=n,
         phases=phases,
     )
+    refuse_misfits(plan, model.geometry, encode, room)
     return plan, record
 
 

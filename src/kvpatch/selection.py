@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -96,7 +97,8 @@ def _query(cache: KVCache, row: int, query: SlotQuery, seed: int) -> list[int]:
         matches = _keyword_slots(cache.pieces[row], query.keywords)
         pool = [slot for slot in pool if slot in matches]
     if query.matched_to is not None:
-        pool = _matched(pool, _query(cache, row, query.matched_to, seed), seed)
+        like = _query(cache, row, query.matched_to, seed)
+        pool = _matched(pool, like, _named(cache, row, query.of), seed)
     return pool
 
 
@@ -114,19 +116,17 @@ def _keyword_slots(pieces: Sequence[str], keywords: Sequence[str]) -> set[int]:
     return hit
 
 
-def _matched(pool: Sequence[int], like: Sequence[int], seed: int) -> list[int]:
-    """As many slots of `pool` as `like` has, none of them in it, at like depths (tenths of the pool)."""
+def _matched(pool: Sequence[int], like: Sequence[int], stretch: Sequence[int], seed: int) -> list[int]:
+    """As many slots of `pool` as `like` has, none of them in it, at like depths (tenths of the stretch)."""
     free = [slot for slot in pool if slot not in set(like)]
     if len(free) < len(like):
         raise CacheError(f"matched_to wants {len(like)} other slots, and only {len(free)} are free")
-    span = max(1, len(pool))
-    depth = {slot: 10 * place // span for place, slot in enumerate(pool)}
-    rng = np.random.Generator(np.random.Philox(key=seed))
+    depth = {slot: min(9, 10 * bisect_left(stretch, slot) // max(1, len(stretch))) for slot in {*pool, *like}}
+    rng = np.random.Generator(np.random.Philox(key=seed % 2**64))
     chosen: list[int] = []
     for slot in like:
-        wanted = depth.get(slot, 0)
-        nearest = min(abs(depth[other] - wanted) for other in free)
-        candidates = [other for other in free if abs(depth[other] - wanted) == nearest]
+        nearest = min(abs(depth[other] - depth[slot]) for other in free)
+        candidates = [other for other in free if abs(depth[other] - depth[slot]) == nearest]
         pick = candidates[int(rng.integers(len(candidates)))]
         chosen.append(pick)
         free.remove(pick)

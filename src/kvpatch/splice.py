@@ -72,7 +72,7 @@ def splice(
         is_put = _mask(layout.source != PAD, heads, target.keys[layer].shape[1])
         keys.append(_blend(moved, put_k, is_put, patch.strength) if "k" in patch.parts else moved)
         values.append(_blend(own_v, put_v, is_put, patch.strength) if "v" in patch.parts else own_v)
-    return _labelled(patch, donor, target, layout, tuple(keys), tuple(values), len(layers))
+    return _labelled(patch, donor, target, layout, tuple(keys), tuple(values))
 
 
 def plan(patch: Patch, source: KVCache, target: KVCache, seeds: Sequence[int]) -> Layout:
@@ -93,7 +93,10 @@ def plan(patch: Patch, source: KVCache, target: KVCache, seeds: Sequence[int]) -
     if patch.align in ("replace", "append"):
         # The sequence runs on from the target's first position, whatever its new length.
         real = (to != PAD) | (of != PAD)
-        start = torch.where(target.is_real, target.positions, target.positions.max() + 1).amin(dim=1, keepdim=True)
+        # (A row that caches nothing yet would start where its pending token stands.)
+        next_one = target.pending_position[:, None]
+        own = torch.where(target.is_real, target.positions, next_one)
+        start = torch.cat([own, next_one], dim=1).amin(dim=1, keepdim=True)
         positions = torch.where(real, start + real.cumsum(dim=1) - 1, PAD)
         pending = (start + real.sum(dim=1, keepdim=True)).squeeze(1)
     else:
@@ -125,6 +128,8 @@ def _row_plan(align: str, source: list[int], target: list[int], first: int, slot
 
 def take(tensor: Tensor, slots: Tensor) -> Tensor:
     """Slots of [batch, kv_heads, slots, dim] by [batch, new_slots]; zeros where -1."""
+    if tensor.shape[2] == 0:
+        return tensor.new_zeros(*tensor.shape[:2], slots.shape[1], tensor.shape[3])
     index = slots.clamp(min=0)[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
     return torch.where((slots != PAD)[:, None, :, None], tensor.gather(2, index), 0)
 
@@ -138,7 +143,7 @@ def rotate_to(keys: Tensor, positions: Tensor, slots: Tensor, landing: Tensor | 
 
 
 def _pick(labels: Tensor, slots: Tensor) -> Tensor:
-    return labels.gather(1, slots.clamp(min=0))
+    return labels.gather(1, slots.clamp(min=0)) if labels.shape[1] else torch.full_like(slots, PAD)
 
 
 def _mask(is_put: Tensor, heads: list[int], count: int) -> Tensor:
@@ -152,16 +157,21 @@ def _blend(own: Tensor, put: Tensor, is_put: Tensor, strength: float) -> Tensor:
         return torch.where(is_put, put, own)
     if strength == 0:
         return own
-    mixed = own.float() + strength * (put.float() - own.float())
+    work = torch.promote_types(own.dtype, torch.float32)
+    mixed = own.to(work) + strength * (put.to(work) - own.to(work))
     return torch.where(is_put, mixed.to(own.dtype), own)
 
 
 def _labelled(
-    patch: Patch, donor: KVCache, target: KVCache, layout: Layout, keys: tuple, values: tuple, n_layers: int
+    patch: Patch, donor: KVCache, target: KVCache, layout: Layout, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]
 ) -> KVCache:
     """The result with its labels. A slot is the source's token where all of its K and V came from there."""
     of_source = layout.source != PAD
-    is_whole = patch.parts == "kv" and patch.strength == 1 and patch.kv_heads is None and n_layers == target.layers
+    heads = [k.shape[1] for k in target.keys]
+    layers = layer_indices(patch.layers, target.layers)
+    changed = sum(len(head_indices(patch.kv_heads, heads[layer])) for layer in layers)
+    is_whole = patch.parts == "kv" and patch.strength == 1 and changed == sum(heads)
+    has_effect = patch.strength != 0 and changed > 0
     has_no_target = layout.target == PAD
     named_by_source = of_source & (has_no_target | is_whole)
 
@@ -169,7 +179,7 @@ def _labelled(
         own = torch.where(layout.target != PAD, _pick(getattr(target, name), layout.target), PAD)
         return torch.where(by_source, _pick(getattr(donor, name), layout.source), own)
 
-    origins = torch.where(of_source & (patch.strength != 0), int(Origin.patched), label("origins", of_source & False))
+    origins = torch.where(of_source & has_effect, int(Origin.patched), label("origins", of_source & False))
     pieces = tuple(
         _row_pieces(donor, target, row, layout.target[row].tolist(), layout.source[row].tolist(), by)
         for row, by in enumerate(named_by_source.tolist())

@@ -180,7 +180,8 @@ class Store:
 
     def _is_ours(self) -> bool:
         names = {p.name for p in self.directory.iterdir()}
-        return "run.json" in names or not names - {".lock", "trials"}
+        # A process killed while it wrote run.json leaves only its unfinished copy.
+        return "run.json" in names or not names - {".lock", "trials", ".run.json.tmp"}
 
     def read_record(self) -> RunRecord:
         """run.json.

@@ -9,12 +9,16 @@ from torch import Tensor
 
 from kvpatch.cache import PAD, KVCache, Origin
 from kvpatch.errors import ProtocolError
-from kvpatch.models.hf import Backbone
+from kvpatch.models.hf import Backbone, Slab
 from kvpatch.models.template import EncodedPrompt
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 32_768}
 """Tokens, padding counted, that one pass takes; bounds its memory, not its result. On a CPU larger activations leave
 the cache and cost a third of the speed (benchmarks/LOG.md)."""
+
+
+SHARED_AT_LEAST = 8
+"""A beginning of this many tokens that all prompts share (a chat template's, mostly) is run once for all of them."""
 
 
 @torch.no_grad()
@@ -34,10 +38,11 @@ def prefill(backbone: Backbone, prompts: Sequence[EncodedPrompt]) -> KVCache:
     for prompt in prompts:
         if len(prompt.token_ids) > context:
             raise ProtocolError(f"a prompt has {len(prompt.token_ids)} tokens; the model's context is {context}")
+    shared = _shared_beginning(prompts)
+    beginning = _beginning(backbone, prompts[0].token_ids[:shared]) if shared else None
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
-    parts = [
-        _prefill_pass(backbone, [prompts[i] for i in part]) for part in _passes(prompts, order, backbone.device.type)
-    ]
+    passes = _passes([len(prompts[i].token_ids) - shared for i in order], backbone.device.type)
+    parts = [_prefill_pass(backbone, [prompts[i] for i in order[low:high]], shared, beginning) for low, high in passes]
     joined = KVCache.concat(parts)
     if order == list(range(len(prompts))):
         return joined
@@ -45,38 +50,61 @@ def prefill(backbone: Backbone, prompts: Sequence[EncodedPrompt]) -> KVCache:
     return joined[back]
 
 
-def _passes(prompts: Sequence[EncodedPrompt], order: Sequence[int], device: str) -> list[list[int]]:
-    """Prompts in ascending length, cut where a padded pass would grow past `TOKENS_AT_ONCE`."""
-    passes: list[list[int]] = [[]]
-    for index in order:
-        if passes[-1] and (len(passes[-1]) + 1) * len(prompts[index].token_ids) > TOKENS_AT_ONCE.get(device, 4096):
-            passes.append([])
-        passes[-1].append(index)
-    return passes
+def _shared_beginning(prompts: Sequence[EncodedPrompt]) -> int:
+    """Number of cached tokens that all prompts begin with; 0 where running them once would not pay."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(p.token_ids[:-1] for p in prompts), max(p.token_ids[:-1] for p in prompts)
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return shared if shared >= SHARED_AT_LEAST else 0
 
 
-def _prefill_pass(backbone: Backbone, prompts: Sequence[EncodedPrompt]) -> KVCache:
+def _beginning(backbone: Backbone, token_ids: Sequence[int]) -> Slab:
+    """A slab of one row that holds the shared beginning."""
+    slab = backbone.slab(1, len(token_ids))
+    tokens = torch.tensor([list(token_ids)], device=backbone.device)
+    backbone.forward(tokens, torch.arange(len(token_ids), device=backbone.device)[None], slab)
+    return slab
+
+
+def _passes(lengths: Sequence[int], device: str) -> list[tuple[int, int]]:
+    """Stretches of ascending lengths, cut where a padded pass would grow past `TOKENS_AT_ONCE`."""
+    cuts = [0]
+    for index, length in enumerate(lengths):
+        if index > cuts[-1] and (index + 1 - cuts[-1]) * length > TOKENS_AT_ONCE.get(device, 4096):
+            cuts.append(index)
+    return list(zip(cuts, [*cuts[1:], len(lengths)], strict=True))
+
+
+def _prefill_pass(backbone: Backbone, prompts: Sequence[EncodedPrompt], shared: int, beginning: Slab | None) -> KVCache:
     slots = max(len(prompt.token_ids) for prompt in prompts) - 1
-    device = backbone.device
+    batch, device = len(prompts), backbone.device
 
-    def table(rows: Sequence[Sequence[int]]) -> Tensor:
-        padded = [[PAD] * (slots - len(row)) + list(row) for row in rows]
-        return torch.tensor(padded, dtype=torch.int64, device=device).reshape(len(prompts), slots)
+    def table(rows: Sequence[Sequence[int]], width: int) -> Tensor:
+        padded = [[PAD] * (width - len(row)) + list(row) for row in rows]
+        return torch.tensor(padded, dtype=torch.int64, device=device).reshape(batch, width)
 
-    token_ids = table([prompt.token_ids[:-1] for prompt in prompts])  # [batch, slots]
-    positions = table([range(len(prompt.token_ids) - 1) for prompt in prompts])
-    if slots:
-        slab = backbone.slab(len(prompts), slots)
-        backbone.forward(token_ids.clamp(min=0), positions, slab)
-        keys, values = tuple(x.keys for x in slab.slab_layers), tuple(x.values for x in slab.slab_layers)
+    token_ids = table([prompt.token_ids[:-1] for prompt in prompts], slots)  # [batch, slots]
+    positions = table([range(len(prompt.token_ids) - 1) for prompt in prompts], slots)
+    if beginning is not None:
+        slab = Slab.holding(
+            tuple(x.keys.expand(batch, -1, -1, -1) for x in beginning.slab_layers),
+            tuple(x.values.expand(batch, -1, -1, -1) for x in beginning.slab_layers),
+            beginning.positions.expand(batch, -1),
+            slots - shared,
+        )
     else:
-        keys, values = _no_slots(backbone, len(prompts))
+        slab = backbone.slab(batch, max(slots, 1))
+    rest = slots - shared
+    if rest or not slots:
+        own = torch.where(positions >= shared, positions, PAD)[:, -rest:] if rest else positions.new_zeros(batch, 1)
+        backbone.forward(token_ids[:, -rest:].clamp(min=0) if rest else own, own, slab)
     return KVCache(
-        keys=keys,
-        values=values,
+        keys=tuple(_right_aligned(x.keys, positions, shared) for x in slab.slab_layers),
+        values=tuple(_right_aligned(x.values, positions, shared) for x in slab.slab_layers),
         positions=positions,
         token_ids=token_ids,
-        segments=table([prompt.segments[:-1] for prompt in prompts]),
+        segments=table([prompt.segments[:-1] for prompt in prompts], slots),
         origins=torch.where(positions == PAD, PAD, int(Origin.own)),
         pending=torch.tensor([prompt.token_ids[-1] for prompt in prompts], device=device),
         pending_position=torch.tensor([len(prompt.token_ids) - 1 for prompt in prompts], device=device),
@@ -85,9 +113,14 @@ def _prefill_pass(backbone: Backbone, prompts: Sequence[EncodedPrompt]) -> KVCac
     )
 
 
-def _no_slots(backbone: Backbone, batch: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Empty layers for prompts of one token: that token is pending and nothing is cached."""
-    slab = backbone.slab(batch, 1)
-    zero = torch.zeros(batch, 1, dtype=torch.int64, device=backbone.device)
-    backbone.forward(zero, zero, slab)
-    return tuple(x.keys[:, :, :0] for x in slab.slab_layers), tuple(x.values[:, :, :0] for x in slab.slab_layers)
+def _right_aligned(tensor: Tensor, positions: Tensor, shared: int) -> Tensor:
+    """Bring each row's shared beginning, which stands at the slab's left, up against the row's own tokens.
+
+    tensor [batch, kv_heads, capacity, dim]; positions [batch, slots] of the right-aligned rows.
+    """
+    slots = positions.shape[1]
+    if not shared:
+        return tensor[:, :, :slots]
+    own = torch.arange(slots, device=positions.device).expand_as(positions)
+    index = torch.where((positions >= 0) & (positions < shared), positions, own)
+    return tensor.gather(2, index[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))

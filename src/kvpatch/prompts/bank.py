@@ -1,7 +1,7 @@
 """Prompt banks: prompts and held-out continuations, read from YAML.
 
-A bank is a directory of YAML lists. An entry with `group` is a prompt, one with `mode` a continuation. Shipped banks lie in
-`banks/`, written for this project and dedicated to the public domain (CC0).
+A bank is a directory of YAML lists. An entry with `group` is a prompt, one with `mode` a continuation. Shipped banks
+lie in `banks/`, written for this project and dedicated to the public domain (CC0).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from kvpatch.errors import ProtocolError
 from kvpatch.patch import Frozen
@@ -30,12 +30,19 @@ class Prompt(Frozen):
 
     id: str
     group: str
-    text: str = Field(min_length=1)
+    text: str
     topic: str
     domain: str
     level: str | None = None
     partner_of: str | None = None
     paraphrase_of: str | None = None
+
+    @field_validator("text")
+    @classmethod
+    def _has_words(cls, text: str) -> str:
+        if not text.strip():
+            raise ValueError("the text is empty; give it at least one word")
+        return text
 
 
 class Continuation(Frozen):
@@ -129,7 +136,9 @@ def _entries(path: Path, raw: bytes) -> Iterator[Prompt | Continuation]:
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
-            raise ProtocolError(f"{path.name}, entry {number}, {key or 'entry'}: {first['msg']}") from error
+            raise ProtocolError(
+                f"{path.name}, entry {number}, {key or 'entry'}: {first['msg'].removeprefix('Value error, ')}"
+            ) from error
 
 
 def shuffled_words(text: str, seed: int) -> str:

@@ -151,7 +151,7 @@ class _Planner:
         conditions = {name: self.protocol.conditions[name] for name in names if self._is_possible(phase, name, pairs)}
         per_pair = len(conditions) * self.protocol.generation.samples
         step = max(1, ROWS_PER_BATCH // max(1, per_pair))
-        needs_reference = any(c.patch and c.patch.donor in ("gaussian_fitted", "mean") for c in conditions.values())
+        needs_reference = any(_is_fitted(condition) for condition in conditions.values())
         out = []
         for low in range(0, len(pairs), step):
             planned = [self._pair(pair) for pair in pairs[low : low + step]]
@@ -222,11 +222,17 @@ class _Planner:
             "sample": sample,
             "seed": seed,
             "generation": self.protocol.generation.model_dump(mode="json"),
+            "reference": self.reference if _is_fitted(condition) else [],
             "readouts": self.protocol.readouts.model_dump(mode="json"),
         }
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         trial_id = hashlib.sha256(text.encode()).hexdigest()[:32]
         return PlannedTrial(trial_id=trial_id, pair=index, condition=name, sample=sample, seed=seed)
+
+
+def _is_fitted(condition: Condition) -> bool:
+    """Whether the donor is made from the statistics of reference prompts."""
+    return condition.patch is not None and condition.patch.donor in ("gaussian_fitted", "mean")
 
 
 def _number(*parts: object) -> int:

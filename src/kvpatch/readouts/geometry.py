@@ -17,7 +17,7 @@ def participation_ratio(v: Tensor) -> Tensor:
     Args:
         v: [..., tokens, dim], the vectors of a window, uncentred. Any floating dtype.
     Returns:
-        [...], between 1 and min(tokens, dim); NaN for an all-zero window. float64 for float64, else float32.
+        [...], between 1 and min(tokens, dim); NaN for an empty or all-zero window. float64 for float64, else float32.
 
     With s the singular values of the window, (sum s^2)^2 / sum s^4; computed as (tr G)^2 / tr(G^2) for the smaller
     Gram matrix G of the two, which needs no decomposition (Gao et al. 2017, eq. 4, without centring).
@@ -25,6 +25,8 @@ def participation_ratio(v: Tensor) -> Tensor:
     if v.ndim < 2:
         raise CacheError(f"participation_ratio needs [..., tokens, dim], got shape {tuple(v.shape)}")
     v = v if v.dtype == torch.float64 else v.float()
+    if 0 in v.shape[-2:]:
+        return v.new_full(v.shape[:-2], float("nan"))
     # The ratio does not depend on scale; dividing by the largest entry keeps fourth powers from over- and underflowing.
     largest = v.abs().amax(dim=(-2, -1), keepdim=True)
     v = v / torch.where(largest > 0, largest, 1)

@@ -1,0 +1,101 @@
+"""A protocol file is read as a person wrote it, and each mistake is named with its file, line and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvpatch.errors import ProtocolError
+from kvpatch.protocols.load import load_protocol, parse_protocol, shipped_protocols
+from small import protocol_content
+
+TEXT = yaml.safe_dump(protocol_content("recursion"), sort_keys=False)
+
+
+def line_of(needle: str, text: str = TEXT) -> int:
+    return next(i for i, line in enumerate(text.splitlines(), 1) if line.startswith(needle))
+
+
+def test_dec7_is_shipped_and_loads():
+    assert "dec7" in shipped_protocols()
+    dec7 = load_protocol("dec7")
+    assert dec7.protocol == "dec7"
+    assert {"A", "B", "C", "D", "E1", "F1", "S0", "S1", "N1"} <= set(dec7.phases["1"].conditions)
+
+
+def test_file_is_read_as_its_text(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(TEXT)
+    assert load_protocol(str(path)).sha256 == parse_protocol(TEXT, "mine").sha256
+
+
+def replaced(old: str, new: str) -> str:
+    assert TEXT.count(old) >= 1, old
+    return TEXT.replace(old, new, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        (replaced("max_new_tokens: 10", "max_new_tokens: many"), line_of("  max_new_tokens"), "generation.max_new"),
+        (replaced("max_new_tokens: 10", "max_new_tokens: 0"), line_of("  max_new_tokens"), "generation.max_new"),
+        (replaced("temperature: 0.7", "temperature: -1"), line_of("  temperature"), "generation.temperature"),
+        (replaced("temperature: 0.7", "temperature: .nan"), line_of("  temperature"), "generation.temperature"),
+        (replaced("temperature: 0.7", "warmth: 0.7"), line_of("  temperature"), "generation.warmth"),
+        (replaced("title: A small protocol", "titel: x"), 1, "title"),
+        (replaced("    n: 5", "    n: [5]"), line_of("    n: 5"), "phases.1.n"),
+        (replaced("align: replace", "align: sideways"), line_of("      align: replace"), "conditions.C.patch.align"),
+        (replaced("      align: replace", "      align: replace\n      layers: [0]"), None, "conditions.C.patch"),
+        (replaced("    from: source\n", ""), line_of("  C:"), "conditions.C"),
+        (replaced("- A\n    - B", "- Z\n    - B"), 1, "protocol: phase '1' names condition 'Z'"),
+        (replaced("B - A", "B minus A"), line_of("- id: exists"), "hypotheses.0"),
+        (replaced("B - A", "B - Q"), 1, "condition 'Q' is not in phase '1'"),
+        (replaced("test: greater", "test: bigger"), line_of("  test: greater"), "hypotheses.0.test"),
+        (replaced("test: greater", "test: equivalent"), line_of("- id: exists"), "needs a margin"),
+        (replaced("- id: seed", "- id: exists"), 1, "'exists' is defined twice"),
+        (replaced("  gate: 1", "  gate: 9"), line_of("  gate: 1"), "hypotheses.0.gate"),
+        ("protocol: small\nconditions: {A: [\n", None, "not YAML"),
+        ("- a\n- b\n", 1, "expected a mapping"),
+        ("", 1, "expected a mapping"),
+    ],
+)
+def test_mistake_is_named_with_file_line_and_key(text, line, key):
+    with pytest.raises(ProtocolError) as raised:
+        parse_protocol(text, "mine.yaml")
+    message = str(raised.value)
+    assert "\n" not in message
+    assert message.startswith("mine.yaml, line ")
+    assert line is None or message.startswith(f"mine.yaml, line {line}")
+    assert key in message
+
+
+def test_condition_defined_twice_is_refused():
+    with pytest.raises(ProtocolError, match=f"line {line_of('hypotheses')}.*'A'"):
+        parse_protocol(
+            TEXT.replace("hypotheses:", "  A:\n    about: again\nhypotheses:").replace("phases:", "ph:"), "x"
+        )
+
+
+def test_unknown_name_says_what_there_is():
+    with pytest.raises(ProtocolError, match="no protocol 'dec8': shipped are dec7"):
+        load_protocol("dec8")
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "."])
+def test_unreadable_file_is_named(tmp_path: Path, name):
+    path = tmp_path / name
+    if name == ".":
+        path = tmp_path / "folder.yaml"
+        path.mkdir()
+    with pytest.raises(ProtocolError, match=r"\.yaml: can't be read") as raised:
+        load_protocol(str(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_file_that_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("title: \xe9".encode("latin-1"))
+    with pytest.raises(ProtocolError, match="can't be read"):
+        load_protocol(str(path))

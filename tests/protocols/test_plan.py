@@ -1,0 +1,208 @@
+"""The plan: how many trials, what their ids depend on, and batches that stand on their own."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Any
+
+import pytest
+
+from kvpatch.errors import ProtocolError
+from kvpatch.prompts.bank import Bank, load_bank
+from kvpatch.protocols.load import load_protocol
+from kvpatch.protocols.plan import CALIBRATION, Batch, Plan, make_plan
+from kvpatch.protocols.schema import Protocol
+from small import CONDITIONS, PAIRS, protocol_content, write_bank
+
+DEFAULTS: dict[str, Any] = {"model_key": "m", "kv_heads": 2, "has_template": True, "seed": 0}
+
+
+def plan_of(bank: Bank, protocol: Protocol | None = None, **changes: Any) -> Plan:
+    protocol = protocol or Protocol.model_validate(protocol_content("small"))
+    return make_plan(protocol, bank, body_length=lambda text: len(text.split()), **{**DEFAULTS, **changes})
+
+
+def dec7_plan(**changes: Any) -> Plan:
+    return plan_of(load_bank("recursion"), load_protocol("dec7"), **changes)
+
+
+@pytest.fixture
+def bank(tmp_path) -> Bank:
+    return load_bank(str(write_bank(tmp_path / "bank")))
+
+
+def ids_by_content(plan: Plan) -> dict[tuple, str]:
+    return {
+        (batch.phase, trial.condition, batch.pairs[trial.pair].pair_id, trial.sample): trial.trial_id
+        for batch in plan.batches
+        for trial in batch.trials
+    }
+
+
+def test_the_experiment_s_own_conditions_of_phase_1_are_600_runs():
+    dec7 = load_protocol("dec7")
+    runs = Counter(trial.condition for batch in dec7_plan().batches if batch.phase == "1" for trial in batch.trials)
+    assert set(runs.values()) == {100}
+    own = [name for name in runs if dec7.conditions[name].role == "experiment"]
+    assert sum(runs[name] for name in own) == 600
+    assert own == ["A", "B", "C", "D", "E1", "F1"]
+
+
+def test_calibration_pairs_are_held_out_of_every_phase():
+    plan = dec7_plan()
+    pairs = defaultdict(set)
+    for batch in plan.batches:
+        pairs[batch.split] |= {pair.pair_id for pair in batch.pairs}
+    assert len(pairs["calibration"]) == 30
+    assert len(pairs["test"]) == 100
+    assert not pairs["calibration"] & pairs["test"]
+
+
+def test_each_prompt_serves_in_one_pair():
+    pairs = {pair.pair_id: pair for batch in dec7_plan().batches for pair in batch.pairs}.values()
+    for role in ("target_id", "source_id"):
+        assert max(Counter(getattr(pair, role) for pair in pairs).values()) == 1
+
+
+def test_trial_ids_are_unique():
+    ids = dec7_plan().trial_ids
+    assert len(set(ids)) == len(ids) == 100 * 15 + 30 * 2
+
+
+def test_trial_ids_are_the_same_for_the_same_plan(bank):
+    assert plan_of(bank) == plan_of(bank)
+
+
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("model", {"model_key": "other"}),
+        ("seed", {"seed": 1}),
+        ("temperature", {"protocol": {"generation": {"max_new_tokens": 10, "temperature": 0.8}}}),
+        ("length", {"protocol": {"generation": {"max_new_tokens": 11, "temperature": 0.7}}}),
+        ("readouts", {"protocol": {"readouts": {"js_positions": 5}}}),
+    ],
+)
+def test_trial_ids_depend_on_everything_that_makes_a_trial(bank, what, changes):
+    content = protocol_content("small", **changes.pop("protocol", {}))
+    other = plan_of(bank, Protocol.model_validate(content), **changes)
+    assert not set(plan_of(bank).trial_ids) & set(other.trial_ids), what
+
+
+def test_only_the_changed_condition_gets_other_ids(bank):
+    conditions = CONDITIONS | {"P": CONDITIONS["P"] | {"patch": {"layers": [1, 3], "slots": "body", "parts": "v"}}}
+    other = ids_by_content(plan_of(bank, Protocol.model_validate(protocol_content("small", conditions=conditions))))
+    for key, trial_id in ids_by_content(plan_of(bank)).items():
+        assert (other[key] == trial_id) is (key[1] != "P"), key
+
+
+def test_only_trials_of_a_changed_prompt_get_other_ids(bank):
+    prompts = tuple(p.model_copy(update={"text": p.text + " Say it."}) if p.id == "f2" else p for p in bank.prompts)
+    edited = ids_by_content(plan_of(bank.model_copy(update={"prompts": prompts})))
+    changed = {key for key, trial_id in ids_by_content(plan_of(bank)).items() if edited[key] != trial_id}
+    assert {pair.split("+")[0] for _, _, pair, _ in changed} == {"t2"}
+
+
+def test_only_fitted_donors_depend_on_the_reference_prompts(bank):
+    """With fewer calibration pairs the Gaussian is fitted to other prompts; all else stays."""
+    fewer = protocol_content("small", calibration={"pairs": 2, "conditions": ["A", "B"]})
+    now, then = ids_by_content(plan_of(bank, Protocol.model_validate(fewer))), ids_by_content(plan_of(bank))
+    common = now.keys() & then.keys()
+    assert {key[1] for key in common if now[key] != then[key]} == {"F2"}
+
+
+def test_trial_ids_do_not_depend_on_n_or_on_other_phases(bank):
+    phases = {name: {"question": "?", "n": 5, "conditions": ["A", "C", "N1"]} for name in ("1", "2")}
+    protocol = Protocol.model_validate(protocol_content("small", phases=phases, hypotheses=[]))
+    whole = ids_by_content(plan_of(bank, protocol))
+    assert ids_by_content(plan_of(bank, protocol, n=2)).items() <= whole.items()
+    assert ids_by_content(plan_of(bank, protocol, phases=["2"])).items() <= whole.items()
+    assert {key[0] for key in ids_by_content(plan_of(bank, protocol, phases=["2"]))} == {CALIBRATION, "2"}
+
+
+def test_batches_go_to_json_and_back(bank):
+    for batch in plan_of(bank).batches:
+        assert Batch.model_validate_json(batch.model_dump_json(by_alias=True)) == batch
+
+
+def test_batches_hold_every_text_and_setting_they_need(bank):
+    protocol = Protocol.model_validate(protocol_content("small"))
+    for batch in plan_of(bank, protocol).batches:
+        assert batch.generation == protocol.generation
+        assert batch.readouts == protocol.readouts
+        for condition in batch.conditions.values():
+            roles = {condition.into, condition.from_, condition.text_of} - {None}
+            assert all(roles <= pair.texts.keys() for pair in batch.pairs)
+            if condition.patch and condition.patch.donor == "gaussian_fitted":
+                assert len(batch.reference_texts) == protocol.calibration.pairs
+        for pair in batch.pairs:
+            assert pair.texts["target"] == bank.by_id[pair.target_id].text
+            assert pair.texts["source"] == bank.by_id[pair.source_id].text
+            assert all(pair.continuations)
+        assert {trial.condition for trial in batch.trials} == set(batch.conditions)
+
+
+def test_conditions_of_a_pair_share_a_batch_and_a_seed():
+    where, seeds = defaultdict(set), defaultdict(set)
+    for batch in dec7_plan().batches:
+        for trial in batch.trials:
+            key = (batch.phase, batch.pairs[trial.pair].pair_id, trial.sample)
+            where[key].add(batch.batch_id)
+            seeds[key].add(trial.seed)
+    assert all(len(batches) == 1 for batches in where.values())
+    assert all(len(shared) == 1 for shared in seeds.values())
+    assert len({min(shared) for shared in seeds.values()}) == len(seeds)
+
+
+def test_samples_of_a_pair_have_seeds_of_their_own(bank):
+    content = protocol_content("small", generation={"max_new_tokens": 4, "samples": 3})
+    batch = plan_of(bank, Protocol.model_validate(content)).batches[-1]
+    assert len({trial.seed for trial in batch.trials if trial.pair == 0}) == 3
+
+
+def test_fixed_continuation_is_a_plain_one_on_the_target_s_topic(bank):
+    plain = {c.text for c in bank.continuations if (c.mode, c.topic_of) == ("plain", "target")}
+    assert {pair.forced for batch in plan_of(bank).batches for pair in batch.pairs} <= plain
+
+
+def test_head_shuffle_is_left_out_by_name_on_a_model_with_one_kv_head():
+    plan = dec7_plan(kv_heads=1)
+    assert [(s.phase, s.condition) for s in plan.skipped] == [("1", "E3")]
+    assert "KV heads" in plan.skipped[0].reason
+    assert "E3" not in {trial.condition for batch in plan.batches for trial in batch.trials}
+    assert not dec7_plan().skipped
+
+
+def test_neutral_scaffold_is_left_out_by_name_without_a_template():
+    plan = dec7_plan(has_template=False)
+    assert [(s.phase, s.condition) for s in plan.skipped] == [("1", "N2")]
+    assert "chat template" in plan.skipped[0].reason
+
+
+def test_foreign_conditions_are_left_out_by_name_where_a_target_has_no_partner(bank):
+    prompts = tuple(p for p in bank.prompts if p.group != "foreign")
+    plan = plan_of(bank.model_copy(update={"prompts": prompts}))
+    assert [s.condition for s in plan.skipped] == ["N1"]
+    assert "foreign" in plan.skipped[0].reason
+
+
+def test_n_too_large_for_the_bank_is_refused_with_the_numbers(bank):
+    with pytest.raises(ProtocolError, match=rf"wants n=6, and bank .* gives 5 pairs .*\({PAIRS} less 3 held out"):
+        plan_of(bank, n=6)
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_n_below_one_is_refused(bank, n):
+    with pytest.raises(ProtocolError, match="n must be at least 1"):
+        plan_of(bank, n=n)
+
+
+def test_unknown_phase_is_refused(bank):
+    with pytest.raises(ProtocolError, match="no phase '9' in small; it has 1"):
+        plan_of(bank, phases=["9"])
+
+
+def test_unknown_group_is_refused(bank):
+    content = protocol_content("small", pairing={"targets": "nobody"})
+    with pytest.raises(ProtocolError, match="no group 'nobody'"):
+        plan_of(bank, Protocol.model_validate(content))

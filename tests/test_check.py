@@ -1,4 +1,4 @@
-"""`kvpatch check` holds on every architecture, and each identity fails where the thing it guards is broken on purpose."""
+"""`kvpatch check` holds on every architecture, and each identity fails where what it guards is broken on purpose."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import ARCHITECTURES
 
 import kvpatch as kv
 import kvpatch.activations
@@ -20,6 +19,7 @@ import kvpatch.splice as splice_room
 from kvpatch.cache import PAD
 from kvpatch.check import check
 from kvpatch.models import hf
+from tiny import ARCHITECTURES
 
 pytestmark = pytest.mark.model
 
@@ -129,10 +129,10 @@ def decoding_of_the_second_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
 def decoding_at_a_position_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
     run = hf.Backbone.forward
 
-    def standing(self, token_ids, positions, slab, branches=None):
+    def standing(self, token_ids, positions, slab, *rest, **settings):
         if token_ids.shape[1] == 1 and slab.length > 1:
             positions = positions.clamp(max=20)
-        return run(self, token_ids, positions, slab, branches)
+        return run(self, token_ids, positions, slab, *rest, **settings)
 
     monkeypatch.setattr(hf.Backbone, "forward", standing)
 
@@ -164,13 +164,13 @@ def a_donor_that_changes_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_decode_that_writes_into_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    holding = hf.Slab.holding.__func__
+    slab_of = decode_room.slab_of
 
-    def sharing(cls, keys, values, positions, room):
-        keys[-1][:, :, -1] += 0.5
-        return holding(cls, keys, values, positions, room)
+    def writing(backbone, cache, room):
+        cache.keys[-1][:, :, -1] += 0.5
+        return slab_of(backbone, cache, room)
 
-    monkeypatch.setattr(hf.Slab, "holding", classmethod(sharing))
+    monkeypatch.setattr(decode_room, "slab_of", writing)
 
 
 def a_residual_patch_that_misses_the_first_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ from kvpatch.models.template import EncodedPrompt
 
 pytestmark = [
     pytest.mark.model,
-    pytest.mark.skipif(not is_pulled("smollm2-135m"), reason="SmolLM2 is not in the cache; run `kvpatch pull smollm2-135m`"),
+    pytest.mark.skipif(
+        not is_pulled("smollm2-135m"), reason="SmolLM2 is not in the cache; run `kvpatch pull smollm2-135m`"
+    ),
 ]
 SOURCE = "Watch yourself write this."
 TARGET = "Explain how bread rises."

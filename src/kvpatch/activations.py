@@ -1,27 +1,157 @@
-"""In-prefill patches: change activations while the target's prompt runs, so that later layers see the change.
+"""In-prefill interventions: change activations while the target's prompt runs, so that later layers see the change.
 
-Hooks live inside one `with` block, count how often they fire, and are gone on any exit.
+Values, keys and queries are changed where they are made, through the slab's own attention interface, so that fused and
+separate projections are alike. The residual stream is changed by hooks that live inside one `with` block. Both count
+how often they fire.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from kvpatch.models.hf import Backbone
+from kvpatch.cache import PAD, KVCache
+from kvpatch.engine.prefill import prefill_pass
+from kvpatch.interventions import InPrefill, ValueSteering
+from kvpatch.models.hf import Backbone, Edits, LayerEdit
+from kvpatch.models.template import EncodedPrompt
+from kvpatch.rope import LayerRope, rotate
+from kvpatch.selection import layer_indices, slot_indices
 
 
 @dataclass
 class Firings:
-    """How often the hooks of a block were planned to fire, and did."""
+    """How often changes were planned to fire, and did; `seen` holds what was recorded, by layer."""
 
     planned: int = 0
     fired: int = 0
     seen: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Intervened:
+    """Caches after an in-prefill intervention, and how often it fired."""
+
+    cache: KVCache
+    planned: int
+    fired: int
+
+
+def run_in_prefill(
+    backbone: Backbone,
+    spec: InPrefill,
+    sources: Sequence[EncodedPrompt],
+    targets: Sequence[EncodedPrompt],
+    natural: KVCache,
+) -> Intervened:
+    """Prefill targets while activations of their sources replace their own.
+
+    Args:
+        sources, targets: one of each a row; slots are matched from the last cached one backwards.
+        natural: the targets' natural caches, which slot selections are read from.
+    """
+    layers = layer_indices(spec.layers, backbone.geometry.layers)
+    if spec.site == "residual":
+        with recorded_residual(backbone, layers) as seen:
+            prefill_pass(backbone, sources)
+        source_slots = max(len(p.token_ids) for p in sources) - 1
+        is_put, _ = _landing(spec.slots, natural, [len(p.token_ids) - 1 for p in sources])
+        streams = {i: _aligned(seen.seen[i][:, None], natural.slots)[:, 0] for i in layers}
+        assert all(stream.shape[1] == source_slots for stream in seen.seen.values())
+        with replaced_residual(backbone, streams, is_put) as firings:
+            cache = prefill_pass(backbone, targets)
+        return Intervened(cache, firings.planned, firings.fired)
+    queries: dict[int, Tensor] = {}
+    taps = {i: LayerEdit(query=_tap(queries, i)) for i in layers} if spec.site == "queries_keys_values" else None
+    source = prefill_pass(backbone, sources, edits=taps)
+    is_put, delta = _landing(spec.slots, natural, source.lengths.tolist())
+    edits = {i: _replacement(spec, source, queries, i, is_put, delta, natural.slots) for i in layers}
+    cache = prefill_pass(backbone, targets, edits=edits)
+    planned, fired = (sum(getattr(edit, name) for edit in edits.values()) for name in ("planned", "fired"))
+    return Intervened(cache, planned, fired)
+
+
+def run_value_steering(
+    backbone: Backbone,
+    spec: ValueSteering,
+    directions: dict[int, Tensor],
+    targets: Sequence[EncodedPrompt],
+    natural: KVCache,
+) -> Intervened:
+    """Prefill targets while alpha times a direction, [kv_heads, head_dim] a layer, is added to their values."""
+    is_put, _ = _landing(spec.slots, natural, natural.lengths.tolist())
+    mask = is_put[:, None, :, None]
+
+    def steer(layer: int) -> LayerEdit:
+        step = spec.alpha * directions[layer][None, :, None]
+        return LayerEdit(value=lambda v: v + torch.where(mask, step, 0).to(v.dtype))
+
+    edits = {i: steer(i) for i in layer_indices(spec.layers, backbone.geometry.layers)}
+    cache = prefill_pass(backbone, targets, edits=edits)
+    return Intervened(cache, len(edits), sum(edit.fired for edit in edits.values()))
+
+
+@dataclass(frozen=True)
+class RowSteering:
+    """What is added to the values of every token fed after the prompt: layer -> [batch, kv_heads, head_dim], zero for
+    rows that are not steered."""
+
+    steps: dict[int, Tensor]
+
+    def edits(self, rows: slice = slice(None)) -> Edits:
+        """The changes for some of the rows."""
+
+        def steer(step: Tensor) -> LayerEdit:
+            return LayerEdit(value=lambda v: v + step[rows, :, None].to(v.dtype))
+
+        return {layer: steer(step) for layer, step in self.steps.items()}
+
+
+def _landing(slots: object, natural: KVCache, source_lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Which target slots are changed, [batch, slots], and how far their source stood from there, [batch, 1]."""
+    is_put = torch.zeros_like(natural.is_real)
+    for row in range(natural.batch):
+        is_put[row, slot_indices(natural, row, slots)] = True  # type: ignore[arg-type]
+    lengths = torch.tensor(list(source_lengths), device=is_put.device)
+    from_end = torch.arange(natural.slots, 0, -1, device=is_put.device)
+    return is_put & (from_end <= lengths[:, None]), (natural.lengths - lengths)[:, None]
+
+
+def _aligned(tensor: Tensor, slots: int) -> Tensor:
+    """[batch, heads, any, dim] brought to `slots`, the last slot staying last."""
+    missing = slots - tensor.shape[2]
+    return tensor[:, :, -slots:] if missing <= 0 else torch.nn.functional.pad(tensor, (0, 0, missing, 0))
+
+
+def _tap(into: dict[int, Tensor], layer: int) -> Callable[[Tensor], Tensor]:
+    def record(tensor: Tensor) -> Tensor:
+        into[layer] = tensor.clone()
+        return tensor
+
+    return record
+
+
+def _replacement(
+    spec: InPrefill, source: KVCache, queries: dict[int, Tensor], layer: int, is_put: Tensor, delta: Tensor, slots: int
+) -> LayerEdit:
+    mask = is_put[:, None, :, None]
+    rope: LayerRope = source.rope[layer]
+
+    def put(tensor: Tensor, turns: bool) -> Callable[[Tensor], Tensor]:
+        landed = _aligned(tensor, slots)
+        if turns:
+            landed = rotate(landed, torch.where(is_put, delta, 0), rope)
+        return lambda own: torch.where(mask, landed, own)
+
+    if spec.site == "values":
+        return LayerEdit(value=put(source.values[layer], False))
+    return LayerEdit(
+        query=put(queries[layer], True), key=put(source.keys[layer], True), value=put(source.values[layer], False)
+    )
 
 
 @contextmanager
@@ -29,20 +159,12 @@ def recorded_residual(backbone: Backbone, layers: Sequence[int]) -> Iterator[Fir
     """Record the residual stream that enters each layer, [batch, tokens, width] a layer."""
     firings = Firings(planned=len(layers))
 
-    def hook(layer: int):
-        def record(module, args, kwargs):
-            firings.fired += 1
-            hidden = args[0] if args else kwargs["hidden_states"]
-            firings.seen[layer] = hidden.detach().clone()
+    def change(layer: int, hidden: Tensor) -> Tensor:
+        firings.seen[layer] = hidden.detach().clone()
+        return hidden
 
-        return record
-
-    handles = [backbone.blocks[i].register_forward_pre_hook(hook(i), with_kwargs=True) for i in layers]
-    try:
+    with _hooked(backbone, layers, change, firings):
         yield firings
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -55,18 +177,56 @@ def replaced_residual(backbone: Backbone, replacement: dict[int, Tensor], at: Te
     """
     firings = Firings(planned=len(replacement))
 
-    def hook(layer: int):
-        def replace(module, args, kwargs):
-            firings.fired += 1
-            hidden = args[0] if args else kwargs["hidden_states"]
-            new = torch.where(at[..., None], replacement[layer], hidden)
-            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+    def change(layer: int, hidden: Tensor) -> Tensor:
+        return torch.where(at[..., None], replacement[layer], hidden)
 
-        return replace
-
-    handles = [backbone.blocks[i].register_forward_pre_hook(hook(i), with_kwargs=True) for i in replacement]
-    try:
+    with _hooked(backbone, list(replacement), change, firings):
         yield firings
+
+
+@contextmanager
+def _hooked(
+    backbone: Backbone, layers: Sequence[int], change: Callable[[int, Tensor], Tensor], firings: Firings
+) -> Iterator[None]:
+    """Hooks on what enters some layers, gone on any exit."""
+
+    def hook(layer: int):
+        def run(module, args, kwargs):
+            firings.fired += 1
+            if args:
+                return (change(layer, args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": change(layer, kwargs["hidden_states"])}
+
+        return run
+
+    handles = [backbone.blocks[i].register_forward_pre_hook(hook(i), with_kwargs=True) for i in layers]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def mean_difference(sources: KVCache, targets: KVCache) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Mean over prompts of the body's mean key (before RoPE) and value, sources less targets.
+
+    Returns:
+        Two dicts, layer -> [kv_heads, head_dim], float32: keys and values.
+    """
+    keys: dict[int, Tensor] = {}
+    values: dict[int, Tensor] = {}
+    for layer in range(sources.layers):
+        key_means, value_means = zip(*(_body_means(cache, layer) for cache in (sources, targets)), strict=True)
+        keys[layer] = key_means[0] - key_means[1]
+        values[layer] = value_means[0] - value_means[1]
+    return keys, values
+
+
+def _body_means(cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
+    is_body = torch.zeros_like(cache.is_real)
+    for row in range(cache.batch):
+        is_body[row, slot_indices(cache, row, "body")] = True
+    share = (is_body / is_body.sum(dim=1, keepdim=True))[:, None, :, None]
+    back = -torch.where(cache.positions != PAD, cache.positions, 0)
+    unturned = rotate(cache.keys[layer], back, cache.rope[layer]).float()
+    return tuple((part * share).sum(dim=2).mean(dim=0) for part in (unturned, cache.values[layer].float()))  # type: ignore[return-value]

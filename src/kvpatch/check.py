@@ -222,7 +222,8 @@ def _unchanged(s: _Setup) -> tuple[float, str, float]:
 
 
 def _batched(s: _Setup) -> tuple[float, str, float]:
-    bound = s.bound if s.model.backbone.dtype == torch.float32 else NOISE_LIMIT  # the others' bound is made of this noise
+    # In other types than float32 the bound of the other identities is made of this very noise.
+    bound = s.bound if s.model.backbone.dtype == torch.float32 else NOISE_LIMIT
     return _batch_noise(s), "one row alone and among longer ones", bound
 
 

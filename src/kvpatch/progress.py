@@ -23,7 +23,7 @@ def loading() -> Iterator[Report]:
     """A bar for downloads and conversions; nothing shows where nothing is fetched."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, object] = {}
 
         def report(what: str, done: int, total: int) -> None:

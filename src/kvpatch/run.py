@@ -107,7 +107,7 @@ def run(
         record = _record(protocol, bank, plan, model_info, seed, n, phases, command)
         if store.has_record():
             stored = store.read_record()
-            if reason := stored.differs_from(record):
+            if reason := record.differs_from(stored):
                 raise ProtocolError(f"{out} belongs to another run: it has {reason}; give another --out")
             phases_of_both = [*stored.phases, *(p for p in record.phases if p not in stored.phases)]
             record = stored.model_copy(update={"phases": phases_of_both, "planned": max(stored.planned, plan.n_trials)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -10,13 +11,14 @@ import numpy as np
 
 from kvpatch.cache import KVCache, Segment
 from kvpatch.errors import CacheError
+from kvpatch.interventions import LayerAt
 from kvpatch.patch import LayerBand, Patch, SlotQuery
 
 SINKS = 4
 """First slots that models use as attention sinks whatever they hold (Xiao et al. 2023, StreamingLLM)."""
 
 
-def layer_indices(layers: Sequence[int] | LayerBand | None, count: int) -> list[int]:
+def layer_indices(layers: Sequence[int] | LayerBand | LayerAt | None, count: int) -> list[int]:
     """Layer indices that a selection means in a model of `count` layers; a band is rounded to whole layers.
 
     Raises:
@@ -24,6 +26,8 @@ def layer_indices(layers: Sequence[int] | LayerBand | None, count: int) -> list[
     """
     if layers is None:
         return list(range(count))
+    if isinstance(layers, LayerAt):
+        return [min(math.floor(layers.depth * count + 0.5), count - 1)]
     if isinstance(layers, LayerBand):
         low, high = (round(share * count) for share in layers.band)
         inside = range(low, high)

@@ -134,7 +134,7 @@ class RunRecord(Frozen):
     validation: dict[str, Any] | None = None
 
     def differs_from(self, other: RunRecord) -> str | None:
-        """What keeps two records from being the same run, or None."""
+        """What of the other record keeps the two from being the same run, or None."""
         if self.protocol_sha256 != other.protocol_sha256:
             return "another protocol (or a changed one)"
         if self.bank_sha256 != other.bank_sha256:

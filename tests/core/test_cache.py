@@ -93,7 +93,14 @@ def test_a_cache_cannot_be_assigned_to(cache: KVCache):
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
-    [(1, [1]), (-1, [3]), ([2, 0], [2, 0]), ([3, 3, -4], [3, 3, 0]), (slice(1, 3), [1, 2]), (slice(None, None, -2), [3, 1])],
+    [
+        (1, [1]),
+        (-1, [3]),
+        ([2, 0], [2, 0]),
+        ([3, 3, -4], [3, 3, 0]),
+        (slice(1, 3), [1, 2]),
+        (slice(None, None, -2), [3, 1]),
+    ],
 )
 def test_row_selection(cache: KVCache, rows, expected: list[int]):
     part = cache[rows]
@@ -215,6 +222,14 @@ def test_a_single_bit_in_any_layer_part_head_and_slot_changes_one_row_s_checksum
                     assert now[1] == sums[1]
                     seen.add(now[0])
     assert len(seen) == 2 * 3 * 3 * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_taking_checksums_changes_nothing(dtype: torch.dtype):
+    cache = make_cache((3, 2), seed=1, dtype=dtype)
+    before = copied(cache)
+    assert cache.checksums() == cache.checksums()
+    assert is_same(tensors(cache), before)
 
 
 def test_padding_does_not_enter_checksums():

@@ -173,7 +173,9 @@ def slow_splice(patch: Patch, source: KVCache, target: KVCache) -> list[dict[str
         donor = row if source.batch > 1 else 0
         length, first = int(target.lengths[row]), target.slots - int(target.lengths[row])
         donor_first = source.slots - int(source.lengths[donor])
-        pairs = slow_pairs(patch.align, slow_slots(patch.slots, source, donor), slow_slots(patch.slots, target, row), length)
+        pairs = slow_pairs(
+            patch.align, slow_slots(patch.slots, source, donor), slow_slots(patch.slots, target, row), length
+        )
         old = target.positions[row, first:].tolist()
         if patch.align in ("replace", "append"):
             positions = [old[0] + i for i in range(len(pairs))]
@@ -316,7 +318,7 @@ def test_a_source_of_one_row_serves_every_target_row(align: str):
 # --- identities ---
 
 
-@pytest.mark.parametrize("align", IN_PLACE + ("replace",))
+@pytest.mark.parametrize("align", [*IN_PLACE, "replace"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_self_swap_changes_no_bit(align: str, dtype: torch.dtype):
     _, target = caches(dtype)
@@ -380,7 +382,10 @@ def test_a_row_does_not_depend_on_its_batch(align: str, donor: Any):
 @pytest.mark.parametrize("align", IN_PLACE)
 def test_a_moved_key_scores_as_it_did_when_the_query_moves_along(align: str):
     """The point of `rotate`: only relative positions count."""
-    source, target = make_cache((4,), seed=1, dtype=torch.float64), make_cache((4,), seed=2, starts=(9,), dtype=torch.float64)
+    source, target = (
+        make_cache((4,), seed=1, dtype=torch.float64),
+        make_cache((4,), seed=2, starts=(9,), dtype=torch.float64),
+    )
     result = Patch(align=align).apply(source, target)
     query = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for layer, rope in enumerate(source.rope):

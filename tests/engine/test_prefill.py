@@ -10,6 +10,7 @@ import kvpatch.engine.prefill as prefill_room
 from kvpatch.cache import PAD, Origin, Segment
 from kvpatch.engine.prefill import prefill
 from kvpatch.errors import ProtocolError
+from kvpatch.models.hf import Backbone
 from tiny import ARCHITECTURES, CONTEXT, WINDOW, prompt_of, random_prompts
 
 pytestmark = pytest.mark.model
@@ -44,6 +45,38 @@ def test_a_padded_batch_equals_transformers_own_cache_row_by_row(architecture: s
             assert off(cache.values[layer][row, :, -slots:], values) < 1e-5
 
 
+@pytest.mark.parametrize("tokens_at_once", [1, 60, 1024])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_prompts_with_a_long_common_beginning_equal_transformers_own_cache(
+    architecture: str, tokens_at_once: int, tiny, monkeypatch: pytest.MonkeyPatch
+):
+    model = tiny(architecture)
+    common, rest = random_prompts([WINDOW + 6, 20], seed=3)
+    # The shortest is the common beginning and its pending token; two are equal.
+    prompts = [prompt_of([*common.token_ids, *rest.token_ids[20 - n :]]) for n in (20, 1, 9, 2, 9)]
+    monkeypatch.setitem(prefill_room.TOKENS_AT_ONCE, "cpu", tokens_at_once)
+    cache = prefill(model.backbone, prompts)
+    for row, prompt in enumerate(prompts):
+        assert cache.row_token_ids(row) == list(prompt.token_ids)
+        slots = len(prompt.token_ids) - 1
+        assert cache.positions[row].tolist() == [PAD] * (cache.slots - slots) + list(range(slots))
+        for layer, (keys, values) in enumerate(own_cache(model, list(prompt.token_ids[:-1]))):
+            assert off(cache.keys[layer][row, :, -slots:], keys) < 1e-5
+            assert off(cache.values[layer][row, :, -slots:], values) < 1e-5
+
+
+@pytest.mark.parametrize("length", [2, WINDOW + 6])
+def test_equal_prompts_give_equal_rows(length: int, tiny):
+    model = tiny("gemma3")
+    cache = prefill(model.backbone, random_prompts([length]) * 3)
+    assert cache.slots == length - 1
+    alone = prefill(model.backbone, random_prompts([length]))
+    for layer in range(4):
+        for row in range(3):
+            assert off(cache.keys[layer][row], alone.keys[layer][0]) < 1e-5
+            assert off(cache.values[layer][row], alone.values[layer][0]) < 1e-5
+
+
 def test_every_slot_is_labelled_in_the_order_the_prompts_were_given(tiny):
     prompts = random_prompts(LENGTHS)
     cache = prefill(tiny("llama").backbone, prompts)
@@ -65,8 +98,13 @@ def test_the_size_of_a_pass_does_not_change_the_result(tokens_at_once: int, tiny
     backbone, prompts = tiny("gemma3").backbone, random_prompts(LENGTHS)
     at_once = prefill(backbone, prompts)
     passes = []
-    run = prefill_room._prefill_pass
-    monkeypatch.setattr(prefill_room, "_prefill_pass", lambda b, part: passes.append(len(part)) or run(b, part))
+    forward = Backbone.forward
+
+    def counted(self, token_ids, *rest, **settings):
+        passes.append(token_ids.shape[0])
+        return forward(self, token_ids, *rest, **settings)
+
+    monkeypatch.setattr(Backbone, "forward", counted)
     monkeypatch.setitem(prefill_room.TOKENS_AT_ONCE, "cpu", tokens_at_once)
     in_passes = prefill(backbone, prompts)
     assert len(passes) > 1

@@ -71,11 +71,12 @@ def test_mistake_is_named_with_file_line_and_key(text, line, key):
     assert key in message
 
 
-def test_condition_defined_twice_is_refused():
-    with pytest.raises(ProtocolError, match=f"line {line_of('hypotheses')}.*'A'"):
-        parse_protocol(
-            TEXT.replace("hypotheses:", "  A:\n    about: again\nhypotheses:").replace("phases:", "ph:"), "x"
-        )
+def test_key_given_twice_is_refused():
+    """YAML would keep the second and say nothing."""
+    with pytest.raises(ProtocolError, match=f"mine.yaml, line {line_of('phases:')}: key 'A' is given twice"):
+        parse_protocol(replaced("phases:\n", "  A:\n    about: again\nphases:\n"), "mine.yaml")
+    with pytest.raises(ProtocolError, match="key 'claim' is given twice"):
+        parse_protocol(replaced("  claim: B > A", "  claim: B > A\n  claim: C > A"), "mine.yaml")
 
 
 def test_unknown_name_says_what_there_is():

@@ -29,9 +29,7 @@ from kvpatch.readouts.behavior import (
 )
 
 RECURSION = Lexicon.load("recursion")
-PLAIN = (
-    "Bread rises because yeast turns sugar into gas, and the dough holds the gas in its threads of gluten."
-)
+PLAIN = "Bread rises because yeast turns sugar into gas, and the dough holds the gas in its threads of gluten."
 
 EXAMPLES = [(entry.id, text) for entry in RECURSION.entries for text in entry.matches]
 COUNTEREXAMPLES = [(entry.id, text) for entry in RECURSION.entries for text in entry.rejects]
@@ -85,9 +83,7 @@ def write_lexicon(path, *entries: str, head: str = "name: rhyme\nversion: 3\n"):
 
 
 def test_a_lexicon_for_another_mode_loads_from_a_path(tmp_path):
-    path = write_lexicon(
-        tmp_path / "rhyme.yaml", "{id: moon, pattern: 'moons? (?:and|in) june', matches: []}"
-    )
+    path = write_lexicon(tmp_path / "rhyme.yaml", "{id: moon, pattern: 'moons? (?:and|in) june', matches: []}")
     lexicon = Lexicon.load(path)
     assert (lexicon.name, lexicon.version) == ("rhyme", 3)
     assert Lexicon.load(str(path)) == lexicon
@@ -163,9 +159,7 @@ def test_hits_are_disjoint_ordered_and_cover_whole_words(text: str):
     starts, ends = {start for start, _ in spans}, {end for _, end in spans}
     hits = RECURSION.hits(text)
     assert all(before.end <= after.start for before, after in itertools.pairwise(hits))
-    assert all(
-        hit.start in starts and hit.end in ends and hit.text == normal[hit.start : hit.end] for hit in hits
-    )
+    assert all(hit.start in starts and hit.end in ends and hit.text == normal[hit.start : hit.end] for hit in hits)
 
 
 @given(dense_texts)
@@ -174,9 +168,7 @@ def test_hits_equal_those_of_a_scan_that_tries_every_entry_at_every_character(te
     lowered = behavior._lowered(normalise(text))
     expected, at = [], 0
     while at < len(lowered):
-        inside_word = at > 0 and any(
-            s < at < e for s, e in (m.span() for m in behavior._WORD.finditer(lowered))
-        )
+        inside_word = at > 0 and any(s < at < e for s, e in (m.span() for m in behavior._WORD.finditer(lowered)))
         best = None
         for entry in [] if inside_word or not lowered[at].isalnum() else RECURSION.entries:
             match = entry.regex.match(lowered, at)
@@ -234,9 +226,7 @@ def words_by_walking(text: str) -> list[str]:
 
 
 @given(
-    st.one_of(
-        st.text(), st.text(alphabet="a\u03b11'-\u2019_. \u0301\u093e\u200d\u05d0一", max_size=30), dense_texts
-    )
+    st.one_of(st.text(), st.text(alphabet="a\u03b11'-\u2019_. \u0301\u093e\u200d\u05d0一", max_size=30), dense_texts)
 )
 def test_words_equal_those_found_character_by_character(text: str):
     assert words(text) == words_by_walking(text)
@@ -271,9 +261,7 @@ def test_words_of_any_script(text: str, expected: list[str]):
 
 
 def test_score_is_hits_per_100_words():
-    assert recursive_score("I observe the bread and observe the oven today.", RECURSION) == pytest.approx(
-        200 / 9
-    )
+    assert recursive_score("I observe the bread and observe the oven today.", RECURSION) == pytest.approx(200 / 9)
 
 
 @pytest.mark.parametrize("text", ["", " ", "...", "\0", "—", "_", "\u0301"])
@@ -457,9 +445,7 @@ HOSTILE = {
 def test_hostile_texts_are_read_to_the_end(name: str):
     """100,000 characters: a pattern that backtracks more than linearly would not finish."""
     text = HOSTILE[name]
-    assert (
-        0.0 <= recursive_score_masked(text, text[: LONG // 2], RECURSION) <= recursive_score(text, RECURSION)
-    )
+    assert 0.0 <= recursive_score_masked(text, text[: LONG // 2], RECURSION) <= recursive_score(text, RECURSION)
     copied_words(text, text)
     ngram_overlap(text, text)
 

@@ -55,9 +55,7 @@ def test_one_token_over_and_over_repeats_all_but_one_ngram(count: int, n: int):
 
 
 @given(token_lists, lengths, st.permutations(range(4)))
-def test_repetition_does_not_depend_on_which_tokens_they_are(
-    token_ids: list[int], n: int, renamed: list[int]
-):
+def test_repetition_does_not_depend_on_which_tokens_they_are(token_ids: list[int], n: int, renamed: list[int]):
     assert repetition([renamed[token] for token in token_ids], n) == repetition(token_ids, n)
 
 
@@ -110,9 +108,7 @@ def test_limits_are_the_95th_percentiles_interpolated_linearly():
 
 
 @given(st.lists(finite, min_size=1, max_size=50), st.floats(0, 1))
-def test_quantiles_equal_the_textbook_interpolation_between_sorted_values(
-    values: list[float], quantile: float
-):
+def test_quantiles_equal_the_textbook_interpolation_between_sorted_values(values: list[float], quantile: float):
     ordered, place = sorted(values), quantile * (len(values) - 1)
     below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
     expected = below + (above - below) * (place - math.floor(place))
@@ -158,9 +154,7 @@ def test_quantiles_outside_0_to_1_are_refused(quantile: float):
         (math.inf, 0.0, False),
     ],
 )
-def test_an_output_is_coherent_when_both_readouts_are_within_their_limits(
-    nll_target, repetition_4, expected: bool
-):
+def test_an_output_is_coherent_when_both_readouts_are_within_their_limits(nll_target, repetition_4, expected: bool):
     assert is_coherent(nll_target, repetition_4, CoherenceLimits(2.0, 0.5)) is expected
 
 

@@ -73,9 +73,7 @@ def make_trials(protocol: Protocol, n: int = 12, samples: int = 1, seed: int = 0
     for name, twin in {"C": "B", "D": "A", "S0": "A", "S1": "C"}.items():
         to, taken = out["condition"] == name, (out["condition"] == twin) & (out["split"] == "test")
         for column in ("text", "output_token_ids"):
-            out.loc[to, column] = pd.Series(
-                out.loc[taken, column].tolist(), index=out.index[to], dtype=object
-            )
+            out.loc[to, column] = pd.Series(out.loc[taken, column].tolist(), index=out.index[to], dtype=object)
     return out
 
 
@@ -158,9 +156,7 @@ def make_verdicts(protocol: Protocol) -> list[dict]:
 def mark(text: str, source: str) -> list[tuple[int, int, str]]:
     copied = set(source.split())
     spans = [(m.start(), m.end(), "hit") for m in LEXICON.finditer(text)]
-    spans += [
-        (m.start(), m.end(), "copied") for m in re.finditer(r"\w+", text) if m[0] in copied and len(m[0]) > 5
-    ]
+    spans += [(m.start(), m.end(), "copied") for m in re.finditer(r"\w+", text) if m[0] in copied and len(m[0]) > 5]
     return spans
 
 

@@ -17,9 +17,7 @@ def svg(chart: charts.AnyChart) -> str:
     return vl_convert.vegalite_to_svg(spec)
 
 
-def test_a_readout_chart_holds_a_dot_a_pair_and_a_mean_a_condition(
-    protocol: Protocol, trials: pd.DataFrame
-) -> None:
+def test_a_readout_chart_holds_a_dot_a_pair_and_a_mean_a_condition(protocol: Protocol, trials: pd.DataFrame) -> None:
     points, means = tables.condition_means(tables.normalised(trials), "recursive_score", protocol)
     drawn = svg(charts.conditions_chart(points, means, "hits", "A"))
     assert drawn.count('aria-roledescription="circle"') == len(points) == 178

@@ -75,9 +75,7 @@ def hostile(trials: pd.DataFrame) -> pd.DataFrame:
     return out.assign(pair_id=[f"{p} {HOSTILE[int(p[-1]) % 4]}" for p in out["pair_id"]])
 
 
-def test_sections_come_in_order(
-    run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]
-) -> None:
+def test_sections_come_in_order(run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]) -> None:
     html = render(run, protocol, trials, verdicts, "The answer.")
     ids = ["answer", "verdicts", "instruments", "conditions", "texts", "how", "not-shown"]
     places = [html.index(f'<section id="{name}">') for name in ids]
@@ -118,9 +116,7 @@ def test_every_verdict_shows_its_numbers_word_and_reason(
     assert "no verdict" in page.said  # the last hypothesis has none
 
 
-def test_charts_hold_one_dot_a_pair(
-    run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]
-) -> None:
+def test_charts_hold_one_dot_a_pair(run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]) -> None:
     specs = Page(render(run, protocol, trials, verdicts, "")).specs
     assert len(specs) == 10
     sizes = [max(len(rows) for rows in spec["datasets"].values()) for spec in specs]
@@ -161,9 +157,7 @@ def test_nothing_outside_the_file_is_referred_to(
         assert "url(" not in (attrs.get("style") or "")
     assert "@import" not in page.said and "url(" not in page.said  # the style sheet is part of it
     assert all("http" not in json.dumps(spec) for spec in page.specs)
-    policy = next(
-        a["content"] or "" for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"
-    )
+    policy = next(a["content"] or "" for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in policy and "unsafe-eval" not in policy
     assert "'unsafe-inline'" not in policy.split("style-src")[0]
 

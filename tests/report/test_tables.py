@@ -23,9 +23,7 @@ def test_calibration_rows_are_left_out(trials: pd.DataFrame) -> None:
     assert trials["pair_id"].nunique() == 14
 
 
-def test_means_are_over_pairs_not_over_samples(
-    protocol: Protocol, trials_of: Callable[..., pd.DataFrame]
-) -> None:
+def test_means_are_over_pairs_not_over_samples(protocol: Protocol, trials_of: Callable[..., pd.DataFrame]) -> None:
     trials = tables.normalised(trials_of(n=8, samples=5))
     points, means = tables.condition_means(trials, "recursive_score", protocol)
     (row,) = means[means["condition"] == "B"].to_dict("records")
@@ -74,14 +72,10 @@ def test_sameness_counts_equal_outputs(trials: pd.DataFrame) -> None:
 
 
 def test_outputs_compare_alike_as_lists_and_as_arrays() -> None:
-    assert tables.output_of({"output_token_ids": [1, 2]}) == tables.output_of(
-        {"output_token_ids": np.array([1, 2])}
-    )
+    assert tables.output_of({"output_token_ids": [1, 2]}) == tables.output_of({"output_token_ids": np.array([1, 2])})
 
 
-def test_example_pairs_lie_at_evenly_spaced_ranks_of_the_natural_gap(
-    trials: pd.DataFrame, protocol: Protocol
-) -> None:
+def test_example_pairs_lie_at_evenly_spaced_ranks_of_the_natural_gap(trials: pd.DataFrame, protocol: Protocol) -> None:
     ready = tables.normalised(trials)
     wide = ready.pivot(index="pair_id", columns="condition", values="recursive_score")
     gap = (wide["B"] - wide["A"]).sort_values()
@@ -92,9 +86,7 @@ def test_example_pairs_lie_at_evenly_spaced_ranks_of_the_natural_gap(
 
 
 def test_example_pairs_fall_back_on_the_list_of_pairs(trials: pd.DataFrame, protocol: Protocol) -> None:
-    chosen, by_gap = tables.example_pairs(
-        tables.normalised(trials.drop(columns="recursive_score")), protocol, k=2
-    )
+    chosen, by_gap = tables.example_pairs(tables.normalised(trials.drop(columns="recursive_score")), protocol, k=2)
     assert not by_gap
     assert chosen == [("pair-000", None), ("pair-011", None)]
 

@@ -205,9 +205,7 @@ def test_sources_used_again_are_one_unit_and_keep_the_false_positive_rate():
     hits = {True: 0, False: 0}
     for _ in range(200):
         shared = np.repeat(rng.normal(0, 1, 10)[None], 5, axis=0).ravel()
-        frame = pd.DataFrame(
-            {"pair_id": pair * 2, "condition": ["A"] * 50 + ["B"] * 50, "source_id": source * 2}
-        )
+        frame = pd.DataFrame({"pair_id": pair * 2, "condition": ["A"] * 50 + ["B"] * 50, "source_id": source * 2})
         scores = np.concatenate([np.zeros(50), shared + rng.normal(0, 1, 50)])
         rows = prepare(frame.assign(score=scores, phase="1"))
         for grouped in hits:

@@ -91,9 +91,7 @@ def test_a_trial_stored_twice_counts_once_and_a_later_success_replaces_an_error(
     cells = [("p", "A", 0.0), ("p", "A", 1.0), ("p", "B", 3.0), ("p", "B", 3.0)]
     ids, errors = ["a", "a", "b", "b"], ["boom", None, None, None]
     for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
-        frame = table(
-            [cells[i] for i in order], trial_id=[ids[i] for i in order], error=[errors[i] for i in order]
-        )
+        frame = table([cells[i] for i in order], trial_id=[ids[i] for i in order], error=[errors[i] for i in order])
         found = contrast_differences(frame, {"B": 1, "A": -1}, "score")
         assert len(frame) == 2
         assert (found.values.tolist(), found.n_error_rows) == ([2.0], 0)
@@ -106,9 +104,7 @@ def test_trials_without_an_id_are_not_taken_for_duplicates():
 def test_copies_of_a_trial_that_differ_are_chosen_whatever_their_order():
     cells, lists = [("p", "A", 1.0), ("p", "A", 2.0)], [[1, 2], None]
     chosen = {
-        float(
-            table([cells[i] for i in order], trial_id="a", tokens=[lists[i] for i in order])["score"].iloc[0]
-        )
+        float(table([cells[i] for i in order], trial_id="a", tokens=[lists[i] for i in order])["score"].iloc[0])
         for order in ([0, 1], [1, 0])
     }
     assert len(chosen) == 1

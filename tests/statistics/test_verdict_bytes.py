@@ -98,9 +98,7 @@ def test_parts_read_twice_and_in_another_order_change_no_byte(trials: pd.DataFra
 
 
 def test_error_rows_of_trials_done_again_change_no_byte(trials: pd.DataFrame, text: str):
-    failed = trials.iloc[::7].assign(
-        error="CUDA out of memory", recursive_score=np.nan, output_token_ids=None
-    )
+    failed = trials.iloc[::7].assign(error="CUDA out of memory", recursive_score=np.nan, output_token_ids=None)
     for frames in ([failed, trials], [trials, failed]):
         assert verdicts_json(verdicts(DEC7, pd.concat(frames))) == text
 

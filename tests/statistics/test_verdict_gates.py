@@ -42,9 +42,7 @@ def test_natural_conditions_are_the_baseline_and_need_no_coherence(make_protocol
     assert gated(make_protocol, make_trials, "B", 0.5).verdict == "supported"
 
 
-def test_coherence_is_of_the_test_pairs_of_the_phase_and_without_errors(
-    make_protocol: Make, make_trials: Make
-):
+def test_coherence_is_of_the_test_pairs_of_the_phase_and_without_errors(make_protocol: Make, make_trials: Make):
     protocol = make_protocol({"id": "h", "contrast": "N1 - A", "test": "greater"})
     trials = make_trials({"A": FLAT, "N1": [1.0 + i / 100 for i in range(N)]})
     others = trials[trials["condition"] == "N1"].assign(coherent=False)
@@ -104,16 +102,12 @@ def test_all_gates_open(make_protocol: Make, make_trials: Make):
     assert list(found) == ["exists", "beside", "moves", "null"]
 
 
-def test_a_failed_gate_closes_all_later_ones_and_is_named_with_its_reason(
-    make_protocol: Make, make_trials: Make
-):
+def test_a_failed_gate_closes_all_later_ones_and_is_named_with_its_reason(make_protocol: Make, make_trials: Make):
     found = ladder(make_protocol, make_trials, b=-5, x=1)
     assert found["exists"].verdict == "not supported"
     for name in ("moves", "null"):
         assert (found[name].verdict, found[name].blocked_by) == ("not interpretable", "gate")
-        assert found[name].because.startswith(
-            "Gate 1 did not pass: exists is not supported (B - A in score is -4.8"
-        )
+        assert found[name].because.startswith("Gate 1 did not pass: exists is not supported (B - A in score is -4.8")
 
 
 def test_a_failed_gate_leaves_its_own_gate_and_earlier_ones_alone(make_protocol: Make, make_trials: Make):
@@ -144,9 +138,7 @@ def test_a_failed_instrument_check_leaves_nothing_to_interpret(make_protocol: Ma
 
 
 @pytest.mark.parametrize("instrument_ok", [None, True])
-def test_an_unknown_instrument_check_blocks_nothing(
-    make_protocol: Make, make_trials: Make, instrument_ok: Any
-):
+def test_an_unknown_instrument_check_blocks_nothing(make_protocol: Make, make_trials: Make, instrument_ok: Any):
     found = ladder(make_protocol, make_trials, b=1, x=1, instrument_ok=instrument_ok)
     assert found["moves"].verdict == "supported"
     assert not any("Gate 0" in v.because for v in found.values())
@@ -175,9 +167,7 @@ def swap_trials(make_trials: Make, c: float) -> pd.DataFrame:
     return make_trials(scores, incoherent={"C": 0.5})
 
 
-def test_a_full_swap_alone_is_tautological_says_why_and_keeps_its_numbers(
-    make_protocol: Make, make_trials: Make
-):
+def test_a_full_swap_alone_is_tautological_says_why_and_keeps_its_numbers(make_protocol: Make, make_trials: Make):
     v = verdicts(swap_protocol(make_protocol), swap_trials(make_trials, 2.0))[0]
     assert (v.verdict, v.blocked_by, v.estimate) == ("tautological", None, pytest.approx(2.145))
     assert "C is the source's text" in v.because

@@ -55,9 +55,7 @@ def test_p_above_alpha_is_inconclusive_though_the_interval_excludes_zero(decide:
     assert "is not below 0.001" in v.because
 
 
-def test_the_two_sided_interval_must_exclude_zero_though_the_one_sided_p_is_below_alpha(
-    decide: Make, spread_out: Make
-):
+def test_the_two_sided_interval_must_exclude_zero_though_the_one_sided_p_is_below_alpha(decide: Make, spread_out: Make):
     v = decide(spread_out(0.33, 1.0, N), test="greater", alpha=0.05)
     assert v.p_adjusted is not None and v.p_adjusted < 0.05 and v.ci_low is not None and v.ci_low < 0
     assert v.verdict == "inconclusive"
@@ -97,9 +95,7 @@ def test_without_calibration_pairs_a_directional_test_still_decides_by_side(deci
 # Margins
 
 
-@pytest.mark.parametrize(
-    ("test", "sign"), [("much_greater", 1), ("much_less", -1)], ids=["much_greater", "much_less"]
-)
+@pytest.mark.parametrize(("test", "sign"), [("much_greater", 1), ("much_less", -1)], ids=["much_greater", "much_less"])
 def test_much_needs_the_whole_interval_past_the_margin(decide: Make, spread_out: Make, test: str, sign: int):
     margin = {"natural_gap": 0.5}
     x = sign * spread_out(1.0, 0.5, N)  # interval about 0.82 to 1.18
@@ -121,9 +117,7 @@ def test_the_largest_part_of_a_margin_counts(decide: Make, spread_out: Make):
 def test_the_natural_gap_comes_from_the_calibration_pairs_and_never_from_the_test_pairs(
     make_protocol: Make, make_trials: Make
 ):
-    protocol = make_protocol(
-        {"id": "h", "contrast": "X - A", "test": "equivalent", "margin": {"natural_gap": 0.2}}
-    )
+    protocol = make_protocol({"id": "h", "contrast": "X - A", "test": "equivalent", "margin": {"natural_gap": 0.2}})
     calibration = {"A": [0.0] * 10, "B": [-2.0] * 10}
     for b in (3.0, 300.0):
         trials = make_trials({"A": FLAT, "X": FLAT, "B": [b] * N}, calibration)
@@ -191,18 +185,14 @@ def test_equivalence_needs_the_interval_inside_the_bounds_beside_the_p(
         rows = prepare(make_trials({"A": FLAT, "X": spread_out(mean, 0.3, N)}))
         assert decide_rule(measure(protocol, rows, protocol.hypotheses[0]), p_adjusted=0.001).word == word
     rows = prepare(make_trials({"A": FLAT, "X": spread_out(0.05, 0.3, N)}))
-    assert (
-        decide_rule(measure(protocol, rows, protocol.hypotheses[0]), p_adjusted=0.06).word == "inconclusive"
-    )
+    assert decide_rule(measure(protocol, rows, protocol.hypotheses[0]), p_adjusted=0.06).word == "inconclusive"
 
 
 # Numbers of pairs
 
 
 @pytest.mark.parametrize(("alpha", "needed"), [(0.05, 5), (0.001, 10)])
-def test_too_few_pairs_for_alpha_are_inconclusive_and_the_smallest_n_is_named(
-    decide: Make, alpha: float, needed: int
-):
+def test_too_few_pairs_for_alpha_are_inconclusive_and_the_smallest_n_is_named(decide: Make, alpha: float, needed: int):
     v = decide([5.0 + i / 100 for i in range(needed - 1)], test="greater", alpha=alpha)
     assert v.verdict == "inconclusive"
     assert f"needs at least {needed} pairs" in v.because
@@ -242,9 +232,7 @@ def test_holm_counts_every_hypothesis_of_the_family_and_none_of_another(
 
 
 def test_a_hypothesis_that_can_not_be_read_still_counts_in_its_family(make_protocol: Make, make_trials: Make):
-    trials = make_trials(
-        {"A": FLAT, "X": [0.1 * (i % 7 - 2) for i in range(N)], "N1": FLAT}, incoherent={"N1": 1}
-    )
+    trials = make_trials({"A": FLAT, "X": [0.1 * (i % 7 - 2) for i in range(N)], "N1": FLAT}, incoherent={"N1": 1})
     protocol = make_protocol(
         {"id": "h", "contrast": "X - A", "test": "greater"},
         {"id": "n", "contrast": "N1 - A", "test": "greater"},

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvpatch.cache import PAD, KVCache
 from kvpatch.engine.sampling import choose
 from kvpatch.errors import CacheError, ProtocolError
-from kvpatch.models.hf import Backbone, Slab
+from kvpatch.models.hf import Backbone, Edits, Slab
 
 OnStep = Callable[[int], None]
 
@@ -58,6 +58,7 @@ def decode(
     end_tokens: Sequence[int] = (),
     keep_values: Sequence[int] = (),
     on_step: OnStep | None = None,
+    edits: Edits | None = None,
 ) -> Continuations:
     """Generate from every row of a cache.
 
@@ -69,6 +70,7 @@ def decode(
         end_tokens: tokens that stop a row.
         keep_values: layers whose cached values of the new tokens are returned.
         on_step: called after every step with the number of rows still going.
+        edits: changes that every step makes to its queries, keys and values.
     Raises:
         CacheError: where the seeds do not fit the batch.
         ProtocolError: where the context has no room for the new tokens.
@@ -89,7 +91,7 @@ def decode(
     is_going = torch.ones(cache.batch, dtype=torch.bool, device=device)
     feed, position = cache.pending, cache.pending_position
     for step in range(max_new_tokens):
-        hidden = backbone.forward(feed[:, None], position[:, None], slab)[:, -1]  # [batch, width]
+        hidden = backbone.forward(feed[:, None], position[:, None], slab, edits=edits)[:, -1]  # [batch, width]
         logits = backbone.logits(hidden)  # [batch, vocabulary]
         chosen = choose(logits, row_seeds, step, temperature, top_p)
         logprob = logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(dim=-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpatch.cache import PAD, KVCache, Origin
 from kvpatch.errors import ProtocolError
-from kvpatch.models.hf import Backbone, Slab
+from kvpatch.models.hf import Backbone, Edits, Slab
 from kvpatch.models.template import EncodedPrompt
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 32_768}
@@ -42,7 +42,7 @@ def prefill(backbone: Backbone, prompts: Sequence[EncodedPrompt]) -> KVCache:
     beginning = _beginning(backbone, prompts[0].token_ids[:shared]) if shared else None
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
     passes = _passes([len(prompts[i].token_ids) - shared for i in order], backbone.device.type)
-    parts = [_prefill_pass(backbone, [prompts[i] for i in order[low:high]], shared, beginning) for low, high in passes]
+    parts = [prefill_pass(backbone, [prompts[i] for i in order[low:high]], shared, beginning) for low, high in passes]
     joined = KVCache.concat(parts)
     if order == list(range(len(prompts))):
         return joined
@@ -76,7 +76,19 @@ def _passes(lengths: Sequence[int], device: str) -> list[tuple[int, int]]:
     return list(zip(cuts, [*cuts[1:], len(lengths)], strict=True))
 
 
-def _prefill_pass(backbone: Backbone, prompts: Sequence[EncodedPrompt], shared: int, beginning: Slab | None) -> KVCache:
+def prefill_pass(
+    backbone: Backbone,
+    prompts: Sequence[EncodedPrompt],
+    shared: int = 0,
+    beginning: Slab | None = None,
+    edits: Edits | None = None,
+) -> KVCache:
+    """One pass over prompts; `prefill` cuts many prompts into such passes.
+
+    Args:
+        shared, beginning: tokens all prompts begin with, and a slab of one row that holds them.
+        edits: changes to queries, keys and values as they are made; the pass must then share no beginning.
+    """
     slots = max(len(prompt.token_ids) for prompt in prompts) - 1
     batch, device = len(prompts), backbone.device
 
@@ -98,7 +110,7 @@ def _prefill_pass(backbone: Backbone, prompts: Sequence[EncodedPrompt], shared: 
     rest = slots - shared
     if rest or not slots:
         own = torch.where(positions >= shared, positions, PAD)[:, -rest:] if rest else positions.new_zeros(batch, 1)
-        backbone.forward(token_ids[:, -rest:].clamp(min=0) if rest else own, own, slab)
+        backbone.forward(token_ids[:, -rest:].clamp(min=0) if rest else own, own, slab, edits=edits)
     return KVCache(
         keys=tuple(_right_aligned(x.keys, positions, shared) for x in slab.slab_layers),
         values=tuple(_right_aligned(x.values, positions, shared) for x in slab.slab_layers),

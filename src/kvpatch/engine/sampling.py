@@ -93,9 +93,10 @@ def _choose_among_candidates(scaled: Tensor, keys: Tensor) -> Tensor:
     score = scaled[rows, tokens] + _noise(keys[rows], tokens.to(torch.int32))
     highest = torch.full_like(best[:, 0], float("-inf")).scatter_reduce(0, rows, score, "amax")
     is_winner = score == highest[rows]
-    return torch.full_like(rows[: len(best)], scaled.shape[1]).scatter_reduce(
-        0, rows[is_winner], tokens[is_winner], "amin", include_self=True
-    )
+    # A row without a finite logit has no candidate and gets token 0; its log-probability, NaN, says so.
+    first = torch.full((len(best),), scaled.shape[1], dtype=torch.int64)
+    first = first.scatter_reduce(0, rows[is_winner], tokens[is_winner], "amin", include_self=True)
+    return torch.where(first == scaled.shape[1], 0, first)
 
 
 def _nucleus(scaled: Tensor, top_p: float) -> Tensor:

@@ -6,7 +6,7 @@ row's cache is held once however many continuations it is asked about.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from kvpatch.cache import PAD, KVCache
 from kvpatch.engine.decode import slab_of
 from kvpatch.engine.prefill import TOKENS_AT_ONCE
 from kvpatch.errors import CacheError, ProtocolError
-from kvpatch.models.hf import Backbone
+from kvpatch.models.hf import Backbone, Edits
 
 Branches = Sequence[Sequence[int]]
 """The continuations of one row, as token ids."""
@@ -45,6 +45,7 @@ def score(
     *,
     keep_values: Sequence[int] = (),
     keep_logits: int = 0,
+    edits: Callable[[slice], Edits] | None = None,
 ) -> Scores:
     """Feed each row its pending token and its continuations, and read what the model gave each token.
 
@@ -53,6 +54,7 @@ def score(
         continuations: for every row any number of continuations, each of at least one token.
         keep_values: layers whose cached values of the first continuation are returned.
         keep_logits: return the logits of so many first positions of the first continuation (0: none).
+        edits: for a slice of the rows, changes to the queries, keys and values of what is fed.
     Raises:
         CacheError: where the continuations do not fit the batch.
         ProtocolError: for an empty continuation, or one the context has no room for.
@@ -68,7 +70,14 @@ def score(
     packed = max(1 + sum(len(branch) for branch in row) for row in continuations)
     rows = max(1, TOKENS_AT_ONCE.get(backbone.device.type, 4096) // packed)
     parts = [
-        _score_rows(backbone, cache[low : low + rows], continuations[low : low + rows], keep_values, keep_logits)
+        _score_rows(
+            backbone,
+            cache[low : low + rows],
+            continuations[low : low + rows],
+            keep_values,
+            keep_logits,
+            edits(slice(low, low + rows)) if edits else None,
+        )
         for low in range(0, cache.batch, rows)
     ]
     branches = max(len(row) for row in continuations)
@@ -97,7 +106,12 @@ def _stack(parts: Sequence[Tensor], axis: int) -> Tensor:
 
 
 def _score_rows(
-    backbone: Backbone, cache: KVCache, continuations: Sequence[Branches], keep_values: Sequence[int], keep_logits: int
+    backbone: Backbone,
+    cache: KVCache,
+    continuations: Sequence[Branches],
+    keep_values: Sequence[int],
+    keep_logits: int,
+    edits: Edits | None,
 ) -> Scores:
     device = backbone.device
     count = max(len(row) for row in continuations)
@@ -127,7 +141,7 @@ def _score_rows(
     branch = torch.arange(1, count + 1, device=device).repeat_interleave(width)
     branches = torch.cat([torch.zeros(1, dtype=torch.int64, device=device), branch]).expand_as(tokens)
     slab = slab_of(backbone, cache, tokens.shape[1])
-    hidden = backbone.forward(tokens.clamp(min=0), positions, slab, branches)
+    hidden = backbone.forward(tokens.clamp(min=0), positions, slab, branches, edits)
     # The pending token's state predicts every branch's first token; a branch's states predict the tokens after them.
     first = hidden[:, :1, None].expand(-1, -1, count, -1).transpose(1, 2)  # [batch, branches, 1, width]
     rest = hidden[:, 1:].unflatten(1, (count, width))[:, :, : longest - 1]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,34 @@ class Geometry:
     rope: tuple[LayerRope, ...]
 
 
+@dataclass
+class LayerEdit:
+    """Changes to the queries, keys and values that one layer makes in a forward pass, after RoPE and before they are
+    cached or used. Each takes and gives [batch, heads, new, head_dim]; `fired` counts the changes made."""
+
+    query: Callable[[Tensor], Tensor] | None = None
+    key: Callable[[Tensor], Tensor] | None = None
+    value: Callable[[Tensor], Tensor] | None = None
+    fired: int = 0
+
+    @property
+    def planned(self) -> int:
+        """Changes one forward pass should make."""
+        return sum(change is not None for change in (self.query, self.key, self.value))
+
+    def apply(self, part: str, tensor: Tensor) -> Tensor:
+        """Change one part, if this edit has something to change in it."""
+        change = getattr(self, part)
+        if change is None:
+            return tensor
+        self.fired += 1
+        return change(tensor)
+
+
+Edits = Mapping[int, LayerEdit]
+"""Layer -> edit."""
+
+
 class SlabLayer(CacheLayerMixin):
     """One layer of a slab, in the shape transformers' `Cache` wants its layers."""
 
@@ -65,9 +93,9 @@ class SlabLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, slab: Slab) -> None:
+    def __init__(self, slab: Slab, layer: int) -> None:
         super().__init__()
-        self.slab = slab
+        self.slab, self.layer = slab, layer
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -80,6 +108,8 @@ class SlabLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, end = self.slab.start, self.slab.length
+        if edit := _running.step.edits.get(self.layer):
+            key_states, value_states = edit.apply("key", key_states), edit.apply("value", value_states)
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         return self.keys[:, :, :end], self.values[:, :, :end]
@@ -110,7 +140,7 @@ class Slab(Cache):
         self.length = 0
         self.positions = torch.full((batch, capacity), PAD, dtype=torch.int64, device=device)
         self.branches = torch.zeros_like(self.positions)
-        self.slab_layers = [SlabLayer(self) for _ in range(layers)]
+        self.slab_layers = [SlabLayer(self, layer) for layer in range(layers)]
         super().__init__(layers=list(self.slab_layers))
 
     @classmethod
@@ -144,6 +174,7 @@ class _Step:
     query_positions: Tensor  # [batch, queries]
     dtype: torch.dtype
     slot_branches: Tensor | None = None  # [batch, slots]
+    edits: Edits = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
     query_heads: int = 0
     _bias: dict[int | None, Tensor] = field(default_factory=dict)
@@ -191,6 +222,8 @@ def _attend(
     step: _Step = _running.step
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     step.windows[layer], step.query_heads = sliding_window, query.shape[1]
+    if edit := step.edits.get(layer):
+        query = edit.apply("query", query)
     bias = step.bias(sliding_window)
     batch, heads, queries, dim = query.shape
     kv_heads = key.shape[1]
@@ -254,7 +287,14 @@ class Backbone:
         return Slab(batch, capacity, self.config.num_hidden_layers, self.device)
 
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, positions: Tensor, slab: Slab, branches: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slab: Slab,
+        branches: Tensor | None = None,
+        edits: Edits | None = None,
+    ) -> Tensor:
         """Run tokens at positions, writing their keys and values into the slab's next slots.
 
         Args:
@@ -262,12 +302,13 @@ class Backbone:
             positions: [batch, new]; -1 where padded.
             slab: holds what the tokens may look at; `extend`ed here.
             branches: [batch, new], see `Slab`; None where all continue one sequence.
+            edits: changes to queries, keys and values as they are made.
         Returns:
             Hidden states [batch, new, width], after the final norm.
         """
         slab.extend(positions, branches)
         of_slots = None if branches is None else slab.branches[:, : slab.length]
-        step = _Step(slab.positions[:, : slab.length], positions, self.dtype, of_slots)
+        step = _Step(slab.positions[:, : slab.length], positions, self.dtype, of_slots, edits or {})
         return self._run(token_ids, positions.clamp(min=0), slab, step)
 
     def _run(self, token_ids: Tensor, position_ids: Tensor, slab: Slab, step: _Step) -> Tensor:

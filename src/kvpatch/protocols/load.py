@@ -49,6 +49,8 @@ def parse_protocol(text: str, name: str) -> Protocol:
         raise ProtocolError(f"{name}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(loaded, dict):
         raise ProtocolError(f"{name}, line 1: expected a mapping with the keys of a protocol")
+    if repeated := _repeated_key(node):
+        raise ProtocolError(f"{name}, line {repeated.start_mark.line + 1}: key {repeated.value!r} is given twice")
     try:
         return Protocol.model_validate(loaded)
     except ValidationError as error:
@@ -56,6 +58,21 @@ def parse_protocol(text: str, name: str) -> Protocol:
         key = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise ProtocolError(f"{name}, line {_line(node, first['loc'])}, {key or 'protocol'}: {message}") from error
+
+
+def _repeated_key(node: yaml.Node | None) -> yaml.Node | None:
+    """The first key that a mapping holds twice, of which YAML would keep the second without a word."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                return key
+            seen.add(str(key.value))
+            if found := _repeated_key(value):
+                return found
+    elif isinstance(node, yaml.SequenceNode):
+        return next((found for item in node.value if (found := _repeated_key(item))), None)
+    return None
 
 
 def _line(node: yaml.Node | None, loc: tuple[int | str, ...]) -> int:

@@ -1,0 +1,118 @@
+"""M2: add a direction to a finished cache; and M1 and T: one prompt's words before another's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvpatch.cache import KVCache, Segment
+from kvpatch.errors import CacheError
+from kvpatch.interventions import CacheSteering, Joined
+from kvpatch.models.template import EncodedPrompt
+from kvpatch.rope import rotate
+from kvpatch.selection import layer_indices, slot_indices
+from kvpatch.splice import take
+
+
+def steer_cache(
+    cache: KVCache,
+    spec: CacheSteering,
+    directions: tuple[dict[int, Tensor], dict[int, Tensor]],
+    which: Sequence[int],
+) -> KVCache:
+    """Add strength times a direction to some slots.
+
+    Args:
+        directions: keys (before RoPE) and values, layer -> [kv_heads, head_dim]; see `activations.mean_difference`.
+        which: a row's number of its random direction, used where the spec asks for random ones.
+    Returns:
+        A new cache; strength 0 gives the same bits.
+    """
+    if spec.strength == 0:
+        return cache
+    is_put = torch.zeros_like(cache.is_real)
+    for row in range(cache.batch):
+        is_put[row, slot_indices(cache, row, spec.slots)] = True
+    at = torch.where(is_put, cache.positions, 0)
+    keys, values = list(cache.keys), list(cache.values)
+    for layer in layer_indices(spec.layers, cache.layers):
+        for part, tensors, known in (("k", keys, directions[0]), ("v", values, directions[1])):
+            if part not in spec.parts:
+                continue
+            step = _rows_of(known[layer], spec, which, 2 * layer + (part == "v"))  # [batch, kv_heads, head_dim]
+            added = step[:, :, None].expand(-1, -1, cache.slots, -1)
+            if part == "k":
+                added = rotate(added, at, cache.rope[layer])
+            moved = (tensors[layer].float() + spec.strength * added).to(tensors[layer].dtype)
+            tensors[layer] = torch.where(is_put[:, None, :, None], moved, tensors[layer])
+    return replace(cache, keys=tuple(keys), values=tuple(values))
+
+
+def _rows_of(direction: Tensor, spec: CacheSteering, which: Sequence[int], place: int) -> Tensor:
+    """The direction of every row: the known one, or the row's random one with each head's norm."""
+    if spec.random_directions is None:
+        return direction.expand(len(which), -1, -1)
+    rows = []
+    for number in which:
+        rng = np.random.Generator(np.random.Philox(key=(number % spec.random_directions) * 65_537 + place))
+        noise = torch.from_numpy(rng.standard_normal(tuple(direction.shape), dtype=np.float32)).to(direction.device)
+        rows.append(noise / noise.norm(dim=-1, keepdim=True) * direction.norm(dim=-1, keepdim=True))
+    return torch.stack(rows)
+
+
+def join_prompts(giver: EncodedPrompt, receiver: EncodedPrompt, separator: Sequence[int], text: str) -> EncodedPrompt:
+    """The giver's words and a separator put before the receiver's words, inside the receiver's own template.
+
+    Joined token by token, so that the receiver's tokens stay exactly those of its own prompt.
+    """
+    start = receiver.segments.index(Segment.body)
+    words = [i for i, segment in enumerate(giver.segments) if segment == Segment.body]
+    body = [int(Segment.body)] * (len(words) + len(separator))
+    return EncodedPrompt(
+        (*receiver.token_ids[:start], *(giver.token_ids[i] for i in words), *separator, *receiver.token_ids[start:]),
+        (*receiver.segments[:start], *body, *receiver.segments[start:]),
+        (
+            *receiver.pieces[:start],
+            *(giver.pieces[i] for i in words),
+            text,
+            *[""] * (len(separator) - 1),
+            *receiver.pieces[start:],
+        ),
+    )
+
+
+def without_giver(joined: KVCache, natural: KVCache) -> KVCache:
+    """Take the giver's slots out of joined caches and turn the rest to the receiver's own positions (M1).
+
+    Args:
+        joined: caches of `join_prompts`.
+        natural: the receivers' own caches, whose tokens and positions the result has.
+    Raises:
+        CacheError: where the tokens kept are not the receiver's.
+    """
+    index = torch.full_like(natural.positions, -1)
+    for row in range(natural.batch):
+        length, whole = int(natural.lengths[row]), int(joined.lengths[row])
+        start = int((natural.segments[row] == Segment.body).nonzero()[0]) - (natural.slots - length)
+        pad = joined.slots - whole
+        kept = [*range(start), *range(whole - (length - start), whole)]
+        index[row, natural.slots - length :] = torch.tensor(kept, device=index.device) + pad
+    came_from = joined.positions.gather(1, index.clamp(min=0))
+    tokens = torch.where(index >= 0, joined.token_ids.gather(1, index.clamp(min=0)), -1)
+    if not torch.equal(tokens, natural.token_ids):
+        raise CacheError("the slots kept of a joined prompt are not those of the receiver's own prompt")
+    delta = torch.where(natural.is_real, natural.positions - came_from, 0)
+    return replace(
+        natural,
+        keys=tuple(rotate(take(k, index), delta, rope) for k, rope in zip(joined.keys, joined.rope, strict=True)),
+        values=tuple(take(v, index) for v in joined.values),
+    )
+
+
+def joined_cache(spec: Joined, joined: KVCache, natural: KVCache) -> KVCache:
+    """The cache a `Joined` asks for."""
+    return joined if spec.keep == "all" else without_giver(joined, natural)

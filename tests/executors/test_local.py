@@ -1,0 +1,114 @@
+"""The local executor: calibration first, and a run that was broken off ends as one that was not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvpatch.executors import local
+from kvpatch.executors.local import LocalExecutor, stored_limits
+from kvpatch.protocols import plan as planner
+from kvpatch.protocols.plan import CALIBRATION
+from kvpatch.store import Store
+from small import with_patch
+
+pytestmark = pytest.mark.model
+
+
+class Broken(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.fixture
+def plan(small_plan, monkeypatch):
+    """A plan of several batches: four test pairs, two a batch."""
+    monkeypatch.setattr(planner, "ROWS_PER_BATCH", 10)
+    return small_plan(n=4, **with_patch({"align": "start"}))
+
+
+def run(model, plan, store: Store, on_batch=lambda batch, tokens: None):
+    return LocalExecutor(model).run(plan, store, on_tokens=lambda rows: None, on_batch=on_batch)
+
+
+def rows_of(store: Store) -> list[str]:
+    return [repr(row) for row in sorted(store.read().to_pylist(), key=lambda row: row["trial_id"])]
+
+
+@pytest.fixture
+def undisturbed(model, plan, tmp_path) -> list[str]:
+    store = Store(tmp_path / "undisturbed")
+    with store.locked():
+        run(model, plan, store)
+    return rows_of(store)
+
+
+def test_plan_has_several_batches(plan):
+    assert len(plan.batches) >= 3
+    assert plan.batches[0].phase == CALIBRATION
+
+
+def test_every_trial_is_stored_once(model, plan, undisturbed):
+    assert len(undisturbed) == plan.n_trials == len(set(plan.trial_ids))
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_run_broken_off_between_batches_ends_the_same(model, plan, tmp_path, undisturbed, after):
+    store, told = Store(tmp_path / "broken"), []
+
+    def stop(batch, tokens):
+        told.append(batch.batch_id)
+        if len(told) > after:
+            raise Broken
+
+    with store.locked():
+        with pytest.raises(Broken):
+            run(model, plan, store, stop)
+        assert store.read().num_rows < plan.n_trials
+        run(model, plan, store)
+    assert rows_of(store) == undisturbed
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_run_broken_off_inside_a_batch_ends_the_same(model, plan, tmp_path, undisturbed, at, monkeypatch):
+    store, begun = Store(tmp_path / "broken"), []
+
+    def breaking(model, batch, **kwargs):
+        begun.append(batch.batch_id)
+        if len(begun) == at + 1:
+            raise Broken
+        return run_batch(model, batch, **kwargs)
+
+    run_batch = local.run_batch
+    monkeypatch.setattr(local, "run_batch", breaking)
+    with store.locked():
+        with pytest.raises(Broken):
+            run(model, plan, store)
+        run(model, plan, store)
+    assert rows_of(store) == undisturbed
+    assert begun.count(begun[at]) == 2
+    assert len(begun) == len(plan.batches) + 1  # what was stored is not run again
+
+
+def test_finished_run_runs_nothing_again(model, plan, tmp_path):
+    store, told = Store(tmp_path / "done"), []
+    with store.locked():
+        first = run(model, plan, store)
+        again = run(model, plan, store, lambda batch, tokens: told.append(tokens))
+    assert told == [0] * len(plan.batches)
+    assert again == first
+
+
+def test_limits_come_from_the_calibration_alone_and_judge_the_rest(model, plan, tmp_path):
+    store = Store(tmp_path / "limits")
+    with store.locked():
+        limits = run(model, plan, store)
+    table = store.read().to_pandas()
+    held_out = table[table["split"] == "calibration"]
+    assert set(held_out["condition"]) == {"A", "B"}
+    expected = max(np.quantile(part["nll_target"], 0.95) for _, part in held_out.groupby("condition"))
+    assert limits.nll_target == pytest.approx(expected)
+    assert stored_limits(store) == limits
+    assert held_out["coherent"].isna().all()
+    rest = table[table["split"] == "test"]
+    within = (rest["nll_target"] <= limits.nll_target) & (rest["repetition_4"] <= limits.repetition_4)
+    assert (rest["coherent"].astype(bool) == within).all()

@@ -74,6 +74,7 @@ def plan_for(
         model_key=f"{record.weights_sha256}:{record.tokenizer_sha256}:{record.template_sha256}:{record.dtype}",
         kv_heads=model.geometry.kv_heads,
         has_template=has_template(model.tokenizer),
+        can_move_keys=all(rope.layout != "absolute" for rope in model.geometry.rope),
         seed=seed,
         n=n,
         phases=phases,

@@ -194,7 +194,7 @@ def test_keys_that_would_have_to_move_and_can_t(kvpatch, tmp_path, tiny_dirs):
 
 
 def test_cache_that_grows_past_the_context(kvpatch, model_dir, tmp_path):
-    generation = {"max_new_tokens": 190}
+    generation = {"max_new_tokens": 215}
     fits = write_protocol(tmp_path, **with_patch({"align": "end"}), generation=generation)
     assert kvpatch("plan", fits, "--model", model_dir).code == 0
     grows = write_protocol(tmp_path, **with_patch({"align": "append"}), generation=generation)

@@ -368,6 +368,7 @@ def test_full_disk_is_named_and_what_was_stored_is_kept(tiny_disk):
         assert ids(store) == [f"id-{i}" for i in stored]
         assert store.done() == {f"part-{i}" for i in stored}
         assert store.read_record() == RECORD
+        assert not [name for name in files(store) if name.endswith(".tmp")]  # the half-written part gave its room back
 
 
 def test_read_only_disk_is_named(tiny_disk):

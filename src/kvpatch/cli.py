@@ -252,7 +252,12 @@ def pull(name: Annotated[str, typer.Argument(help="A name from `kvpatch models`.
 
 
 def _names(phases: str | None) -> list[str] | None:
-    return None if phases is None else [name.strip() for name in phases.split(",") if name.strip()]
+    if phases is None:
+        return None
+    names = [name.strip() for name in phases.split(",") if name.strip()]
+    if not names:
+        raise KvpatchError(f"--phases {phases!r} names no phase; leave it out for all")
+    return names
 
 
 def _print(summary: Any, as_json: bool, pretty: Callable[[], None]) -> None:

@@ -44,9 +44,11 @@ def decide(store: Store, protocol: Protocol) -> list[Verdict]:
 
 
 def write_verdicts(store: Store, protocol: Protocol | None = None) -> list[Verdict]:
-    """Compute and store verdicts.json."""
+    """Compute verdicts.json, and store it where it is not there already."""
     found = decide(store, protocol or stored_protocol(store.read_record()))
-    store.write_text("verdicts.json", verdicts_json(found))
+    text, path = verdicts_json(found), store.directory / "verdicts.json"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        store.write_text("verdicts.json", text)
     return found
 
 

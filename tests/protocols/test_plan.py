@@ -69,6 +69,14 @@ def test_trial_ids_are_unique():
     assert len(set(ids)) == len(ids) == 100 * 15 + 30 * 2
 
 
+def test_one_condition_under_two_names_and_in_two_phases_gives_trials_of_their_own(bank):
+    conditions = {name: CONDITIONS["A"] for name in ("A", "B", "A2")}
+    phases = {name: {"question": "?", "n": 2, "conditions": ["A", "A2"]} for name in ("1", "2")}
+    content = protocol_content("small", conditions=conditions, phases=phases, hypotheses=[])
+    ids = plan_of(bank, Protocol.model_validate(content)).trial_ids
+    assert len(set(ids)) == len(ids) == 2 * 2 * 2 + 3 * 2
+
+
 def test_trial_ids_are_the_same_for_the_same_plan(bank):
     assert plan_of(bank) == plan_of(bank)
 

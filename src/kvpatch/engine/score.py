@@ -105,6 +105,29 @@ def _stack(parts: Sequence[Tensor], axis: int) -> Tensor:
     return torch.cat(out)
 
 
+@dataclass(frozen=True)
+class _Pack:
+    """One row's tokens as they are fed: the pending token, then branch after branch. `offsets` count positions from the
+    pending token's; `starts` say where each branch begins."""
+
+    tokens: list[int]
+    branches: list[int]
+    offsets: list[int]
+    starts: list[int]
+
+
+def _pack(pending: int, row: Branches, with_first_whole: bool) -> _Pack:
+    """Pack a row. A branch's last token predicts nothing that is asked for, so it is fed only where its values are."""
+    pack = _Pack([pending], [0], [0], [])
+    for b, branch in enumerate(row):
+        fed = list(branch) if b == 0 and with_first_whole else list(branch[:-1])
+        pack.starts.append(len(pack.tokens))
+        pack.tokens.extend(fed)
+        pack.branches.extend([b + 1] * len(fed))
+        pack.offsets.extend(range(1, len(fed) + 1))
+    return pack
+
+
 def _score_rows(
     backbone: Backbone,
     cache: KVCache,
@@ -114,42 +137,33 @@ def _score_rows(
     edits: Edits | None,
 ) -> Scores:
     device = backbone.device
+    packs = [_pack(int(cache.pending[r]), row, bool(keep_values)) for r, row in enumerate(continuations)]
+    width = max(len(pack.tokens) for pack in packs)
     count = max(len(row) for row in continuations)
     longest = max(len(branch) for row in continuations for branch in row)
+
+    def table(name: str, fill: int) -> Tensor:
+        return torch.tensor([getattr(p, name) + [fill] * (width - len(p.tokens)) for p in packs], device=device)
+
+    tokens, branches, offsets = table("tokens", 0), table("branches", 0), table("offsets", PAD)
+    positions = torch.where(offsets == PAD, PAD, cache.pending_position[:, None] + offsets)
+    slab = slab_of(backbone, cache, width)
+    hidden = backbone.forward(tokens, positions, slab, branches, edits)  # [batch, packed, width]
     wanted = torch.full((cache.batch, count, longest), PAD, dtype=torch.int64)
-    for r, row in enumerate(continuations):
+    read_at = torch.zeros_like(wanted)
+    for r, (row, pack) in enumerate(zip(continuations, packs, strict=True)):
         for b, branch in enumerate(row):
             wanted[r, b, : len(branch)] = torch.tensor(list(branch))
-    wanted = wanted.to(device)
-    # What is fed: the pending token, then every branch. A branch's last token is fed only where its values are wanted.
-    fed = wanted.clone()
-    lengths = (wanted != PAD).sum(dim=2, keepdim=True)
-    is_last = torch.arange(longest, device=device) == lengths - 1
-    is_last[:, :1] &= not keep_values
-    fed[is_last] = PAD
-    width = longest if keep_values or longest == 1 else longest - 1
-    fed = fed[:, :, :width]
-    tokens = torch.cat([cache.pending[:, None], fed.flatten(1)], dim=1)  # [batch, 1 + branches * width]
-    offset = torch.arange(1, width + 1, device=device).repeat(count)
-    positions = torch.cat(
-        [
-            cache.pending_position[:, None],
-            torch.where(fed.flatten(1) != PAD, cache.pending_position[:, None] + offset, PAD),
-        ],
-        dim=1,
-    )
-    branch = torch.arange(1, count + 1, device=device).repeat_interleave(width)
-    branches = torch.cat([torch.zeros(1, dtype=torch.int64, device=device), branch]).expand_as(tokens)
-    slab = slab_of(backbone, cache, tokens.shape[1])
-    hidden = backbone.forward(tokens.clamp(min=0), positions, slab, branches, edits)
-    # The pending token's state predicts every branch's first token; a branch's states predict the tokens after them.
-    first = hidden[:, :1, None].expand(-1, -1, count, -1).transpose(1, 2)  # [batch, branches, 1, width]
-    rest = hidden[:, 1:].unflatten(1, (count, width))[:, :, : longest - 1]
-    states = torch.cat([first, rest], dim=2)  # [batch, branches, tokens, width]
+            read_at[r, b, 1 : len(branch)] = torch.arange(pack.starts[b], pack.starts[b] + len(branch) - 1)
+    wanted, read_at = wanted.to(device), read_at.to(device)
+    states = hidden[
+        torch.arange(cache.batch, device=device)[:, None, None], read_at
+    ]  # [batch, branches, tokens, width]
     is_real = wanted != PAD
     logprobs = torch.full(wanted.shape, float("nan"), device=device)
     logprobs[is_real] = backbone.token_logprobs(states[is_real], wanted[is_real])
     start = cache.slots + 1
-    values = {i: slab.slab_layers[i].values[:, :, start : start + width] for i in keep_values}
+    first = max(len(row[0]) for row in continuations)
+    values = {i: slab.slab_layers[i].values[:, :, start : start + first] for i in keep_values}
     logits = backbone.logits(states[:, 0, :keep_logits]) if keep_logits else None
     return Scores(logprobs, values, logits)

@@ -79,7 +79,7 @@ def plan_for(
         n=n,
         phases=phases,
     )
-    refuse_misfits(plan, model.geometry, encode, room)
+    refuse_misfits(plan, model.geometry, encode, model.continuation_ids, room)
     return plan, record
 
 

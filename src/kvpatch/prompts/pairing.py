@@ -25,9 +25,9 @@ OTHER_GROUPS = ("pseudo_recursive", "zero_lexicon")
 class Pair:
     """A target, its source, and what else the conditions of the pair need.
 
-    `others` holds prompts of further groups of the bank, by group: matched in length with the source, each used once, so
-    that late pairs may have none. `continuations` gives, for every cell of `CELLS`, openings on the pair's domains that share no content word with the
-    source.
+    `others` holds prompts of further groups of the bank, by group: matched in length with the source, each used once,
+    so that late pairs may have none. `continuations` gives, for every cell of `CELLS`, openings on the pair's domains
+    that share no content word with the source.
     """
 
     target: Prompt

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kvpatch.errors import ProtocolError
 from kvpatch.patch import Frozen
@@ -23,7 +24,7 @@ ROWS_PER_BATCH = 120
 
 
 class PlannedPair(Frozen):
-    """A pair's texts, by role, and its held-out continuations by cell of the 2x2. `number` counts the pairs of a run."""
+    """A pair's texts, by role, and its held-out continuations by cell of the 2x2; `number` counts a run's pairs."""
 
     pair_id: str
     number: int
@@ -171,7 +172,7 @@ class _Planner:
                 self._trial(phase, name, condition, index, pair, sample)
                 for name, condition in conditions.items()
                 for index, pair in enumerate(planned)
-                if condition.from_ is None or condition.from_ in pair.texts
+                if (condition.from_ or condition.text_of or condition.into) in pair.texts
                 for sample in range(self.protocol.generation.samples)
             ]
             content = "".join(trial.trial_id for trial in trials)
@@ -194,6 +195,7 @@ class _Planner:
     def _is_possible(self, phase: str, name: str, pairs: Sequence[Pair]) -> bool:
         condition = self.protocol.conditions[name]
         roles = {condition.from_, condition.text_of}
+        other = next((role for role in OTHER_GROUPS if role in roles), None)
         reason = None
         if self.kv_heads < condition.min_kv_heads:
             reason = f"needs {condition.min_kv_heads} KV heads; the model has {self.kv_heads}"
@@ -201,9 +203,9 @@ class _Planner:
             reason = "needs a chat template for the empty scaffold; the model has none"
         elif "foreign" in roles and any(pair.foreign is None for pair in pairs):
             reason = "needs a foreign partner for every target; the bank has not got them"
-        elif condition.from_ in OTHER_GROUPS and not any(condition.from_ in pair.others for pair in pairs):
-            reason = f"needs {condition.from_} prompts; the bank gives these pairs none"
-        elif condition.joined and condition.joined.keep == "receiver" and not self.can_move_keys:
+        elif other and not any(other in pair.others for pair in pairs):
+            reason = f"needs {other} prompts; the bank gives these pairs none"
+        elif _moves_keys(condition) and not self.can_move_keys:
             reason = "moves keys to other positions; the model adds positions to its embeddings"
         if reason:
             self.skipped.append(Skipped(phase=phase, condition=name, reason=reason))
@@ -238,7 +240,7 @@ class _Planner:
             "phase": phase,
             "condition": condition.model_dump(mode="json", by_alias=True),
             "name": name,
-            "pair": pair.model_dump(mode="json"),
+            "pair": _what_counts_of(pair, condition),
             "sample": sample,
             "seed": seed,
             "generation": self.protocol.generation.model_dump(mode="json"),
@@ -248,6 +250,23 @@ class _Planner:
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         trial_id = hashlib.sha256(text.encode()).hexdigest()[:32]
         return PlannedTrial(trial_id=trial_id, pair=index, condition=name, sample=sample, seed=seed)
+
+
+def _what_counts_of(pair: PlannedPair, condition: Condition) -> dict[str, Any]:
+    """What of a pair can change a trial: its number and its prompts of other groups only where the condition asks."""
+    content = pair.model_dump(mode="json")
+    if condition.steer_cache is None or condition.steer_cache.random_directions is None:
+        del content["number"]
+    unused = set(OTHER_GROUPS) - {condition.from_, condition.text_of}
+    content["texts"] = {role: text for role, text in pair.texts.items() if role not in unused}
+    return content
+
+
+def _moves_keys(condition: Condition) -> bool:
+    """Whether keys land at other positions than they were made for (for Q+K+V: unless lengths are equal)."""
+    if condition.joined is not None:
+        return condition.joined.keep == "receiver"
+    return condition.in_prefill is not None and condition.in_prefill.site == "queries_keys_values"
 
 
 def _is_fitted(condition: Condition) -> bool:

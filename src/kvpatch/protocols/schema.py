@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -192,6 +192,11 @@ class Hypothesis(Frozen):
         return out
 
 
+def dumped_sha256(dumped: dict[str, Any]) -> str:
+    """Hash of a protocol as run.json holds it; stays what it was when a later schema knows more fields."""
+    return hashlib.sha256(json.dumps(dumped, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 class Protocol(Frozen):
     """A whole protocol."""
 
@@ -233,8 +238,7 @@ class Protocol(Frozen):
     @property
     def sha256(self) -> str:
         """Hash of the canonical JSON: what the protocol says, whatever the file's layout and comments."""
-        text = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return dumped_sha256(self.model_dump(mode="json", by_alias=True))
 
     def is_tautological(self, hypothesis: Hypothesis) -> bool:
         """Whether every condition of the contrast is, by construction, a natural run of the pair's own texts."""

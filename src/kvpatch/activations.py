@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvpatch.cache import PAD, KVCache
 from kvpatch.engine.prefill import prefill_pass
+from kvpatch.errors import ModelError
 from kvpatch.interventions import InPrefill, ValueSteering
 from kvpatch.models.hf import Backbone, Edits, LayerEdit
 from kvpatch.models.template import EncodedPrompt
@@ -58,6 +59,7 @@ def run_in_prefill(
     if spec.site == "residual":
         with recorded_residual(backbone, layers) as seen:
             prefill_pass(backbone, sources)
+        _refuse_unseen(seen.seen, layers)
         source_slots = max(len(p.token_ids) for p in sources) - 1
         is_put, _ = _landing(spec.slots, natural, [len(p.token_ids) - 1 for p in sources])
         streams = {i: _aligned(seen.seen[i][:, None], natural.slots)[:, 0] for i in layers}
@@ -68,6 +70,8 @@ def run_in_prefill(
     queries: dict[int, Tensor] = {}
     taps = {i: LayerEdit(query=_tap(queries, i)) for i in layers} if spec.site == "queries_keys_values" else None
     source = prefill_pass(backbone, sources, edits=taps)
+    if taps:
+        _refuse_unseen(queries, layers)
     is_put, delta = _landing(spec.slots, natural, source.lengths.tolist())
     edits = {i: _replacement(spec, source, queries, i, is_put, delta, natural.slots) for i in layers}
     cache = prefill_pass(backbone, targets, edits=edits)
@@ -125,6 +129,12 @@ def _aligned(tensor: Tensor, slots: int) -> Tensor:
     """[batch, heads, any, dim] brought to `slots`, the last slot staying last."""
     missing = slots - tensor.shape[2]
     return tensor[:, :, -slots:] if missing <= 0 else torch.nn.functional.pad(tensor, (0, 0, missing, 0))
+
+
+def _refuse_unseen(seen: dict[int, Tensor], layers: Sequence[int]) -> None:
+    """Stop where a source's activations passed by unrecorded, so that there is nothing to put in."""
+    if missing := [layer for layer in layers if layer not in seen]:
+        raise ModelError(f"the source's activations at layer {missing[0]} were not seen")
 
 
 def _tap(into: dict[int, Tensor], layer: int) -> Callable[[Tensor], Tensor]:
@@ -228,5 +238,6 @@ def _body_means(cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
         is_body[row, slot_indices(cache, row, "body")] = True
     share = (is_body / is_body.sum(dim=1, keepdim=True))[:, None, :, None]
     back = -torch.where(cache.positions != PAD, cache.positions, 0)
-    unturned = rotate(cache.keys[layer], back, cache.rope[layer]).float()
-    return tuple((part * share).sum(dim=2).mean(dim=0) for part in (unturned, cache.values[layer].float()))  # type: ignore[return-value]
+    rope = cache.rope[layer]
+    unturned = cache.keys[layer] if rope.layout == "absolute" else rotate(cache.keys[layer], back, rope)
+    return tuple((part * share).sum(dim=2).mean(dim=0) for part in (unturned.float(), cache.values[layer].float()))  # type: ignore[return-value]

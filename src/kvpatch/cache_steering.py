@@ -45,7 +45,7 @@ def steer_cache(
                 continue
             step = _rows_of(known[layer], spec, which, 2 * layer + (part == "v"))  # [batch, kv_heads, head_dim]
             added = step[:, :, None].expand(-1, -1, cache.slots, -1)
-            if part == "k":
+            if part == "k" and cache.rope[layer].layout != "absolute":
                 added = rotate(added, at, cache.rope[layer])
             moved = (tensors[layer].float() + spec.strength * added).to(tensors[layer].dtype)
             tensors[layer] = torch.where(is_put[:, None, :, None], moved, tensors[layer])

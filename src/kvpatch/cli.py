@@ -74,8 +74,10 @@ def run(
         store = run_protocol(
             chosen, loaded, out, seed=seed, n=n, phases=_names(phases), command=sys.argv, watcher=watcher
         )
-    from kvpatch.outcome import answer
+    from kvpatch.outcome import answer, phase_effects
+    from kvpatch.summaries import print_effects
 
+    print_effects(phase_effects(store))
     typer.echo(answer(store))
     typer.echo(f"report: {(out / 'report.html').resolve()}")
 
@@ -139,6 +141,24 @@ def verdicts(directory: Directory, as_json: Json = False) -> None:
         typer.echo(verdicts_json(found), nl=False)
     else:
         print_verdicts(found)
+
+
+@app.command()
+def effects(
+    directory: Directory,
+    phase: Annotated[str | None, typer.Option(help="One phase; all that have trials if not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print every condition's difference from its natural run, on one scale.
+
+    Example: kvpatch effects results --phase interventions
+    """
+    from kvpatch.outcome import phase_effects
+    from kvpatch.store import Store
+    from kvpatch.summaries import print_effects
+
+    found = phase_effects(Store(directory), phase)
+    _print([effect.model_dump() for effect in found], as_json, lambda: print_effects(found))
 
 
 @app.command()

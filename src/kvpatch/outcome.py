@@ -8,9 +8,10 @@ from pathlib import Path
 import pandas as pd
 
 from kvpatch.errors import ProtocolError
-from kvpatch.protocols.schema import Protocol
+from kvpatch.protocols.schema import Protocol, dumped_sha256
 from kvpatch.readouts.behavior import Lexicon, copied_words
 from kvpatch.report.page import render
+from kvpatch.statistics.effects import Effect, effects
 from kvpatch.statistics.verdicts import Verdict, headline, verdicts, verdicts_json
 from kvpatch.store import RunRecord, Store
 
@@ -22,9 +23,10 @@ def stored_protocol(record: RunRecord) -> Protocol:
         ProtocolError: where what run.json holds no longer has the hash that was stored before the first trial.
     """
     protocol = Protocol.model_validate(record.protocol)
-    if protocol.sha256 != record.protocol_sha256:
+    found = dumped_sha256(record.protocol)
+    if found != record.protocol_sha256:
         raise ProtocolError(
-            f"the protocol in run.json has hash {protocol.sha256[:12]}, and the run was made with "
+            f"the protocol in run.json has hash {found[:12]}, and the run was made with "
             f"{record.protocol_sha256[:12]}: it was changed after the run, so its verdicts would not be confirmatory"
         )
     return protocol
@@ -64,17 +66,33 @@ def write_report(store: Store, path: Path | None = None) -> Path:
         return hits + [(start, end, "copied") for start, end in copied_words(text, source)]
 
     page = render(
-        record.model_dump(mode="json"),
+        {**record.model_dump(mode="json"), "dropped_pairs": len(record.dropped_pairs)},
         protocol,
         _rows(store, record),
         json.loads(verdicts_json(found)),
         headline(protocol, found),
         mark,
+        [effect.model_dump() for effect in phase_effects(store)],
     )
     if path is None:
         return store.write_text("report.html", page)
     path.write_text(page, encoding="utf-8", errors="replace")
     return path
+
+
+def phase_effects(store: Store, phase: str | None = None) -> list[Effect]:
+    """Every condition's difference from its natural run, for one phase or all that have trials.
+
+    Raises:
+        ProtocolError: for a phase the protocol does not have.
+    """
+    record = store.read_record()
+    protocol = stored_protocol(record)
+    if phase is not None and phase not in protocol.phases:
+        raise ProtocolError(f"no phase {phase!r} in {protocol.protocol}; it has {', '.join(protocol.phases)}")
+    rows = _rows(store, record)
+    names = [phase] if phase else [name for name in protocol.phases if (rows["phase"] == name).any()]
+    return [effect for name in names for effect in effects(protocol, rows, name)]
 
 
 def answer(store: Store) -> str:

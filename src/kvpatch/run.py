@@ -74,11 +74,12 @@ def plan_for(
         model_key=f"{record.weights_sha256}:{record.tokenizer_sha256}:{record.template_sha256}:{record.dtype}",
         kv_heads=model.geometry.kv_heads,
         has_template=has_template(model.tokenizer),
+        can_move_keys=all(rope.layout != "absolute" for rope in model.geometry.rope),
         seed=seed,
         n=n,
         phases=phases,
     )
-    refuse_misfits(plan, model.geometry, encode, room)
+    refuse_misfits(plan, model.geometry, encode, model.continuation_ids, room)
     return plan, record
 
 

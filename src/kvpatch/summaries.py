@@ -17,6 +17,7 @@ from kvpatch.store import Store
 
 if TYPE_CHECKING:
     from kvpatch.check import Identity
+    from kvpatch.statistics.effects import Effect
     from kvpatch.statistics.verdicts import Verdict
 
 
@@ -103,6 +104,32 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     console.print(table)
     for v in verdicts:
         console.print(f"[bold]{v.id}[/bold]: {escape(v.because)}")
+
+
+def print_effects(effects: Sequence[Effect]) -> None:
+    """A row a condition, a column a readout."""
+    console = Console()
+    for phase in dict.fromkeys(effect.phase for effect in effects):
+        rows = [effect for effect in effects if effect.phase == phase]
+        readouts = list(dict.fromkeys(effect.readout for effect in rows))
+        table = Table(title=f"phase {phase}: difference from the natural run, mean and 95% interval over pairs")
+        for column in ("condition", "n", "coherent", *(f"log {r}" if r.startswith("rv") else r for r in readouts)):
+            table.add_column(column)
+        table.add_column("about")
+        for condition in dict.fromkeys(effect.condition for effect in rows):
+            own = {effect.readout: effect for effect in rows if effect.condition == condition}
+            first = own[readouts[0]]
+            share = "-" if first.coherent is None else f"{first.coherent:.0%}"
+            n = str(max(effect.n for effect in own.values()))
+            table.add_row(condition, n, share, *(_interval(own[r]) for r in readouts), escape(first.about))
+        console.print(table)
+
+
+def _interval(effect: Effect) -> str:
+    if effect.estimate is None:
+        return "-"
+    ends = "" if effect.ci_low is None else f"\n[dim]{effect.ci_low:+.2f} to {effect.ci_high:+.2f}[/dim]"
+    return f"{effect.estimate:+.2f}{ends}"
 
 
 def print_check(identities: Sequence[Identity]) -> None:

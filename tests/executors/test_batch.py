@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kvpatch.executors import batch as batch_room
+from kvpatch.executors import conditions as condition_room
 from kvpatch.executors.batch import run_batch
 from kvpatch.protocols.plan import Batch
 from kvpatch.readouts.behavior import Lexicon, recursive_score, recursive_score_masked
@@ -237,9 +238,9 @@ def test_each_distinct_prompt_is_prefilled_once(model, batch, monkeypatch):
         assert len(set(prompts)) == len(prompts)
         return prefill(backbone, prompts)
 
-    prefill = batch_room.prefill
-    monkeypatch.setattr(batch_room, "prefill", counting)
-    batch_room._reference.cache_clear()
+    prefill = condition_room.prefill
+    monkeypatch.setattr(condition_room, "prefill", counting)
+    condition_room._reference.cache_clear()
     run_batch(model, batch)
     distinct = {text for pair in batch.pairs for role, text in pair.texts.items()}
     with_swapped = len(distinct) + sum("S1" in batch.conditions for _ in batch.pairs)

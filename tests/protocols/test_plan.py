@@ -66,7 +66,12 @@ def test_each_prompt_serves_in_one_pair():
 
 def test_trial_ids_are_unique():
     ids = dec7_plan().trial_ids
-    assert len(set(ids)) == len(ids) == 100 * 15 + 30 * 2
+    # The bank has fewer prompts for N4 and P1 than the phase has pairs.
+    runs = Counter((b.phase, t.condition) for b in dec7_plan().batches for t in b.trials if b.phase == "interventions")
+    fewer = {name: n for (_, name), n in runs.items() if n < 50}
+    assert fewer.keys() == {"N4", "P1"}
+    assert min(fewer.values()) >= 40
+    assert len(set(ids)) == len(ids) == 100 * 15 + 30 * 2 + 50 * (len(runs) - 2) + sum(fewer.values())
 
 
 def test_one_condition_under_two_names_and_in_two_phases_gives_trials_of_their_own(bank):
@@ -159,7 +164,10 @@ def test_conditions_of_a_pair_share_a_batch_and_a_seed():
             seeds[key].add(trial.seed)
     assert all(len(batches) == 1 for batches in where.values())
     assert all(len(shared) == 1 for shared in seeds.values())
-    assert len({min(shared) for shared in seeds.values()}) == len(seeds)
+    # A pair keeps its seed from phase to phase; no two pairs have one.
+    pairs = {(pair, sample): shared for (_, pair, sample), shared in seeds.items()}
+    assert all(pairs[pair, sample] == shared for (_, pair, sample), shared in seeds.items())
+    assert len({min(shared) for shared in pairs.values()}) == len(pairs)
 
 
 def test_samples_of_a_pair_have_seeds_of_their_own(bank):
@@ -175,9 +183,9 @@ def test_fixed_continuation_is_a_plain_one_on_the_target_s_topic(bank):
 
 def test_head_shuffle_is_left_out_by_name_on_a_model_with_one_kv_head():
     plan = dec7_plan(kv_heads=1)
-    assert [(s.phase, s.condition) for s in plan.skipped] == [("1", "E3")]
-    assert "KV heads" in plan.skipped[0].reason
-    assert "E3" not in {trial.condition for batch in plan.batches for trial in batch.trials}
+    assert [(s.phase, s.condition) for s in plan.skipped] == [("1", "E3"), ("interventions", "H0")]
+    assert all("KV heads" in s.reason for s in plan.skipped)
+    assert not {"E3", "H0"} & {trial.condition for batch in plan.batches for trial in batch.trials}
     assert not dec7_plan().skipped
 
 
@@ -214,3 +222,140 @@ def test_unknown_group_is_refused(bank):
     content = protocol_content("small", pairing={"targets": "nobody"})
     with pytest.raises(ProtocolError, match="no group 'nobody'"):
         plan_of(bank, Protocol.model_validate(content))
+
+
+# --- interventions --------------------------------------------------------------------------------------------------
+
+INTERVENTIONS: dict[str, dict[str, Any]] = {
+    "IV": {"about": "values", "from": "source", "in_prefill": {"site": "values"}},
+    "IR": {"about": "residual", "from": "source", "in_prefill": {"site": "residual"}},
+    "IQ": {"about": "q, k and v", "from": "source", "in_prefill": {"site": "queries_keys_values"}},
+    "SV": {"about": "steering", "steer_values": {"layers": [1], "alpha": 2}},
+    "SC": {"about": "direction", "steer_cache": {"strength": 2}},
+    "SN": {"about": "random", "steer_cache": {"strength": 2, "random_directions": 20}},
+    "M1": {"about": "cut", "from": "source", "joined": {"keep": "receiver"}},
+    "T": {"about": "both", "from": "source", "joined": {"keep": "all"}},
+    "N4": {"about": "pseudo", "from": "pseudo_recursive", "patch": {"align": "replace"}},
+    "N4s": {"about": "its text", "text_of": "pseudo_recursive"},
+    "P1": {"about": "paraphrase", "from": "zero_lexicon", "patch": {"align": "replace"}},
+}
+
+
+def intervening(**changes: Any) -> Protocol:
+    """The small protocol with `INTERVENTIONS` beside A and B."""
+    conditions = {name: CONDITIONS[name] for name in ("A", "B")} | INTERVENTIONS
+    phases = {"1": {"question": "?", "n": 5, "conditions": list(conditions)}}
+    content = protocol_content("small", conditions=conditions, phases=phases, hypotheses=[], **changes)
+    return Protocol.model_validate(content)
+
+
+def with_others(bank: Bank, pseudo: int = 0, zero: int = 0, words: int = 5) -> Bank:
+    """The bank with so many prompts of the groups that N4 and P1 take from, of so many words."""
+    groups = ["pseudo_recursive"] * pseudo + ["zero_lexicon"] * zero
+    like = bank.prompts[0]
+    more = tuple(
+        like.model_copy(update={"id": f"o{i}", "group": group, "text": " ".join([f"word{i}"] * words)})
+        for i, group in enumerate(groups)
+    )
+    return bank.model_copy(update={"prompts": bank.prompts + more})
+
+
+def runs_of(plan: Plan) -> Counter:
+    return Counter(trial.condition for batch in plan.batches if batch.split == "test" for trial in batch.trials)
+
+
+def test_conditions_that_move_keys_are_left_out_by_name_where_keys_can_t_be_moved(bank):
+    bank = with_others(bank, 8, 8)
+    plan = plan_of(bank, intervening(), can_move_keys=False)
+    assert [(s.phase, s.condition) for s in plan.skipped] == [("1", "IQ"), ("1", "M1")]
+    assert {s.reason for s in plan.skipped} == {
+        "moves keys to other positions; the model adds positions to its embeddings"
+    }
+    assert not {"IQ", "M1"} & runs_of(plan).keys()
+    assert {"IV", "IR", "SV", "SC", "T"} <= runs_of(plan).keys()
+    assert not plan_of(bank, intervening()).skipped
+
+
+def test_dec7_leaves_out_m1_where_keys_can_t_be_moved():
+    skipped = dec7_plan(can_move_keys=False).skipped
+    assert [s.condition for s in skipped] == ["I_QKV", "I_QKV_last", "M1", "M1n"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "left_out"),
+    [((0, 0), ["N4", "N4s", "P1"]), ((8, 0), ["P1"]), ((0, 8), ["N4", "N4s"]), ((8, 8), [])],
+)
+def test_n4_and_p1_are_left_out_by_name_where_the_bank_lacks_their_group(bank, groups, left_out):
+    plan = plan_of(with_others(bank, *groups), intervening())
+    assert [s.condition for s in plan.skipped] == left_out
+    for skipped in plan.skipped:
+        group = "zero_lexicon" if skipped.condition == "P1" else "pseudo_recursive"
+        assert skipped.reason == f"needs {group} prompts; the bank gives these pairs none"
+    assert not set(left_out) & runs_of(plan).keys()
+
+
+def test_n4_is_left_out_where_no_prompt_of_its_group_is_of_like_length(bank):
+    plan = plan_of(with_others(bank, 8, 8, words=40), intervening())
+    assert [s.condition for s in plan.skipped] == ["N4", "N4s", "P1"]
+
+
+def test_n4_is_left_out_of_the_calibration_whose_pairs_get_no_prompt(bank):
+    protocol = intervening(calibration={"pairs": 3, "conditions": ["A", "B", "N4"]})
+    plan = plan_of(with_others(bank, 8, 8), protocol)
+    assert [(s.phase, s.condition) for s in plan.skipped] == [(CALIBRATION, "N4")]
+
+
+def test_only_pairs_that_have_the_prompt_get_trials(bank):
+    plan = plan_of(with_others(bank, 2, 3), intervening())
+    assert {name: runs_of(plan)[name] for name in ("A", "N4", "N4s", "P1")} == {"A": 5, "N4": 2, "N4s": 2, "P1": 3}
+    for batch in plan.batches:
+        for trial in batch.trials:
+            condition, texts = batch.conditions[trial.condition], batch.pairs[trial.pair].texts
+            assert {condition.into, condition.from_, condition.text_of} - {None} <= texts.keys()
+
+
+def test_a_prompt_of_another_group_serves_once(bank):
+    plan = plan_of(with_others(bank, 5, 5), intervening())
+    for role in ("pseudo_recursive", "zero_lexicon"):
+        given = [pair.texts[role] for batch in plan.batches if batch.split == "test" for pair in batch.pairs]
+        assert len(set(given)) == len(given) == 5
+
+
+def test_directions_get_both_sides_of_the_calibration_pairs(bank):
+    protocol = intervening()
+    plan = plan_of(with_others(bank, 8, 8), protocol)
+    held_out = [pair for batch in plan.batches if batch.split == "calibration" for pair in batch.pairs]
+    for batch in plan.batches:
+        if batch.split == "test":
+            assert batch.reference_texts == [pair.texts["source"] for pair in held_out]
+            assert batch.reference_targets == [pair.texts["target"] for pair in held_out]
+        else:
+            assert batch.reference_texts == batch.reference_targets == []
+
+
+def test_only_conditions_with_directions_depend_on_the_calibration_prompts(bank):
+    """And the random ones on the number of the pair, which moves up where fewer pairs are held out."""
+    fewer = intervening(calibration={"pairs": 2, "conditions": ["A", "B"]})
+    now, then = ids_by_content(plan_of(bank, fewer)), ids_by_content(plan_of(bank, intervening()))
+    common = now.keys() & then.keys()
+    assert {key[1] for key in common if now[key] != then[key]} == {"SV", "SC", "SN"}
+
+
+def test_pairs_are_numbered_through_the_batches_of_a_phase(bank, monkeypatch):
+    monkeypatch.setattr("kvpatch.protocols.plan.ROWS_PER_BATCH", 25)
+    plan = plan_of(with_others(bank, 8, 8), intervening())
+    batches = [batch for batch in plan.batches if batch.split == "test"]
+    assert len(batches) > 1
+    assert [pair.number for batch in batches for pair in batch.pairs] == list(range(5))
+
+
+def test_prompts_of_other_groups_change_the_ids_of_the_conditions_that_use_them_alone(bank):
+    with_them = ids_by_content(plan_of(with_others(bank, 8, 8), intervening()))
+    without = ids_by_content(plan_of(bank, intervening()))
+    assert all(with_them[key] == trial_id for key, trial_id in without.items())
+    assert {key[1] for key in with_them.keys() - without.keys()} == {"N4", "N4s", "P1"}
+
+
+def test_batches_with_interventions_go_to_json_and_back(bank):
+    for batch in plan_of(with_others(bank, 2, 8), intervening()).batches:
+        assert Batch.model_validate_json(batch.model_dump_json(by_alias=True)) == batch

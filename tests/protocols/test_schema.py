@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from typing import Any
 
 import pytest
@@ -132,11 +134,116 @@ def hypothesis(contrast: str) -> Hypothesis:
     return Hypothesis(id="h", claim="c", phase="1", contrast=contrast, readout="r", test="greater", family="f", gate=1)
 
 
-def test_condition_takes_from_and_patch_together_or_neither():
-    with pytest.raises(ValidationError, match="both 'from' and 'patch', or neither"):
+def test_condition_takes_from_and_a_way_that_uses_it_together_or_neither():
+    with pytest.raises(ValidationError, match="'from' goes with 'patch', 'in_prefill' or 'joined'"):
         Condition.model_validate({"about": "x", "from": "source"})
-    with pytest.raises(ValidationError, match="takes no 'patch'"):
-        Condition.model_validate(CONDITIONS["C"] | {"text_of": "source"})
+    with pytest.raises(ValidationError, match="each of them needs it"):
+        Condition.model_validate({"about": "x", "patch": {}})
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "patch": {"patch": {"align": "replace"}, "from": "source"},
+    "text_of": {"text_of": "source"},
+    "in_prefill": {"in_prefill": {"site": "values", "layers": {"depth": 0.75}}, "from": "source"},
+    "joined": {"joined": {"keep": "receiver"}, "from": "source"},
+    "steer_values": {"steer_values": {"layers": [1], "alpha": 2}},
+    "steer_cache": {"steer_cache": {"strength": 2}},
+}
+
+
+def condition(*ways: str, **more: Any) -> dict[str, Any]:
+    out: dict[str, Any] = {"about": "x", **more}
+    for way in ways:
+        out |= WAYS[way]
+    return out
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_condition_made_in_one_way_is_taken(way):
+    made = Condition.model_validate(condition(way))
+    assert made.is_natural is (way == "text_of")
+    assert Condition.model_validate(made.model_dump(mode="json", by_alias=True)) == made
+
+
+@pytest.mark.parametrize("ways", list(itertools.combinations(WAYS, 2)))
+def test_condition_made_in_two_ways_is_refused(ways):
+    with pytest.raises(ValidationError, match="made in one way; it has " + " and ".join(f"'{way}'" for way in ways)):
+        Condition.model_validate(condition(*ways))
+
+
+@pytest.mark.parametrize("way", ["text_of", "steer_values", "steer_cache"])
+def test_from_with_a_way_that_takes_nothing_is_refused(way):
+    with pytest.raises(ValidationError, match="'from' goes with"):
+        Condition.model_validate(condition(way) | {"from": "source"})
+
+
+@pytest.mark.parametrize("way", ["patch", "in_prefill", "joined"])
+def test_a_way_that_takes_from_a_prompt_is_refused_without_it(way):
+    with pytest.raises(ValidationError, match="needs it"):
+        Condition.model_validate({k: v for k, v in condition(way).items() if k != "from"})
+
+
+@pytest.mark.parametrize(
+    ("way", "value"),
+    [
+        ("in_prefill", {"site": "keys"}),
+        ("in_prefill", {"site": "values", "layers": {"depth": 1.5}}),
+        ("in_prefill", {"site": "values", "slots": "middle"}),
+        ("in_prefill", {"layers": [1]}),
+        ("joined", {"keep": "giver"}),
+        ("joined", {"keep": "receiver", "separator": ""}),
+        ("steer_values", {"alpha": 2}),
+        ("steer_values", {"layers": [1], "alpha": 2, "beta": 1}),
+        ("steer_cache", {"strength": 1, "random_directions": 0}),
+        ("steer_cache", {"strength": 1, "parts": "q"}),
+    ],
+)
+def test_intervention_that_says_nothing_sensible_is_refused_with_its_field(way, value):
+    with pytest.raises(ValidationError, match=way):
+        Condition.model_validate(condition(way) | {way: value})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_recipe_says_what_is_done(way):
+    made = Condition.model_validate(condition(way))
+    if way == "text_of":
+        assert made.recipe is None
+        return
+    assert made.recipe is not None
+    recipe = json.loads(made.recipe)
+    kinds = {"in_prefill": "InPrefill", "joined": "Joined", "steer_values": "ValueSteering"}
+    assert recipe.get("kind") == (kinds | {"steer_cache": "CacheSteering"}).get(way)
+    assert recipe.items() >= WAYS[way][way].items() or way == "in_prefill"
+
+
+@pytest.mark.parametrize("way", ["in_prefill", "joined", "steer_values", "steer_cache"])
+def test_intervention_against_a_natural_run_is_not_tautological(way):
+    content = yaml.safe_load(yaml.safe_dump(CONTENT))
+    content["conditions"]["C"] = condition(way)
+    protocol = Protocol.model_validate(content)
+    assert not protocol.is_tautological(next(h for h in protocol.hypotheses if h.contrast == "C - A"))
+
+
+@pytest.mark.parametrize(
+    ("way", "field", "value"),
+    [
+        ("in_prefill", "site", "residual"),
+        ("in_prefill", "layers", {"depth": 0.5}),
+        ("in_prefill", "slots", "last"),
+        ("joined", "keep", "all"),
+        ("joined", "separator", " "),
+        ("steer_values", "alpha", 2.5),
+        ("steer_values", "while_decoding", True),
+        ("steer_cache", "random_directions", 20),
+        ("steer_cache", "parts", "v"),
+    ],
+)
+def test_hash_follows_the_interventions(way, field, value):
+    content = yaml.safe_load(yaml.safe_dump(CONTENT))
+    content["conditions"]["C"] = condition(way)
+    before = Protocol.model_validate(content).sha256
+    content["conditions"]["C"] = condition(way) | {way: WAYS[way][way] | {field: value}}
+    assert Protocol.model_validate(content).sha256 != before
 
 
 def test_replace_on_a_subset_of_layers_is_refused():

@@ -76,7 +76,7 @@ def score(
             continuations[low : low + rows],
             keep_values,
             keep_logits,
-            edits(slice(low, low + rows)) if edits else None,
+            edits(slice(low, min(low + rows, cache.batch))) if edits else None,
         )
         for low in range(0, cache.batch, rows)
     ]

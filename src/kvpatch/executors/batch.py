@@ -7,6 +7,7 @@ texts -> prefill, each distinct prompt once -> conditions spliced -> all trials 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,31 +17,17 @@ from torch import Tensor
 
 from kvpatch.cache import PAD, KVCache
 from kvpatch.engine.decode import Continuations, decode
-from kvpatch.engine.prefill import prefill
 from kvpatch.engine.score import score
-from kvpatch.errors import KvpatchError
+from kvpatch.executors.conditions import Built, Natural, build_all, giver_role, prefill_all
 from kvpatch.model import Model
-from kvpatch.models.template import EncodedPrompt
-from kvpatch.protocols.plan import Batch, PlannedPair
-from kvpatch.protocols.schema import Condition
+from kvpatch.models.hf import Edits
+from kvpatch.protocols.plan import Batch
 from kvpatch.readouts.behavior import Lexicon, ngram_overlap, recursive_score, recursive_score_masked
 from kvpatch.readouts.fluency import CoherenceLimits, is_coherent, repetition_profile
 from kvpatch.readouts.geometry import layer_at, r_v, r_v_of
 from kvpatch.readouts.likelihood import js_pull, log_likelihood_ratios
-from kvpatch.splice import splice
 
 OnTokens = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class _Natural:
-    """Natural caches of a batch: one row a distinct prompt, and which row is whose."""
-
-    cache: KVCache
-    row: dict[tuple[int, str], int]  # (pair, role) -> row
-
-    def rows(self, pairs: Sequence[int], role: str) -> KVCache:
-        return self.cache[[self.row[pair, role] for pair in pairs]]
 
 
 @dataclass(frozen=True)
@@ -65,10 +52,12 @@ def run_batch(
     Returns:
         One row a trial, with the columns of `store.TRIAL_COLUMNS`.
     """
-    natural = _prefill_all(model, batch)
-    mixed, errors = _splice_all(model, batch, natural)
+    natural = prefill_all(model, batch)
+    built = build_all(model, batch, natural)
+    mixed = built.cache
     before = mixed.checksums()
     layers = _rv_layers(model, batch)
+    steering = built.steering.edits() if built.steering else {}
     written = decode(
         model.backbone,
         mixed,
@@ -79,8 +68,10 @@ def run_batch(
         end_tokens=model.end_tokens,
         keep_values=layers,
         on_step=on_tokens,
+        edits=steering,
     )
-    forced = _force(model, batch, natural, mixed, layers)
+    _count_steered_steps(built, steering, max(written.lengths))
+    forced = _force(model, batch, natural, built, layers)
     nll_target = _nll_target(model, batch, natural, written)
     after = mixed.checksums()
     window = batch.readouts.r_v.window
@@ -98,76 +89,35 @@ def run_batch(
             "nll_target": nll_target[index],
             "cache_checksum_before": before[index],
             "cache_checksum_after": after[index],
-            "error": errors[index]
-            or ("the cache changed while the trial ran" if before[index] != after[index] else None),
+            "changes_planned": built.planned[index],
+            "changes_fired": built.fired[index],
+            "error": _error(built, index, before[index] == after[index], row["nll_own"]),
         }
         row["coherent"] = limits and is_coherent(row["nll_target"], row["repetition_4"], limits)
         rows.append(row)
     return rows
 
 
-def _prefill_all(model: Model, batch: Batch) -> _Natural:
-    """Every distinct prompt of the batch, once."""
-    needed = {"target", "source"} | {c.from_ for c in batch.conditions.values() if c.from_}
-    prompts: dict[EncodedPrompt, int] = {}
-    row: dict[tuple[int, str], int] = {}
-
-    def add(pair: int, role: str, prompt: EncodedPrompt) -> None:
-        row[pair, role] = prompts.setdefault(prompt, len(prompts))
-
-    for index, pair in enumerate(batch.pairs):
-        for role in sorted(needed):
-            add(index, role, model.encode(pair.texts[role], may_be_empty=role == "neutral"))
-        for condition in batch.conditions.values():
-            if condition.text_of:
-                add(index, _text_role(condition), _swapped_text(model, pair, condition))
-    return _Natural(prefill(model.backbone, list(prompts)), row)
+def _count_steered_steps(built: Built, edits: Edits, steps: int) -> None:
+    """Add to the counts of steered trials what was planned and made while decoding."""
+    for layer, edit in edits.items():
+        assert built.steering is not None
+        for index in built.steering.steps[layer].flatten(1).any(dim=1).nonzero().flatten().tolist():
+            built.planned[index] += steps
+            built.fired[index] += edit.fired
 
 
-def _text_role(condition: Condition) -> str:
-    return f"text of {condition.text_of} into {condition.into}"
-
-
-def _swapped_text(model: Model, pair: PlannedPair, condition: Condition) -> EncodedPrompt:
-    """The text a full swap equals: one prompt's cached tokens, then the other's pending token."""
-    cached = model.encode(pair.texts[str(condition.text_of)], may_be_empty=condition.text_of == "neutral")
-    pending = model.encode(pair.texts[condition.into])
-    return EncodedPrompt(
-        (*cached.token_ids[:-1], pending.token_ids[-1]),
-        (*cached.segments[:-1], pending.segments[-1]),
-        (*cached.pieces[:-1], pending.pieces[-1]),
-    )
-
-
-def _splice_all(model: Model, batch: Batch, natural: _Natural) -> tuple[KVCache, list[str | None]]:
-    """The cache of every trial, in the order of the trials, and what kept a trial from its cache."""
-    reference = _reference(model, tuple(batch.reference_texts)) if batch.reference_texts else None
-    caches: dict[int, KVCache] = {}
-    errors: list[str | None] = [None] * len(batch.trials)
-    for name, condition in batch.conditions.items():
-        places = [i for i, trial in enumerate(batch.trials) if trial.condition == name]
-        pairs = [batch.trials[i].pair for i in places]
-        target = natural.rows(pairs, _text_role(condition) if condition.text_of else condition.into)
-        if condition.patch is None:
-            cache = target
-        else:
-            source = natural.rows(pairs, str(condition.from_))
-            seeds = [batch.trials[i].seed for i in places]
-            try:
-                cache = splice(condition.patch, source, target, seed=seeds, reference=reference)
-            except KvpatchError as error:
-                # The rows stay in the batch, as natural runs marked as failed, so that nothing else changes shape.
-                cache = target
-                for place in places:
-                    errors[place] = str(error)
-        caches |= {place: cache[row] for row, place in enumerate(places)}
-    return KVCache.concat([caches[i] for i in range(len(batch.trials))]), errors
-
-
-@functools.lru_cache(maxsize=2)
-def _reference(model: Model, texts: tuple[str, ...]) -> KVCache:
-    """Caches that fitted donors take their statistics from; the same for all batches of a run."""
-    return prefill(model.backbone, [model.encode(text) for text in texts])
+def _error(built: Built, index: int, is_unchanged: bool, nll: float) -> str | None:
+    """What makes a trial's row unusable, or None."""
+    if built.errors[index]:
+        return built.errors[index]
+    if built.planned[index] != built.fired[index]:
+        return f"{built.fired[index]} of {built.planned[index]} planned changes were made"
+    if not is_unchanged:
+        return "the cache changed while the trial ran"
+    if math.isnan(nll):
+        return "the model gave no finite probabilities"
+    return None
 
 
 def _rv_layers(model: Model, batch: Batch) -> tuple[int, int]:
@@ -175,7 +125,7 @@ def _rv_layers(model: Model, batch: Batch) -> tuple[int, int]:
     return layer_at(settings.late, layers), layer_at(settings.early, layers)
 
 
-def _force(model: Model, batch: Batch, natural: _Natural, mixed: KVCache, layers: tuple[int, int]) -> _Forced:
+def _force(model: Model, batch: Batch, natural: Natural, built: Built, layers: tuple[int, int]) -> _Forced:
     """Force the fixed continuation and the held-out ones on every trial, and the fixed one on the natural prompts."""
     settings = batch.readouts
     forced = [model.continuation_ids(pair.forced)[: settings.forced_tokens] for pair in batch.pairs]
@@ -195,7 +145,12 @@ def _force(model: Model, batch: Batch, natural: _Natural, mixed: KVCache, layers
         trials = batch.trials[low : low + step]
         wanted = [[forced[t.pair], *(ids for cell in held_out[t.pair] for ids in cell)] for t in trials]
         part = score(
-            model.backbone, mixed[low : low + step], wanted, keep_values=layers, keep_logits=settings.js_positions
+            model.backbone,
+            built.cache[low : low + step],
+            wanted,
+            keep_values=layers,
+            keep_logits=settings.js_positions,
+            edits=_edits_from(built, low),
         )
         assert part.logits is not None
         window = settings.r_v.window
@@ -210,6 +165,14 @@ def _force(model: Model, batch: Batch, natural: _Natural, mixed: KVCache, layers
     return _Forced(rv_output, pulls, torch.stack(cells))
 
 
+def _edits_from(built: Built, low: int) -> Callable[[slice], Edits] | None:
+    """What steers the rows of a stretch of trials that starts at `low`."""
+    steering = built.steering
+    if steering is None:
+        return None
+    return lambda rows: steering.edits(slice(low + rows.start, low + rows.stop))
+
+
 def _cell_means(logprobs: Tensor, cells: Sequence[Sequence[Sequence[int]]], positions: int) -> Tensor:
     """[4, positions]: mean over the continuations of a cell, of those long enough to have the position."""
     out, at = [], 0
@@ -220,7 +183,7 @@ def _cell_means(logprobs: Tensor, cells: Sequence[Sequence[Sequence[int]]], posi
     return torch.stack(out).cpu()
 
 
-def _nll_target(model: Model, batch: Batch, natural: _Natural, written: Continuations) -> list[float]:
+def _nll_target(model: Model, batch: Batch, natural: Natural, written: Continuations) -> list[float]:
     """Mean negative log-likelihood of every output under the natural cache of its pair's target prompt."""
     outputs = [[t for t in row if t != PAD] for row in written.token_ids.tolist()]
     of_pair = [[i for i, trial in enumerate(batch.trials) if trial.pair == pair] for pair in range(len(batch.pairs))]
@@ -233,11 +196,9 @@ def _nll_target(model: Model, batch: Batch, natural: _Natural, written: Continua
     return out
 
 
-def _identity(batch: Batch, index: int, natural: _Natural, mixed: KVCache) -> dict[str, Any]:
+def _identity(batch: Batch, index: int, natural: Natural, mixed: KVCache) -> dict[str, Any]:
     trial = batch.trials[index]
     condition, pair = batch.conditions[trial.condition], batch.pairs[trial.pair]
-    giver = condition.text_of or condition.from_ or condition.into
-    giver_role = _text_role(condition) if condition.text_of else giver
     return {
         "trial_id": trial.trial_id,
         "phase": batch.phase,
@@ -249,10 +210,10 @@ def _identity(batch: Batch, index: int, natural: _Natural, mixed: KVCache) -> di
         "target_id": pair.target_id,
         "sample": trial.sample,
         "seed": trial.seed,
-        "patch": condition.patch.to_json() if condition.patch else None,
+        "patch": condition.recipe,
         "source_text": pair.texts["source"],
         "target_text": pair.texts["target"],
-        "source_token_ids": natural.cache.row_token_ids(natural.row[trial.pair, giver_role]),
+        "source_token_ids": natural.cache.row_token_ids(natural.row[trial.pair, giver_role(condition)]),
         "target_token_ids": natural.cache.row_token_ids(natural.row[trial.pair, condition.into]),
         "cache_token_ids": mixed.row_token_ids(index),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,17 +17,23 @@ CELLS = (("recursive", "target"), ("plain", "target"), ("recursive", "source"), 
 """The 2x2 of held-out continuations: (mode, whose topic)."""
 
 
+OTHER_GROUPS = ("pseudo_recursive", "zero_lexicon")
+"""Groups that lend a pair a prompt in place of its source (conditions N4 and P1)."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """A target, its source, and what else the conditions of the pair need.
 
-    `continuations` gives, for every cell of `CELLS`, openings on the pair's domains that share no content word with the
-    source.
+    `others` holds prompts of further groups of the bank, by group: matched in length with the source, each used once,
+    so that late pairs may have none. `continuations` gives, for every cell of `CELLS`, openings on the pair's domains
+    that share no content word with the source.
     """
 
     target: Prompt
     source: Prompt
     foreign: Prompt | None
+    others: dict[str, Prompt]
     continuations: tuple[tuple[Continuation, ...], ...]
 
     @property
@@ -71,9 +77,27 @@ def form_pairs(bank: Bank, protocol: Protocol, lengths: Mapping[str, int], seed:
                 f"{target.id}+{source.id}: no continuation is lexically disjoint from the source in some cell"
             )
             continue
-        kept.append(Pair(target, source, bank.partners.get(target.id), cells))
+        kept.append(Pair(target, source, bank.partners.get(target.id), {}, cells))
     kept.sort(key=lambda pair: hashlib.sha256(f"{seed}:{pair.id}".encode()).hexdigest())
+    for group in OTHER_GROUPS:
+        _assign_others(kept[protocol.calibration.pairs :], bank, group, lengths, protocol.pairing.max_length_difference)
     return Pairs(tuple(kept), tuple(dropped))
+
+
+def _assign_others(
+    pairs: Sequence[Pair], bank: Bank, group: str, lengths: Mapping[str, int], max_difference: float
+) -> None:
+    """Give the first pairs, as many as the group has prompts, one of them each, of like length with the source."""
+    prompts = [prompt for prompt in bank.prompts if prompt.group == group]
+    some = list(pairs[: len(prompts)])
+    if not some:
+        return
+    cost = np.abs(
+        np.array([lengths[p.source.id] for p in some])[:, None] - np.array([lengths[q.id] for q in prompts])[None]
+    )
+    for i, j in zip(*linear_sum_assignment(cost), strict=True):
+        if cost[i, j] <= max_difference * max(lengths[some[i].source.id], lengths[prompts[j].id]):
+            some[i].others[group] = prompts[j]
 
 
 def _cells(bank: Bank, target: Prompt, source: Prompt, count: int) -> tuple[tuple[Continuation, ...], ...]:

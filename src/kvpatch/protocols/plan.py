@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kvpatch.errors import ProtocolError
 from kvpatch.patch import Frozen
 from kvpatch.prompts.bank import Bank, shuffled_words
-from kvpatch.prompts.pairing import Pair, form_pairs
+from kvpatch.prompts.pairing import OTHER_GROUPS, Pair, form_pairs
 from kvpatch.protocols.schema import Condition, Generation, Protocol, Readouts
 
 CALIBRATION = "calibration"
@@ -23,9 +24,10 @@ ROWS_PER_BATCH = 120
 
 
 class PlannedPair(Frozen):
-    """A pair's texts, by role, and its held-out continuations by cell of the 2x2."""
+    """A pair's texts, by role, and its held-out continuations by cell of the 2x2; `number` counts a run's pairs."""
 
     pair_id: str
+    number: int
     target_id: str
     source_id: str
     texts: dict[str, str]
@@ -59,6 +61,7 @@ class Batch(Frozen):
     generation: Generation
     readouts: Readouts
     reference_texts: list[str]
+    reference_targets: list[str]
 
 
 class Skipped(Frozen):
@@ -95,6 +98,7 @@ def make_plan(
     model_key: str,
     kv_heads: int,
     has_template: bool,
+    can_move_keys: bool = True,
     seed: int,
     n: int | None = None,
     phases: Sequence[str] | None = None,
@@ -106,6 +110,7 @@ def make_plan(
         model_key: names the model's weights, tokenizer and template; part of every trial id.
         kv_heads: KV heads of the model.
         has_template: whether prompts go into a chat template (the neutral scaffold needs one).
+        can_move_keys: False for a model that adds positions to its embeddings.
         seed: orders the pairs and seeds the trials.
         n: pairs per condition, in place of each phase's own.
         phases: names of the phases to run; all if None.
@@ -123,7 +128,7 @@ def make_plan(
     formed = form_pairs(bank, protocol, lengths, seed)
     held_out = protocol.calibration.pairs
     calibration, rest = formed.pairs[:held_out], formed.pairs[held_out:]
-    planner = _Planner(protocol, model_key, kv_heads, has_template, seed, [p.source.text for p in calibration])
+    planner = _Planner(protocol, model_key, kv_heads, has_template, can_move_keys, seed, calibration)
     batches = planner.batches(CALIBRATION, "calibration", calibration, protocol.calibration.conditions)
     for name in chosen:
         wanted = n or protocol.phases[name].n
@@ -140,10 +145,18 @@ class _Planner:
     """What the batches of one plan share."""
 
     def __init__(
-        self, protocol: Protocol, model_key: str, kv_heads: int, has_template: bool, seed: int, reference: list[str]
+        self,
+        protocol: Protocol,
+        model_key: str,
+        kv_heads: int,
+        has_template: bool,
+        can_move_keys: bool,
+        seed: int,
+        reference: Sequence[Pair],
     ) -> None:
         self.protocol, self.model_key, self.seed = protocol, model_key, seed
-        self.kv_heads, self.has_template, self.reference = kv_heads, has_template, reference
+        self.kv_heads, self.has_template, self.can_move_keys = kv_heads, has_template, can_move_keys
+        self.reference = [[p.source.text for p in reference], [p.target.text for p in reference]]
         self.skipped: list[Skipped] = []
 
     def batches(self, phase: str, split: str, pairs: Sequence[Pair], names: Sequence[str]) -> list[Batch]:
@@ -154,11 +167,12 @@ class _Planner:
         needs_reference = any(_is_fitted(condition) for condition in conditions.values())
         out = []
         for low in range(0, len(pairs), step):
-            planned = [self._pair(pair) for pair in pairs[low : low + step]]
+            planned = [self._pair(pair, low + index) for index, pair in enumerate(pairs[low : low + step])]
             trials = [
                 self._trial(phase, name, condition, index, pair, sample)
                 for name, condition in conditions.items()
                 for index, pair in enumerate(planned)
+                if (condition.from_ or condition.text_of or condition.into) in pair.texts
                 for sample in range(self.protocol.generation.samples)
             ]
             content = "".join(trial.trial_id for trial in trials)
@@ -172,7 +186,8 @@ class _Planner:
                     trials=trials,
                     generation=self.protocol.generation,
                     readouts=self.protocol.readouts,
-                    reference_texts=self.reference if needs_reference else [],
+                    reference_texts=self.reference[0] if needs_reference else [],
+                    reference_targets=self.reference[1] if needs_reference else [],
                 )
             )
         return out
@@ -180,6 +195,7 @@ class _Planner:
     def _is_possible(self, phase: str, name: str, pairs: Sequence[Pair]) -> bool:
         condition = self.protocol.conditions[name]
         roles = {condition.from_, condition.text_of}
+        other = next((role for role in OTHER_GROUPS if role in roles), None)
         reason = None
         if self.kv_heads < condition.min_kv_heads:
             reason = f"needs {condition.min_kv_heads} KV heads; the model has {self.kv_heads}"
@@ -187,11 +203,15 @@ class _Planner:
             reason = "needs a chat template for the empty scaffold; the model has none"
         elif "foreign" in roles and any(pair.foreign is None for pair in pairs):
             reason = "needs a foreign partner for every target; the bank has not got them"
+        elif other and not any(other in pair.others for pair in pairs):
+            reason = f"needs {other} prompts; the bank gives these pairs none"
+        elif _moves_keys(condition) and not self.can_move_keys:
+            reason = "moves keys to other positions; the model adds positions to its embeddings"
         if reason:
             self.skipped.append(Skipped(phase=phase, condition=name, reason=reason))
         return reason is None
 
-    def _pair(self, pair: Pair) -> PlannedPair:
+    def _pair(self, pair: Pair, number: int) -> PlannedPair:
         texts = {
             "target": pair.target.text,
             "source": pair.source.text,
@@ -200,8 +220,10 @@ class _Planner:
         }
         if pair.foreign is not None:
             texts["foreign"] = pair.foreign.text
+        texts |= {group: prompt.text for group, prompt in pair.others.items()}
         return PlannedPair(
             pair_id=pair.id,
+            number=number,
             target_id=pair.target.id,
             source_id=pair.source.id,
             texts=texts,
@@ -218,7 +240,7 @@ class _Planner:
             "phase": phase,
             "condition": condition.model_dump(mode="json", by_alias=True),
             "name": name,
-            "pair": pair.model_dump(mode="json"),
+            "pair": _what_counts_of(pair, condition),
             "sample": sample,
             "seed": seed,
             "generation": self.protocol.generation.model_dump(mode="json"),
@@ -230,8 +252,27 @@ class _Planner:
         return PlannedTrial(trial_id=trial_id, pair=index, condition=name, sample=sample, seed=seed)
 
 
+def _what_counts_of(pair: PlannedPair, condition: Condition) -> dict[str, Any]:
+    """What of a pair can change a trial: its number and its prompts of other groups only where the condition asks."""
+    content = pair.model_dump(mode="json")
+    if condition.steer_cache is None or condition.steer_cache.random_directions is None:
+        del content["number"]
+    unused = set(OTHER_GROUPS) - {condition.from_, condition.text_of}
+    content["texts"] = {role: text for role, text in pair.texts.items() if role not in unused}
+    return content
+
+
+def _moves_keys(condition: Condition) -> bool:
+    """Whether keys land at other positions than they were made for (for Q+K+V: unless lengths are equal)."""
+    if condition.joined is not None:
+        return condition.joined.keep == "receiver"
+    return condition.in_prefill is not None and condition.in_prefill.site == "queries_keys_values"
+
+
 def _is_fitted(condition: Condition) -> bool:
-    """Whether the donor is made from the statistics of reference prompts."""
+    """Whether what is put in is made from the calibration prompts."""
+    if condition.steer_values or condition.steer_cache:
+        return True
     return condition.patch is not None and condition.patch.donor in ("gaussian_fitted", "mean")
 
 

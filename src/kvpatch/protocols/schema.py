@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from kvpatch.interventions import CacheSteering, InPrefill, Joined, ValueSteering
 from kvpatch.patch import Frozen, Patch
 
 Side = Literal["target", "source"]
-PromptRole = Literal["target", "source", "foreign", "neutral", "shuffled_words"]
+PromptRole = Literal["target", "source", "foreign", "neutral", "shuffled_words", "pseudo_recursive", "zero_lexicon"]
 Role = Literal["experiment", "control", "integrity"]
 Test = Literal["greater", "less", "much_greater", "much_less", "equivalent"]
 
@@ -67,8 +68,9 @@ class Pairing(Frozen):
 class Condition(Frozen):
     """One way to build the cache a trial runs from.
 
-    Without `from` the cache is the natural one of `into`. With `from` and `patch`, that prompt's cache is spliced in.
-    With `text_of`, the text a full swap equals: that prompt's cached tokens, then `into`'s last token, prefilled.
+    Without more the cache is the natural one of `into`. `patch` splices `from`'s cache in; `text_of` is the text a full
+    swap equals: that prompt's cached tokens, then `into`'s last token, prefilled; `in_prefill` and `joined` take from
+    `from` while prompts run; `steer_values` and `steer_cache` add a direction of the calibration pairs.
     """
 
     about: str
@@ -76,26 +78,46 @@ class Condition(Frozen):
     from_: PromptRole | None = Field(default=None, alias="from")
     patch: Patch | None = None
     text_of: PromptRole | None = None
+    in_prefill: InPrefill | None = None
+    joined: Joined | None = None
+    steer_values: ValueSteering | None = None
+    steer_cache: CacheSteering | None = None
     role: Role = "control"
     min_kv_heads: int = Field(default=1, ge=1, description="the condition is left out, by name, on models with fewer")
 
     @model_validator(mode="after")
     def _is_one_way(self) -> Condition:
-        if (self.from_ is None) != (self.patch is None):
-            raise ValueError("a condition has both 'from' and 'patch', or neither")
-        if self.text_of is not None and self.patch is not None:
-            raise ValueError("'text_of' is a natural run of a text; it takes no 'patch'")
+        ways = ("patch", "text_of", "in_prefill", "joined", "steer_values", "steer_cache")
+        given = [way for way in ways if getattr(self, way) is not None]
+        if len(given) > 1:
+            raise ValueError(f"a condition is made in one way; it has {' and '.join(repr(way) for way in given)}")
+        takes = [way for way in given if way in ("patch", "in_prefill", "joined")]
+        if (self.from_ is None) == bool(takes):
+            raise ValueError("'from' goes with 'patch', 'in_prefill' or 'joined', and each of them needs it")
         return self
+
+    @property
+    def intervention(self) -> InPrefill | Joined | ValueSteering | CacheSteering | None:
+        """What is done, where it is not a splice."""
+        return self.in_prefill or self.joined or self.steer_values or self.steer_cache
+
+    @property
+    def recipe(self) -> str | None:
+        """What is done, as JSON; None for a natural cache."""
+        chosen = self.patch or self.intervention
+        return chosen.to_json() if chosen else None
 
     @property
     def is_natural(self) -> bool:
         """Whether the cache is a prompt's own."""
-        return self.patch is None
+        return self.patch is None and self.intervention is None
 
     @property
     def is_text_of_pair(self) -> bool:
         """Whether the trial is, by construction, a natural run of the pair's own target or source text."""
         prompt = self.text_of or self.from_
+        if self.intervention is not None:
+            return False
         if self.patch is not None and not self.patch.is_full_swap:
             return False
         return prompt in (None, "target", "source")
@@ -170,6 +192,11 @@ class Hypothesis(Frozen):
         return out
 
 
+def dumped_sha256(dumped: dict[str, Any]) -> str:
+    """Hash of a protocol as run.json holds it; stays what it was when a later schema knows more fields."""
+    return hashlib.sha256(json.dumps(dumped, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 class Protocol(Frozen):
     """A whole protocol."""
 
@@ -211,8 +238,7 @@ class Protocol(Frozen):
     @property
     def sha256(self) -> str:
         """Hash of the canonical JSON: what the protocol says, whatever the file's layout and comments."""
-        text = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return dumped_sha256(self.model_dump(mode="json", by_alias=True))
 
     def is_tautological(self, hypothesis: Hypothesis) -> bool:
         """Whether every condition of the contrast is, by construction, a natural run of the pair's own texts."""

@@ -28,6 +28,7 @@ def render(
     verdicts: list[dict],
     headline: str,
     mark: sections.Marker | None = None,
+    effects: list[dict] | None = None,
 ) -> str:
     """Return the report of a run as one self-contained HTML file.
 
@@ -38,6 +39,7 @@ def render(
             missing, and the table may be empty.
         verdicts: the content of verdicts.json.
         headline: the one-sentence answer.
+        effects: every condition's differences from its natural run (`statistics.effects.Effect`), or None.
         mark: (output text, source text) -> spans (start, end, kind) to mark; kind is "hit" or "copied".
     Returns:
         HTML5 text; write it as UTF-8.
@@ -58,6 +60,7 @@ def render(
         "instruments": instruments,
         "validation_failed": judgements.validation_passed(run.get("validation")) is False,
         "figures": sections.readout_figures(trials, protocol),
+        "effects": sections.effect_rows(effects or []),
         "examples": sections.examples(trials, protocol, mark),
         "how": sections.how_it_was_run(run, trials, protocol),
         "not_shown": sections.not_shown(run, trials, protocol, rows),

@@ -10,7 +10,7 @@ import pandas as pd
 import yaml
 from markupsafe import Markup
 
-from kvpatch.protocols.schema import Protocol
+from kvpatch.protocols.schema import Protocol, dumped_sha256
 from kvpatch.report import charts, tables
 from kvpatch.report.judgements import DIFFERS, FAILED, PASSED, UNKNOWN, Badge
 from kvpatch.report.text import NOT_RECORDED, Span, facts, marked, number, plain
@@ -92,6 +92,16 @@ def readout_figures(trials: pd.DataFrame, protocol: Protocol) -> list[dict]:
         row = {"phase": phase, "question": question, "figures": figures, "conditions": conditions}
         out.append({**row, "cells": cells, "pairs": pairs})
     return out
+
+
+def effect_rows(effects: list[dict]) -> dict[str, list[dict]]:
+    """Return, by phase, one row a condition with its effects on every readout."""
+    out: dict[str, dict[str, dict]] = {}
+    for effect in effects:
+        head = {key: effect[key] for key in ("condition", "about", "natural", "coherent")}
+        row = out.setdefault(effect["phase"], {}).setdefault(effect["condition"], {**head, "cells": []})
+        row["cells"].append(effect)
+    return {phase: list(rows.values()) for phase, rows in out.items()}
 
 
 def rounded(frame: pd.DataFrame, digits: int = 6) -> pd.DataFrame:
@@ -202,7 +212,7 @@ def how_it_was_run(run: dict, trials: pd.DataFrame, protocol: Protocol) -> dict:
     return {
         "groups": groups,
         "protocol_text": text,
-        "protocol_differs": bool(stored) and stored != protocol.sha256,
+        "protocol_differs": bool(stored) and stored != dumped_sha256(run.get("protocol") or dumped),
     }
 
 

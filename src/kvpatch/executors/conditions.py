@@ -1,0 +1,177 @@
+"""Build the cache of every trial of a batch: each distinct prompt prefilled once, each condition made from them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvpatch.activations import Intervened, RowSteering, mean_difference, run_in_prefill, run_value_steering
+from kvpatch.cache import KVCache
+from kvpatch.cache_steering import join_prompts, joined_cache, steer_cache
+from kvpatch.engine.prefill import prefill
+from kvpatch.errors import KvpatchError
+from kvpatch.interventions import CacheSteering, InPrefill, Joined, ValueSteering
+from kvpatch.model import Model
+from kvpatch.models.template import EncodedPrompt
+from kvpatch.protocols.plan import Batch, PlannedPair
+from kvpatch.protocols.schema import Condition
+from kvpatch.selection import layer_indices
+from kvpatch.splice import splice
+
+
+@dataclass(frozen=True)
+class Natural:
+    """Natural caches of a batch: one row a distinct prompt, and which row is whose."""
+
+    cache: KVCache
+    prompts: list[EncodedPrompt]
+    row: dict[tuple[int, str], int]  # (pair, role) -> row
+
+    def rows(self, pairs: Sequence[int], role: str) -> KVCache:
+        """The caches of one role for some pairs."""
+        return self.cache[[self.row[pair, role] for pair in pairs]]
+
+    def prompts_of(self, pairs: Sequence[int], role: str) -> list[EncodedPrompt]:
+        """The prompts of one role for some pairs."""
+        return [self.prompts[self.row[pair, role]] for pair in pairs]
+
+
+@dataclass
+class Built:
+    """What the trials of a batch start from, one entry a trial in the order of the batch."""
+
+    cache: KVCache
+    errors: list[str | None]
+    planned: list[int]
+    fired: list[int]
+    steering: RowSteering | None
+
+
+@dataclass
+class _Part:
+    """What the trials of one condition start from."""
+
+    cache: KVCache
+    planned: int = 0
+    fired: int = 0
+    steps: dict[int, Tensor] = field(default_factory=dict)  # layer -> [kv_heads, head_dim], added while decoding
+
+
+def giver_role(condition: Condition) -> str:
+    """The role of the prompt that gives a condition what is put in; the receiver's own where nothing is."""
+    if condition.text_of:
+        return f"text of {condition.text_of} into {condition.into}"
+    return condition.from_ or condition.into
+
+
+def prefill_all(model: Model, batch: Batch) -> Natural:
+    """Every distinct prompt of the batch, once."""
+    needed = {"target", "source"} | {c.from_ for c in batch.conditions.values() if c.from_}
+    prompts: dict[EncodedPrompt, int] = {}
+    row: dict[tuple[int, str], int] = {}
+
+    def add(pair: int, role: str, prompt: EncodedPrompt) -> None:
+        row[pair, role] = prompts.setdefault(prompt, len(prompts))
+
+    for index, pair in enumerate(batch.pairs):
+        for role in sorted(needed & set(pair.texts)):
+            add(index, role, model.encode(pair.texts[role], may_be_empty=role == "neutral"))
+        for condition in batch.conditions.values():
+            if condition.text_of:
+                add(index, giver_role(condition), _swapped_text(model, pair, condition))
+    return Natural(prefill(model.backbone, list(prompts)), list(prompts), row)
+
+
+def _swapped_text(model: Model, pair: PlannedPair, condition: Condition) -> EncodedPrompt:
+    """The text a full swap equals: one prompt's cached tokens, then the other's pending token."""
+    cached = model.encode(pair.texts[str(condition.text_of)], may_be_empty=condition.text_of == "neutral")
+    pending = model.encode(pair.texts[condition.into])
+    return EncodedPrompt(
+        (*cached.token_ids[:-1], pending.token_ids[-1]),
+        (*cached.segments[:-1], pending.segments[-1]),
+        (*cached.pieces[:-1], pending.pieces[-1]),
+    )
+
+
+def build_all(model: Model, batch: Batch, natural: Natural) -> Built:
+    """The cache of every trial, and what kept a trial from its cache."""
+    caches: dict[int, KVCache] = {}
+    count = len(batch.trials)
+    errors: list[str | None] = [None] * count
+    planned, fired = [0] * count, [0] * count
+    steps: dict[int, Tensor] = {}
+    for name, condition in batch.conditions.items():
+        places = [i for i, trial in enumerate(batch.trials) if trial.condition == name]
+        if not places:
+            continue
+        try:
+            part = _build(model, batch, natural, condition, places)
+        except KvpatchError as error:
+            # The rows stay in the batch, as natural runs marked as failed, so that nothing else changes shape.
+            part = _Part(natural.rows([batch.trials[i].pair for i in places], condition.into))
+            for place in places:
+                errors[place] = str(error)
+        for row, place in enumerate(places):
+            caches[place] = part.cache[row]
+            planned[place], fired[place] = part.planned, part.fired
+        for layer, step in part.steps.items():
+            whole = steps.setdefault(layer, step.new_zeros(count, *step.shape))
+            whole[places] = step
+    steering = RowSteering(steps) if steps else None
+    return Built(KVCache.concat([caches[i] for i in range(count)]), errors, planned, fired, steering)
+
+
+def _build(model: Model, batch: Batch, natural: Natural, condition: Condition, places: Sequence[int]) -> _Part:
+    """One condition, for the trials at these places of the batch."""
+    trials = [batch.trials[i] for i in places]
+    pairs = [trial.pair for trial in trials]
+    own = natural.rows(pairs, giver_role(condition) if condition.text_of else condition.into)
+    seeds = [trial.seed for trial in trials]
+    if condition.patch is not None:
+        reference = _reference(model, tuple(batch.reference_texts)) if batch.reference_texts else None
+        source = natural.rows(pairs, str(condition.from_))
+        return _Part(splice(condition.patch, source, own, seed=seeds, reference=reference))
+    spec = condition.intervention
+    receivers = natural.prompts_of(pairs, condition.into)
+    if isinstance(spec, InPrefill):
+        givers = natural.prompts_of(pairs, str(condition.from_))
+        return _counted(run_in_prefill(model.backbone, spec, givers, receivers, own))
+    if isinstance(spec, ValueSteering):
+        _, values = _directions(model, tuple(batch.reference_texts), tuple(batch.reference_targets))
+        part = _counted(run_value_steering(model.backbone, spec, values, receivers, own))
+        if spec.while_decoding:
+            layers = layer_indices(spec.layers, model.geometry.layers)
+            part.steps = {layer: spec.alpha * values[layer] for layer in layers}
+        return part
+    if isinstance(spec, CacheSteering):
+        directions = _directions(model, tuple(batch.reference_texts), tuple(batch.reference_targets))
+        return _Part(steer_cache(own, spec, directions, [batch.pairs[pair].number for pair in pairs]))
+    if isinstance(spec, Joined):
+        givers = natural.prompts_of(pairs, str(condition.from_))
+        separator = model.continuation_ids(spec.separator)
+        prompts = [join_prompts(g, r, separator, spec.separator) for g, r in zip(givers, receivers, strict=True)]
+        return _Part(joined_cache(spec, prefill(model.backbone, prompts), own))
+    return _Part(own)
+
+
+def _counted(done: Intervened) -> _Part:
+    return _Part(done.cache, done.planned, done.fired)
+
+
+@functools.lru_cache(maxsize=2)
+def _reference(model: Model, texts: tuple[str, ...]) -> KVCache:
+    """Caches that fitted donors take their statistics from; the same for all batches of a run."""
+    return prefill(model.backbone, [model.encode(text) for text in texts])
+
+
+@functools.lru_cache(maxsize=2)
+@torch.no_grad()
+def _directions(
+    model: Model, sources: tuple[str, ...], targets: tuple[str, ...]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Mean difference of keys and values, sources less targets, over the calibration pairs."""
+    return mean_difference(_reference(model, sources), _reference(model, targets))

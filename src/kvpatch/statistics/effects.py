@@ -1,0 +1,84 @@
+"""Every condition of a phase on one scale: its mean pair difference from the natural run of the prompt it went into."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+from kvpatch.patch import Frozen
+from kvpatch.protocols.schema import Protocol
+from kvpatch.statistics.gates import coherence_shares
+from kvpatch.statistics.intervals import bca_interval
+from kvpatch.statistics.pairs import Transform, contrast_differences, prepare, rows_of
+
+READOUTS: tuple[tuple[str, Transform], ...] = (
+    ("recursive_score", "none"),
+    ("recursive_score_masked", "none"),
+    ("mode_llr", "none"),
+    ("content_llr", "none"),
+    ("rv_output", "log"),
+)
+"""What the table gives of each condition; R_V as a log ratio."""
+
+
+class Effect(Frozen):
+    """One readout of one condition, less the natural run of the same prompt, over pairs. `coherent` is the share of
+    the condition's outputs within the coherence limits."""
+
+    phase: str
+    condition: str
+    about: str
+    natural: str
+    readout: str
+    n: int
+    estimate: float | None
+    ci_low: float | None
+    ci_high: float | None
+    coherent: float | None
+
+
+def effects(
+    protocol: Protocol, trials: pd.DataFrame, phase: str, readouts: Sequence[tuple[str, Transform]] = READOUTS
+) -> list[Effect]:
+    """Effects of every condition of a phase that is not natural, in the protocol's order.
+
+    The interval is BCa at 95%, over pairs. A condition put into the source is compared with the natural source.
+    """
+    rows = prepare(trials)
+    shares = coherence_shares(rows)
+    rows = rows_of(rows, split="test", phase=phase)
+    natural: dict[str, str] = {}
+    for name, condition in protocol.conditions.items():
+        if condition.is_natural and condition.text_of is None:
+            natural.setdefault(condition.into, name)
+    out = []
+    for name in protocol.phases[phase].conditions:
+        condition = protocol.conditions[name]
+        base = natural.get(condition.into)
+        is_own = condition.is_natural and condition.text_of is None
+        if is_own or base is None or not (rows["condition"] == name).any():
+            continue
+        for readout, transform in readouts:
+            found = contrast_differences(rows, {name: 1, base: -1}, readout, transform)
+            interval = bca_interval(found.values)
+            out.append(
+                Effect(
+                    phase=phase,
+                    condition=name,
+                    about=condition.about,
+                    natural=base,
+                    readout=readout,
+                    n=found.n,
+                    estimate=math.fsum(found.values) / found.n if found.n else None,
+                    ci_low=_known(interval.low),
+                    ci_high=_known(interval.high),
+                    coherent=_known(shares.get((phase, name), math.nan)),
+                )
+            )
+    return out
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None

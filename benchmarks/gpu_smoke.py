@@ -1,6 +1,6 @@
 """Does the engine run on a CUDA device, and how fast in the Llama-3-8B shape? Random weights: speed only, no findings.
 
-    python benchmarks/gpu_smoke.py [--batch 64 256] [--new-tokens 64]
+python benchmarks/gpu_smoke.py [--batch 64 256] [--new-tokens 64]
 """
 
 from __future__ import annotations

@@ -79,6 +79,7 @@ def run(
 
     print_effects(phase_effects(store))
     typer.echo(answer(store))
+    typer.echo(f"verdicts: kvpatch verdicts {out}")
     typer.echo(f"report: {(out / 'report.html').resolve()}")
 
 

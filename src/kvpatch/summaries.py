@@ -106,6 +106,13 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
         console.print(f"[bold]{v.id}[/bold]: {escape(v.because)}")
 
 
+_SHORT = {
+    "recursive_score": "score",
+    "recursive_score_masked": "masked score",
+    "rv_output": "log rv_output",
+}
+
+
 def print_effects(effects: Sequence[Effect]) -> None:
     """A row a condition, a column a readout."""
     console = Console()
@@ -113,15 +120,18 @@ def print_effects(effects: Sequence[Effect]) -> None:
         rows = [effect for effect in effects if effect.phase == phase]
         readouts = list(dict.fromkeys(effect.readout for effect in rows))
         table = Table(title=f"phase {phase}: difference from the natural run, mean and 95% interval over pairs")
-        for column in ("condition", "n", "coherent", *(f"log {r}" if r.startswith("rv") else r for r in readouts)):
-            table.add_column(column)
-        table.add_column("about")
+        for column in ("condition", "n", "coherent", *(_SHORT.get(r, r) for r in readouts)):
+            table.add_column(column, no_wrap=column == "condition")
+        is_wide = console.width >= 140
+        if is_wide:
+            table.add_column("about")
         for condition in dict.fromkeys(effect.condition for effect in rows):
             own = {effect.readout: effect for effect in rows if effect.condition == condition}
             first = own[readouts[0]]
             share = "-" if first.coherent is None else f"{first.coherent:.0%}"
             n = str(max(effect.n for effect in own.values()))
-            table.add_row(condition, n, share, *(_interval(own[r]) for r in readouts), escape(first.about))
+            about = [escape(first.about)] if is_wide else []
+            table.add_row(condition, n, share, *(_interval(own[r]) for r in readouts), *about)
         console.print(table)
 
 

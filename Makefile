@@ -32,7 +32,7 @@ demo: install    ## fetch the embedded model, run dec7 small, write the report
 lint: install-test  ## format, rules and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 
 test: install-test lint  ## every test that needs no GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile

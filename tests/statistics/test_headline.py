@@ -65,10 +65,16 @@ def test_controls_that_are_not_inert_stand_beside_it(say: Make):
     )
 
 
-@pytest.mark.parametrize("b", [FLAT, DOWN, NOISE], ids=["flat", "down", "noise"])
-def test_a_model_without_the_mode_is_told_plainly(say: Make, b: list[float]):
+def test_a_model_whose_data_speak_against_the_mode_is_told_plainly(say: Make):
+    sentence = say(B=DOWN)
+    assert sentence.startswith("This model does not show recursive mode under these prompts (exists: not supported)")
+    assert sentence.endswith("so nothing about transfer was or could be shown.")
+
+
+@pytest.mark.parametrize("b", [FLAT, NOISE], ids=["flat", "noise"])
+def test_a_mode_that_data_decide_neither_way_is_not_called_absent(say: Make, b: list[float]):
     sentence = say(B=b)
-    assert sentence.startswith("This model does not show recursive mode under these prompts (exists: ")
+    assert sentence.startswith("This run did not establish that the model shows recursive mode under these prompts")
     assert sentence.endswith("so nothing about transfer was or could be shown.")
 
 

@@ -1,6 +1,6 @@
 """Decode speed: ours against a token loop, one trial at a time, and against transformers' batched `generate`.
 
-    python benchmarks/decode.py [--model smollm2-135m] [--batch 64] [--new-tokens 64]
+    python benchmarks/decode.py [--model smollm2-135m] [--batch 128] [--new-tokens 64]
 
 All peers run in this process, in this call, on the same prompts; figures are tokens a second and ratios to a peer.
 """
@@ -70,7 +70,7 @@ def rate(work: Callable[[], int], device: torch.device) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--naive-prompts", type=int, default=2)
     options = parser.parse_args()

@@ -20,8 +20,9 @@ from kvpatch.errors import ModelError
 from kvpatch.interventions import InPrefill, ValueSteering
 from kvpatch.models.hf import Backbone, Edits, LayerEdit
 from kvpatch.models.template import EncodedPrompt
+from kvpatch.patch import SlotQuery
 from kvpatch.rope import LayerRope, rotate
-from kvpatch.selection import layer_indices, slot_indices
+from kvpatch.selection import layer_indices, slot_mask
 
 
 @dataclass
@@ -115,11 +116,11 @@ class RowSteering:
         return {layer: steer(step) for layer, step in self.steps.items()}
 
 
-def _landing(slots: object, natural: KVCache, source_lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _landing(
+    slots: str | SlotQuery | Sequence[int], natural: KVCache, source_lengths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """Which target slots are changed, [batch, slots], and how far their source stood from there, [batch, 1]."""
-    is_put = torch.zeros_like(natural.is_real)
-    for row in range(natural.batch):
-        is_put[row, slot_indices(natural, row, slots)] = True  # type: ignore[arg-type]
+    is_put = slot_mask(natural, slots)
     lengths = torch.tensor(list(source_lengths), device=is_put.device)
     from_end = torch.arange(natural.slots, 0, -1, device=is_put.device)
     return is_put & (from_end <= lengths[:, None]), (natural.lengths - lengths)[:, None]
@@ -233,11 +234,13 @@ def mean_difference(sources: KVCache, targets: KVCache) -> tuple[dict[int, Tenso
 
 
 def _body_means(cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
-    is_body = torch.zeros_like(cache.is_real)
-    for row in range(cache.batch):
-        is_body[row, slot_indices(cache, row, "body")] = True
+    is_body = slot_mask(cache, "body")
     share = (is_body / is_body.sum(dim=1, keepdim=True))[:, None, :, None]
     back = -torch.where(cache.positions != PAD, cache.positions, 0)
     rope = cache.rope[layer]
     unturned = cache.keys[layer] if rope.layout == "absolute" else rotate(cache.keys[layer], back, rope)
-    return tuple((part * share).sum(dim=2).mean(dim=0) for part in (unturned.float(), cache.values[layer].float()))  # type: ignore[return-value]
+
+    def mean(part: Tensor) -> Tensor:
+        return (part.float() * share).sum(dim=2).mean(dim=0)
+
+    return mean(unturned), mean(cache.values[layer])

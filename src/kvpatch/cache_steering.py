@@ -14,7 +14,7 @@ from kvpatch.errors import CacheError
 from kvpatch.interventions import CacheSteering, Joined
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.rope import rotate
-from kvpatch.selection import layer_indices, slot_indices
+from kvpatch.selection import layer_indices, slot_mask
 from kvpatch.splice import take
 
 
@@ -34,9 +34,7 @@ def steer_cache(
     """
     if spec.strength == 0:
         return cache
-    is_put = torch.zeros_like(cache.is_real)
-    for row in range(cache.batch):
-        is_put[row, slot_indices(cache, row, spec.slots)] = True
+    is_put = slot_mask(cache, spec.slots)
     at = torch.where(is_put, cache.positions, 0)
     keys, values = list(cache.keys), list(cache.values)
     for layer in layer_indices(spec.layers, cache.layers):

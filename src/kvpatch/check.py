@@ -5,7 +5,6 @@ Errors of logits are relative to the largest logit of the reference, so that one
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,7 +71,6 @@ def check(model: Model, on_identity: Callable[[Identity], None] | None = None) -
         out.append(Identity(identity=name, holds=holds, error=error if error == error else 0.0, bound=bound, note=note))
         if on_identity:
             on_identity(out[-1])
-        gc.collect()
     return out
 
 

@@ -71,14 +71,13 @@ def run(
             progress=report,
         )
     with run_progress() as watcher:
-        store = run_protocol(
+        outcome = run_protocol(
             chosen, loaded, out, seed=seed, n=n, phases=_names(phases), command=sys.argv, watcher=watcher
         )
-    from kvpatch.outcome import answer, phase_effects
     from kvpatch.summaries import print_effects
 
-    print_effects(phase_effects(store))
-    typer.echo(answer(store))
+    print_effects(outcome.effects)
+    typer.echo(outcome.answer)
     typer.echo(f"verdicts: kvpatch verdicts {out}")
     typer.echo(f"report: {(out / 'report.html').resolve()}")
 
@@ -131,17 +130,18 @@ def verdicts(directory: Directory, as_json: Json = False) -> None:
 
     Example: kvpatch verdicts results
     """
-    from kvpatch.outcome import write_verdicts
+    from kvpatch.outcome import outcome_of, write_verdicts
     from kvpatch.statistics.verdicts import verdicts_json
     from kvpatch.store import Store
     from kvpatch.summaries import print_verdicts
 
     store = Store(directory)
-    found = write_verdicts(store)
+    outcome = outcome_of(store)
+    write_verdicts(store, outcome)
     if as_json:
-        typer.echo(verdicts_json(found), nl=False)
+        typer.echo(verdicts_json(outcome.verdicts), nl=False)
     else:
-        print_verdicts(found)
+        print_verdicts(outcome.verdicts)
 
 
 @app.command()
@@ -173,11 +173,13 @@ def report(
 
     Example: kvpatch report results -o report.html
     """
-    from kvpatch.outcome import write_report
+    from kvpatch.outcome import outcome_of, write_report
     from kvpatch.store import Store
 
+    store = Store(directory)
+    outcome = outcome_of(store)
     try:
-        where = write_report(Store(directory), out)
+        where = write_report(store, outcome, out)
     except OSError as error:
         raise KvpatchError(f"{out} can't be written: {error.strerror or error}") from error
     typer.echo(f"report: {where.resolve()}")

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kvpatch.cache import PAD, KVCache, Origin
+from kvpatch.cache import KVCache
+from kvpatch.engine.prefill import labels_of
 from kvpatch.errors import CacheError, ProtocolError
 from kvpatch.interventions import CacheSteering, InPrefill, Joined, ValueSteering
 from kvpatch.models.hf import Geometry
@@ -126,24 +127,8 @@ def _refuse_too_long(what: str, tokens: int, room: int, geometry: Geometry) -> N
 
 def _empty_caches(prompts: Sequence[EncodedPrompt], geometry: Geometry) -> KVCache:
     """Caches with the labels of these prompts, one head a layer, and one layer for each way that keys are turned."""
-    slots = max(len(prompt.token_ids) for prompt in prompts) - 1
-
-    def table(rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        padded = [[PAD] * (slots - len(row)) + list(row) for row in rows]
-        return torch.tensor(padded, dtype=torch.int64).reshape(len(prompts), slots)
-
+    labels = labels_of(prompts, "cpu")
     ropes = tuple(dict.fromkeys(geometry.rope))
-    nothing = tuple(torch.zeros(len(prompts), 1, slots, geometry.head_dim) for _ in ropes)
-    positions = table([range(len(prompt.token_ids) - 1) for prompt in prompts])
-    return KVCache(
-        keys=nothing,
-        values=nothing,
-        positions=positions,
-        token_ids=table([prompt.token_ids[:-1] for prompt in prompts]),
-        segments=table([prompt.segments[:-1] for prompt in prompts]),
-        origins=torch.where(positions == PAD, PAD, int(Origin.own)),
-        pending=torch.tensor([prompt.token_ids[-1] for prompt in prompts]),
-        pending_position=torch.tensor([len(prompt.token_ids) - 1 for prompt in prompts]),
-        pieces=tuple(prompt.pieces[:-1] for prompt in prompts),
-        rope=ropes,
-    )
+    batch, slots = labels["positions"].shape
+    nothing = tuple(torch.zeros(batch, 1, slots, geometry.head_dim) for _ in ropes)
+    return KVCache(keys=nothing, values=nothing, rope=ropes, **labels)

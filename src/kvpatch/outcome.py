@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -32,47 +34,64 @@ def stored_protocol(record: RunRecord) -> Protocol:
     return protocol
 
 
-def decide(store: Store, protocol: Protocol) -> list[Verdict]:
-    """Verdicts, recomputed from the stored trials.
+@dataclass(frozen=True)
+class Outcome:
+    """What a run directory says, read and decided once: its record, protocol, trials and verdicts."""
+
+    record: RunRecord
+    protocol: Protocol
+    rows: pd.DataFrame
+    verdicts: list[Verdict]
+
+    @property
+    def answer(self) -> str:
+        """The one-sentence answer."""
+        return headline(self.protocol, self.verdicts)
+
+    @cached_property
+    def effects(self) -> list[Effect]:
+        """Every condition's difference from its natural run, for every phase that has trials."""
+        present = set(self.rows["phase"])
+        return [e for name in self.protocol.phases if name in present for e in effects(self.protocol, self.rows, name)]
+
+
+def outcome_of(store: Store) -> Outcome:
+    """Read a run directory and decide every hypothesis from its stored trials.
 
     Raises:
-        ProtocolError: for a protocol other than the stored one.
+        ProtocolError: where the stored protocol was changed after the run.
+        StoreError: where there are no trials, or a part is damaged.
     """
     record = store.read_record()
-    if protocol.sha256 != stored_protocol(record).sha256:
-        raise ProtocolError("the run was made with another protocol; its hash was stored before the first trial")
+    protocol = stored_protocol(record)
+    rows = store.read().to_pandas()
     instrument = None if record.check is None else all(i["holds"] is not False for i in record.check)
-    return verdicts(protocol, _rows(store, record), instrument_ok=instrument)
+    return Outcome(record, protocol, rows, verdicts(protocol, rows, instrument_ok=instrument))
 
 
-def write_verdicts(store: Store, protocol: Protocol | None = None) -> list[Verdict]:
-    """Compute verdicts.json, and store it where it is not there already."""
-    found = decide(store, protocol or stored_protocol(store.read_record()))
-    text, path = verdicts_json(found), store.directory / "verdicts.json"
+def write_verdicts(store: Store, outcome: Outcome) -> None:
+    """Store verdicts.json, where it does not say the same already."""
+    text, path = verdicts_json(outcome.verdicts), store.directory / "verdicts.json"
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         store.write_text("verdicts.json", text)
-    return found
 
 
-def write_report(store: Store, path: Path | None = None) -> Path:
+def write_report(store: Store, outcome: Outcome, path: Path | None = None) -> Path:
     """Write the report; returns where it is."""
-    record = store.read_record()
-    protocol = stored_protocol(record)
-    found = decide(store, protocol)
-    lexicon = Lexicon.load(protocol.readouts.lexicon)
+    lexicon = Lexicon.load(outcome.protocol.readouts.lexicon)
 
     def mark(text: str, source: str) -> list[tuple[int, int, str]]:
         hits = [(hit.start, hit.end, "hit") for hit in lexicon.hits(text)]
         return hits + [(start, end, "copied") for start, end in copied_words(text, source)]
 
     page = render(
-        {**record.model_dump(mode="json"), "dropped_pairs": len(record.dropped_pairs)},
-        protocol,
-        _rows(store, record),
-        json.loads(verdicts_json(found)),
-        headline(protocol, found),
+        {**outcome.record.model_dump(mode="json"), "dropped_pairs": len(outcome.record.dropped_pairs)},
+        outcome.protocol,
+        outcome.rows,
+        json.loads(verdicts_json(outcome.verdicts)),
+        outcome.answer,
         mark,
-        [effect.model_dump() for effect in phase_effects(store)],
+        [effect.model_dump() for effect in outcome.effects],
     )
     if path is None:
         return store.write_text("report.html", page)
@@ -81,25 +100,15 @@ def write_report(store: Store, path: Path | None = None) -> Path:
 
 
 def phase_effects(store: Store, phase: str | None = None) -> list[Effect]:
-    """Every condition's difference from its natural run, for one phase or all that have trials.
+    """Effects of one phase, or of all that have trials.
 
     Raises:
         ProtocolError: for a phase the protocol does not have.
     """
-    record = store.read_record()
-    protocol = stored_protocol(record)
-    if phase is not None and phase not in protocol.phases:
-        raise ProtocolError(f"no phase {phase!r} in {protocol.protocol}; it has {', '.join(protocol.phases)}")
-    rows = _rows(store, record)
-    names = [phase] if phase else [name for name in protocol.phases if (rows["phase"] == name).any()]
-    return [effect for name in names for effect in effects(protocol, rows, name)]
-
-
-def answer(store: Store) -> str:
-    """The one-sentence answer of a run."""
-    protocol = stored_protocol(store.read_record())
-    return headline(protocol, decide(store, protocol))
-
-
-def _rows(store: Store, record: RunRecord) -> pd.DataFrame:
-    return store.read().to_pandas()
+    outcome = outcome_of(store)
+    if phase is None:
+        return outcome.effects
+    phases = outcome.protocol.phases
+    if phase not in phases:
+        raise ProtocolError(f"no phase {phase!r} in {outcome.protocol.protocol}; it has {', '.join(phases)}")
+    return effects(outcome.protocol, outcome.rows, phase)

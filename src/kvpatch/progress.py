@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, Task, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 from kvpatch.models.named import Progress as Report
@@ -24,14 +33,14 @@ def loading() -> Iterator[Report]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: dict[str, object] = {}
+        tasks: dict[str, TaskID] = {}
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
                 if not console.is_terminal:
                     console.print(what)
-            bar.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
+            bar.update(tasks[what], completed=done, total=total)
 
         yield report
 
@@ -51,8 +60,7 @@ class _Watch(Watcher):
         self.bar, self.console = bar, console
         self.task = bar.add_task("loading", total=None, left=None, speed="")
         self.start = self.said = time.monotonic()
-        self.total = self.done = self.new = self.failed = 0
-        self.tokens_now = self.tokens_new = 0
+        self.total = self.done = self.new = self.tokens_new = 0
 
     def planned(self, plan: Plan) -> None:
         self.total = plan.n_trials
@@ -68,7 +76,7 @@ class _Watch(Watcher):
         self.tokens_new += rows_going
         self._show()
 
-    def batch(self, batch: Batch, tokens: int) -> None:  # type: ignore[override]
+    def batch(self, batch: Batch, tokens: int) -> None:
         self.done += len(batch.trials)
         if tokens:
             self.new += len(batch.trials)

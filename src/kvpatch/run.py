@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,14 +18,14 @@ import torch
 import kvpatch
 from kvpatch.check import check
 from kvpatch.errors import ModelError, ProtocolError
-from kvpatch.executors.local import LocalExecutor, OnBatch
+from kvpatch.executors.local import LocalExecutor
 from kvpatch.fit import refuse_misfits
 from kvpatch.model import Model
 from kvpatch.models.load import template_sha256, tokenizer_sha256, weights_sha256
 from kvpatch.models.template import has_template
-from kvpatch.outcome import write_report, write_verdicts
+from kvpatch.outcome import Outcome, outcome_of, write_report, write_verdicts
 from kvpatch.prompts.bank import Bank, load_bank
-from kvpatch.protocols.plan import Plan, make_plan
+from kvpatch.protocols.plan import Batch, Plan, make_plan
 from kvpatch.protocols.schema import Protocol
 from kvpatch.readouts.behavior import Lexicon
 from kvpatch.readouts.geometry import layer_at
@@ -43,7 +44,8 @@ class Watcher:
     def tokens(self, rows_going: int) -> None:
         """A decoding step wrote this many tokens."""
 
-    batch: OnBatch = staticmethod(lambda batch, tokens: None)  # type: ignore[assignment]
+    def batch(self, batch: Batch, tokens: int) -> None:
+        """A batch is stored, or found stored; it wrote this many tokens now."""
 
 
 def plan_for(
@@ -93,7 +95,7 @@ def run(
     phases: Sequence[str] | None = None,
     command: Sequence[str] = (),
     watcher: Watcher | None = None,
-) -> Store:
+) -> Outcome:
     """Run a protocol, or what is left of it, and write verdicts and report.
 
     Raises:
@@ -128,17 +130,18 @@ def run(
         store.write_record(record)
         record = _execute(plan, model, store, record, watcher)
         watcher.stage("deciding and writing the report")
-        write_verdicts(store, protocol)
+        outcome = replace(outcome_of(store), record=record)
+        write_verdicts(store, outcome)
         store.write_record(record)
-        write_report(store)
-    return store
+        write_report(store, outcome)
+    return outcome
 
 
 def _execute(plan: Plan, model: Model, store: Store, record: RunRecord, watcher: Watcher) -> RunRecord:
     start, written = time.monotonic(), [0]
     watcher.stage("running")
 
-    def on_batch(batch, tokens: int) -> None:
+    def on_batch(batch: Batch, tokens: int) -> None:
         written[0] += tokens
         watcher.batch(batch, tokens)
 

@@ -8,6 +8,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kvpatch.cache import KVCache, Segment
 from kvpatch.errors import CacheError
@@ -67,6 +69,14 @@ def slot_indices(cache: KVCache, row: int, slots: Patch | str | SlotQuery | Sequ
         own = _in_range("slot", chosen, length)
     padding = cache.slots - length
     return sorted(slot + padding for slot in own)
+
+
+def slot_mask(cache: KVCache, slots: Patch | str | SlotQuery | Sequence[int]) -> Tensor:
+    """[batch, slots], True for the slots of every row that a selection means; see `slot_indices`."""
+    mask = torch.zeros_like(cache.is_real)
+    for row in range(cache.batch):
+        mask[row, slot_indices(cache, row, slots)] = True
+    return mask
 
 
 def _in_range(what: str, indices: Sequence[int], count: int) -> list[int]:

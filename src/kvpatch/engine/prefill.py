@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,15 +90,9 @@ def prefill_pass(
         shared, beginning: tokens all prompts begin with, and a slab of one row that holds them.
         edits: changes to queries, keys and values as they are made; the pass must then share no beginning.
     """
-    slots = max(len(prompt.token_ids) for prompt in prompts) - 1
-    batch, device = len(prompts), backbone.device
-
-    def table(rows: Sequence[Sequence[int]], width: int) -> Tensor:
-        padded = [[PAD] * (width - len(row)) + list(row) for row in rows]
-        return torch.tensor(padded, dtype=torch.int64, device=device).reshape(batch, width)
-
-    token_ids = table([prompt.token_ids[:-1] for prompt in prompts], slots)  # [batch, slots]
-    positions = table([range(len(prompt.token_ids) - 1) for prompt in prompts], slots)
+    labels = labels_of(prompts, backbone.device)
+    token_ids, positions = labels["token_ids"], labels["positions"]
+    batch, slots = positions.shape
     if beginning is not None:
         slab = Slab.holding(
             tuple(x.keys.expand(batch, -1, -1, -1) for x in beginning.slab_layers),
@@ -114,15 +109,29 @@ def prefill_pass(
     return KVCache(
         keys=tuple(_right_aligned(x.keys, positions, shared) for x in slab.slab_layers),
         values=tuple(_right_aligned(x.values, positions, shared) for x in slab.slab_layers),
-        positions=positions,
-        token_ids=token_ids,
-        segments=table([prompt.segments[:-1] for prompt in prompts], slots),
-        origins=torch.where(positions == PAD, PAD, int(Origin.own)),
-        pending=torch.tensor([prompt.token_ids[-1] for prompt in prompts], device=device),
-        pending_position=torch.tensor([len(prompt.token_ids) - 1 for prompt in prompts], device=device),
-        pieces=tuple(prompt.pieces[:-1] for prompt in prompts),
+        **labels,
         rope=backbone.geometry.rope,
     )
+
+
+def labels_of(prompts: Sequence[EncodedPrompt], device: str | torch.device) -> dict[str, Any]:
+    """What the slots of the prompts' caches stand for: every field of `KVCache` but keys, values and rope."""
+    slots = max(len(prompt.token_ids) for prompt in prompts) - 1
+
+    def table(rows: Sequence[Sequence[int]]) -> Tensor:
+        padded = [[PAD] * (slots - len(row)) + list(row) for row in rows]
+        return torch.tensor(padded, dtype=torch.int64, device=device).reshape(len(prompts), slots)
+
+    positions = table([range(len(prompt.token_ids) - 1) for prompt in prompts])  # [batch, slots]
+    return {
+        "positions": positions,
+        "token_ids": table([prompt.token_ids[:-1] for prompt in prompts]),
+        "segments": table([prompt.segments[:-1] for prompt in prompts]),
+        "origins": torch.where(positions == PAD, PAD, int(Origin.own)),
+        "pending": torch.tensor([prompt.token_ids[-1] for prompt in prompts], device=device),
+        "pending_position": torch.tensor([len(prompt.token_ids) - 1 for prompt in prompts], device=device),
+        "pieces": tuple(prompt.pieces[:-1] for prompt in prompts),
+    }
 
 
 def _right_aligned(tensor: Tensor, positions: Tensor, shared: int) -> Tensor:

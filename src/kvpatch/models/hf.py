@@ -206,7 +206,7 @@ _running = threading.local()
 
 
 def _attend(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -220,7 +220,7 @@ def _attend(
     """Attention over the slab. query [batch, query_heads, queries, dim], key and value [batch, kv_heads, slots, dim];
     returns [batch, queries, query_heads, dim]."""
     step: _Step = _running.step
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    layer = int(module.layer_idx)
     step.windows[layer], step.query_heads = sliding_window, query.shape[1]
     if edit := step.edits.get(layer):
         query = edit.apply("query", query)
@@ -364,14 +364,14 @@ def _blocks(decoder: nn.Module, layers: int) -> nn.ModuleList:
 
 
 @contextlib.contextmanager
-def _slab_attention(config: object, step: _Step) -> Iterator[None]:
-    before = config._attn_implementation  # type: ignore[attr-defined]
-    config._attn_implementation = ATTENTION  # type: ignore[attr-defined]
+def _slab_attention(config: Any, step: _Step) -> Iterator[None]:
+    before = config._attn_implementation
+    config._attn_implementation = ATTENTION
     _running.step = step
     try:
         yield
     finally:
-        config._attn_implementation = before  # type: ignore[attr-defined]
+        config._attn_implementation = before
         del _running.step
 
 

@@ -8,9 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Tiny models gain nothing from threads, and lose much where several test processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples on every machine. `HYPOTHESIS_PROFILE=explore make test` looks further.
+settings.register_profile("fixed", derandomize=True, database=None)
+settings.register_profile("explore", max_examples=1000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 @pytest.fixture(scope="session")

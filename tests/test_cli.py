@@ -25,7 +25,7 @@ from small import CONDITIONS, bank_entries, protocol_content, with_patch, write_
 
 pytestmark = pytest.mark.model
 
-COMMANDS = ("run", "plan", "status", "verdicts", "report", "check", "bank", "models", "pull")
+COMMANDS = ("run", "plan", "status", "verdicts", "report", "check", "bank", "models", "pull", "schema")
 
 
 class Outcome(NamedTuple):
@@ -180,7 +180,7 @@ def test_head_shuffle_on_one_kv_head(kvpatch, tmp_path, tiny, monkeypatch):
 
     model = tiny("llama")
     protocol = load_protocol(str(write_protocol(tmp_path, **with_patch({"donor": "shuffle_heads"}))))
-    plan, _ = plan_for(model, protocol, load_bank(protocol.bank), seed=0, n=None, phases=None)
+    plan, _ = plan_for({None: model}, protocol, load_bank(protocol.bank), seed=0, n=None, phases=None)
     with pytest.raises(ProtocolError, match=r"condition X .* one KV head"):
         refuse_misfits(plan, replace(model.geometry, kv_heads=1), model.encode, model.continuation_ids, 10)
 
@@ -475,6 +475,27 @@ def test_edited_protocol_in_the_record_is_refused(kvpatch, copied):
     for command in ("verdicts", "report"):
         assert_one_line(kvpatch(command, directory), "was changed after the run")
     assert snapshot(directory) == before
+    marked = kvpatch("verdicts", directory, "--exploratory", "--json")
+    assert [v["confirmatory"] for v in json.loads(marked.out)] == [False] * 3
+    assert snapshot(directory) == before
+
+
+def test_another_protocol_decides_a_run_only_as_exploratory(kvpatch, copied, tmp_path):
+    _, directory = copied
+    hypotheses = [h | {"alpha": 0.5} for h in protocol_content("x")["hypotheses"]]
+    other = write_protocol(tmp_path, bank=tmp_path / "bank", hypotheses=hypotheses)
+    before = snapshot(directory)
+    assert_one_line(kvpatch("verdicts", directory, "--protocol", other), "--exploratory")
+    marked = json.loads(kvpatch("verdicts", directory, "--protocol", other, "--exploratory", "--json").out)
+    assert [(v["alpha"], v["confirmatory"]) for v in marked] == [(0.5, False)] * 3
+    assert snapshot(directory) == before
+
+
+def test_schema_of_protocols_is_the_one_in_the_documents(kvpatch):
+    told = json.loads(kvpatch("schema").out)
+    stored = Path(__file__).parents[1] / "docs" / "protocol.schema.json"
+    assert told == json.loads(stored.read_text()), "kvpatch schema > docs/protocol.schema.json"
+    assert {"conditions", "phases", "hypotheses"} <= set(told["required"])
 
 
 # Killed

@@ -49,7 +49,7 @@ RECORD = RunRecord(
     seed=0,
     n=None,
     phases=["1"],
-    planned=4,
+    planned_by_phase={"1": 4},
     versions={},
     git={},
     hardware={},
@@ -399,6 +399,12 @@ def test_another_run_is_told_apart_from_the_stored_one(change, words):
 
 
 def test_what_does_not_make_a_run_is_no_difference():
-    later = {"created": "later", "kvpatch_version": "9", "command": ["x"], "phases": ["2"], "planned": 9}
+    later = {
+        "created": "later",
+        "kvpatch_version": "9",
+        "command": ["x"],
+        "phases": ["2"],
+        "planned_by_phase": {"2": 9},
+    }
     named = MODEL.model_copy(update={"name": "/elsewhere/tiny"})
     assert RECORD.differs_from(RECORD.model_copy(update=later | {"model": named})) is None

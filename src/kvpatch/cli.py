@@ -8,11 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvpatch.errors import KvpatchError
+
+if TYPE_CHECKING:
+    from kvpatch.model import Model
+    from kvpatch.protocols.schema import Protocol
 
 app = typer.Typer(
     name="kvpatch",
@@ -29,6 +33,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Directory = Annotated[Path, typer.Argument(help="A run directory.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; what is there if not given.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 on a CPU if not given.")]
+OtherModels = Annotated[
+    list[str] | None,
+    typer.Option("--other-model", help="KEY=MODEL, in place of what the protocol's 'models' names; may be repeated."),
+]
 Phases = Annotated[str | None, typer.Option(help="Phases to run, with commas; all if not given.")]
 
 
@@ -40,6 +48,7 @@ def run(
     n: Annotated[int | None, typer.Option(help="Pairs per condition, in place of each phase's own.")] = None,
     phases: Phases = None,
     seed: Annotated[int, typer.Option(help="Orders the pairs and seeds the trials.")] = 0,
+    other_model: OtherModels = None,
     on: Annotated[str, typer.Option(help="Where to run: local.")] = "local",
     device: Device = None,
     dtype: Dtype = None,
@@ -56,20 +65,19 @@ def run(
 
     chosen = load_protocol(protocol)
     _writable(out)
-    from kvpatch.progress import loading, run_progress
+    from kvpatch.progress import run_progress
     from kvpatch.run import run as run_protocol
 
-    with loading() as report:
-        from kvpatch.model import load
-
-        loaded = load(
-            model,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-            progress=report,
-        )
+    loaded = _load_all(
+        chosen,
+        model,
+        _names(phases),
+        other_model,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
     with run_progress() as watcher:
         outcome = run_protocol(
             chosen, loaded, out, seed=seed, n=n, phases=_names(phases), command=sys.argv, watcher=watcher
@@ -89,6 +97,12 @@ def plan(
     n: Annotated[int | None, typer.Option(help="Pairs per condition, in place of each phase's own.")] = None,
     phases: Phases = None,
     seed: Annotated[int, typer.Option(help="Orders the pairs and seeds the trials.")] = 0,
+    other_model: OtherModels = None,
+    timing: Annotated[
+        bool, typer.Option("--timing/--no-timing", help="Estimate time and memory; runs some trials for about 10 s.")
+    ] = True,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Say what a run would do, without running it.
@@ -98,16 +112,20 @@ def plan(
     from kvpatch.protocols.load import load_protocol
 
     chosen = load_protocol(protocol)
-    from kvpatch.model import load
-    from kvpatch.progress import loading
     from kvpatch.prompts.bank import load_bank
     from kvpatch.run import plan_for
     from kvpatch.summaries import plan_summary, print_plan
 
-    with loading() as report:
-        loaded = load(model, progress=report)
+    loaded = _load_all(chosen, model, _names(phases), other_model, device=device, dtype=dtype)
     made, _ = plan_for(loaded, chosen, load_bank(chosen.bank), seed=seed, n=n, phases=_names(phases))
-    summary = plan_summary(made, chosen)
+    cost = None
+    if timing:
+        from kvpatch.estimate import estimate
+
+        cost = estimate(made, loaded)
+    summary = plan_summary(
+        made, chosen, lambda key, text: len(loaded[key].encode(text, may_be_empty=True).token_ids), cost
+    )
     _print(summary, as_json, lambda: print_plan(summary))
 
 
@@ -125,10 +143,19 @@ def status(directory: Directory, as_json: Json = False) -> None:
 
 
 @app.command()
-def verdicts(directory: Directory, as_json: Json = False) -> None:
-    """Print the verdict table, recomputed from the stored trials.
+def verdicts(
+    directory: Directory,
+    protocol: Annotated[
+        str | None, typer.Option(help="Decide by another protocol than the run's; needs --exploratory.")
+    ] = None,
+    exploratory: Annotated[
+        bool, typer.Option("--exploratory", help="Take a changed protocol, and mark every verdict exploratory.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the success criteria and the verdict table, recomputed from the stored trials.
 
-    Example: kvpatch verdicts results
+    Exploratory verdicts are printed, not stored. Example: kvpatch verdicts results
     """
     from kvpatch.outcome import outcome_of, write_verdicts
     from kvpatch.statistics.verdicts import verdicts_json
@@ -136,8 +163,14 @@ def verdicts(directory: Directory, as_json: Json = False) -> None:
     from kvpatch.summaries import print_verdicts
 
     store = Store(directory)
-    outcome = outcome_of(store)
-    write_verdicts(store, outcome)
+    other = None
+    if protocol is not None:
+        from kvpatch.protocols.load import load_protocol
+
+        other = load_protocol(protocol)
+    outcome = outcome_of(store, is_exploratory=exploratory, protocol=other)
+    if not exploratory:
+        write_verdicts(store, outcome)
     if as_json:
         typer.echo(verdicts_json(outcome.verdicts), nl=False)
     else:
@@ -238,6 +271,17 @@ def bank(
 
 
 @app.command()
+def schema() -> None:
+    """Print the JSON Schema of protocol files, for editors.
+
+    Example: kvpatch schema > protocol.schema.json
+    """
+    from kvpatch.protocols.schema import Protocol
+
+    typer.echo(json.dumps(Protocol.model_json_schema(), indent=1))
+
+
+@app.command()
 def models(as_json: Json = False) -> None:
     """List the named models: real ones that need no account.
 
@@ -272,6 +316,26 @@ def pull(name: Annotated[str, typer.Argument(help="A name from `kvpatch models`.
     with loading() as report:
         where = pull_model(name, report)
     typer.echo(f"{name}: {where}")
+
+
+def _load_all(
+    protocol: Protocol, model: str, phases: list[str] | None, replaced: list[str] | None, **settings: Any
+) -> dict[str | None, Model]:
+    """The run's own model, and the further ones that its phases need."""
+    from kvpatch.model import load
+    from kvpatch.progress import loading
+    from kvpatch.run import other_models
+
+    names: dict[str | None, str] = {None: model, **other_models(protocol, phases)}
+    for text in replaced or []:
+        key, _, name = text.partition("=")
+        if key not in protocol.models or not name:
+            known = ", ".join(protocol.models) or "none"
+            raise KvpatchError(f"--other-model {text!r} must read KEY=MODEL; the protocol's keys: {known}")
+        if key in names:
+            names[key] = name
+    with loading() as report:
+        return {key: load(name, progress=report, **settings) for key, name in names.items()}
 
 
 def _names(phases: str | None) -> list[str] | None:

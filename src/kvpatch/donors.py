@@ -132,16 +132,18 @@ def _gaussian_fitted(source: KVCache, rows: Rows, reference: KVCache) -> KVCache
 
 
 def _mean(source: KVCache, rows: Rows, reference: KVCache) -> KVCache:
-    """Mean over the reference's rows, slot by slot counted from the end; keys are averaged before RoPE."""
-    if source.slots > reference.slots:
-        raise CacheError(f"the source has {source.slots} slots, the longest reference row {reference.slots}")
-    real = reference.is_real[:, -source.slots :]
+    """Mean over the reference's rows, slot by slot counted from the end; keys are averaged before RoPE.
+
+    Slots further from the end than the longest reference reaches take the mean of the furthest that it has.
+    """
+    order = (torch.arange(source.slots) + reference.slots - source.slots).clamp(min=0).to(reference.positions.device)
+    real = reference.is_real[:, order]
     share = (real / real.sum(dim=0))[:, None, :, None]  # [batch, 1, slots, 1]
     at = torch.where(source.is_real, source.positions, 0)
     back = -torch.where(reference.is_real, reference.positions, 0)
 
     def averaged(tensor: Tensor, like: Tensor) -> Tensor:
-        tail = tensor[:, :, -source.slots :].float()
+        tail = tensor[:, :, order].float()
         return (tail * share).sum(dim=0, keepdim=True).expand(like.shape).to(like.dtype)
 
     keys, values = [], []

@@ -7,15 +7,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kvpatch.patch import Frozen, Indices, LayerBand, NamedSlots, Parts, SlotQuery
+from kvpatch.patch import Frozen, Indices, LayerAt, LayerBand, NamedSlots, Parts, SlotQuery
 
 Site = Literal["values", "queries_keys_values", "residual"]
-
-
-class LayerAt(Frozen):
-    """One layer, as a fraction of depth."""
-
-    depth: float = Field(ge=0, le=1)
 
 
 Layers = Indices | LayerBand | LayerAt | None

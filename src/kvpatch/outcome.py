@@ -18,20 +18,29 @@ from kvpatch.statistics.verdicts import Verdict, headline, verdicts, verdicts_js
 from kvpatch.store import RunRecord, Store
 
 
-def stored_protocol(record: RunRecord) -> Protocol:
+def stored_protocol(record: RunRecord, *, is_exploratory: bool = False) -> Protocol:
     """The protocol a run was made with.
+
+    is_exploratory: also take one that was changed after the run; no claim of it is then confirmatory.
 
     Raises:
         ProtocolError: where what run.json holds no longer has the hash that was stored before the first trial.
     """
     protocol = Protocol.model_validate(record.protocol)
     found = dumped_sha256(record.protocol)
-    if found != record.protocol_sha256:
+    if found != record.protocol_sha256 and not is_exploratory:
         raise ProtocolError(
             f"the protocol in run.json has hash {found[:12]}, and the run was made with "
-            f"{record.protocol_sha256[:12]}: it was changed after the run, so its verdicts would not be confirmatory"
+            f"{record.protocol_sha256[:12]}: it was changed after the run, so its verdicts would not be confirmatory; "
+            "--exploratory marks them so"
         )
-    return protocol
+    return as_exploratory(protocol) if is_exploratory else protocol
+
+
+def as_exploratory(protocol: Protocol) -> Protocol:
+    """The protocol with no confirmatory hypothesis."""
+    marked = [h.model_copy(update={"confirmatory": False}) for h in protocol.hypotheses]
+    return protocol.model_copy(update={"hypotheses": marked})
 
 
 @dataclass(frozen=True)
@@ -55,17 +64,29 @@ class Outcome:
         return [e for name in self.protocol.phases if name in present for e in effects(self.protocol, self.rows, name)]
 
 
-def outcome_of(store: Store) -> Outcome:
+def outcome_of(store: Store, *, is_exploratory: bool = False, protocol: Protocol | None = None) -> Outcome:
     """Read a run directory and decide every hypothesis from its stored trials.
+
+    is_exploratory: take a changed protocol, and mark every verdict exploratory. protocol: in place of the stored one,
+    which makes them exploratory too.
 
     Raises:
         ProtocolError: where the stored protocol was changed after the run.
         StoreError: where there are no trials, or a part is damaged.
     """
     record = store.read_record()
-    protocol = stored_protocol(record)
+    if protocol is None:
+        protocol = stored_protocol(record, is_exploratory=is_exploratory)
+    elif not is_exploratory and protocol.sha256 != record.protocol_sha256:
+        raise ProtocolError(
+            f"{protocol.protocol} has hash {protocol.sha256[:12]}, and the run was made with "
+            f"{record.protocol_sha256[:12]}, so its verdicts would not be confirmatory; --exploratory marks them so"
+        )
+    elif is_exploratory:
+        protocol = as_exploratory(protocol)
     rows = store.read().to_pandas()
-    instrument = None if record.check is None else all(i["holds"] is not False for i in record.check)
+    checks = [check for check in (record.check, *(o.check for o in record.other_models.values())) if check is not None]
+    instrument = all(i["holds"] is not False for check in checks for i in check) if checks else None
     return Outcome(record, protocol, rows, verdicts(protocol, rows, instrument_ok=instrument))
 
 

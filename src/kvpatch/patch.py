@@ -44,6 +44,12 @@ def _listed(value: Any) -> Any:
 Indices = Annotated[list[int], BeforeValidator(_listed)]
 
 
+class LayerAt(Frozen):
+    """One layer, as a fraction of depth."""
+
+    depth: float = Field(ge=0, le=1)
+
+
 class LayerBand(Frozen):
     """Layers by depth: `[low, high)` as fractions of the number of layers, so that it fits any model."""
 
@@ -64,7 +70,8 @@ class SlotQuery(Frozen):
     `of` names where to look; `without` takes a named stretch out; `fraction` keeps `[low, high)` of what is left;
     `keywords` keeps slots whose token overlaps a match of one of these regular expressions in the text of the slots;
     `matched_to` gives as many random slots as that query selects, none of them selected by it, each drawn from the
-    same tenth of the depth of `of` where one is free (the control for a selection by meaning).
+    same tenth of the depth of `of` where one is free (the control for a selection by meaning). With `in_source` the
+    selection is made in the source alone, and its slots land at the same relative places of the target's `of`.
     """
 
     of: NamedSlots = "all"
@@ -72,6 +79,7 @@ class SlotQuery(Frozen):
     fraction: tuple[float, float] | None = None
     keywords: list[str] | None = None
     matched_to: SlotQuery | None = None
+    in_source: bool = False
 
     @field_validator("keywords")
     @classmethod
@@ -94,7 +102,7 @@ class Patch(Frozen):
     """Which part of a source's cache goes where in a target's cache.
 
     Args:
-        layers: layer indices, a `LayerBand`, or None for all.
+        layers: layer indices, a `LayerBand`, a `LayerAt`, or None for all.
         kv_heads: KV-head indices (heads of the cache, not query heads), or None for all.
         slots: a named selection, a `SlotQuery`, or slot indices (0 is a row's first real slot; negative from its end).
             Taken in the source and in the target alike.
@@ -110,7 +118,7 @@ class Patch(Frozen):
         donor: what is put in: the source, or a control made from it (see `donors.py`).
     """
 
-    layers: Indices | LayerBand | None = None
+    layers: Indices | LayerBand | LayerAt | None = None
     kv_heads: Indices | None = None
     slots: NamedSlots | SlotQuery | Indices = "all"
     parts: Parts = "kv"

@@ -7,8 +7,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +26,11 @@ from kvpatch.models.load import template_sha256, tokenizer_sha256, weights_sha25
 from kvpatch.models.template import has_template
 from kvpatch.outcome import Outcome, outcome_of, write_report, write_verdicts
 from kvpatch.prompts.bank import Bank, load_bank
-from kvpatch.protocols.plan import Batch, Plan, make_plan
-from kvpatch.protocols.schema import Protocol
+from kvpatch.protocols.plan import Batch, Plan, PlanningModel, chosen_phases, make_plan
+from kvpatch.protocols.schema import Protocol, calibration_of
 from kvpatch.readouts.behavior import Lexicon
 from kvpatch.readouts.geometry import layer_at
-from kvpatch.store import ModelRecord, RunRecord, Store
+from kvpatch.store import ModelRecord, OtherModel, RunRecord, Store
 
 
 class Watcher:
@@ -48,46 +49,61 @@ class Watcher:
         """A batch is stored, or found stored; it wrote this many tokens now."""
 
 
+Models = Mapping[str | None, Model]
+"""The run's own model under None, the protocol's further ones by their keys."""
+
+
 def plan_for(
-    model: Model, protocol: Protocol, bank: Bank, *, seed: int, n: int | None, phases: Sequence[str] | None
-) -> tuple[Plan, ModelRecord]:
-    """The plan of a protocol on a model, and the record of the model.
+    models: Models, protocol: Protocol, bank: Bank, *, seed: int, n: int | None, phases: Sequence[str] | None
+) -> tuple[Plan, dict[str | None, ModelRecord]]:
+    """The plan of a protocol on its models, and the record of each.
 
     Raises:
-        ProtocolError: where the protocol can't run on this model or bank.
+        ProtocolError: where the protocol can't run on one of these models, or on this bank.
     """
-    for layer in (protocol.readouts.r_v.early, protocol.readouts.r_v.late):
-        layer_at(layer, model.geometry.layers)
     Lexicon.load(protocol.readouts.lexicon)
-    record = model_record(model)
-    encode = functools.cache(lambda text: model.encode(text, may_be_empty=not text))
-    longest = max(len(encode(prompt.text).token_ids) for prompt in bank.prompts)
+    records = {key: model_record(model) for key, model in models.items()}
     readouts = protocol.readouts
     room = max(protocol.generation.max_new_tokens, readouts.forced_tokens, readouts.likelihood_tokens)
-    if longest + room > model.geometry.context:
-        raise ProtocolError(
-            f"the longest prompt has {longest} tokens and {room} are to follow; "
-            f"the model's context is {model.geometry.context}"
+    encoders = {
+        key: functools.cache(lambda text, model=model: model.encode(text, may_be_empty=not text))
+        for key, model in models.items()
+    }
+    for key, model in models.items():
+        for layer in (readouts.r_v.early, readouts.r_v.late):
+            layer_at(layer, model.geometry.layers)
+        longest = max(len(encoders[key](prompt.text).token_ids) for prompt in bank.prompts)
+        if longest + room > model.geometry.context:
+            raise ProtocolError(
+                f"the longest prompt has {longest} tokens and {room} are to follow; "
+                f"the model's context is {model.geometry.context}"
+            )
+    planning = {
+        key: PlanningModel(
+            body_length=lambda text, encode=encoders[key]: encode(text).body_length,
+            key=f"{r.weights_sha256}:{r.tokenizer_sha256}:{r.template_sha256}:{r.dtype}",
+            kv_heads=r.kv_heads,
+            has_template=has_template(models[key].tokenizer),
+            can_move_keys=all(rope.layout != "absolute" for rope in models[key].geometry.rope),
         )
-    plan = make_plan(
-        protocol,
-        bank,
-        body_length=lambda text: encode(text).body_length,
-        model_key=f"{record.weights_sha256}:{record.tokenizer_sha256}:{record.template_sha256}:{record.dtype}",
-        kv_heads=model.geometry.kv_heads,
-        has_template=has_template(model.tokenizer),
-        can_move_keys=all(rope.layout != "absolute" for rope in model.geometry.rope),
-        seed=seed,
-        n=n,
-        phases=phases,
-    )
-    refuse_misfits(plan, model.geometry, encode, model.continuation_ids, room)
-    return plan, record
+        for key, r in records.items()
+    }
+    plan = make_plan(protocol, bank, planning, seed=seed, n=n, phases=phases)
+    for key, model in models.items():
+        own = plan.model_copy(update={"batches": [batch for batch in plan.batches if batch.model == key]})
+        refuse_misfits(own, model.geometry, encoders[key], model.continuation_ids, room)
+    return plan, records
+
+
+def other_models(protocol: Protocol, phases: Sequence[str] | None) -> dict[str, str]:
+    """The further models that the chosen phases need: key -> name."""
+    chosen = [protocol.phases[name].model for name in chosen_phases(protocol, phases)]
+    return {key: name for key, name in protocol.models.items() if key in chosen}
 
 
 def run(
     protocol: Protocol,
-    model: Model,
+    models: Models,
     out: Path,
     *,
     seed: int = 0,
@@ -103,32 +119,24 @@ def run(
     """
     watcher = watcher or Watcher()
     bank = load_bank(protocol.bank)
-    plan, model_info = plan_for(model, protocol, bank, seed=seed, n=n, phases=phases)
+    plan, records = plan_for(models, protocol, bank, seed=seed, n=n, phases=phases)
     watcher.planned(plan)
     store = Store(out)
     with store.locked():
-        record = _record(protocol, bank, plan, model_info, seed, n, phases, command)
+        record = _record(protocol, bank, plan, records, seed, n, phases, command)
         if store.has_record():
-            stored = store.read_record()
-            if reason := record.differs_from(stored):
-                raise ProtocolError(f"{out} belongs to another run: it has {reason}; give another --out")
-            phases_of_both = [*stored.phases, *(p for p in record.phases if p not in stored.phases)]
-            record = stored.model_copy(update={"phases": phases_of_both, "planned": max(stored.planned, plan.n_trials)})
+            record = record.continued(store.read_record())
         if record.check is None:
-            watcher.stage("checking that this model is patched correctly")
-            found = check(model)
-            if bad := [i for i in found if i.holds is False]:
-                raise ModelError(
-                    f"{model.loaded.name} fails '{bad[0].identity}': error {bad[0].error:.2g} > {bad[0].bound:.2g}"
-                )
-            noise = next(i for i in found if i.identity.startswith("batched rows"))
-            floor = {
-                "logits_relative": noise.error,
-                "how": "largest logit difference of one row alone and among others",
-            }
-            record = record.model_copy(update={"check": [i.model_dump() for i in found], "noise_floor": floor})
+            found, floor = _checked(models[None], watcher)
+            record = record.model_copy(update={"check": found, "noise_floor": floor})
+        others = dict(record.other_models)
+        for key, other in others.items():
+            if other.check is None:
+                found, floor = _checked(models[key], watcher)
+                others[key] = other.model_copy(update={"check": found, "noise_floor": floor})
+        record = record.model_copy(update={"other_models": others})
         store.write_record(record)
-        record = _execute(plan, model, store, record, watcher)
+        record = _execute(plan, models, store, record, watcher)
         watcher.stage("deciding and writing the report")
         outcome = replace(outcome_of(store), record=record)
         write_verdicts(store, outcome)
@@ -137,7 +145,24 @@ def run(
     return outcome
 
 
-def _execute(plan: Plan, model: Model, store: Store, record: RunRecord, watcher: Watcher) -> RunRecord:
+def _checked(model: Model, watcher: Watcher) -> tuple[list[dict[str, object]], dict[str, object]]:
+    """What the check of a model found, and its noise floor.
+
+    Raises:
+        ModelError: naming the identity that fails.
+    """
+    watcher.stage(f"checking that {model.loaded.name} is patched correctly")
+    found = check(model)
+    if bad := [i for i in found if i.holds is False]:
+        raise ModelError(
+            f"{model.loaded.name} fails '{bad[0].identity}': error {bad[0].error:.2g} > {bad[0].bound:.2g}"
+        )
+    noise = next(i for i in found if i.identity.startswith("batched rows"))
+    how = "largest logit difference of one row alone and among others"
+    return [i.model_dump() for i in found], {"logits_relative": noise.error, "how": how}
+
+
+def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, watcher: Watcher) -> RunRecord:
     start, written = time.monotonic(), [0]
     watcher.stage("running")
 
@@ -145,13 +170,19 @@ def _execute(plan: Plan, model: Model, store: Store, record: RunRecord, watcher:
         written[0] += tokens
         watcher.batch(batch, tokens)
 
-    limits = LocalExecutor(model).run(plan, store, on_tokens=watcher.tokens, on_batch=on_batch)
+    limits = LocalExecutor(models).run(plan, store, on_tokens=watcher.tokens, on_batch=on_batch)
+    found = {phase: asdict(limit) for phase, limit in limits.items()}
+    others = {
+        key: other.model_copy(update={"coherence_limits": found.get(calibration_of(key), other.coherence_limits)})
+        for key, other in record.other_models.items()
+    }
     return record.model_copy(
         update={
             "finished": _now(),
             "seconds": round(record.seconds + time.monotonic() - start, 1),
             "tokens": record.tokens + written[0],
-            "coherence_limits": limits and {"nll_target": limits.nll_target, "repetition_4": limits.repetition_4},
+            "coherence_limits": found.get(calibration_of(None), record.coherence_limits),
+            "other_models": others,
         }
     )
 
@@ -178,7 +209,7 @@ def _record(
     protocol: Protocol,
     bank: Bank,
     plan: Plan,
-    model: ModelRecord,
+    records: Mapping[str | None, ModelRecord],
     seed: int,
     n: int | None,
     phases: Sequence[str] | None,
@@ -189,11 +220,12 @@ def _record(
         protocol=protocol.model_dump(mode="json", by_alias=True),
         protocol_sha256=protocol.sha256,
         bank_sha256=bank.sha256,
-        model=model,
+        model=records[None],
+        other_models={key: OtherModel(model=record) for key, record in records.items() if key is not None},
         seed=seed,
         n=n,
-        phases=list(protocol.phases) if phases is None else list(phases),
-        planned=plan.n_trials,
+        phases=chosen_phases(protocol, phases),
+        planned_by_phase=dict(Counter(batch.phase for batch in plan.batches for _ in batch.trials)),
         versions={name: version(name) for name in ("torch", "transformers", "numpy", "scipy", "pyarrow")},
         git=_git(),
         hardware=_hardware(),

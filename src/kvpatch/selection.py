@@ -13,8 +13,7 @@ from torch import Tensor
 
 from kvpatch.cache import KVCache, Segment
 from kvpatch.errors import CacheError
-from kvpatch.interventions import LayerAt
-from kvpatch.patch import LayerBand, Patch, SlotQuery
+from kvpatch.patch import LayerAt, LayerBand, Patch, SlotQuery
 
 SINKS = 4
 """First slots that models use as attention sinks whatever they hold (Xiao et al. 2023, StreamingLLM)."""
@@ -69,6 +68,29 @@ def slot_indices(cache: KVCache, row: int, slots: Patch | str | SlotQuery | Sequ
         own = _in_range("slot", chosen, length)
     padding = cache.slots - length
     return sorted(slot + padding for slot in own)
+
+
+def mirrored_slots(source: KVCache, target: KVCache, row: int, of: str, chosen: Sequence[int]) -> list[int]:
+    """Slots of the target at the same relative places of a stretch as `chosen` has in the source's, one for each.
+
+    Args:
+        of: the named stretch that places are relative to.
+        chosen: ascending slots of the source's row, each within the stretch.
+    Raises:
+        CacheError: where nothing was chosen, or the target's stretch has fewer slots.
+    """
+    there, here = slot_indices(source, row, of), slot_indices(target, row, of)
+    if not chosen:
+        raise CacheError(f"the selection finds no slot in the source's {of}")
+    if len(chosen) > len(here):
+        raise CacheError(f"{len(chosen)} slots are chosen in the source, and the target's {of} has {len(here)}")
+    scale = (len(here) - 1) / max(1, len(there) - 1)
+    places = [round(there.index(slot) * scale) for slot in chosen]
+    for i in range(1, len(places)):  # two slots may not land on one
+        places[i] = max(places[i], places[i - 1] + 1)
+    for i in range(len(places) - 1, -1, -1):
+        places[i] = min(places[i], len(here) - len(places) + i)
+    return [here[place] for place in places]
 
 
 def slot_mask(cache: KVCache, slots: Patch | str | SlotQuery | Sequence[int]) -> Tensor:

@@ -15,9 +15,9 @@ from torch import Tensor
 from kvpatch.cache import PAD, KVCache, Origin
 from kvpatch.donors import make_donor
 from kvpatch.errors import CacheError
-from kvpatch.patch import Patch
+from kvpatch.patch import Patch, SlotQuery
 from kvpatch.rope import rotate
-from kvpatch.selection import head_indices, layer_indices, slot_indices
+from kvpatch.selection import head_indices, layer_indices, mirrored_slots, slot_indices
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,10 @@ def plan(patch: Patch, source: KVCache, target: KVCache, seeds: Sequence[int]) -
     rows = []
     for row in range(target.batch):
         from_source = slot_indices(source, row, patch, seeds[row])
-        from_target = slot_indices(target, row, patch, seeds[row])
+        if isinstance(patch.slots, SlotQuery) and patch.slots.in_source:
+            from_target = mirrored_slots(source, target, row, patch.slots.of, from_source)
+        else:
+            from_target = slot_indices(target, row, patch, seeds[row])
         first = target.slots - int(target.lengths[row])
         rows.append(_row_plan(patch.align, from_source, from_target, first, target.slots))
     slots = max((len(pairs) for pairs in rows), default=0)

@@ -33,8 +33,9 @@ _NUMBERS = pa.list_(pa.float32())
 
 TRIAL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "trial_id": (pa.string(), "hash of the trial's content: model, pair, condition, seed and settings"),
-    "phase": (pa.string(), "phase of the protocol; 'calibration' for held-out pairs"),
+    "phase": (pa.string(), "phase of the protocol; 'calibration' or 'calibration-<model>' for held-out pairs"),
     "split": (pa.string(), "'test' or 'calibration'"),
+    "model": (pa.string(), "name of the model the trial ran on"),
     "condition": (pa.string(), "id of the condition"),
     "condition_role": (pa.string(), "experiment, control or integrity"),
     "pair_id": (pa.string(), "target and source of the pair; the unit of analysis"),
@@ -108,6 +109,15 @@ class ModelRecord(Frozen):
     template_sha256: str | None
 
 
+class OtherModel(Frozen):
+    """A further model of a run: what `RunRecord` says of the first, for one key of the protocol's `models`."""
+
+    model: ModelRecord
+    check: list[dict[str, Any]] | None = None
+    noise_floor: dict[str, Any] | None = None
+    coherence_limits: dict[str, float] | None = None
+
+
 class RunRecord(Frozen):
     """run.json: how a run was made. `identity` is what a resumed run must share; the rest is for the reader."""
 
@@ -119,7 +129,7 @@ class RunRecord(Frozen):
     seed: int
     n: int | None
     phases: list[str]
-    planned: int
+    planned_by_phase: dict[str, int]
     versions: dict[str, str]
     git: dict[str, Any]
     hardware: dict[str, Any]
@@ -133,7 +143,31 @@ class RunRecord(Frozen):
     check: list[dict[str, Any]] | None = None
     noise_floor: dict[str, Any] | None = None
     coherence_limits: dict[str, float] | None = None
+    other_models: dict[str, OtherModel] = Field(default_factory=dict)
     validation: dict[str, Any] | None = None
+
+    @property
+    def planned(self) -> int:
+        """Trials of all phases that were asked for."""
+        return sum(self.planned_by_phase.values())
+
+    def continued(self, stored: RunRecord) -> RunRecord:
+        """The stored record of the same run, with what this one asks for beside what was asked before.
+
+        Raises:
+            StoreError: where the two are not the same run.
+        """
+        if reason := self.differs_from(stored):
+            raise StoreError(f"the directory belongs to another run: it has {reason}; give another --out")
+        return stored.model_copy(
+            update={
+                "other_models": self.other_models | stored.other_models,
+                "phases": list(dict.fromkeys([*stored.phases, *self.phases])),
+                "planned_by_phase": stored.planned_by_phase | self.planned_by_phase,
+                "skipped": [*stored.skipped, *(s for s in self.skipped if s not in stored.skipped)],
+                "dropped_pairs": list(dict.fromkeys([*stored.dropped_pairs, *self.dropped_pairs])),
+            }
+        )
 
     def differs_from(self, other: RunRecord) -> str | None:
         """What of the other record keeps the two from being the same run, or None."""
@@ -141,9 +175,14 @@ class RunRecord(Frozen):
             return "another protocol (or a changed one)"
         if self.bank_sha256 != other.bank_sha256:
             return "another prompt bank (or a changed one)"
-        for key in ("weights_sha256", "tokenizer_sha256", "template_sha256", "dtype", "device"):
-            if getattr(self.model, key) != getattr(other.model, key):
-                return f"another model ({key.removesuffix('_sha256')} of {other.model.name})"
+        pairs = [(self.model, other.model)]
+        pairs += [
+            (self.other_models[k].model, o.model) for k, o in other.other_models.items() if k in self.other_models
+        ]
+        for mine, theirs in pairs:
+            for key in ("weights_sha256", "tokenizer_sha256", "template_sha256", "dtype", "device"):
+                if getattr(mine, key) != getattr(theirs, key):
+                    return f"another model ({key.removesuffix('_sha256')} of {theirs.name})"
         if self.seed != other.seed:
             return f"seed {other.seed}"
         if self.n != other.n:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,35 +12,50 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvpatch.prompts.bank import Bank
-from kvpatch.protocols.plan import CALIBRATION, Plan
+from kvpatch.protocols.plan import Plan
 from kvpatch.protocols.schema import Protocol
+from kvpatch.statistics.criteria import criteria
 from kvpatch.store import Store
 
 if TYPE_CHECKING:
     from kvpatch.check import Identity
+    from kvpatch.estimate import Estimate
     from kvpatch.statistics.effects import Effect
     from kvpatch.statistics.verdicts import Verdict
 
 
-def plan_summary(plan: Plan, protocol: Protocol) -> dict[str, Any]:
-    """Trials by phase and condition; the experiment's own conditions and controls counted apart."""
+def plan_summary(
+    plan: Plan, protocol: Protocol, tokens: Callable[[str | None, str], int], cost: Estimate | None = None
+) -> dict[str, Any]:
+    """Trials by phase and condition; the experiment's own conditions and controls counted apart.
+
+    tokens: number of tokens of a prompt's text for the model of a key.
+    """
     phases: dict[str, Any] = {}
+    prefills: set[tuple[str | None, str]] = set()
     for batch in plan.batches:
         phase = phases.setdefault(batch.phase, {"experiment": 0, "controls": 0, "conditions": Counter()})
         for trial in batch.trials:
-            own = batch.phase != CALIBRATION and protocol.conditions[trial.condition].role == "experiment"
+            own = batch.split == "test" and batch.roles[trial.condition] == "experiment"
             phase["experiment" if own else "controls"] += 1
             phase["conditions"][trial.condition] += 1
-    for phase in phases.values():
+        used = {"target", "source"} | {r for c in batch.conditions.values() for r in (c.from_, c.text_of) if r}
+        prefills |= {(batch.model, pair.texts[r]) for pair in batch.pairs for r in used & set(pair.texts)}
+    for name, phase in phases.items():
         phase["conditions"] = dict(phase["conditions"])
-    prompts = {text for batch in plan.batches for pair in batch.pairs for text in pair.texts.values()}
+        phase["seconds"] = None if cost is None else round(cost.seconds_by_phase[name], 1)
+    new = sum(len(batch.trials) * batch.generation.max_new_tokens for batch in plan.batches)
     return {
         "protocol": protocol.protocol,
         "protocol_sha256": protocol.sha256,
         "trials": plan.n_trials,
         "phases": phases,
-        "distinct_prompts": len(prompts),
-        "new_tokens_at_most": plan.n_trials * protocol.generation.max_new_tokens,
+        "distinct_prefills": len(prefills),
+        "prefill_tokens": sum(tokens(key, text) for key, text in prefills),
+        "new_tokens_at_most": new,
+        "seconds": None if cost is None else round(cost.seconds, 1),
+        "peak_memory_bytes": None if cost is None else cost.peak_bytes,
+        "calibrated_in_seconds": None if cost is None else round(cost.calibrated_in, 1),
         "skipped": [s.model_dump() for s in plan.skipped],
         "dropped_pairs": plan.dropped_pairs,
     }
@@ -48,19 +64,29 @@ def plan_summary(plan: Plan, protocol: Protocol) -> dict[str, Any]:
 def print_plan(summary: dict[str, Any]) -> None:
     """A table of phases and conditions."""
     table = Table(title=f"{summary['protocol']}: {summary['trials']} trials")
-    for column in ("phase", "experiment's own", "controls", "conditions"):
+    for column in ("phase", "experiment's own", "controls", "time", "conditions"):
         table.add_column(column)
     for name, phase in summary["phases"].items():
         conditions = " ".join(f"{k}:{v}" for k, v in phase["conditions"].items())
-        table.add_row(name, str(phase["experiment"]), str(phase["controls"]), conditions)
+        spent = "-" if phase["seconds"] is None else _clock(phase["seconds"])
+        table.add_row(name, str(phase["experiment"]), str(phase["controls"]), spent, conditions)
     console = Console()
     console.print(table)
     console.print(
-        f"{summary['distinct_prompts']} distinct prompts, at most {summary['new_tokens_at_most']:,} new tokens; "
-        f"{len(summary['dropped_pairs'])} pairs dropped"
+        f"{summary['distinct_prefills']} distinct prefills of {summary['prefill_tokens']:,} tokens, at most "
+        f"{summary['new_tokens_at_most']:,} new tokens; {len(summary['dropped_pairs'])} pairs dropped"
     )
+    if summary["seconds"] is not None:
+        console.print(
+            f"about {_clock(summary['seconds'])} (h:mm:ss) and {summary['peak_memory_bytes'] / 1e9:.1f} GB on this "
+            f"machine, from a calibration of {summary['calibrated_in_seconds']:.0f} s; loading and check not counted"
+        )
     for skipped in summary["skipped"]:
         console.print(f"left out in phase {skipped['phase']}: {skipped['condition']} ({skipped['reason']})")
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def status_summary(store: Store) -> dict[str, Any]:
@@ -91,8 +117,15 @@ def print_status(summary: dict[str, Any]) -> None:
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """The verdict table, and under it the reason for each."""
+    """The success criteria, the verdict table, and under it the reason for each."""
     console = Console()
+    if rows := criteria(verdicts):
+        head = Table(title="success criteria", show_lines=True)
+        for column in ("criterion", "verdict", "why"):
+            head.add_column(column, no_wrap=column == "verdict")
+        for row in rows:
+            head.add_row(escape(row.criterion), row.verdict, escape(row.because))
+        console.print(head)
     table = Table(title="verdicts")
     for column in ("hypothesis", "verdict", "contrast", "readout", "estimate [interval]", "p adjusted", "n"):
         table.add_column(column, no_wrap=column in ("hypothesis", "verdict"))

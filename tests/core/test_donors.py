@@ -326,6 +326,18 @@ def test_the_mean_of_one_row_is_that_row():
     assert make_donor("mean", source, [0]).checksums() == source.checksums()
 
 
-def test_a_source_longer_than_every_reference_row_has_no_mean(source: KVCache):
-    with pytest.raises(CacheError, match="the source has 12 slots, the longest reference row 11"):
-        make_donor("mean", source, SEEDS, make_cache((11, 4), seed=2))
+def test_slots_further_back_than_every_reference_take_the_furthest_mean():
+    none = (LayerRope("none"),)
+    reference = make_cache((5, 4), seed=2, rope=none)
+    short = make_donor("mean", make_cache((5,), seed=1, rope=none), [0], reference)
+    long = make_donor("mean", make_cache((7,), seed=1, rope=none), [0], reference)
+    for mine, theirs in ((long.keys[0], short.keys[0]), (long.values[0], short.values[0])):
+        assert torch.equal(mine[:, :, 2:], theirs)
+        assert torch.equal(mine[:, :, :2], theirs[:, :, :1].expand(-1, -1, 2, -1))
+
+
+def test_a_longer_row_in_the_batch_does_not_change_the_mean_of_a_shorter_one():
+    reference = make_cache((5, 4), seed=2)
+    alone = make_donor("mean", make_cache((4,), seed=1), [0], reference)
+    both = make_donor("mean", make_cache((4, 7), seed=1), [0, 0], reference)
+    assert both[0].checksums() == alone.checksums()

@@ -466,3 +466,20 @@ def test_absolute_positions_allow_only_patches_that_move_nothing():
         Patch(align="append").apply(source, target)
     with pytest.raises(CacheError, match="can't be moved"):
         Patch(align="end").apply(make_cache((6,), seed=1, rope=ABSOLUTE), target)
+
+
+def test_words_of_the_source_are_put_at_their_places_in_a_target_that_has_none():
+    pieces = [("<s>", "[", " watch", " my", "self", " now", "]", ">")]
+    source = make_cache([8], seed=1, pieces=pieces)
+    target = make_cache([8], seed=2, pieces=[("<s>", "[", " bread", " rises", " by", " yeast", "]", ">")])
+    query = {"of": "body", "in_source": True, "keywords": ["myself"]}
+    mixed = Patch(slots=query, rotate=False).apply(source, target)
+    for layer in range(source.layers):
+        changed = (mixed.values[layer] != target.values[layer]).any(dim=(0, 1, 3))
+        assert changed.nonzero().flatten().tolist() == [3, 4]
+        assert torch.equal(mixed.values[layer][:, :, 3:5], source.values[layer][:, :, 3:5])
+    others = Patch(slots={"of": "body", "in_source": True, "matched_to": query}, rotate=False)
+    random = others.apply(source, target, seed=3)
+    changed = (random.values[0] != target.values[0]).any(dim=(0, 1, 3)).nonzero().flatten().tolist()
+    assert len(changed) == 2
+    assert not {3, 4} & set(changed)

@@ -14,7 +14,7 @@ from core_caches import make_cache, usual_segments
 from kvpatch.cache import KVCache, Segment
 from kvpatch.errors import CacheError
 from kvpatch.patch import LayerBand, Patch, SlotQuery
-from kvpatch.selection import SINKS, head_indices, layer_indices, slot_indices
+from kvpatch.selection import SINKS, head_indices, layer_indices, mirrored_slots, slot_indices
 
 WORDS = ("<s>", "[INST]", " I", " watch", " my", "self", ", and", " your", "self", " in", " it", "[/IN", "ST]")
 
@@ -266,3 +266,32 @@ def test_layers_and_heads_by_index():
             layer_indices([0, bad], 4)
         with pytest.raises(CacheError, match=rf"KV head {bad} does not exist: there are 4"):
             head_indices([0, bad], 4)
+
+
+# --- selections made in the source ---
+
+
+def test_a_selection_of_the_source_lands_at_the_same_relative_places():
+    source, target = make_cache([25]), make_cache([14])  # bodies of 21 and 10
+    there, here = slot_indices(source, 0, "body"), slot_indices(target, 0, "body")
+    assert mirrored_slots(source, target, 0, "body", there[::20]) == [here[0], here[-1]]
+    assert mirrored_slots(source, source, 0, "body", there[3:9]) == there[3:9]
+
+
+@given(st.integers(6, 30), st.integers(6, 30), st.data())
+def test_no_two_slots_of_the_source_land_on_one(long: int, short: int, data: st.DataObject):
+    source, target = make_cache([long]), make_cache([short])
+    there, here = slot_indices(source, 0, "body"), slot_indices(target, 0, "body")
+    chosen = sorted(data.draw(st.sets(st.sampled_from(there), min_size=1, max_size=min(len(there), len(here)))))
+    found = mirrored_slots(source, target, 0, "body", chosen)
+    assert len(set(found)) == len(chosen)
+    assert found == sorted(found)
+    assert set(found) <= set(here)
+
+
+def test_what_can_t_be_mirrored_is_refused():
+    source, target = make_cache([25]), make_cache([6])
+    with pytest.raises(CacheError, match="finds no slot"):
+        mirrored_slots(source, target, 0, "body", [])
+    with pytest.raises(CacheError, match="21 slots are chosen in the source, and the target's body has 2"):
+        mirrored_slots(source, target, 0, "body", slot_indices(source, 0, "body"))

@@ -26,7 +26,7 @@ def small_plan(model, tmp_path: Path) -> Callable[..., Plan]:
 
     def make(*, n: int | None = None, seed: int = 0, **changes: Any) -> Plan:
         protocol = load_protocol(str(write_protocol(tmp_path, **changes)))
-        return plan_for(model, protocol, load_bank(protocol.bank), seed=seed, n=n, phases=None)[0]
+        return plan_for({None: model}, protocol, load_bank(protocol.bank), seed=seed, n=n, phases=None)[0]
 
     return make
 
@@ -35,7 +35,7 @@ def small_plan(model, tmp_path: Path) -> Callable[..., Plan]:
 def batch(model, tmp_path_factory: pytest.TempPathFactory) -> Batch:
     """The first test batch of the small protocol."""
     protocol = load_protocol(str(write_protocol(tmp_path_factory.mktemp("small"))))
-    plan, _ = plan_for(model, protocol, load_bank(protocol.bank), seed=0, n=None, phases=None)
+    plan, _ = plan_for({None: model}, protocol, load_bank(protocol.bank), seed=0, n=None, phases=None)
     return next(b for b in plan.batches if b.split == "test")
 
 

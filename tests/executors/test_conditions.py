@@ -61,6 +61,7 @@ def changes_for(ways: Mapping[str, Mapping[str, Any]], n: int = 4) -> dict[str, 
     return {
         "conditions": conditions,
         "phases": {"1": {"question": "?", "n": n, "conditions": list(conditions)}},
+        "pairing": {"max_length_difference": 0.5, "also": ["pseudo_recursive"]},
         "hypotheses": [],
     }
 
@@ -70,7 +71,7 @@ def planned_batch(model, folder: Path, ways: Mapping[str, Mapping[str, Any]]) ->
     others = [like | {"id": f"o{i}", "group": "pseudo_recursive"} for i in range(WITH_N4)]
     bank = write_bank(folder / "bank", bank_entries() + others)
     protocol = load_protocol(str(write_protocol(folder, bank=bank, **changes_for(ways))))
-    plan, _ = plan_for(model, protocol, load_bank(protocol.bank), seed=0, n=None, phases=None)
+    plan, _ = plan_for({None: model}, protocol, load_bank(protocol.bank), seed=0, n=None, phases=None)
     assert not plan.skipped
     return next(b for b in plan.batches if b.split == "test")
 
@@ -285,7 +286,7 @@ def test_random_direction_of_a_pair_is_the_same_whatever_the_batches(model, batc
     monkeypatch.setattr(planner, "ROWS_PER_BATCH", 1)
     small = write_protocol(tmp_path, **changes_for({name: WAYS[name] for name in ("M2", "M2n")}))
     protocol = load_protocol(str(small))
-    plan, _ = plan_for(model, protocol, load_bank(protocol.bank), seed=0, n=None, phases=None)
+    plan, _ = plan_for({None: model}, protocol, load_bank(protocol.bank), seed=0, n=None, phases=None)
     batches = [b for b in plan.batches if b.split == "test"]
     assert [len(b.pairs) for b in batches] == [1, 1, 1, 1]
     apart = {pair: step for one in batches for pair, step in steps_of(model, one, "M2n").items()}

@@ -8,7 +8,6 @@ import pytest
 from kvpatch.executors import local
 from kvpatch.executors.local import LocalExecutor, stored_limits
 from kvpatch.protocols import plan as planner
-from kvpatch.protocols.plan import CALIBRATION
 from kvpatch.store import Store
 from small import with_patch
 
@@ -27,7 +26,7 @@ def plan(small_plan, monkeypatch):
 
 
 def run(model, plan, store: Store, on_batch=lambda batch, tokens: None):
-    return LocalExecutor(model).run(plan, store, on_tokens=lambda rows: None, on_batch=on_batch)
+    return LocalExecutor({None: model}).run(plan, store, on_tokens=lambda rows: None, on_batch=on_batch)
 
 
 def rows_of(store: Store) -> list[str]:
@@ -44,7 +43,7 @@ def undisturbed(model, plan, tmp_path) -> list[str]:
 
 def test_plan_has_several_batches(plan):
     assert len(plan.batches) >= 3
-    assert plan.batches[0].phase == CALIBRATION
+    assert plan.batches[0].split == "calibration"
 
 
 def test_every_trial_is_stored_once(model, plan, undisturbed):
@@ -101,13 +100,13 @@ def test_finished_run_runs_nothing_again(model, plan, tmp_path):
 def test_limits_come_from_the_calibration_alone_and_judge_the_rest(model, plan, tmp_path):
     store = Store(tmp_path / "limits")
     with store.locked():
-        limits = run(model, plan, store)
+        limits = run(model, plan, store)["calibration"]
     table = store.read().to_pandas()
     held_out = table[table["split"] == "calibration"]
     assert set(held_out["condition"]) == {"A", "B"}
     expected = max(np.quantile(part["nll_target"], 0.95) for _, part in held_out.groupby("condition"))
     assert limits.nll_target == pytest.approx(expected)
-    assert stored_limits(store) == limits
+    assert stored_limits(store, "calibration") == limits
     assert held_out["coherent"].isna().all()
     rest = table[table["split"] == "test"]
     within = (rest["nll_target"] <= limits.nll_target) & (rest["repetition_4"] <= limits.repetition_4)

@@ -184,7 +184,7 @@ def test_id_used_twice_is_refused(tmp_path):
 def test_unknown_bank_and_group_are_refused(bank):
     with pytest.raises(ProtocolError, match="no prompt bank 'nothing'"):
         load_bank("nothing")
-    with pytest.raises(ProtocolError, match="no group 'haiku'; it has foreign"):
+    with pytest.raises(ProtocolError, match="no group or level 'haiku'; it has L1_hint"):
         bank.group("haiku")
 
 

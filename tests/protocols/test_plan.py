@@ -10,16 +10,18 @@ import pytest
 from kvpatch.errors import ProtocolError
 from kvpatch.prompts.bank import Bank, load_bank
 from kvpatch.protocols.load import load_protocol
-from kvpatch.protocols.plan import CALIBRATION, Batch, Plan, make_plan
+from kvpatch.protocols.plan import Batch, Plan, PlanningModel, make_plan
 from kvpatch.protocols.schema import Protocol
 from small import CONDITIONS, PAIRS, protocol_content, write_bank
 
-DEFAULTS: dict[str, Any] = {"model_key": "m", "kv_heads": 2, "has_template": True, "seed": 0}
+MODEL: dict[str, Any] = {"key": "m", "kv_heads": 2, "has_template": True}
 
 
 def plan_of(bank: Bank, protocol: Protocol | None = None, **changes: Any) -> Plan:
     protocol = protocol or Protocol.model_validate(protocol_content("small"))
-    return make_plan(protocol, bank, body_length=lambda text: len(text.split()), **{**DEFAULTS, **changes})
+    own = MODEL | {key: changes.pop(key) for key in list(changes) if key in (*MODEL, "can_move_keys")}
+    model = PlanningModel(body_length=lambda text: len(text.split()), **own)
+    return make_plan(protocol, bank, {None: model, **dict.fromkeys(protocol.models, model)}, **{"seed": 0, **changes})
 
 
 def dec7_plan(**changes: Any) -> Plan:
@@ -39,19 +41,46 @@ def ids_by_content(plan: Plan) -> dict[tuple, str]:
     }
 
 
-def test_the_experiment_s_own_conditions_of_phase_1_are_600_runs():
-    dec7 = load_protocol("dec7")
-    runs = Counter(trial.condition for batch in dec7_plan().batches if batch.phase == "1" for trial in batch.trials)
-    assert set(runs.values()) == {100}
-    own = [name for name in runs if dec7.conditions[name].role == "experiment"]
-    assert sum(runs[name] for name in own) == 600
-    assert own == ["A", "B", "C", "D", "E1", "F1"]
+def test_the_experiment_s_own_conditions_of_each_phase_are_as_many_runs_as_it_planned():
+    own = Counter(b.phase for b in dec7_plan().batches for t in b.trials if b.roles[t.condition] == "experiment")
+    planned = {"1": 600, "2": 250, "3": 200, "4": 100, "5": 300, "6": 150, "7": 300}
+    assert {phase: own[phase] for phase in planned} == planned
+
+
+def test_a_phase_on_another_model_has_a_calibration_of_its_own():
+    batches = dec7_plan(phases=["1", "7"]).batches
+    assert list(dict.fromkeys((b.model, b.phase, b.calibration) for b in batches)) == [
+        (None, "calibration", "calibration"),
+        (None, "1", "calibration"),
+        ("second", "calibration-second", "calibration-second"),
+        ("second", "7", "calibration-second"),
+    ]
+
+
+def test_every_level_of_the_ladder_goes_into_the_same_targets_from_another_subject():
+    bank = load_bank("recursion")
+    batches = dec7_plan(phases=["4"]).batches
+    pairs = [pair for b in batches if b.phase == "4" for pair in b.pairs]
+    runs = Counter(t.condition for b in batches if b.phase == "4" for t in b.trials)
+    assert len(pairs) == 20
+    assert set(runs.values()) == {20}
+    for pair in pairs:
+        target, source = bank.by_id[pair.target_id], bank.by_id[pair.source_id]
+        assert (target.level, source.level) == ("long_control", "L5_refined")
+        assert target.topic != source.topic
+        text = {p.text: p for p in bank.prompts}
+        levels = {role: text[pair.texts[role]] for role in ("L1_hint", "L2_simple", "L3_deeper", "L4_full")}
+        assert {role: prompt.level for role, prompt in levels.items()} == {role: role for role in levels}
+        assert {prompt.topic for prompt in levels.values()} == {source.topic}
+        assert set(pair.masked_by) >= {"source", *levels}
 
 
 def test_calibration_pairs_are_held_out_of_every_phase():
     plan = dec7_plan()
     pairs = defaultdict(set)
     for batch in plan.batches:
+        if batch.phase == "4":
+            continue  # its pairs are formed of prompts of its own
         pairs[batch.split] |= {pair.pair_id for pair in batch.pairs}
     assert len(pairs["calibration"]) == 30
     assert len(pairs["test"]) == 100
@@ -59,19 +88,22 @@ def test_calibration_pairs_are_held_out_of_every_phase():
 
 
 def test_each_prompt_serves_in_one_pair():
-    pairs = {pair.pair_id: pair for batch in dec7_plan().batches for pair in batch.pairs}.values()
+    batches = [batch for batch in dec7_plan().batches if batch.model is None]
+    pairs = {pair.pair_id: pair for batch in batches for pair in batch.pairs}.values()
     for role in ("target_id", "source_id"):
         assert max(Counter(getattr(pair, role) for pair in pairs).values()) == 1
 
 
 def test_trial_ids_are_unique():
     ids = dec7_plan().trial_ids
-    # The bank has fewer prompts for N4 and P1 than the phase has pairs.
+    assert len(set(ids)) == len(ids)
+
+
+def test_only_n4_and_p1_have_fewer_trials_than_their_phase_has_pairs():
     runs = Counter((b.phase, t.condition) for b in dec7_plan().batches for t in b.trials if b.phase == "interventions")
     fewer = {name: n for (_, name), n in runs.items() if n < 50}
     assert fewer.keys() == {"N4", "P1"}
     assert min(fewer.values()) >= 40
-    assert len(set(ids)) == len(ids) == 100 * 15 + 30 * 2 + 50 * (len(runs) - 2) + sum(fewer.values())
 
 
 def test_one_condition_under_two_names_and_in_two_phases_gives_trials_of_their_own(bank):
@@ -89,7 +121,7 @@ def test_trial_ids_are_the_same_for_the_same_plan(bank):
 @pytest.mark.parametrize(
     ("what", "changes"),
     [
-        ("model", {"model_key": "other"}),
+        ("model", {"key": "other"}),
         ("seed", {"seed": 1}),
         ("temperature", {"protocol": {"generation": {"max_new_tokens": 10, "temperature": 0.8}}}),
         ("length", {"protocol": {"generation": {"max_new_tokens": 11, "temperature": 0.7}}}),
@@ -130,7 +162,7 @@ def test_trial_ids_do_not_depend_on_n_or_on_other_phases(bank):
     whole = ids_by_content(plan_of(bank, protocol))
     assert ids_by_content(plan_of(bank, protocol, n=2)).items() <= whole.items()
     assert ids_by_content(plan_of(bank, protocol, phases=["2"])).items() <= whole.items()
-    assert {key[0] for key in ids_by_content(plan_of(bank, protocol, phases=["2"]))} == {CALIBRATION, "2"}
+    assert {key[0] for key in ids_by_content(plan_of(bank, protocol, phases=["2"]))} == {"calibration", "2"}
 
 
 def test_batches_go_to_json_and_back(bank):
@@ -183,7 +215,7 @@ def test_fixed_continuation_is_a_plain_one_on_the_target_s_topic(bank):
 
 def test_head_shuffle_is_left_out_by_name_on_a_model_with_one_kv_head():
     plan = dec7_plan(kv_heads=1)
-    assert [(s.phase, s.condition) for s in plan.skipped] == [("1", "E3"), ("interventions", "H0")]
+    assert {(s.phase, s.condition) for s in plan.skipped} == {("1", "E3"), ("interventions", "H0")}
     assert all("KV heads" in s.reason for s in plan.skipped)
     assert not {"E3", "H0"} & {trial.condition for batch in plan.batches for trial in batch.trials}
     assert not dec7_plan().skipped
@@ -191,7 +223,7 @@ def test_head_shuffle_is_left_out_by_name_on_a_model_with_one_kv_head():
 
 def test_neutral_scaffold_is_left_out_by_name_without_a_template():
     plan = dec7_plan(has_template=False)
-    assert [(s.phase, s.condition) for s in plan.skipped] == [("1", "N2")]
+    assert {(s.phase, s.condition) for s in plan.skipped} == {("1", "N2"), ("7", "N2")}
     assert "chat template" in plan.skipped[0].reason
 
 
@@ -220,7 +252,7 @@ def test_unknown_phase_is_refused(bank):
 
 def test_unknown_group_is_refused(bank):
     content = protocol_content("small", pairing={"targets": "nobody"})
-    with pytest.raises(ProtocolError, match="no group 'nobody'"):
+    with pytest.raises(ProtocolError, match="no group or level 'nobody'"):
         plan_of(bank, Protocol.model_validate(content))
 
 
@@ -245,7 +277,8 @@ def intervening(**changes: Any) -> Protocol:
     """The small protocol with `INTERVENTIONS` beside A and B."""
     conditions = {name: CONDITIONS[name] for name in ("A", "B")} | INTERVENTIONS
     phases = {"1": {"question": "?", "n": 5, "conditions": list(conditions)}}
-    content = protocol_content("small", conditions=conditions, phases=phases, hypotheses=[], **changes)
+    pairing = {"max_length_difference": 0.5, "also": ["pseudo_recursive", "zero_lexicon"]}
+    content = protocol_content("small", conditions=conditions, phases=phases, hypotheses=[], pairing=pairing, **changes)
     return Protocol.model_validate(content)
 
 
@@ -278,7 +311,8 @@ def test_conditions_that_move_keys_are_left_out_by_name_where_keys_can_t_be_move
 
 def test_dec7_leaves_out_m1_where_keys_can_t_be_moved():
     skipped = dec7_plan(can_move_keys=False).skipped
-    assert [s.condition for s in skipped] == ["I_QKV", "I_QKV_last", "M1", "M1n"]
+    joined = {"M1", "M1n", *(f"J{level}" for level in range(6))}
+    assert {s.condition for s in skipped} == {"I_QKV", "I_QKV_last"} | joined
 
 
 @pytest.mark.parametrize(
@@ -302,7 +336,7 @@ def test_n4_is_left_out_where_no_prompt_of_its_group_is_of_like_length(bank):
 def test_n4_is_left_out_of_the_calibration_whose_pairs_get_no_prompt(bank):
     protocol = intervening(calibration={"pairs": 3, "conditions": ["A", "B", "N4"]})
     plan = plan_of(with_others(bank, 8, 8), protocol)
-    assert [(s.phase, s.condition) for s in plan.skipped] == [(CALIBRATION, "N4")]
+    assert [(s.phase, s.condition) for s in plan.skipped] == [("calibration", "N4")]
 
 
 def test_only_pairs_that_have_the_prompt_get_trials(bank):

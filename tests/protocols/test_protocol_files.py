@@ -22,7 +22,7 @@ def test_dec7_is_shipped_and_loads():
     assert "dec7" in shipped_protocols()
     dec7 = load_protocol("dec7")
     assert dec7.protocol == "dec7"
-    assert {"A", "B", "C", "D", "E1", "F1", "S0", "S1", "N1"} <= set(dec7.phases["1"].conditions)
+    assert {"A", "B", "C", "D", "E1", "F1", "S0", "S1", "N1"} <= set(dec7.phases["1"].all_conditions)
 
 
 def test_file_is_read_as_its_text(tmp_path):
@@ -44,17 +44,17 @@ def replaced(old: str, new: str) -> str:
         (replaced("temperature: 0.7", "temperature: -1"), line_of("  temperature"), "generation.temperature"),
         (replaced("temperature: 0.7", "temperature: .nan"), line_of("  temperature"), "generation.temperature"),
         (replaced("temperature: 0.7", "warmth: 0.7"), line_of("  temperature"), "generation.warmth"),
-        (replaced("title: A small protocol", "titel: x"), 1, "title"),
+        (replaced("title: A small protocol", "titel: x"), line_of("title"), "titel: no such key; expected title"),
         (replaced("    n: 5", "    n: [5]"), line_of("    n: 5"), "phases.1.n"),
         (replaced("align: replace", "align: sideways"), line_of("      align: replace"), "conditions.C.patch.align"),
         (replaced("      align: replace", "      align: replace\n      layers: [0]"), None, "conditions.C.patch"),
         (replaced("    from: source\n", ""), line_of("  C:"), "conditions.C"),
-        (replaced("- A\n    - B", "- Z\n    - B"), 1, "protocol: phase '1' names condition 'Z'"),
-        (replaced("B - A", "B minus A"), line_of("- id: exists"), "hypotheses.0"),
-        (replaced("B - A", "B - Q"), 1, "condition 'Q' is not in phase '1'"),
+        (replaced("- A\n    - B", "- Z\n    - B"), line_of("    - A"), "phases.1.conditions.0: no condition 'Z'"),
+        (replaced("B - A", "B minus A"), line_of("  contrast: B - A"), "hypotheses.0.contrast"),
+        (replaced("B - A", "B - Q"), line_of("  contrast: B - A"), "condition 'Q' is not in phase '1'"),
         (replaced("test: greater", "test: bigger"), line_of("  test: greater"), "hypotheses.0.test"),
         (replaced("test: greater", "test: equivalent"), line_of("- id: exists"), "needs a margin"),
-        (replaced("- id: seed", "- id: exists"), 1, "'exists' is defined twice"),
+        (replaced("- id: seed", "- id: exists"), line_of("- id: seed"), "'exists' is defined twice"),
         (replaced("  gate: 1", "  gate: 9"), line_of("  gate: 1"), "hypotheses.0.gate"),
         ("protocol: small\nconditions: {A: [\n", None, "not YAML"),
         ("- a\n- b\n", 1, "expected a mapping"),

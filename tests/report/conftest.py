@@ -35,7 +35,7 @@ def make_trials(protocol: Protocol, n: int = 12, samples: int = 1, seed: int = 0
         source = " ".join(rng.choice(WORDS, 14))
         target = " ".join(rng.choice(WORDS, 14))
         held_out = i >= n
-        for name in ["A", "B"] if held_out else protocol.phases["1"].conditions:
+        for name in ["A", "B"] if held_out else protocol.phases["1"].all_conditions:
             for sample in range(samples):
                 score = max(0.0, rng.normal(1.0 + SHIFT.get(name, 0.0), 1.2))
                 failed = name == "E3" and i in (1, 2) and not held_out

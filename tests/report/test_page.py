@@ -120,7 +120,7 @@ def test_charts_hold_one_dot_a_pair(run: dict, protocol: Protocol, trials: pd.Da
     specs = Page(render(run, protocol, trials, verdicts, "")).specs
     assert len(specs) == 10
     sizes = [max(len(rows) for rows in spec["datasets"].values()) for spec in specs]
-    assert sizes == [15] + [178] * 9
+    assert sizes == [17] + [202] * 9
 
 
 def test_hostile_texts_stay_text(

@@ -58,7 +58,7 @@ def test_coherence_counts_the_unjudged_as_not_coherent_and_spares_the_baseline(p
 
 def test_conditions_that_must_agree_are_read_off_the_protocol(protocol: Protocol) -> None:
     found = {(name, twin) for name, twin, _ in tables.twins(protocol)}
-    assert found == {("S0", "A"), ("S1", "C"), ("C", "B"), ("D", "A")}
+    assert found == {("S0", "A"), ("S1", "C"), ("C", "B"), ("D", "A"), ("D5", "B")}
 
 
 def test_sameness_counts_equal_outputs(trials: pd.DataFrame) -> None:

@@ -15,7 +15,7 @@ from scipy import integrate, stats
 from statsmodels.stats.weightstats import ttost_paired
 
 from kvpatch.statistics import tests
-from kvpatch.statistics.multiplicity import holm, holm_by_family
+from kvpatch.statistics.multiplicity import adjusted, adjusted_by_family
 from kvpatch.statistics.pairs import contrast_differences, independent_units, prepare
 
 # Darwin's maize, cross- minus self-fertilised, eighths of an inch. Fisher 1935, The Design of Experiments,
@@ -173,15 +173,29 @@ def test_rank_biserial_agrees_with_counting_ranks_and_with_pingouin():
 
 def test_holm_agrees_with_r():
     # R: p.adjust(c(0.01, 0.02, 0.03, 0.04, 0.05), "holm") gives 0.05 0.08 0.09 0.09 0.09
-    assert holm([0.03, 0.01, 0.05, 0.02, 0.04]) == pytest.approx([0.09, 0.05, 0.09, 0.08, 0.09])
+    assert adjusted([0.03, 0.01, 0.05, 0.02, 0.04]) == pytest.approx([0.09, 0.05, 0.09, 0.08, 0.09])
+
+
+def test_benjamini_hochberg_on_the_paper_s_fifteen_p_values():
+    # Benjamini & Hochberg 1995, section 4: at .05 the first four are rejected, where Bonferroni rejects three.
+    p = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459, 0.324, 0.4262, 0.5719, 0.6528, 0.759, 1]
+    found = adjusted(p, "benjamini_hochberg")
+    assert [i for i, a in enumerate(found) if a <= 0.05] == [0, 1, 2, 3]
+    assert found[3] == pytest.approx(0.0095 * 15 / 4)
+
+
+def test_a_family_has_the_correction_it_names():
+    p = {"a": 0.01, "b": 0.04, "c": 0.01, "d": 0.04}
+    found = adjusted_by_family(p, {"a": "f", "b": "f", "c": "g", "d": "g"}, {"g": "benjamini_hochberg"})
+    assert found == pytest.approx({"a": 0.02, "b": 0.04, "c": 0.02, "d": 0.04})
 
 
 def test_holm_counts_a_test_without_a_p_and_leaves_other_families_alone():
     p = {"a": 0.01, "b": math.nan, "c": 0.02, "d": 0.04}
-    found = holm_by_family(p, {"a": "f", "b": "f", "c": "f", "d": "g"})
+    found = adjusted_by_family(p, {"a": "f", "b": "f", "c": "f", "d": "g"}, {})
     assert found["a"] == pytest.approx(0.03) and found["c"] == pytest.approx(0.04)
     assert math.isnan(found["b"]) and found["d"] == pytest.approx(0.04)
-    assert holm([]) == []
+    assert adjusted([]) == []
 
 
 def rejections(five_samples: np.ndarray, as_pairs: bool) -> bool:
@@ -220,6 +234,6 @@ def test_holm_keeps_the_familywise_rate_over_five_null_hypotheses():
     rng = np.random.default_rng(23)
     runs = [[tests.sign_flip(rng.normal(0, 1, 15), resamples=2_000) for _ in range(5)] for _ in range(400)]
     uncorrected = [p for p in runs if min(p) < 0.05]  # Holm rejects in no others
-    false = sum(min(holm(p)) < 0.05 for p in uncorrected)
+    false = sum(min(adjusted(p)) < 0.05 for p in uncorrected)
     assert false / len(runs) <= 0.08
     assert len(uncorrected) / len(runs) >= 0.15

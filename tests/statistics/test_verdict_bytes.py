@@ -20,7 +20,7 @@ Make = Callable[..., Any]
 DEC7 = schema.Protocol.model_validate(
     yaml.safe_load(Path(schema.__file__).with_name("dec7.yaml").read_text(encoding="utf-8"))
 )
-RECURSIVE = {"B", "C", "S1"}
+RECURSIVE = {"B", "C", "S1", "M1"}
 
 
 def dec7_trials(moves: float = 1.0, n: int = 24, samples: int = 2) -> pd.DataFrame:

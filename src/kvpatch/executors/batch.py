@@ -79,7 +79,7 @@ def run_batch(
     texts = model.texts(written.token_ids)
     rows = []
     for index in range(len(batch.trials)):
-        row = _identity(batch, index, natural, mixed)
+        row: dict[str, Any] = {"model": model.loaded.name, **_identity(batch, index, natural, mixed)}
         row |= _output(written, index, texts[index])
         row |= _scores(batch, index, texts[index], row["output_token_ids"])
         row |= _likelihoods(forced, index, batch.readouts.likelihood_tokens)
@@ -204,7 +204,7 @@ def _identity(batch: Batch, index: int, natural: Natural, mixed: KVCache) -> dic
         "phase": batch.phase,
         "split": batch.split,
         "condition": trial.condition,
-        "condition_role": condition.role,
+        "condition_role": batch.roles[trial.condition],
         "pair_id": pair.pair_id,
         "source_id": pair.source_id,
         "target_id": pair.target_id,
@@ -236,7 +236,7 @@ def _scores(batch: Batch, index: int, text: str, token_ids: list[int]) -> dict[s
     """Readouts of the text alone. Every condition of a pair is masked by the same prompts, so that none is favoured."""
     pair = batch.pairs[batch.trials[index].pair]
     lexicon = _lexicon(batch.readouts.lexicon)
-    seen = "\n".join(pair.texts[role] for role in ("source", "foreign") if role in pair.texts)
+    seen = "\n".join(pair.texts[role] for role in pair.masked_by)
     repeated = {f"repetition_{n}": share for n, share in repetition_profile(token_ids).items()}
     return {
         "recursive_score": recursive_score(text, lexicon),

@@ -1,15 +1,15 @@
-"""Run a plan in this process: calibration first, then every batch that is not stored yet."""
+"""Run a plan in this process: every batch that is not stored yet, in the order of the plan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol as Interface
 
 import numpy as np
 
 from kvpatch.executors.batch import OnTokens, run_batch
 from kvpatch.model import Model
-from kvpatch.protocols.plan import CALIBRATION, Batch, Plan
+from kvpatch.protocols.plan import Batch, Plan
 from kvpatch.readouts.fluency import CoherenceLimits, coherence_limits
 from kvpatch.store import Store
 
@@ -20,58 +20,49 @@ OnBatch = Callable[[Batch, int], None]
 class Executor(Interface):
     """Carries out a plan; what it has stored already is not run again."""
 
-    def run(self, plan: Plan, store: Store, *, on_tokens: OnTokens, on_batch: OnBatch) -> CoherenceLimits | None: ...
+    def run(
+        self, plan: Plan, store: Store, *, on_tokens: OnTokens, on_batch: OnBatch
+    ) -> dict[str, CoherenceLimits]: ...
 
 
 class LocalExecutor:
-    """One process, one model."""
+    """One process, and a model for each key that batches name (None for the run's own)."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, models: Mapping[str | None, Model]) -> None:
+        self.models = models
 
-    def run(self, plan: Plan, store: Store, *, on_tokens: OnTokens, on_batch: OnBatch) -> CoherenceLimits | None:
-        """Run what is left of a plan.
+    def run(self, plan: Plan, store: Store, *, on_tokens: OnTokens, on_batch: OnBatch) -> dict[str, CoherenceLimits]:
+        """Run what is left of a plan, in its order: the calibration of each model comes before what it judges.
 
         Args:
             store: a run directory this process holds.
             on_tokens, on_batch: told of progress.
         Returns:
-            The coherence limits, from the calibration.
+            The coherence limits of each calibration, by its phase.
         """
         done = store.done()
-        calibration = [batch for batch in plan.batches if batch.phase == CALIBRATION]
-        rest = [batch for batch in plan.batches if batch.phase != CALIBRATION]
-        self._run(calibration, done, store, None, on_tokens, on_batch)
-        limits = stored_limits(store) if calibration else None
-        self._run(rest, done, store, limits, on_tokens, on_batch)
-        return limits
-
-    def _run(
-        self,
-        batches: list[Batch],
-        done: set[str],
-        store: Store,
-        limits: CoherenceLimits | None,
-        on_tokens: OnTokens,
-        on_batch: OnBatch,
-    ) -> None:
-        for batch in batches:
+        limits: dict[str, CoherenceLimits] = {}
+        for batch in plan.batches:
+            if batch.split == "test" and batch.calibration not in limits:
+                limits[batch.calibration] = stored_limits(store, batch.calibration)
             tokens = 0
             if batch.batch_id not in done:
-                rows = run_batch(self.model, batch, limits=limits, on_tokens=on_tokens)
+                judged_by = limits.get(batch.calibration)
+                rows = run_batch(self.models[batch.model], batch, limits=judged_by, on_tokens=on_tokens)
                 store.append(batch.batch_id, rows)
                 tokens = sum(row["n_tokens"] for row in rows)
             on_batch(batch, tokens)
+        return limits
 
 
-def stored_limits(store: Store) -> CoherenceLimits:
+def stored_limits(store: Store, calibration: str) -> CoherenceLimits:
     """Coherence limits: the larger of the 95th percentiles of the natural target's and the natural source's outputs.
 
     Each is read under the natural prompt of the target, as the patched conditions are: an output in the source's style
     is no less fluent for being unlikely after the target.
     """
     table = store.read().to_pandas()
-    rows = table[(table["split"] == "calibration") & table["error"].isna()]
+    rows = table[(table["phase"] == calibration) & table["error"].isna()]
     per_condition = [
         coherence_limits(part["nll_target"].to_numpy(), part["repetition_4"].to_numpy())
         for _, part in rows.groupby("condition")

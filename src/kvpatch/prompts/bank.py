@@ -37,6 +37,11 @@ class Prompt(Frozen):
     partner_of: str | None = None
     paraphrase_of: str | None = None
 
+    @property
+    def continuation_domain(self) -> str:
+        """The domain of the continuations that are on this prompt's topic; a ladder has them for each subject."""
+        return f"{self.domain}:{self.topic}" if self.level else self.domain
+
     @field_validator("text")
     @classmethod
     def _has_words(cls, text: str) -> str:
@@ -69,15 +74,15 @@ class Bank(Frozen):
         return {prompt.id: prompt for prompt in self.prompts}
 
     def group(self, name: str) -> list[Prompt]:
-        """Prompts of one group, in the order of the files.
+        """Prompts of one group, or of one level, in the order of the files.
 
         Raises:
             ProtocolError: where the bank has no such group.
         """
-        found = [prompt for prompt in self.prompts if prompt.group == name]
+        found = [prompt for prompt in self.prompts if name in (prompt.group, prompt.level)]
         if not found:
-            groups = ", ".join(sorted({prompt.group for prompt in self.prompts}))
-            raise ProtocolError(f"bank {self.name!r} has no group {name!r}; it has {groups}")
+            groups = ", ".join(sorted({n for prompt in self.prompts for n in (prompt.group, prompt.level) if n}))
+            raise ProtocolError(f"bank {self.name!r} has no group or level {name!r}; it has {groups}")
         return found
 
     @cached_property

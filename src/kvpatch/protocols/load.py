@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from kvpatch.errors import ProtocolError
-from kvpatch.protocols.schema import Protocol
+from kvpatch.protocols.schema import Misplaced, Protocol
 
 
 def shipped_protocols() -> list[str]:
@@ -54,10 +57,58 @@ def parse_protocol(text: str, name: str) -> Protocol:
     try:
         return Protocol.model_validate(loaded)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise ProtocolError(f"{name}, line {_line(node, first['loc'])}, {key or 'protocol'}: {message}") from error
+        loc, message = _explained(error, node)
+        key = ".".join(str(part) for part in loc)
+        raise ProtocolError(f"{name}, line {_line(node, loc)}, {key or 'protocol'}: {message}") from error
+
+
+def _explained(error: ValidationError, node: yaml.Node | None) -> tuple[list[int | str], str]:
+    """The keys that lead to the first thing wrong, and what was expected there."""
+    found = error.errors()
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])  # a misspelt key is also a missing one
+    kind, cause = first["type"], first.get("ctx", {}).get("error")
+    loc = [*first["loc"], *(cause.loc if isinstance(cause, Misplaced) else ())]
+    depth = len(_followed(node, loc))
+    if kind == "missing":
+        return loc[: depth + 1], "this key is missing"
+    if isinstance(cause, Misplaced):
+        return loc[: depth + 1], str(cause)
+    if kind == "extra_forbidden":
+        known = _keys_at(loc[: depth - 1])
+        near = difflib.get_close_matches(str(loc[depth - 1]), known, n=1)
+        return loc[:depth], f"no such key; expected {near[0] + ', or ' if near else ''}one of {', '.join(known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    return loc[:depth], message if kind == "value_error" else f"{message}, not {first['input']!r}"
+
+
+def _keys_at(loc: Sequence[int | str]) -> list[str]:
+    """The keys that the schema knows for the mapping at a place of a protocol."""
+    schema = Protocol.model_json_schema()
+    places = [schema]
+    for part in loc:
+        places = [step for place in places for step in _steps(schema, place, part)]
+    return sorted({key for place in places for form in _forms(schema, place) for key in form.get("properties", {})})
+
+
+def _steps(schema: dict[str, Any], place: dict[str, Any], part: int | str) -> list[dict[str, Any]]:
+    found = []
+    for form in _forms(schema, place):
+        if isinstance(part, int):
+            found.append(form.get("items", {}))
+        elif part in form.get("properties", {}):
+            found.append(form["properties"][part])
+        elif isinstance(form.get("additionalProperties"), dict):
+            found.append(form["additionalProperties"])
+    return found
+
+
+def _forms(schema: dict[str, Any], place: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a part of a JSON Schema may be, references and alternatives followed."""
+    if "$ref" in place:
+        return _forms(schema, schema["$defs"][place["$ref"].rsplit("/", 1)[-1]])
+    if "anyOf" in place:
+        return [form for option in place["anyOf"] for form in _forms(schema, option)]
+    return [place]
 
 
 def _repeated_key(node: yaml.Node | None) -> yaml.Node | None:
@@ -75,19 +126,26 @@ def _repeated_key(node: yaml.Node | None) -> yaml.Node | None:
     return None
 
 
-def _line(node: yaml.Node | None, loc: tuple[int | str, ...]) -> int:
+def _line(node: yaml.Node | None, loc: Sequence[int | str]) -> int:
     """Line of the deepest part of a path that the file has."""
-    line = node.start_mark.line + 1 if node else 1
+    lines = _followed(node, loc)
+    return lines[-1] if lines else node.start_mark.line + 1 if node else 1
+
+
+def _followed(node: yaml.Node | None, loc: Sequence[int | str]) -> list[int]:
+    """Lines of the keys along a path, as far as the file has them."""
+    lines = []
     for part in loc:
         child = None
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if key.value == str(part):
-                    child, line = value, key.start_mark.line + 1
+                    child = value
+                    lines.append(key.start_mark.line + 1)
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             child = node.value[part]
-            line = child.start_mark.line + 1
+            lines.append(child.start_mark.line + 1)
         if child is None:
             break
         node = child
-    return line
+    return lines

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kvpatch.errors import ProtocolError
 from kvpatch.patch import Frozen
 from kvpatch.prompts.bank import Bank, shuffled_words
-from kvpatch.prompts.pairing import OTHER_GROUPS, Pair, form_pairs
-from kvpatch.protocols.schema import Condition, Generation, Protocol, Readouts
+from kvpatch.prompts.pairing import Pair, Pairs, form_pairs
+from kvpatch.protocols.schema import ROLES, Condition, Generation, Phase, Protocol, Readouts, calibration_of
 
-CALIBRATION = "calibration"
 ROWS_PER_BATCH = 120
 """Trials in a batch, about; on two CPU cores the matrix products stop gaining from more."""
 
@@ -32,6 +32,7 @@ class PlannedPair(Frozen):
     source_id: str
     texts: dict[str, str]
     continuations: list[list[str]]
+    masked_by: list[str]
 
     @property
     def forced(self) -> str:
@@ -50,13 +51,20 @@ class PlannedTrial(Frozen):
 
 
 class Batch(Frozen):
-    """A piece of work that stands on its own."""
+    """A piece of work that stands on its own.
+
+    `model` is a key of the protocol's `models`, None for the run's own; `calibration` the phase whose natural runs set
+    the coherence limits; `roles` what each condition is in this phase.
+    """
 
     batch_id: str
+    model: str | None
     phase: str
     split: str
+    calibration: str
     pairs: list[PlannedPair]
     conditions: dict[str, Condition]
+    roles: dict[str, str]
     trials: list[PlannedTrial]
     generation: Generation
     readouts: Readouts
@@ -90,15 +98,39 @@ class Plan(Frozen):
         return [trial.trial_id for batch in self.batches for trial in batch.trials]
 
 
+@dataclass(frozen=True)
+class PlanningModel:
+    """What a plan must know of a model.
+
+    body_length: number of body tokens of a text. key: names the weights, tokenizer and template; part of every trial
+    id. has_template: whether prompts go into a chat template (the neutral scaffold needs one). can_move_keys: False
+    for a model that adds positions to its embeddings.
+    """
+
+    body_length: Callable[[str], int]
+    key: str
+    kv_heads: int
+    has_template: bool
+    can_move_keys: bool = True
+
+
+def chosen_phases(protocol: Protocol, phases: Sequence[str] | None) -> list[str]:
+    """Names of the phases to run, all if None.
+
+    Raises:
+        ProtocolError: for a phase the protocol does not have.
+    """
+    chosen = list(protocol.phases) if phases is None else list(dict.fromkeys(phases))
+    if unknown := [name for name in chosen if name not in protocol.phases]:
+        raise ProtocolError(f"no phase {unknown[0]!r} in {protocol.protocol}; it has {', '.join(protocol.phases)}")
+    return chosen
+
+
 def make_plan(
     protocol: Protocol,
     bank: Bank,
+    models: Mapping[str | None, PlanningModel],
     *,
-    body_length: Callable[[str], int],
-    model_key: str,
-    kv_heads: int,
-    has_template: bool,
-    can_move_keys: bool = True,
     seed: int,
     n: int | None = None,
     phases: Sequence[str] | None = None,
@@ -106,58 +138,69 @@ def make_plan(
     """Plan a run.
 
     Args:
-        body_length: number of body tokens of a text, for the model's tokenizer.
-        model_key: names the model's weights, tokenizer and template; part of every trial id.
-        kv_heads: KV heads of the model.
-        has_template: whether prompts go into a chat template (the neutral scaffold needs one).
-        can_move_keys: False for a model that adds positions to its embeddings.
+        models: the run's own model under None, the protocol's further ones by their keys.
         seed: orders the pairs and seeds the trials.
-        n: pairs per condition, in place of each phase's own.
+        n: pairs per condition, in place of each phase's own. A phase with a pairing of its own takes what that gives.
         phases: names of the phases to run; all if None.
     Raises:
         ProtocolError: for an unknown phase, or more pairs than the bank gives.
     """
-    chosen = list(protocol.phases) if phases is None else list(phases)
-    if unknown := [name for name in chosen if name not in protocol.phases]:
-        raise ProtocolError(f"no phase {unknown[0]!r} in {protocol.protocol}; it has {', '.join(protocol.phases)}")
+    chosen = chosen_phases(protocol, phases)
     if n is not None and n < 1:
         raise ProtocolError(f"n must be at least 1, got {n}")
     if len(bank.by_id) == 0:
         raise ProtocolError(f"bank {bank.name!r} is empty")
-    lengths = {p.id: body_length(p.text) for p in bank.prompts}
-    formed = form_pairs(bank, protocol, lengths, seed)
-    held_out = protocol.calibration.pairs
-    calibration, rest = formed.pairs[:held_out], formed.pairs[held_out:]
-    planner = _Planner(protocol, model_key, kv_heads, has_template, can_move_keys, seed, calibration)
-    batches = planner.batches(CALIBRATION, "calibration", calibration, protocol.calibration.conditions)
+    batches: list[Batch] = []
+    skipped: list[Skipped] = []
+    dropped: list[str] = []
+    planners: dict[str | None, _Planner] = {}
     for name in chosen:
-        wanted = n or protocol.phases[name].n
-        if wanted > len(rest):
-            raise ProtocolError(
-                f"phase {name} wants n={wanted}, and bank {bank.name!r} gives {len(rest)} pairs for this model "
-                f"({len(formed.pairs)} less {held_out} held out for calibration)"
-            )
-        batches += planner.batches(name, "test", rest[:wanted], protocol.phases[name].conditions)
-    return Plan(batches=batches, skipped=planner.skipped, dropped_pairs=list(formed.dropped))
+        phase = protocol.phases[name]
+        if phase.model not in planners:
+            planner = planners[phase.model] = _Planner(protocol, bank, phase.model, models[phase.model], seed)
+            batches += planner.calibration()
+            dropped += planner.formed.dropped
+        planner = planners[phase.model]
+        pairs, left_out = planner.pairs_of(name, phase, n)
+        dropped += left_out
+        batches += planner.batches(name, "test", pairs, phase.all_conditions)
+    for planner in planners.values():
+        skipped += planner.skipped
+    return Plan(batches=batches, skipped=skipped, dropped_pairs=dropped)
 
 
 class _Planner:
-    """What the batches of one plan share."""
+    """What the batches of one model share."""
 
-    def __init__(
-        self,
-        protocol: Protocol,
-        model_key: str,
-        kv_heads: int,
-        has_template: bool,
-        can_move_keys: bool,
-        seed: int,
-        reference: Sequence[Pair],
-    ) -> None:
-        self.protocol, self.model_key, self.seed = protocol, model_key, seed
-        self.kv_heads, self.has_template, self.can_move_keys = kv_heads, has_template, can_move_keys
-        self.reference = [[p.source.text for p in reference], [p.target.text for p in reference]]
+    def __init__(self, protocol: Protocol, bank: Bank, key: str | None, model: PlanningModel, seed: int) -> None:
+        self.protocol, self.bank, self.key, self.model, self.seed = protocol, bank, key, model, seed
+        self.lengths = {p.id: model.body_length(p.text) for p in bank.prompts}
+        self.formed = form_pairs(bank, protocol, self.lengths, seed)
+        self.held_out = self.formed.pairs[: protocol.calibration.pairs]
+        self.reference = [[p.source.text for p in self.held_out], [p.target.text for p in self.held_out]]
+        self.calibration_phase = calibration_of(key)
         self.skipped: list[Skipped] = []
+
+    def calibration(self) -> list[Batch]:
+        """Batches of the natural runs of the held-out pairs."""
+        names = self.protocol.calibration.conditions
+        return self.batches(self.calibration_phase, "calibration", self.held_out, names)
+
+    def pairs_of(self, name: str, phase: Phase, n: int | None) -> tuple[Sequence[Pair], Sequence[str]]:
+        """The pairs a phase runs on, and what its own pairing dropped."""
+        wanted = n or phase.n
+        if phase.pairing is not None:
+            own: Pairs = form_pairs(self.bank, self.protocol, self.lengths, self.seed, phase.pairing)
+            if not own.pairs:
+                raise ProtocolError(f"phase {name}: its pairing forms no pair ({'; '.join(own.dropped[:1])})")
+            return own.pairs[:wanted], own.dropped
+        rest = self.formed.pairs[len(self.held_out) :]
+        if wanted > len(rest):
+            raise ProtocolError(
+                f"phase {name} wants n={wanted}, and bank {self.bank.name!r} gives {len(rest)} pairs for this model "
+                f"({len(self.formed.pairs)} less {len(self.held_out)} held out for calibration)"
+            )
+        return rest[:wanted], []
 
     def batches(self, phase: str, split: str, pairs: Sequence[Pair], names: Sequence[str]) -> list[Batch]:
         """Batches of one phase."""
@@ -179,10 +222,13 @@ class _Planner:
             out.append(
                 Batch(
                     batch_id=f"{phase}-{low // step:04d}-{hashlib.sha256(content.encode()).hexdigest()[:12]}",
+                    model=self.key,
                     phase=phase,
                     split=split,
+                    calibration=self.calibration_phase,
                     pairs=planned,
                     conditions=conditions,
+                    roles={name: self.protocol.role(phase, name) for name in conditions},
                     trials=trials,
                     generation=self.protocol.generation,
                     readouts=self.protocol.readouts,
@@ -195,17 +241,17 @@ class _Planner:
     def _is_possible(self, phase: str, name: str, pairs: Sequence[Pair]) -> bool:
         condition = self.protocol.conditions[name]
         roles = {condition.from_, condition.text_of}
-        other = next((role for role in OTHER_GROUPS if role in roles), None)
+        other = next((role for role in roles if role is not None and role not in ROLES), None)
         reason = None
-        if self.kv_heads < condition.min_kv_heads:
-            reason = f"needs {condition.min_kv_heads} KV heads; the model has {self.kv_heads}"
-        elif "neutral" in roles and not self.has_template:
+        if self.model.kv_heads < condition.min_kv_heads:
+            reason = f"needs {condition.min_kv_heads} KV heads; the model has {self.model.kv_heads}"
+        elif "neutral" in roles and not self.model.has_template:
             reason = "needs a chat template for the empty scaffold; the model has none"
         elif "foreign" in roles and any(pair.foreign is None for pair in pairs):
             reason = "needs a foreign partner for every target; the bank has not got them"
         elif other and not any(other in pair.others for pair in pairs):
             reason = f"needs {other} prompts; the bank gives these pairs none"
-        elif _moves_keys(condition) and not self.can_move_keys:
+        elif _moves_keys(condition) and not self.model.can_move_keys:
             reason = "moves keys to other positions; the model adds positions to its embeddings"
         if reason:
             self.skipped.append(Skipped(phase=phase, condition=name, reason=reason))
@@ -228,6 +274,7 @@ class _Planner:
             source_id=pair.source.id,
             texts=texts,
             continuations=[[c.text for c in cell] for cell in pair.continuations],
+            masked_by=[role for role in pair.masked_by if role in texts],
         )
 
     def _trial(
@@ -236,7 +283,7 @@ class _Planner:
         # Conditions of a pair share their seed, and so their noise.
         seed = _number(self.seed, pair.pair_id, sample)
         content = {
-            "model": self.model_key,
+            "model": self.model.key,
             "phase": phase,
             "condition": condition.model_dump(mode="json", by_alias=True),
             "name": name,
@@ -257,8 +304,8 @@ def _what_counts_of(pair: PlannedPair, condition: Condition) -> dict[str, Any]:
     content = pair.model_dump(mode="json")
     if condition.steer_cache is None or condition.steer_cache.random_directions is None:
         del content["number"]
-    unused = set(OTHER_GROUPS) - {condition.from_, condition.text_of}
-    content["texts"] = {role: text for role, text in pair.texts.items() if role not in unused}
+    used = {*ROLES, *pair.masked_by, condition.from_, condition.text_of}
+    content["texts"] = {role: text for role, text in pair.texts.items() if role in used}
     return content
 
 

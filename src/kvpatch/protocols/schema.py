@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -17,9 +18,22 @@ from kvpatch.interventions import CacheSteering, InPrefill, Joined, ValueSteerin
 from kvpatch.patch import Frozen, Patch
 
 Side = Literal["target", "source"]
-PromptRole = Literal["target", "source", "foreign", "neutral", "shuffled_words", "pseudo_recursive", "zero_lexicon"]
+ROLES = ("target", "source", "foreign", "neutral", "shuffled_words")
+"""Prompts every pair has, or can have; groups named by `also` come on top."""
 Role = Literal["experiment", "control", "integrity"]
-Test = Literal["greater", "less", "much_greater", "much_less", "equivalent"]
+Transform = Literal["none", "log"]
+Test = Literal[
+    "greater", "less", "much_greater", "much_less", "equivalent", "trend", "umbrella", "correlates", "replicates"
+]
+Correction = Literal["holm", "benjamini_hochberg"]
+
+
+class Misplaced(ValueError):
+    """What is wrong with a part of a protocol, and the keys that lead to that part."""
+
+    def __init__(self, message: str, *loc: str | int) -> None:
+        super().__init__(message)
+        self.loc = loc
 
 
 class Generation(Frozen):
@@ -58,10 +72,16 @@ class Calibration(Frozen):
 
 
 class Pairing(Frozen):
-    """Which groups of the bank become targets and sources, and how far apart in tokens a pair may be."""
+    """Which groups (or levels) of the bank become targets and sources, and how far apart in tokens a pair may be.
+
+    `by` length: optimal assignment on token length. `by` subject: all groups are written on the same subjects; a pair
+    takes its target on one subject, and its source and the prompts of `also` on one other.
+    """
 
     targets: str = "plain"
     sources: str = "recursive"
+    by: Literal["length", "subject"] = "length"
+    also: list[str] = Field(default=[], description="further groups that lend a pair a prompt in its source's place")
     max_length_difference: float = Field(default=0.1, ge=0, description="share of the longer prompt's body tokens")
 
 
@@ -75,9 +95,9 @@ class Condition(Frozen):
 
     about: str
     into: Side = "target"
-    from_: PromptRole | None = Field(default=None, alias="from")
+    from_: str | None = Field(default=None, alias="from", description="a role of ROLES, or a group of `also`")
     patch: Patch | None = None
-    text_of: PromptRole | None = None
+    text_of: str | None = None
     in_prefill: InPrefill | None = None
     joined: Joined | None = None
     steer_values: ValueSteering | None = None
@@ -124,11 +144,23 @@ class Condition(Frozen):
 
 
 class Phase(Frozen):
-    """One question: which conditions, on how many pairs."""
+    """One question: which conditions, on how many pairs.
+
+    `conditions` are the question's own; `controls` run beside them. A phase may form its pairs in its own way, and may
+    run on another model, by a key of the protocol's `models`.
+    """
 
     question: str
     n: int = Field(ge=1)
     conditions: list[str]
+    controls: list[str] = Field(default=[])
+    pairing: Pairing | None = None
+    model: str | None = None
+
+    @property
+    def all_conditions(self) -> list[str]:
+        """The question's own conditions, then the controls."""
+        return [*self.conditions, *self.controls]
 
 
 class Margin(Frozen):
@@ -150,21 +182,90 @@ class Margin(Frozen):
 
 
 _TERM = re.compile(r"\s*([+-])?\s*([A-Za-z][A-Za-z0-9_]*)\s*")
+_ORDER = re.compile(r"\s*([<>])?\s*([A-Za-z][A-Za-z0-9_]*)\s*")
+
+
+def parse_contrast(contrast: str) -> dict[str, int]:
+    """Condition -> +1 or -1, from a contrast such as "C - N1".
+
+    Raises:
+        Misplaced: where it does not read so.
+    """
+    out: dict[str, int] = {}
+    at = 0
+    while at < len(contrast):
+        term = _TERM.match(contrast, at)
+        if term is None or (out and term[1] is None):
+            raise Misplaced(f"contrast {contrast!r} must read like 'C - N1'", "contrast")
+        if term[2] in out:
+            raise Misplaced(f"contrast {contrast!r} names condition {term[2]!r} twice", "contrast")
+        out[term[2]] = -1 if term[1] == "-" else 1
+        at = term.end()
+    if not out:
+        raise Misplaced(f"contrast {contrast!r} must read like 'C - N1'", "contrast")
+    return out
+
+
+def parse_order(contrast: str) -> tuple[list[str], list[str]]:
+    """Conditions in order and the signs between them, from an ordering such as "L1 < L2 < L3 > L4".
+
+    Raises:
+        Misplaced: where it does not read so.
+    """
+    names: list[str] = []
+    signs: list[str] = []
+    at = 0
+    while at < len(contrast):
+        term = _ORDER.match(contrast, at)
+        if term is None or bool(names) != bool(term[1]) or term[2] in names:
+            raise Misplaced(f"ordering {contrast!r} must read like 'L1 < L2 < L3', each condition once", "contrast")
+        names.append(term[2])
+        signs += [term[1]] if term[1] else []
+        at = term.end()
+    if len(names) < 3:
+        raise Misplaced(f"ordering {contrast!r} needs at least three conditions, such as 'L1 < L2 < L3'", "contrast")
+    return names, signs
+
+
+class Variable(Frozen):
+    """One number a pair: a readout of one condition, or of several combined."""
+
+    contrast: str = Field(description="one condition, such as 'B', or several, such as 'C - N1'")
+    readout: str
+    transform: Transform = "none"
+
+    @model_validator(mode="after")
+    def _reads(self) -> Variable:
+        self.weights()
+        return self
+
+    def weights(self) -> dict[str, int]:
+        """Condition -> +1 or -1, from the contrast."""
+        return parse_contrast(self.contrast)
 
 
 class Hypothesis(Frozen):
-    """A claim, and the test that decides it."""
+    """A claim, and the test that decides it.
+
+    `contrast` combines pair means ('C - N1'); for "trend" and "umbrella" it orders conditions ('L1 < L2 < L3',
+    'L1 < L2 > L3'). "correlates" relates it over pairs to `against`, given `controlling`. "replicates" asks whether
+    it repeats the hypothesis `of`, in a phase on another model.
+    """
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
     claim: str
     phase: str
-    contrast: str = Field(description="conditions joined by - and +, such as 'C - N1'; pair means are combined so")
+    contrast: str = Field(description="conditions joined by - and +, such as 'C - N1', or an ordering with < and >")
     readout: str
-    transform: Literal["none", "log"] = "none"
+    transform: Transform = "none"
     test: Test
+    direction: Literal["positive", "negative"] | None = Field(default=None, description="of a correlation")
+    against: Variable | None = Field(default=None, description="what the contrast correlates with, over pairs")
+    controlling: list[Variable] = Field(default=[], description="what is held constant in a correlation")
+    of: str | None = Field(default=None, description="the hypothesis that is replicated")
     margin: Margin | None = None
     alpha: float = Field(default=0.05, gt=0, lt=1)
-    family: str = Field(description="hypotheses of one family share Holm's correction")
+    family: str = Field(description="hypotheses of one family share a correction for multiplicity")
     gate: int = Field(ge=1, le=5)
     is_gatekeeper: bool = Field(default=False, description="if it is not supported, later gates can't be interpreted")
     criterion: str | None = Field(default=None, description="row of the success-criteria table this decides")
@@ -172,24 +273,65 @@ class Hypothesis(Frozen):
 
     @model_validator(mode="after")
     def _is_complete(self) -> Hypothesis:
-        self.weights()
+        if self.test in ("trend", "umbrella"):
+            self._check_order()
+        elif len(self.weights()) < 2:
+            raise Misplaced(f"contrast {self.contrast!r} needs at least two conditions", "contrast")
         if self.test in ("much_greater", "much_less", "equivalent") and self.margin is None:
-            raise ValueError(f"test {self.test!r} needs a margin")
+            raise Misplaced(f"test {self.test!r} needs a margin, such as {{natural_gap: 0.2}}", "margin")
+        needs = {"against": "correlates", "direction": "correlates", "of": "replicates"}
+        for key, test in needs.items():
+            if (getattr(self, key) is not None) != (self.test == test):
+                raise Misplaced(f"{key!r} goes with test {test!r}, which needs it; the test is {self.test!r}", key)
+        if self.controlling and self.test != "correlates":
+            raise Misplaced(f"'controlling' goes with test 'correlates'; the test is {self.test!r}", "controlling")
         return self
 
+    def _check_order(self) -> None:
+        _, signs = parse_order(self.contrast)
+        changes = sum(a != b for a, b in pairwise(signs))
+        if self.test == "trend" and changes:
+            raise Misplaced(f"a trend goes one way, such as 'L1 < L2 < L3'; {self.contrast!r} turns", "contrast")
+        if self.test == "umbrella" and (changes != 1 or signs[0] != "<"):
+            raise Misplaced(
+                f"an umbrella rises and then falls, such as 'L1 < L2 > L3', not {self.contrast!r}", "contrast"
+            )
+
     def weights(self) -> dict[str, int]:
-        """Condition -> +1 or -1, from the contrast."""
-        out: dict[str, int] = {}
-        at = 0
-        while at < len(self.contrast):
-            term = _TERM.match(self.contrast, at)
-            if term is None or (out and term[1] is None):
-                raise ValueError(f"contrast {self.contrast!r} must read like 'C - N1'")
-            out[term[2]] = -1 if term[1] == "-" else 1
-            at = term.end()
-        if len(out) < 2:
-            raise ValueError(f"contrast {self.contrast!r} needs at least two conditions")
-        return out
+        """Condition -> +1 or -1, from a contrast that is no ordering."""
+        return parse_contrast(self.contrast)
+
+    @property
+    def sign(self) -> int | None:
+        """+1 or -1, the side of 0 that a contrast is claimed to lie on; None for tests of another kind."""
+        return {"greater": 1, "much_greater": 1, "less": -1, "much_less": -1}.get(self.test)
+
+    @property
+    def is_ordering(self) -> bool:
+        """Whether the contrast orders conditions."""
+        return self.test in ("trend", "umbrella")
+
+    def order(self) -> tuple[list[str], int]:
+        """Conditions in rising order up to the peak, as written, and the index of the peak.
+
+        A falling trend is given from its lowest to its highest, so that the last is always the peak of a trend.
+        """
+        names, signs = parse_order(self.contrast)
+        if self.test == "trend":
+            return (names if signs[0] == "<" else names[::-1]), len(names) - 1
+        return names, signs.index(">")
+
+    @property
+    def conditions(self) -> list[str]:
+        """Every condition the hypothesis reads, each once."""
+        own = parse_order(self.contrast)[0] if self.is_ordering else list(self.weights())
+        others = [v for v in (self.against, *self.controlling) if v is not None]
+        return list(dict.fromkeys([*own, *(name for v in others for name in v.weights())]))
+
+
+def calibration_of(model: str | None) -> str:
+    """The phase under which the calibration of a model is stored; None is the run's own model."""
+    return "calibration" if model is None else f"calibration-{model}"
 
 
 def dumped_sha256(dumped: dict[str, Any]) -> str:
@@ -204,6 +346,7 @@ class Protocol(Frozen):
     title: str
     question: str
     bank: str = "recursion"
+    models: dict[str, str] = Field(default={}, description="further models by key; a phase names one of them")
     pairing: Pairing = Pairing()
     generation: Generation = Generation()
     readouts: Readouts = Readouts()
@@ -211,36 +354,80 @@ class Protocol(Frozen):
     conditions: dict[str, Condition]
     phases: dict[str, Phase]
     hypotheses: list[Hypothesis]
+    corrections: dict[str, Correction] = Field(default={}, description="family -> correction; Holm where not named")
 
     @model_validator(mode="after")
     def _names_exist(self) -> Protocol:
         for name, phase in self.phases.items():
-            for condition in phase.conditions:
-                if condition not in self.conditions:
-                    raise ValueError(f"phase {name!r} names condition {condition!r}, which is not defined")
-        for condition in self.calibration.conditions:
-            if condition not in self.conditions:
-                raise ValueError(f"calibration names condition {condition!r}, which is not defined")
-        seen: set[str] = set()
-        for hypothesis in self.hypotheses:
-            if hypothesis.id in seen:
-                raise ValueError(f"hypothesis {hypothesis.id!r} is defined twice")
-            seen.add(hypothesis.id)
-            if hypothesis.phase not in self.phases:
-                raise ValueError(f"hypothesis {hypothesis.id!r} names phase {hypothesis.phase!r}, which is not defined")
-            for condition in hypothesis.weights():
-                if condition not in self.phases[hypothesis.phase].conditions:
-                    raise ValueError(
-                        f"hypothesis {hypothesis.id!r}: condition {condition!r} is not in phase {hypothesis.phase!r}"
-                    )
+            self._phase_fits(name, phase)
+        for place, condition in enumerate(self.calibration.conditions):
+            self._is_condition(condition, "calibration", "conditions", place)
+        lent = {role for pairing in self.pairings for role in pairing.also}
+        for name, condition in self.conditions.items():
+            for key, role in (("from", condition.from_), ("text_of", condition.text_of)):
+                if role is not None and role not in ROLES and role not in lent:
+                    known = ", ".join([*ROLES, *sorted(lent)])
+                    raise Misplaced(f"no prompt {role!r}; expected one of {known}", "conditions", name, key)
+        families = {h.family for h in self.hypotheses}
+        for family in self.corrections:
+            if family not in families:
+                raise Misplaced(f"no hypothesis has family {family!r}", "corrections", family)
+        self._hypotheses_fit()
         return self
+
+    def _phase_fits(self, name: str, phase: Phase) -> None:
+        for key in ("conditions", "controls"):
+            for place, condition in enumerate(getattr(phase, key)):
+                self._is_condition(condition, "phases", name, key, place)
+                if phase.all_conditions.count(condition) > 1:
+                    raise Misplaced(f"condition {condition!r} is named twice", "phases", name, key, place)
+        if phase.model is not None and phase.model not in self.models:
+            known = ", ".join(self.models) or "empty"
+            raise Misplaced(f"no model {phase.model!r} in 'models', which is {known}", "phases", name, "model")
+
+    def _is_condition(self, name: str, *loc: str | int) -> None:
+        if name not in self.conditions:
+            raise Misplaced(f"no condition {name!r}; defined are {', '.join(self.conditions)}", *loc)
+
+    def _hypotheses_fit(self) -> None:
+        seen: dict[str, Hypothesis] = {}
+        for place, h in enumerate(self.hypotheses):
+            at = ("hypotheses", place)
+            if h.id in seen:
+                raise Misplaced(f"hypothesis {h.id!r} is defined twice", *at, "id")
+            if h.phase not in self.phases:
+                raise Misplaced(f"no phase {h.phase!r}; defined are {', '.join(self.phases)}", *at, "phase")
+            there = self.phases[h.phase].all_conditions
+            if missing := [name for name in h.conditions if name not in there]:
+                raise Misplaced(
+                    f"condition {missing[0]!r} is not in phase {h.phase!r}, which has {', '.join(there)}",
+                    *at, "contrast",
+                )  # fmt: skip
+            if h.of is not None and (h.of not in seen or seen[h.of].sign is None):
+                raise Misplaced(f"{h.of!r} is no contrast with a direction that is defined above", *at, "of")
+            seen[h.id] = h
+
+    def hypothesis(self, name: str) -> Hypothesis:
+        """The hypothesis of an id."""
+        return next(h for h in self.hypotheses if h.id == name)
+
+    @property
+    def pairings(self) -> list[Pairing]:
+        """Every way in which pairs are formed, the protocol's own first."""
+        return [self.pairing, *(phase.pairing for phase in self.phases.values() if phase.pairing is not None)]
 
     @property
     def sha256(self) -> str:
         """Hash of the canonical JSON: what the protocol says, whatever the file's layout and comments."""
         return dumped_sha256(self.model_dump(mode="json", by_alias=True))
 
+    def role(self, phase: str, condition: str) -> Role:
+        """What a condition is in a phase: the experiment's own, a control, or an integrity check."""
+        own = self.conditions[condition].role
+        is_control = phase in self.phases and condition in self.phases[phase].controls
+        return "control" if is_control and own == "experiment" else own
+
     def is_tautological(self, hypothesis: Hypothesis) -> bool:
-        """Whether every condition of the contrast is, by construction, a natural run of the pair's own texts."""
-        conditions = [self.conditions[name] for name in hypothesis.weights()]
+        """Whether every condition of the hypothesis is, by construction, a natural run of the pair's own texts."""
+        conditions = [self.conditions[name] for name in hypothesis.conditions]
         return all(c.is_text_of_pair for c in conditions) and any(not c.is_natural for c in conditions)

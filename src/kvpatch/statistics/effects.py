@@ -54,7 +54,7 @@ def effects(
         if condition.is_natural and condition.text_of is None:
             natural.setdefault(condition.into, name)
     out = []
-    for name in protocol.phases[phase].conditions:
+    for name in protocol.phases[phase].all_conditions:
         condition = protocol.conditions[name]
         base = natural.get(condition.into)
         is_own = condition.is_natural and condition.text_of is None

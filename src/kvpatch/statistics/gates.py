@@ -44,7 +44,7 @@ def incoherent_conditions(
     baseline."""
     return {
         name: share
-        for name in hypothesis.weights()
+        for name in hypothesis.conditions
         if not protocol.conditions[name].is_natural
         and (share := shares.get((hypothesis.phase, name), math.nan)) < COHERENT_SHARE
     }

@@ -1,15 +1,16 @@
-"""The numbers of one hypothesis, before anything is decided."""
+"""The numbers of one hypothesis, before anything is decided: one function a kind of test."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from kvpatch.protocols.schema import Hypothesis, Protocol
+from kvpatch.protocols.schema import Hypothesis, Protocol, Variable, calibration_of
 from kvpatch.statistics import tests
+from kvpatch.statistics.correlation import partial_correlation
 from kvpatch.statistics.intervals import Interval, Ratio, bca_interval, fieller_interval
 from kvpatch.statistics.margins import (
     NATURAL_SOURCE,
@@ -23,26 +24,22 @@ from kvpatch.statistics.pairs import (
     PairDifferences,
     contrast_differences,
     contrast_table,
+    count_of,
     independent_units,
     pair_means,
     rows_of,
 )
-
-ALTERNATIVE: dict[str, tests.Alternative] = {
-    "greater": "greater",
-    "much_greater": "greater",
-    "less": "less",
-    "much_less": "less",
-}
+from kvpatch.statistics.trend import ordered_trend, slopes
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
     """What the test pairs say on one hypothesis; NaN where there is no number.
 
-    interval: 95%, or 90% for an equivalence test. p: one-sided against 0, or the larger of the two for
-    equivalence. small: up to where an effect is too small to matter. absent: conditions of the contrast
-    without any trial.
+    differences: what is averaged, one number a unit: the contrast, or for an ordering each pair's slope. estimate:
+    their mean, or a correlation. interval: 95%, or 90% for an equivalence test. p: one-sided against 0, or the larger
+    of the two for equivalence. dz: for a correlation r. small: up to where an effect is too small to matter. absent:
+    conditions of the hypothesis without any trial.
     """
 
     hypothesis: Hypothesis
@@ -60,7 +57,7 @@ class Measured:
 
 
 def measure(protocol: Protocol, trials: pd.DataFrame, hypothesis: Hypothesis) -> Measured:
-    """Measure one hypothesis on the test pairs of its phase; margins come from the calibration pairs.
+    """Measure one hypothesis on the test pairs of its phase; margins come from the calibration pairs of its model.
 
     trials: prepared rows of every split and phase.
 
@@ -69,12 +66,50 @@ def measure(protocol: Protocol, trials: pd.DataFrame, hypothesis: Hypothesis) ->
     """
     rows = rows_of(trials, split="test", phase=hypothesis.phase)
     units = independent_units(rows.loc[rows["condition"].isin(_of_the_pair_alone(protocol))])
-    weights = hypothesis.weights()
-    found = contrast_differences(rows, weights, hypothesis.readout, hypothesis.transform, units)
-    gap = natural_gap(trials, hypothesis.readout, hypothesis.transform)
+    if hypothesis.is_ordering:
+        found = _ordering(rows, hypothesis, units)
+    elif hypothesis.test == "correlates":
+        found = _correlation(rows, hypothesis, units)
+    elif hypothesis.of is not None:
+        first = protocol.hypothesis(hypothesis.of)
+        asked = hypothesis.model_copy(update={"test": first.test, "margin": first.margin, "of": None})
+        found = replace(_contrast(protocol, trials, rows, asked, units), hypothesis=hypothesis)
+    else:
+        found = _contrast(protocol, trials, rows, hypothesis, units)
+    present = set(rows["condition"])
+    return replace(found, absent=tuple(name for name in hypothesis.conditions if name not in present))
+
+
+def _of_the_pair_alone(protocol: Protocol) -> list[str]:
+    """Conditions that hold no prompt but the pair's own target and source."""
+    own = (None, "target", "source")
+    return [name for name, c in protocol.conditions.items() if c.from_ in own and c.text_of in own]
+
+
+def _contrast(
+    protocol: Protocol, trials: pd.DataFrame, rows: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str, str]
+) -> Measured:
+    found = contrast_differences(rows, hypothesis.weights(), hypothesis.readout, hypothesis.transform, units)
+    own = _calibration_rows(protocol, trials, hypothesis.phase)
+    gap = natural_gap(own, hypothesis.readout, hypothesis.transform)
     margin = margin_of(hypothesis, found, gap)
     p, interval = _test(hypothesis, found, margin)
-    present = set(rows["condition"])
+    small = too_small_to_matter(hypothesis, found, gap)
+    return _measured(
+        hypothesis, found, p, interval, margin, small, transfer=_transfer_fraction(rows, hypothesis, units)
+    )
+
+
+def _measured(
+    hypothesis: Hypothesis,
+    found: PairDifferences,
+    p: float,
+    interval: Interval,
+    margin: Bound,
+    small: float,
+    *,
+    transfer: Ratio | None = None,
+) -> Measured:
     return Measured(
         hypothesis=hypothesis,
         differences=found,
@@ -85,26 +120,66 @@ def measure(protocol: Protocol, trials: pd.DataFrame, hypothesis: Hypothesis) ->
         bayes_factor=tests.jzs_bayes_factor(found.values),
         p=p,
         margin=margin,
-        small=too_small_to_matter(hypothesis, found, gap),
-        transfer=_transfer_fraction(rows, hypothesis, units),
-        absent=tuple(name for name in weights if name not in present),
+        small=small,
+        transfer=transfer,
+        absent=(),
     )
 
 
-def _of_the_pair_alone(protocol: Protocol) -> list[str]:
-    """Conditions that hold no prompt but the pair's own target and source."""
-    own = (None, "target", "source")
-    return [name for name, c in protocol.conditions.items() if c.from_ in own and c.text_of in own]
+def _calibration_rows(protocol: Protocol, trials: pd.DataFrame, phase: str) -> pd.DataFrame:
+    """The rows without the calibration of any model but the one a phase runs on."""
+    own = calibration_of(protocol.phases[phase].model)
+    others = {calibration_of(key) for key in (None, *protocol.models)} - {own}
+    return trials.loc[~((trials["split"] == "calibration") & trials["phase"].isin(list(others)))]
 
 
 def _test(hypothesis: Hypothesis, found: PairDifferences, margin: Bound) -> tuple[float, Interval]:
     if hypothesis.test != "equivalent":
-        p = tests.sign_flip(found.values, ALTERNATIVE[hypothesis.test])
+        p = tests.sign_flip(found.values, "less" if hypothesis.sign == -1 else "greater")
         return p, bca_interval(found.values, 0.95)
     if margin.value is None:
         return math.nan, bca_interval(found.values, 0.90)
     result = tests.equivalence(found.values, margin.value)
     return result.p, result.interval
+
+
+def _ordering(rows: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str, str]) -> Measured:
+    """A trend or an umbrella: p by ranks within pairs, the estimate by each pair's slope a step."""
+    names, peak = hypothesis.order()
+    means = pair_means(rows, names, hypothesis.readout, hypothesis.transform)
+    table = contrast_table(means, {name: {name: 1} for name in names}, units)
+    values = table[names].to_numpy(dtype=float).reshape(len(table), len(names))
+    found = count_of(rows, names, means, table.index, slopes(values, peak))
+    p, interval = ordered_trend(values, peak), bca_interval(found.values, 0.95)
+    margin = margin_of(hypothesis, found, Bound(None, "an ordering has no natural gap"))
+    return _measured(hypothesis, found, p, interval, margin, margin.value if margin.value is not None else math.nan)
+
+
+def _correlation(rows: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str, str]) -> Measured:
+    """A partial correlation over pairs of the contrast with another variable."""
+    assert hypothesis.against is not None
+    own = Variable(contrast=hypothesis.contrast, readout=hypothesis.readout, transform=hypothesis.transform)
+    wanted = [own, hypothesis.against, *hypothesis.controlling]
+    columns = {}
+    for place, variable in enumerate(wanted):
+        means = pair_means(rows, variable.weights(), variable.readout, variable.transform)
+        columns[place] = contrast_table(means, {"value": variable.weights()})["value"]
+    means = pd.DataFrame(columns)
+    table = contrast_table(means.set_axis([str(c) for c in means], axis="columns"), _each(len(wanted)), units)
+    values = table.to_numpy(dtype=float).reshape(len(table), len(wanted))
+    found = count_of(rows, hypothesis.conditions, means, table.index, values[:, 0])
+    r = partial_correlation(values[:, 0], values[:, 1], values[:, 2:])
+    p = r.p_greater if hypothesis.direction == "positive" else r.p_less
+    margin = (
+        Bound(None, "the hypothesis has no margin") if hypothesis.margin is None else Bound(hypothesis.margin.value)
+    )
+    small = math.nan if margin.value is None else margin.value
+    whole = _measured(hypothesis, found, p, r.interval, margin, small)
+    return replace(whole, estimate=r.r, dz=r.r, rank_biserial=math.nan, bayes_factor=math.nan)
+
+
+def _each(count: int) -> dict[str, dict[str, int]]:
+    return {str(i): {str(i): 1} for i in range(count)}
 
 
 def _transfer_fraction(rows: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str, str]) -> Ratio | None:

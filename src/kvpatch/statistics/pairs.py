@@ -71,7 +71,9 @@ def grid_step(values: Floats) -> float:
 
 
 def prepare(trials: pd.DataFrame) -> pd.DataFrame:
-    """Return the trials with text phases, a `split`, a `failed` flag, and each trial once.
+    """Return the trials with text phases, a `split`, a `failed` flag, `source_tokens`, and each trial once.
+
+    `source_tokens` is the length of the prompt whose cache was put in, to be held constant in correlations.
 
     A trial that is stored twice counts once; one that failed and was done again counts as done. Without a
     `split` column, rows of phase "calibration" are the calibration split.
@@ -87,6 +89,8 @@ def prepare(trials: pd.DataFrame) -> pd.DataFrame:
     out = out.assign(phase=phase, pair_id=pair, condition=out["condition"].astype(str), failed=_failed(out))
     if "split" not in out.columns:
         out = out.assign(split=np.where(out["phase"] == "calibration", "calibration", "test"))
+    if "source_token_ids" in out.columns:
+        out = out.assign(source_tokens=[math.nan if ids is None else len(ids) for ids in out["source_token_ids"]])
     return _each_once(out)
 
 
@@ -127,12 +131,14 @@ def pair_means(
     Returns:
         [pairs, conditions], index pair_id (sorted), NaN where there is nothing.
     Raises:
-        StoreError: if the readout is not a column.
+        StoreError: if there are rows, and the readout is not a column.
     """
-    if readout not in trials.columns:
-        raise StoreError(f"the trials have no column {readout!r}, which the protocol's hypotheses read")
     columns = list(conditions)
     rows = trials.loc[trials["condition"].isin(columns)]
+    if readout not in trials.columns:
+        if len(rows):
+            raise StoreError(f"the trials have no column {readout!r}, which the protocol's hypotheses read")
+        rows = rows.assign(**{readout: []})
     pairs = sorted(set(rows["pair_id"]))
     value = np.asarray(pd.to_numeric(rows[readout], errors="coerce"), dtype=float)
     value = np.where(np.isfinite(value), value, np.nan)
@@ -173,11 +179,22 @@ def contrast_differences(
     """
     means = pair_means(trials, weights, readout, transform)
     table = contrast_table(means, {"difference": weights}, units)
-    failed = trials["condition"].isin(list(weights)) & trials["failed"]
-    whole = int(np.isfinite(means.to_numpy()).all(axis=1).sum())
+    return count_of(trials, weights, means, table.index, table["difference"].to_numpy(dtype=float))
+
+
+def count_of(
+    trials: pd.DataFrame, conditions: Iterable[str], means: pd.DataFrame, unit_ids: Iterable[object], values: Floats
+) -> PairDifferences:
+    """Numbers a unit, with the count of what they rest on.
+
+    trials: the rows they were made of. means: [pairs, columns], NaN where a pair lacks something; such pairs count as
+    dropped. values: [units].
+    """
+    failed = trials["condition"].isin(list(conditions)) & trials["failed"]
+    whole = int(np.isfinite(means.to_numpy(dtype=float)).all(axis=1).sum())
     return PairDifferences(
-        values=on_grid(table["difference"].to_numpy(dtype=float)),
-        unit_ids=tuple(str(unit) for unit in table.index),
+        values=on_grid(values),
+        unit_ids=tuple(str(unit) for unit in unit_ids),
         n_dropped=len(means) - whole,
         n_error_rows=int(np.count_nonzero(failed)),
         n_pairs=whole,

@@ -8,8 +8,9 @@ from typing import Literal
 
 from kvpatch.statistics.measure import Measured
 from kvpatch.statistics.records import Word
+from kvpatch.statistics.replication import Study, replicates
 from kvpatch.statistics.tests import smallest_n
-from kvpatch.statistics.wording import chance, figures, number, quantity
+from kvpatch.statistics.wording import chance, figures, interval_text, number, quantity
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class Decision:
     blocked_by: Literal["instrument", "gate", "coherence"] | None = None
 
 
-def decide(m: Measured, p_adjusted: float) -> Decision:
-    """Decide one hypothesis. p_adjusted: its p after Holm within the family, NaN if it has none.
+def decide(m: Measured, p_adjusted: float, first: Measured | None = None) -> Decision:
+    """Decide one hypothesis. p_adjusted: its p after correction within the family, NaN if it has none. first: what the
+    hypothesis replicates.
 
     "Not supported" is said only where the data speak against the claim; where they decide neither way,
     "inconclusive".
@@ -38,12 +40,14 @@ def decide(m: Measured, p_adjusted: float) -> Decision:
     needs_margin = h.test in ("much_greater", "much_less", "equivalent")
     if needs_margin and m.margin.value is None:
         return Decision("inconclusive", f"{figures(m)}, but the margin can't be fixed: {m.margin.reason}.")
+    if first is not None:
+        return _replicates(m, p_adjusted, first)
     return _equivalent(m, p_adjusted) if h.test == "equivalent" else _directional(m, p_adjusted)
 
 
 def _directional(m: Measured, p_adjusted: float) -> Decision:
     h = m.hypothesis
-    sign = -1 if h.test in ("less", "much_less") else 1
+    sign = -1 if h.sign == -1 or h.direction == "negative" else 1
     near, far = sorted((sign * m.interval.low, sign * m.interval.high))  # the ends, with the claim's side positive
     is_much = h.test in ("much_greater", "much_less")
     bound = m.margin.value if is_much and m.margin.value is not None else 0.0
@@ -65,6 +69,24 @@ def _directional(m: Measured, p_adjusted: float) -> Decision:
     if not p_adjusted < h.alpha:
         lacks.append(f"adjusted {chance(p_adjusted)} is not below {number(h.alpha)}")
     return Decision("inconclusive", f"{figures(m)}, but {' and '.join(lacks)}, so the data decide neither way.")
+
+
+def _replicates(m: Measured, p_adjusted: float, first: Measured) -> Decision:
+    h, sign = m.hypothesis, first.hypothesis.sign or 1
+    studies = [Study(x.estimate, x.interval, _bound(first, x)) for x in (first, m)]
+    found = replicates(studies[0], studies[1], sign)
+    told = f"{figures(m)}, where {first.hypothesis.id} has {quantity(first.estimate, h)} ({interval_text(first)})"
+    if found.holds and p_adjusted < h.alpha:
+        return Decision("supported", f"{told}: {found.reason}; adjusted {chance(p_adjusted)}, {_under(m)}.")
+    if found.speaks_against:
+        return Decision("not supported", f"{told}: {found.reason}.")
+    lack = found.reason if not found.holds else f"adjusted {chance(p_adjusted)} is not below {number(h.alpha)}"
+    return Decision("inconclusive", f"{told}, but {lack}.")
+
+
+def _bound(first: Measured, m: Measured) -> float:
+    """How far from 0 an estimate must lie to count: the margin where the first hypothesis has one, else 0."""
+    return m.margin.value if first.hypothesis.margin is not None and m.margin.value is not None else 0.0
 
 
 def _equivalent(m: Measured, p_adjusted: float) -> Decision:

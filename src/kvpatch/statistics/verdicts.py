@@ -21,7 +21,7 @@ from kvpatch.statistics.gates import (
 )
 from kvpatch.statistics.headline import headline
 from kvpatch.statistics.measure import Measured, measure
-from kvpatch.statistics.multiplicity import holm_by_family
+from kvpatch.statistics.multiplicity import adjusted_by_family
 from kvpatch.statistics.pairs import prepare
 from kvpatch.statistics.records import Verdict, verdicts_json
 from kvpatch.statistics.rules import Decision, decide
@@ -47,11 +47,12 @@ def verdicts(protocol: Protocol, trials: pd.DataFrame, *, instrument_ok: bool | 
     shares = coherence_shares(rows)
     measured = {h.id: measure(protocol, rows, h) for h in protocol.hypotheses}
     families = {h.id: h.family for h in protocol.hypotheses}
-    adjusted = holm_by_family({name: m.p for name, m in measured.items()}, families)
+    adjusted = adjusted_by_family({name: m.p for name, m in measured.items()}, families, protocol.corrections)
     decided: dict[str, Decision] = {}
     for h in sorted(protocol.hypotheses, key=lambda h: h.gate):
         blocked = _blocked(protocol, h, measured[h.id], instrument_ok, shares, decided)
-        decided[h.id] = blocked or decide(measured[h.id], adjusted[h.id])
+        first = None if h.of is None else measured[h.of]
+        decided[h.id] = blocked or decide(measured[h.id], adjusted[h.id], first)
     return [_record(measured[h.id], adjusted[h.id], decided[h.id], _shares_of(h, shares)) for h in protocol.hypotheses]
 
 
@@ -84,7 +85,7 @@ def _blocked(
 
 
 def _shares_of(h: Hypothesis, shares: Shares) -> dict[str, float | None]:
-    return {name: _known(shares.get((h.phase, name))) for name in h.weights()}
+    return {name: _known(shares.get((h.phase, name))) for name in h.conditions}
 
 
 def _known(value: float | None) -> float | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 from kvpatch.protocols.schema import Hypothesis, Protocol
 from kvpatch.statistics.margins import NATURAL_SOURCE, NATURAL_TARGET
 from kvpatch.statistics.measure import Measured
 
+_TERM = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 UNITS = {
     "recursive_score": "hits per 100 words",
     "recursive_score_masked": "hits per 100 words",
@@ -59,23 +61,30 @@ def interval_text(m: Measured) -> str:
 
 
 def figures(m: Measured) -> str:
-    """The measured contrast: what, how large, on how many pairs, how sure."""
+    """What was measured: the contrast, slope or correlation, how large, on how many pairs, how sure."""
     h = m.hypothesis
-    return (
-        f"{h.contrast} in {h.readout} is {quantity(m.estimate, h)} on average over {pairs_text(m)} ({interval_text(m)})"
-    )
+    rest = f"over {pairs_text(m)} ({interval_text(m)})"
+    if h.is_ordering:
+        return f"{h.contrast} in {h.readout} has a mean slope of {quantity(m.estimate, h)} a step {rest}"
+    if h.against is not None:
+        given = ", ".join(f"{v.readout} of {v.contrast}" for v in h.controlling)
+        held = f" with {given} held constant" if given else ""
+        return (
+            f"{h.contrast} in {h.readout} correlates with {h.against.contrast} in {h.against.readout}{held}: "
+            f"r = {number(m.estimate)} {rest}"
+        )
+    return f"{h.contrast} in {h.readout} is {quantity(m.estimate, h)} on average {rest}"
 
 
 def tautology(protocol: Protocol, m: Measured) -> str:
     """Why the hypothesis holds by construction, what its numbers re-measure, and where the evidence
     stands."""
     h = m.hypothesis
-    equals = {name: _equal_text(protocol, name) for name in h.weights()}
+    equals = {name: _equal_text(protocol, name) for name in h.conditions}
     swapped = [name for name in equals if not protocol.conditions[name].is_natural]
     text = {NATURAL_SOURCE: "the source's text", NATURAL_TARGET: "the target's text"}
     named = " and ".join(f"{name} is {text[equals[name]]}" for name in swapped)
-    terms = [f"{'-' if sign < 0 else '+'} {equals[name]}" for name, sign in h.weights().items()]
-    again = " ".join(terms).removeprefix("+ ")
+    again = _TERM.sub(lambda term: equals[term[0]], h.contrast)
     what = f"re-measures {again}" if len(set(equals.values())) > 1 else "compares a text with itself"
     measured = figures(m) if m.differences.n else f"no pair was measured for {h.contrast}"
     return f"A full swap is text substitution ({named}), so this {what}: {measured}; {_where_to_look(protocol)}."
@@ -89,9 +98,9 @@ def _equal_text(protocol: Protocol, name: str) -> str:
 
 def _where_to_look(protocol: Protocol) -> str:
     foreign = [name for name, c in protocol.conditions.items() if c.from_ == "foreign"]
-    found = [h for h in protocol.hypotheses if h.test != "equivalent" and set(foreign) & set(h.weights())]
+    found = [h for h in protocol.hypotheses if h.test != "equivalent" and set(foreign) & set(h.conditions)]
     if not found:
         return "this protocol has no contrast against a foreign cache, which is what would be evidence"
-    used = [name for name in foreign if any(name in h.weights() for h in found)]
+    used = [name for name in foreign if any(name in h.conditions for h in found)]
     ids = ", ".join(h.id for h in found)
     return f"the evidence stands in the contrasts against a foreign cache ({', '.join(used)}): {ids}"

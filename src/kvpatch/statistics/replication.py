@@ -1,0 +1,84 @@
+"""Does a finding repeat? Two studies are held against each other; from four on, a random-effects mean is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from statsmodels.stats.meta_analysis import combine_effects
+
+from kvpatch.statistics.intervals import Interval
+
+MIN_STUDIES = 4
+
+
+@dataclass(frozen=True)
+class Study:
+    """An estimate, its interval, and how far from 0 it must lie to count (0 or more), in the claim's direction."""
+
+    estimate: float
+    interval: Interval
+    bound: float
+
+
+@dataclass(frozen=True)
+class Replication:
+    """Whether a finding repeats; `reason` is what it lacks, or what it has, as a clause."""
+
+    holds: bool
+    speaks_against: bool
+    reason: str
+
+
+def replicates(first: Study, second: Study, sign: int) -> Replication:
+    """Hold a second study against a first one.
+
+    sign: +1 or -1, the claim's direction; intervals are turned so that the claim's side is positive. A finding repeats
+    where both estimates have the claim's sign, both intervals lie beyond their own bound, and the intervals overlap.
+    The second study speaks against it where its interval lies wholly on the other side of 0, or within its bound.
+    """
+    (low1, high1), (low2, high2) = (_turned(s.interval, sign) for s in (first, second))
+    if not all(map(math.isfinite, (low1, high1, low2, high2))):
+        return Replication(False, False, "one of the two has no interval")
+    if high2 < 0 or (second.bound > 0 and high2 <= second.bound):
+        return Replication(False, True, "the second lies short of what would count")
+    if low1 <= first.bound:
+        return Replication(False, False, "the first is not beyond its own margin")
+    if low2 <= second.bound:
+        return Replication(False, False, "the second is not beyond its own margin")
+    if low2 > high1 or low1 > high2:
+        return Replication(False, False, "both are beyond their margins, but their intervals do not overlap")
+    return Replication(True, False, "both have the claim's sign, lie beyond their margins, and overlap")
+
+
+def _turned(interval: Interval, sign: int) -> tuple[float, float]:
+    low, high = sorted((sign * interval.low, sign * interval.high))
+    return low, high
+
+
+@dataclass(frozen=True)
+class RandomEffects:
+    """Mean over studies with its 95% interval (Hartung-Knapp), and how far studies differ (tau^2, I^2)."""
+
+    mean: float
+    interval: Interval
+    tau2: float
+    i2: float
+
+
+def random_effects(estimates: Sequence[float], standard_errors: Sequence[float]) -> RandomEffects | None:
+    """Random-effects mean of at least four studies; None for fewer, which can't tell how far studies differ.
+
+    Source: DerSimonian & Laird 1986 with Hartung & Knapp 2001's interval, by
+    `statsmodels.stats.meta_analysis.combine_effects`.
+    """
+    if len(estimates) < MIN_STUDIES:
+        return None
+    variances = np.asarray(standard_errors, dtype=float) ** 2
+    found: Any = combine_effects(np.asarray(estimates, dtype=float), variances, method_re="dl", use_t=True)
+    low, high = found.conf_int(alpha=0.05, use_t=True)[3]
+    interval = Interval(float(low), float(high), 0.95)
+    return RandomEffects(float(found.mean_effect_re), interval, float(found.tau2), max(0.0, float(found.i2)))

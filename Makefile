@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
-DEMO_N ?= 12
+DEMO_N ?= 6
 
 .PHONY: help install install-test demo test lint bench clean
 
@@ -26,8 +26,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-demo: install    ## fetch the embedded model, run dec7 small, write the report
-	$(BIN)/kvpatch run dec7 --phases 1 --model smollm2-135m --n $(DEMO_N) --out $(DEMO)
+demo: install    ## fetch the embedded models, run all of dec7 small, write the report
+	$(BIN)/kvpatch run dec7 --model smollm2-135m --n $(DEMO_N) --out $(DEMO)
 
 lint: install-test  ## format, rules and types
 	$(BIN)/ruff format --check .

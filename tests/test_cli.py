@@ -25,7 +25,7 @@ from small import CONDITIONS, bank_entries, protocol_content, with_patch, write_
 
 pytestmark = pytest.mark.model
 
-COMMANDS = ("run", "plan", "status", "verdicts", "report", "check", "bank", "models", "pull", "schema")
+COMMANDS = ("run", "plan", "status", "verdicts", "report", "check", "bank", "models", "pull", "power", "schema")
 
 
 class Outcome(NamedTuple):

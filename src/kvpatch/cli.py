@@ -196,6 +196,30 @@ def effects(
 
 
 @app.command()
+def power(
+    protocol: Annotated[str, typer.Argument(help="Shipped name (dec7) or YAML file.")],
+    n: Annotated[int | None, typer.Option(help="Pairs per condition, in place of each phase's own.")] = None,
+    effect: Annotated[float, typer.Option(help="The effect that should be seen, in dz.")] = 0.5,
+    pilot: Annotated[Path | None, typer.Option(help="A run directory whose pair differences to simulate from.")] = None,
+    phases: Phases = None,
+    as_json: Json = False,
+) -> None:
+    """Say the smallest effect each hypothesis can see at its n, and the n that a wanted effect needs.
+
+    Example: kvpatch power dec7 --n 20
+    """
+    from kvpatch.protocols.load import load_protocol
+    from kvpatch.statistics.power import power as power_of
+    from kvpatch.store import Store
+    from kvpatch.summaries import print_power
+
+    chosen = load_protocol(protocol)
+    rows = None if pilot is None else Store(pilot).read().to_pandas()
+    found = power_of(chosen, n=n, phases=_names(phases), wanted_dz=effect, pilot=rows)
+    _print([entry.model_dump() for entry in found], as_json, lambda: print_power(found))
+
+
+@app.command()
 def report(
     directory: Directory,
     out: Annotated[

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvpatch.check import Identity
     from kvpatch.estimate import Estimate
     from kvpatch.statistics.effects import Effect
+    from kvpatch.statistics.power import Power, PowerAt
     from kvpatch.statistics.verdicts import Verdict
 
 
@@ -173,6 +174,49 @@ def _interval(effect: Effect) -> str:
         return "-"
     ends = "" if effect.ci_low is None else f"\n[dim]{effect.ci_low:+.2f} to {effect.ci_high:+.2f}[/dim]"
     return f"{effect.estimate:+.2f}{ends}"
+
+
+def print_power(entries: Sequence[Power]) -> None:
+    """A row for every alpha of a hypothesis; hypotheses that have the same figures share their rows."""
+    console = Console()
+    table = Table(title="smallest effect (dz) seen with 80% / 90% power, and the pairs that the wanted one needs")
+    for column in ("hypothesis", "test, n", "alpha", "smallest dz", "in its unit", "power at wanted dz", "pairs"):
+        table.add_column(column, no_wrap=column in ("hypothesis", "smallest dz"))
+    groups: dict[str, list[Power]] = {}
+    for e in entries:
+        groups.setdefault(e.model_dump_json(exclude={"id", "phase", "contrast", "readout", "family"}), []).append(e)
+    for members in groups.values():
+        first = members[0]
+        names, test = "\n".join(e.id for e in members), f"{first.test}, {first.n}"
+        if first.plain is None or first.worst is None:
+            table.add_row(names, test, "-", "not simulated", "-", "-", "-")
+            continue
+        table.add_row(names, test, *_power_cells(first, first.plain))
+        if first.family_size > 1:
+            table.add_row("", "", *_power_cells(first, first.worst), style="dim")
+    console.print(table)
+    console.print(
+        "First line, the headline: at the hypothesis' own alpha. Second line: at alpha over the size of its family,"
+        " which Holm asks of one that passes alone. Of an equivalence test the figures are margins: the smallest that"
+        " is certified where there is no effect. That the gates before it pass is taken for granted."
+    )
+    notes: dict[str, list[str]] = {}
+    for e in entries:
+        for note in [*e.notes, *["true by construction of a full swap"] * e.is_tautological]:
+            notes.setdefault(note, []).append(e.id)
+    for note, ids in notes.items():
+        console.print(f"[bold]{', '.join(ids)}[/bold]: {escape(note)}")
+
+
+def _power_cells(entry: Power, at: PowerAt) -> list[str]:
+    """Alpha, smallest dz, the same in its unit, power at the wanted dz, pairs for it."""
+    if at.dz_80 is None or at.dz_90 is None:
+        dz = f"needs {at.needs_pairs} pairs"
+    else:
+        dz = f"{at.dz_80:.2f} / {at.dz_90:.2f}"
+    unit = "-" if at.unit_80 is None or at.unit_90 is None else f"{at.unit_80:.3g} / {at.unit_90:.3g}"
+    pairs = " / ".join("-" if n is None else str(n) for n in (at.n_80, at.n_90))
+    return [f"{at.alpha:.2g}", dz, unit, f"{at.power_at_wanted:.0%} at {entry.wanted_dz:.2g}", pairs]
 
 
 def print_check(identities: Sequence[Identity]) -> None:

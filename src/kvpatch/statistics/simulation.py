@@ -1,0 +1,162 @@
+"""Many data sets at once through the project's own tests: what each would have needed to be decided.
+
+A sign-flip test and a bootstrap interval both move with the data: adding an effect to every pair difference changes
+which flips reach the observed mean, and shifts the interval, in a way that is known in closed form. So a data set of
+pure noise is simulated once, and the *critical effect*, the smallest that would have passed, is read off it. Power at
+an effect is the share of data sets whose critical effect lies below it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from kvpatch.statistics.intervals import SEED
+from kvpatch.statistics.pairs import Floats
+from kvpatch.statistics.tests import RESAMPLES
+
+FLIPS = 20_000
+"""Random flips, where there are too many for all; `sign_flip` draws more, which matters only for the last few flips."""
+WEIGHTS = 2_000
+"""Bootstrap samples; `bca_interval` draws 9,999, which moves an end by less than a tenth of a standard error."""
+LEVELS = (0.95, 0.90)
+_BATCH = 250
+_Matrix = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Critical:
+    """What each simulated data set needs, by the rules of `tests.sign_flip` and `intervals.bca_interval`.
+
+    above: alpha -> [sets]; the test "greater" gives p < alpha once more than this is added to every difference.
+    below: alpha -> [sets]; the same for the data set with its signs turned, so for the test "less".
+    low, high: level -> [sets], ends of the BCa interval of the mean as it is.
+    sd: [sets], standard deviations (n - 1).
+    """
+
+    above: dict[float, Floats]
+    below: dict[float, Floats]
+    low: dict[float, Floats]
+    high: dict[float, Floats]
+    sd: Floats
+
+
+@lru_cache(maxsize=256)
+def noise_sets(n: int, sets: int, pilot: tuple[float, ...] | None = None) -> Floats:
+    """Simulated differences without an effect, [sets, n], with standard deviation 1.
+
+    Normal, or drawn with replacement from `pilot`, which has mean 0 and standard deviation (n - 1) 1.
+    """
+    rng = np.random.default_rng([SEED, n])
+    if pilot is None:
+        return rng.standard_normal((sets, n))
+    return rng.choice(np.asarray(pilot), size=(sets, n))
+
+
+@lru_cache(maxsize=256)
+def critical(n: int, sets: int, alphas: tuple[float, ...], pilot: tuple[float, ...] | None = None) -> Critical:
+    """`critical_of` simulated noise (`noise_sets`); remembered."""
+    return critical_of(noise_sets(n, sets, pilot), alphas)
+
+
+def critical_of(differences: Floats, alphas: Iterable[float], levels: Iterable[float] = LEVELS) -> Critical:
+    """What each data set needs to be decided.
+
+    differences: [sets, n], n at least 3. An alpha that n pairs can't reach gives infinity.
+    """
+    alphas = tuple(dict.fromkeys(alphas))
+    above, below = _by_flips(differences, alphas)
+    low, high = _by_bootstrap(differences, tuple(levels))
+    return Critical(above, below, low, high, np.std(differences, axis=1, ddof=1))
+
+
+def _by_flips(differences: Floats, alphas: tuple[float, ...]) -> tuple[dict[float, Floats], dict[float, Floats]]:
+    """A flip of some signs reaches the observed sum where the flipped differences do not sum to more than 0, that is,
+    where the effect is at most minus the mean of the flipped noise. The critical effect is the k-th largest such."""
+    sets, n = differences.shape
+    flips, taken = _flips(n)
+    allowed = {alpha: _flips_allowed(alpha, taken, exact=2**n <= RESAMPLES) for alpha in alphas}
+    ranks = sorted({k for k in allowed.values() if k >= 0})
+    out: tuple[dict[float, Floats], dict[float, Floats]] = (
+        {alpha: np.full(sets, np.inf) for alpha in alphas},
+        {alpha: np.full(sets, np.inf) for alpha in alphas},
+    )
+    if not ranks:
+        return out
+    for start in range(0, sets, _BATCH):
+        rows = slice(start, start + _BATCH)
+        means = differences[rows].astype(np.float32) @ flips  # [batch, flips that flip something]
+        size = means.shape[1]
+        kth = [min(k, size - 1) for k in ranks]
+        ordered = np.partition(means, sorted({*kth, *(size - 1 - k for k in kth)}), axis=1)
+        for alpha, k in allowed.items():
+            if k >= 0:
+                out[0][alpha][rows] = -ordered[:, min(k, size - 1)]
+                out[1][alpha][rows] = ordered[:, size - 1 - min(k, size - 1)]
+    return out
+
+
+@lru_cache(maxsize=4)
+def _flips(n: int) -> tuple[_Matrix, int]:
+    """[n, flips]: each column averages the differences that one flip turns; and how many flips that is with those that
+    turn none, which always reach the observed sum and so are left out."""
+    if 2**n <= RESAMPLES:
+        turned = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
+    else:
+        turned = np.random.default_rng([SEED, n, 1]).integers(0, 2, (FLIPS, n), dtype=np.int8)
+    taken = len(turned)
+    turned = turned[turned.any(axis=1)].astype(np.float32)
+    return np.ascontiguousarray((turned / turned.sum(axis=1, keepdims=True)).T), taken
+
+
+def _flips_allowed(alpha: float, taken: int, *, exact: bool) -> int:
+    """How many flips that turn something may reach the observed sum with p < alpha still; below 0 if none may."""
+    total = taken if exact else taken + 1
+    return math.ceil(alpha * total * (1 - 1e-12)) - 2  # the observed one counts, and p must be below alpha
+
+
+def _by_bootstrap(differences: Floats, levels: tuple[float, ...]) -> tuple[dict[float, Floats], dict[float, Floats]]:
+    """BCa ends of the mean: bias from the share of bootstrap means below it, acceleration from the jackknife."""
+    sets, n = differences.shape
+    weights = _weights(n)
+    low = {level: np.empty(sets) for level in levels}
+    high = {level: np.empty(sets) for level in levels}
+    for start in range(0, sets, _BATCH):
+        rows = slice(start, start + _BATCH)
+        values = differences[rows]
+        mean = values.mean(axis=1, keepdims=True)
+        centred = values - mean
+        means = np.sort(centred.astype(np.float32) @ weights, axis=1)  # [batch, WEIGHTS]
+        tie = 1e-6 * np.abs(centred).max(axis=1, keepdims=True)
+        share = ((means < -tie).mean(axis=1) + (means <= tie).mean(axis=1)) / 2
+        squares = (centred**2).sum(axis=1)
+        skew = (centred**3).sum(axis=1) / np.where(squares > 0, 6 * squares**1.5, 1)
+        bias = special.ndtri(np.clip(share, 1e-9, 1 - 1e-9))
+        for level in levels:
+            for ends, tail in ((low, (1 - level) / 2), (high, (1 + level) / 2)):
+                z = bias + special.ndtri(tail)
+                at = special.ndtr(bias + z / (1 - skew * z))
+                ends[level][rows] = mean[:, 0] + _quantile(means, at)
+    return low, high
+
+
+def _quantile(ordered: _Matrix, at: Floats) -> Floats:
+    """The quantile `at` [rows] of each row of ordered [rows, columns], interpolated."""
+    place = at * (ordered.shape[1] - 1)
+    under = np.minimum(place.astype(int), ordered.shape[1] - 2)
+    row = np.arange(len(ordered))
+    left, right = ordered[row, under], ordered[row, under + 1]
+    return left + (place - under) * (right - left)
+
+
+@lru_cache(maxsize=4)
+def _weights(n: int) -> _Matrix:
+    """[n, WEIGHTS]: how often each difference is drawn, over n; shared by all data sets."""
+    counts = np.random.default_rng([SEED, n, 2]).multinomial(n, np.full(n, 1 / n), size=WEIGHTS)
+    return np.ascontiguousarray((counts / n).T, dtype=np.float32)

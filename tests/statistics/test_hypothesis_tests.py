@@ -178,7 +178,23 @@ def test_holm_agrees_with_r():
 
 def test_benjamini_hochberg_on_the_paper_s_fifteen_p_values():
     # Benjamini & Hochberg 1995, section 4: at .05 the first four are rejected, where Bonferroni rejects three.
-    p = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459, 0.324, 0.4262, 0.5719, 0.6528, 0.759, 1]
+    p = [
+        0.0001,
+        0.0004,
+        0.0019,
+        0.0095,
+        0.0201,
+        0.0278,
+        0.0298,
+        0.0344,
+        0.0459,
+        0.324,
+        0.4262,
+        0.5719,
+        0.6528,
+        0.759,
+        1,
+    ]
     found = adjusted(p, "benjamini_hochberg")
     assert [i for i, a in enumerate(found) if a <= 0.05] == [0, 1, 2, 3]
     assert found[3] == pytest.approx(0.0095 * 15 / 4)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from kvpatch.protocols.schema import Hypothesis
+from kvpatch.protocols.schema import Hypothesis, Protocol, calibration_of
 from kvpatch.statistics.pairs import PairDifferences, Transform, contrast_differences, rows_of
 from kvpatch.statistics.tests import sd_of
 
@@ -22,6 +22,13 @@ class Bound:
 
     value: float | None
     reason: str | None = None
+
+
+def calibration_rows(protocol: Protocol, trials: pd.DataFrame, phase: str) -> pd.DataFrame:
+    """The trials without the calibration of any model but the one that a phase runs on."""
+    own = calibration_of(protocol.phases[phase].model)
+    others = {calibration_of(key) for key in (None, *protocol.models)} - {own}
+    return trials.loc[~((trials["split"] == "calibration") & trials["phase"].isin(list(others)))]
 
 
 def natural_gap(trials: pd.DataFrame, readout: str, transform: Transform) -> Bound:

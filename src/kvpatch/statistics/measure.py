@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from kvpatch.protocols.schema import Hypothesis, Protocol, Variable, calibration_of
+from kvpatch.protocols.schema import Hypothesis, Protocol, Variable
 from kvpatch.statistics import tests
 from kvpatch.statistics.correlation import partial_correlation
 from kvpatch.statistics.intervals import Interval, Ratio, bca_interval, fieller_interval
@@ -16,6 +16,7 @@ from kvpatch.statistics.margins import (
     NATURAL_SOURCE,
     NATURAL_TARGET,
     Bound,
+    calibration_rows,
     margin_of,
     natural_gap,
     too_small_to_matter,
@@ -90,7 +91,7 @@ def _contrast(
     protocol: Protocol, trials: pd.DataFrame, rows: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str, str]
 ) -> Measured:
     found = contrast_differences(rows, hypothesis.weights(), hypothesis.readout, hypothesis.transform, units)
-    own = _calibration_rows(protocol, trials, hypothesis.phase)
+    own = calibration_rows(protocol, trials, hypothesis.phase)
     gap = natural_gap(own, hypothesis.readout, hypothesis.transform)
     margin = margin_of(hypothesis, found, gap)
     p, interval = _test(hypothesis, found, margin)
@@ -124,13 +125,6 @@ def _measured(
         transfer=transfer,
         absent=(),
     )
-
-
-def _calibration_rows(protocol: Protocol, trials: pd.DataFrame, phase: str) -> pd.DataFrame:
-    """The rows without the calibration of any model but the one a phase runs on."""
-    own = calibration_of(protocol.phases[phase].model)
-    others = {calibration_of(key) for key in (None, *protocol.models)} - {own}
-    return trials.loc[~((trials["split"] == "calibration") & trials["phase"].isin(list(others)))]
 
 
 def _test(hypothesis: Hypothesis, found: PairDifferences, margin: Bound) -> tuple[float, Interval]:

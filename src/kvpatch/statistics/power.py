@@ -17,10 +17,10 @@ import pandas as pd
 from kvpatch.errors import ProtocolError
 from kvpatch.patch import Frozen
 from kvpatch.protocols.schema import Hypothesis, Protocol
-from kvpatch.statistics.margins import natural_gap
+from kvpatch.statistics.margins import calibration_rows, natural_gap
 from kvpatch.statistics.measure import measure
 from kvpatch.statistics.pairs import Floats, prepare
-from kvpatch.statistics.simulation import critical
+from kvpatch.statistics.simulation import critical, critical_correlations, critical_slopes
 from kvpatch.statistics.tests import sd_of, smallest_n
 
 SETS = 4_000
@@ -148,12 +148,31 @@ def _equivalent(q: Question) -> Floats:
     return np.maximum(by_flips, np.maximum(-found.low[0.90], found.high[0.90]))
 
 
+def _ordering(q: Question) -> Floats:
+    names, peak = q.hypothesis.order()
+    return critical_slopes(q.n, len(names), peak, q.alpha, q.sets)
+
+
+def _correlation(q: Question) -> Floats:
+    return critical_correlations(q.n, len(q.hypothesis.controlling), q.alpha, q.sets)
+
+
 KINDS: dict[str, Callable[[Question], Floats]] = {
     "greater": _directional,
     "less": _directional,
     "much_greater": _directional,
     "much_less": _directional,
     "equivalent": _equivalent,
+    "trend": _ordering,
+    "umbrella": _ordering,
+    "correlates": _correlation,
+    "replicates": _directional,
+}
+MEANING = {
+    "trend": "dz is that of the pairs' slopes, for noise that is normal and alike at every level",
+    "umbrella": "dz is that of the pairs' slopes, for noise that is normal and alike at every level",
+    "correlates": "the figures are correlations",
+    "replicates": "the second model's own test alone; that the intervals overlap is not counted",
 }
 """Kind of test -> [sets], the effect (or margin) that each simulated data set needs to be decided for the claim."""
 
@@ -212,14 +231,14 @@ def _all_alphas(protocol: Protocol) -> tuple[float, ...]:
 
 def _noise_of(protocol: Protocol, rows: pd.DataFrame, h: Hypothesis) -> Noise:
     """The pilot's pair differences of a hypothesis; normal ones, with the reason, where it has none to speak of."""
-    if h.test not in KINDS:
+    if h.test not in KINDS or h.test in ("trend", "umbrella", "correlates"):
         return Noise()
     values = measure(protocol, rows, h).differences.values
     sd = sd_of(values)
     if len(values) < 3 or not sd > 0:
         why = "its differences do not vary" if len(values) >= 3 else f"it has {len(values)} pairs of {h.contrast}"
         return Noise(notes=(f"normal noise, since the pilot can't be used: {why}",))
-    fixed, notes = _fixed_margin(rows, h)
+    fixed, notes = _fixed_margin(calibration_rows(protocol, rows, h.phase), h)
     zeros = float(np.mean(values == 0))
     if zeros > MOST_ZEROS:
         notes.append(
@@ -248,14 +267,14 @@ def _power(protocol: Protocol, h: Hypothesis, noise: Noise, n: int, wanted_dz: f
     if is_margin and noise.fixed:
         wanted_dz = noise.fixed
     plain, worst = _alphas(protocol)[h.id]
-    notes = list(noise.notes)
+    notes = [*noise.notes, *([MEANING[h.test]] if h.test in MEANING else [])]
     if h.test not in KINDS:
         notes.append(f"test {h.test!r} is not simulated")
     elif n < smallest_n(plain):
         notes.append(f"n={n} can't reach p < {plain:g} at all: it needs {smallest_n(plain)} pairs")
     elif n < smallest_n(worst):
         notes.append(f"as the first of its family it would need {smallest_n(worst)} pairs")
-    if h.test in KINDS and h.margin is not None and noise.pilot is None:
+    if h.test in KINDS and h.test != "correlates" and h.margin is not None and noise.pilot is None:
         if is_margin:
             notes.append("the margin is in the readout's unit, so only a pilot tells whether it can be certified")
         elif h.margin.natural_gap is not None or h.margin.value is not None:

@@ -20,6 +20,7 @@ from scipy import special
 from kvpatch.statistics.intervals import SEED
 from kvpatch.statistics.pairs import Floats
 from kvpatch.statistics.tests import RESAMPLES
+from kvpatch.statistics.trend import order_scores
 
 FLIPS = 20_000
 """Random flips, where there are too many for all; `sign_flip` draws more, which matters only for the last few flips."""
@@ -160,3 +161,46 @@ def _weights(n: int) -> _Matrix:
     """[n, WEIGHTS]: how often each difference is drawn, over n; shared by all data sets."""
     counts = np.random.default_rng([SEED, n, 2]).multinomial(n, np.full(n, 1 / n), size=WEIGHTS)
     return np.ascontiguousarray((counts / n).T, dtype=np.float32)
+
+
+@lru_cache(maxsize=256)
+def critical_slopes(n: int, levels: int, peak: int, alpha: float, sets: int) -> Floats:
+    """The smallest mean slope, in standard deviations of the pairs' slopes, at which an ordering is decided, [sets].
+
+    Normal noise of equal size at every level. A set is decided once ranks within pairs give p < alpha (by the normal
+    approximation of the permutation distribution, mean 0 and variance n (levels + 1) levels / 12 times the squared
+    scores: Page 1963) and the slopes' 95% interval lies above 0. More slope never undoes that, so it is bisected for.
+    """
+    scores = order_scores(levels, peak)
+    squares = float(scores @ scores)
+    sets = max(200, min(sets, 400_000 // n))
+    noise = np.random.default_rng([SEED, n, 3]).standard_normal((sets, n, levels))
+    spread = math.sqrt(n * levels * (levels + 1) / 12 * squares)
+    z = special.ndtri(1 - alpha)
+    low, high = np.zeros(sets), np.full(sets, 8.0 / math.sqrt(n) + 4.0)
+    for _ in range(14):
+        middle = (low + high) / 2
+        values = noise + (middle / math.sqrt(squares))[:, None, None] * scores
+        ranks = values.argsort(axis=2).argsort(axis=2)
+        passes = (ranks @ scores).sum(axis=1) > z * spread
+        low, high = np.where(passes, low, middle), np.where(passes, middle, high)
+    ends = _by_bootstrap(noise @ scores / math.sqrt(squares), (0.95,))[0][0.95]
+    return np.maximum(high, -ends)
+
+
+@lru_cache(maxsize=256)
+def critical_correlations(n: int, held: int, alpha: float, sets: int) -> Floats:
+    """The smallest partial correlation at which one is decided, [sets]; infinite for fewer than held + 4 pairs.
+
+    The sampling error of Fisher's z is drawn from the exact distribution of r without a correlation, which hardly
+    changes with the correlation itself (Fisher 1921, Metron 1:3). A set is decided once p < alpha by t and the 95%
+    interval lies above 0.
+    """
+    if n < held + 4:
+        return np.full(sets, np.inf)
+    freedom, wide = n - 2 - held, 1 / math.sqrt(n - 3 - held)
+    t = np.random.default_rng([SEED, n, 4]).standard_t(freedom, sets)
+    error = np.arctanh(t / np.sqrt(t**2 + freedom))
+    least_t = special.stdtrit(freedom, 1 - alpha)
+    least = max(math.atanh(least_t / math.sqrt(least_t**2 + freedom)), float(special.ndtri(0.975)) * wide)
+    return np.tanh(least - error)

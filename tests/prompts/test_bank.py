@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvpatch.errors import ProtocolError
 from kvpatch.prompts.bank import Bank, load_bank, shuffled_words
-from kvpatch.readouts.behavior import Lexicon
+from kvpatch.readouts.behavior import Lexicon, content_words
 from small import bank_entries, write_bank
 
 LEVELS = ("L1_hint", "L2_simple", "L3_deeper", "L4_full", "L5_refined", "long_control")
@@ -30,12 +30,10 @@ def lexicon() -> Lexicon:
 
 @pytest.fixture(scope="module")
 def count_tokens():
-    """Length in SmolLM2's tokens where its tokenizer is in the cache, in words where it is not."""
-    from kvpatch.models.load import is_pulled, pull
-
-    if not is_pulled("smollm2-135m"):
-        return lambda text: len(text.split())
+    """Length in SmolLM2's tokens."""
     from transformers import AutoTokenizer
+
+    from kvpatch.models.load import pull
 
     tokenizer = AutoTokenizer.from_pretrained(pull("smollm2-135m"), local_files_only=True)
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -52,7 +50,7 @@ def test_every_target_has_one_foreign_partner(bank):
 
 
 def test_every_cell_of_the_2x2_has_64_continuations(bank):
-    cells = Counter((c.mode, c.topic_of) for c in bank.continuations)
+    cells = Counter((c.mode, c.topic_of) for c in bank.continuations if c.topic_of != "either")
     assert len(cells) == 4
     assert min(cells.values()) >= 64
 
@@ -75,6 +73,17 @@ def test_every_level_of_the_ladder_has_the_same_20_subjects(bank):
     assert set(topics) == {p.level for p in bank.group("ladder")}
     assert all(len(set(topics[level])) == len(topics[level]) >= 20 for level in LEVELS)
     assert len({frozenset(topics[level]) for level in LEVELS}) == 1
+
+
+def test_every_subject_of_the_ladder_has_continuations_of_both_modes_disjoint_from_all_its_prompts(bank):
+    ladder = bank.group("ladder")
+    said = {word for prompt in ladder for word in content_words(prompt.text)}
+    disjoint = Counter(
+        (c.domain, c.mode) for c in bank.continuations if c.topic_of == "either" and not content_words(c.text) & said
+    )
+    domains = {prompt.continuation_domain for prompt in ladder}
+    assert {(domain, mode) for domain in domains for mode in ("plain", "recursive")} == set(disjoint)
+    assert min(disjoint.values()) >= 3
 
 
 def test_levels_of_the_ladder_are_equal_in_length_to_within_a_tenth(bank, count_tokens):

@@ -51,11 +51,11 @@ class Prompt(Frozen):
 
 
 class Continuation(Frozen):
-    """A held-out opening of a reply: recursive or plain, on a topic of the target's or the source's side."""
+    """A held-out opening of a reply: recursive or plain, on a topic of the target's side, the source's or either."""
 
     id: str
     mode: Literal["recursive", "plain"]
-    topic_of: Literal["target", "source"]
+    topic_of: Literal["target", "source", "either"]
     domain: str
     text: str = Field(min_length=1)
 

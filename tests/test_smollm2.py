@@ -8,15 +8,9 @@ import torch
 import kvpatch as kv
 from kvpatch.check import next_logits
 from kvpatch.models.hf import native_greedy, native_logits
-from kvpatch.models.load import is_pulled
 from kvpatch.models.template import EncodedPrompt
 
-pytestmark = [
-    pytest.mark.model,
-    pytest.mark.skipif(
-        not is_pulled("smollm2-135m"), reason="SmolLM2 is not in the cache; run `kvpatch pull smollm2-135m`"
-    ),
-]
+pytestmark = pytest.mark.model
 SOURCE = "Watch yourself write this."
 TARGET = "Explain how bread rises."
 

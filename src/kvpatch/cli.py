@@ -320,6 +320,7 @@ def models(as_json: Json = False) -> None:
             "name": k,
             "about": m.about,
             "licence": m.licence,
+            "terms": m.terms,
             "megabytes": sum(w.bytes for w in m.wheels) // 10**6,
             "pulled": is_pulled(k),
         }

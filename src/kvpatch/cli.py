@@ -37,6 +37,7 @@ OtherModels = Annotated[
     list[str] | None,
     typer.Option("--other-model", help="KEY=MODEL, in place of what the protocol's 'models' names; may be repeated."),
 ]
+AllowCode = Annotated[bool, typer.Option(help="Run the scoring function that the protocol names.")]
 Phases = Annotated[str | None, typer.Option(help="Phases to run, with commas; all if not given.")]
 
 
@@ -54,6 +55,7 @@ def run(
     dtype: Dtype = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run modelling code that comes with the model.")] = False,
     allow_pickle: Annotated[bool, typer.Option(help="Also read pickled weights.")] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Run a protocol on a model, or what is left of it, and write verdicts and report.
 
@@ -64,6 +66,7 @@ def run(
     from kvpatch.protocols.load import load_protocol
 
     chosen = load_protocol(protocol)
+    _refuse_code(chosen, allow_code)
     _writable(out)
     from kvpatch.progress import run_progress
     from kvpatch.run import run as run_protocol
@@ -103,6 +106,7 @@ def plan(
     ] = True,
     device: Device = None,
     dtype: Dtype = None,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Say what a run would do, without running it.
@@ -112,12 +116,13 @@ def plan(
     from kvpatch.protocols.load import load_protocol
 
     chosen = load_protocol(protocol)
+    _refuse_code(chosen, allow_code)
     from kvpatch.prompts.bank import load_bank
     from kvpatch.run import plan_for
     from kvpatch.summaries import plan_summary, print_plan
 
     loaded = _load_all(chosen, model, _names(phases), other_model, device=device, dtype=dtype)
-    made, _ = plan_for(loaded, chosen, load_bank(chosen.bank), seed=seed, n=n, phases=_names(phases))
+    made, _ = plan_for(loaded, chosen, load_bank(chosen.bank, chosen.folder), seed=seed, n=n, phases=_names(phases))
     cost = None
     if timing:
         from kvpatch.estimate import estimate
@@ -341,6 +346,15 @@ def pull(name: Annotated[str, typer.Argument(help="A name from `kvpatch models`.
     with loading() as report:
         where = pull_model(name, report)
     typer.echo(f"{name}: {where}")
+
+
+def _refuse_code(protocol: Protocol, is_allowed: bool) -> None:
+    """A protocol is data; the function it may name is not, and runs only if asked for."""
+    from kvpatch.readouts.scorer import names_code
+
+    name = protocol.readouts.lexicon
+    if names_code(name) and not is_allowed:
+        raise KvpatchError(f"{protocol.protocol} scores with the function {name}: --allow-code runs it, if you trust it")
 
 
 def _load_all(

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from kvpatch.errors import ProtocolError
 from kvpatch.patch import Frozen
+from kvpatch.protocols.schema import Mode
 
 
 class Prompt(Frozen):
@@ -51,10 +52,10 @@ class Prompt(Frozen):
 
 
 class Continuation(Frozen):
-    """A held-out opening of a reply: recursive or plain, on a topic of the target's side, the source's or either."""
+    """A held-out opening of a reply: in a protocol's mode or "plain", on a topic of the target's side, the source's or either."""
 
     id: str
-    mode: Literal["recursive", "plain"]
+    mode: Mode
     topic_of: Literal["target", "source", "either"]
     domain: str
     text: str = Field(min_length=1)
@@ -91,18 +92,22 @@ class Bank(Frozen):
         return {prompt.partner_of: prompt for prompt in self.prompts if prompt.partner_of}
 
 
-def load_bank(name: str) -> Bank:
-    """Load a shipped bank by name, or one from a directory.
+def load_bank(name: str, folder: Path | None = None) -> Bank:
+    """Load a bank from a directory, or a shipped one by name.
 
+    Args:
+        name: a directory of YAML files, or a shipped name.
+        folder: what a directory is relative to (a protocol's `folder`); the working directory if None.
     Raises:
         ProtocolError: where it can't be found or an entry is wrong; the message names file and entry.
     """
-    path = Path(name)
+    path = Path(folder or "", name)
     if path.is_dir():
         return _read(name, path)
     shipped = files("kvpatch.prompts").joinpath("banks", name)
     if not shipped.is_dir():
-        raise ProtocolError(f"no prompt bank {name!r}: neither a shipped bank nor a directory")
+        where = f" in {folder}" if folder else ""
+        raise ProtocolError(f"no prompt bank {name!r}: neither a shipped bank nor a directory{where}")
     with as_file(shipped) as folder:
         return _read(name, folder)
 

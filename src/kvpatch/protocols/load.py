@@ -23,22 +23,24 @@ def shipped_protocols() -> list[str]:
 
 
 def load_protocol(name: str) -> Protocol:
-    """Read a protocol.
+    """Read a protocol; its paths are relative to its file, whatever the working directory.
 
     Raises:
         ProtocolError: for an unknown name, an unreadable file, or content that is not a protocol.
     """
     path = Path(name)
+    folder = path.absolute().parent
     if path.suffix in (".yaml", ".yml"):
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ProtocolError(f"{name}: can't be read: {getattr(error, 'strerror', None) or error}") from error
     elif name in shipped_protocols():
-        text = files("kvpatch.protocols").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+        shipped = files("kvpatch.protocols")
+        text, folder = shipped.joinpath(f"{name}.yaml").read_text(encoding="utf-8"), Path(str(shipped))
     else:
         raise ProtocolError(f"no protocol {name!r}: shipped are {', '.join(shipped_protocols())}; or give a .yaml file")
-    return parse_protocol(text, name)
+    return parse_protocol(text, name).placed(folder)
 
 
 def parse_protocol(text: str, name: str) -> Protocol:

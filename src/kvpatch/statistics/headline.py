@@ -12,8 +12,7 @@ from kvpatch.statistics.records import Verdict
 def headline(protocol: Protocol, verdicts: Sequence[Verdict]) -> str:
     """Return the report's first sentence.
 
-    The mode is named after the group of source prompts ("recursive" gives "recursive mode"). The strongest
-    sentence it can return starts "Information sufficient for recursive-style output can be read from these
+    The mode is the protocol's ("recursive" gives "recursive mode"). The strongest sentence it can return starts "Information sufficient for recursive-style output can be read from these
     cache slots".
     """
     verdict_of = {v.id: v for v in verdicts}
@@ -38,11 +37,11 @@ def _gate(hypotheses: Sequence[Hypothesis], gate: int) -> list[Hypothesis]:
 
 
 def _mode(protocol: Protocol) -> str:
-    return f"{protocol.pairing.sources.replace('_', ' ')} mode"
+    return f"{protocol.mode_name} mode"
 
 
 def _style(protocol: Protocol) -> str:
-    return f"{protocol.pairing.sources.replace('_', ' ')}-style output"
+    return f"{protocol.mode_name}-style output"
 
 
 def _named(verdicts: Sequence[Verdict]) -> str:

@@ -354,7 +354,9 @@ def _refuse_code(protocol: Protocol, is_allowed: bool) -> None:
 
     name = protocol.readouts.lexicon
     if names_code(name) and not is_allowed:
-        raise KvpatchError(f"{protocol.protocol} scores with the function {name}: --allow-code runs it, if you trust it")
+        raise KvpatchError(
+            f"{protocol.protocol} scores with the function {name}: --allow-code runs it, if you trust it"
+        )
 
 
 def _load_all(

@@ -52,7 +52,7 @@ class Prompt(Frozen):
 
 
 class Continuation(Frozen):
-    """A held-out opening of a reply: in a protocol's mode or "plain", on a topic of the target's side, the source's or either."""
+    """A held-out opening of a reply, in a mode or "plain", on a topic of the target's side, the source's or either."""
 
     id: str
     mode: Mode

@@ -25,9 +25,9 @@ class Pair:
     """A target, its source, and what else the conditions of the pair need.
 
     `others` holds prompts of further groups of the bank, by group: matched in length with the source, each used once,
-    so that late pairs may have none. `continuations` gives, for every cell of `cells_of`, openings on the pair's domains
-    that share no content word with the source. Words of the prompts of the roles in `masked_by` do not count in the
-    masked score.
+    so that late pairs may have none. `continuations` gives, for every cell of `cells_of`, openings on the pair's
+    domains that share no content word with the source. Words of the prompts of the roles in `masked_by` do not count in
+    the masked score.
     """
 
     target: Prompt

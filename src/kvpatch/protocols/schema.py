@@ -62,8 +62,8 @@ class Readouts(Frozen):
 
     lexicon: str = Field(
         default="recursion",
-        description="what scores a text: a shipped lexicon, a lexicon's YAML file, or a function as file.py:function or "
-        "package.module:function; paths are relative to the protocol file",
+        description="what scores a text: a shipped lexicon, a lexicon's YAML file, or a function as file.py:function "
+        "or package.module:function; paths are relative to the protocol file",
     )
     r_v: RVSettings = RVSettings()
     forced_tokens: int = Field(default=24, ge=2, description="tokens of the fixed continuation R_V is forced on")

@@ -2,9 +2,9 @@
 
 Every function reads the generated text alone, and the source text only to see what was copied from it: a
 score over prompt and output would score the prompt. The mode is whatever the lexicon holds (`recursion` is
-the first of `lexicons/*.yaml`), so another protocol brings another file, or a function (`scorer.py`). Scores count every occurrence, so a
-text that collapsed into repeating one mode word scores high; that is told by `fluency.repetition`, stored
-beside the score, and is not corrected here.
+the first of `lexicons/*.yaml`), so another protocol brings another file; or a function, which `scorer.py` runs.
+Scores count every occurrence, so a text that collapsed into repeating one mode word scores high; that is told
+by `fluency.repetition`, stored beside the score, and is not corrected here.
 
 A *word* is a run of letters and digits of any script, with the combining marks on them, and with apostrophes
 and hyphens inside. In scripts without spaces (Chinese, Thai) a run between punctuation marks is one word, so
@@ -283,8 +283,9 @@ def content_words(text: str) -> set[str]:
 
 
 def recursive_score(text: str, lexicon: Lexicon) -> float:
-    """Lexicon hits per 100 words of the generated text, whatever the lexicon's mode; in [0, 100], 0.0 for a text without words.
+    """Lexicon hits per 100 words of the generated text; in [0, 100], 0.0 for a text without words.
 
+    The name is that of the stored column, whatever the lexicon's mode is.
     `text` is the generated text alone: prompt words in it would be scored. Each occurrence counts, so a text
     that repeats one mode word scores up to 100; repetition is a readout of its own (`fluency.repetition`).
     """

@@ -1,8 +1,8 @@
 """Scorers: how much of a text is in the protocol's mode. A lexicon, or a function of the user's own.
 
-A protocol names its scorer under `readouts.lexicon`: a shipped lexicon ("recursion"), the path of a lexicon's YAML file,
-or a function as `scorer.py:french` or `package.module:french`. Paths are relative to the protocol file. A function takes
-the generated text and returns
+A protocol names its scorer under `readouts.lexicon`: a shipped lexicon ("recursion"), the path of a lexicon's YAML
+file, or a function as `scorer.py:french` or `package.module:french`. Paths are relative to the protocol file. A
+function takes the generated text and returns
 
     a list of (start, end)   the stretches in the mode, as indices into the text; scored per 100 words
     a number                 the score itself, per 100 words
@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import math
 import re
 import sys
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from kvpatch.errors import ProtocolError
 from kvpatch.patch import Frozen
@@ -70,6 +71,9 @@ class Scorer(Frozen):
     function: str
     sha256: str
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.sha256))
+
     def score(self, text: str, seen: str) -> Scored:
         """Score a generated text.
 
@@ -89,12 +93,14 @@ class Scorer(Frozen):
             return Scored(recursive_score(text, prepared), recursive_score_masked(text, seen, prepared), hits)
         text = normalise(text)
         found = self._found(prepared, text)
-        if isinstance(found, float):
-            rest = self._found(prepared, _without_copied(text, seen))
-            return Scored(found, rest if isinstance(rest, float) else per_100_words(len(rest), text), None)
-        of_prompts = content_words(seen)
-        own = [span for span in found if of_prompts.isdisjoint(content_words(text[slice(*span)]))]
-        return Scored(per_100_words(len(found), text), per_100_words(len(own), text), found)
+        if isinstance(found, tuple):
+            of_prompts = content_words(seen)
+            own = [span for span in found if of_prompts.isdisjoint(content_words(text[slice(*span)]))]
+            return Scored(per_100_words(len(found), text), per_100_words(len(own), text), found)
+        rest = self._found(prepared, _without_copied(text, seen))
+        if isinstance(rest, tuple):
+            raise ProtocolError(f"scorer {self.name} returned a number for one text and a list for another")
+        return Scored(found, rest, None)
 
     def _found(self, function: ScoringFunction, text: str) -> float | Spans:
         try:
@@ -103,13 +109,13 @@ class Scorer(Frozen):
             raise _broken(self.name, error) from error
         if isinstance(found, Real) and not isinstance(found, bool) and math.isfinite(found):
             return float(found)
-        spans = tuple(sorted(tuple(span) for span in found)) if _is_spans(found, len(text)) else None
-        if spans is None:
+        if not _is_spans(found, len(text)):
             raise ProtocolError(
                 f"scorer {self.name} must return a finite number, or a list of (start, end) within the text; "
                 f"for a text of {len(text)} characters it returned {found!r:.80}"
             )
-        if any(right[0] < left[1] for left, right in zip(spans, spans[1:], strict=False)):
+        spans = tuple(sorted((start, end) for start, end in found))
+        if any(right[0] < left[1] for left, right in itertools.pairwise(spans)):
             raise ProtocolError(f"scorer {self.name} returned hits that overlap: {spans!r:.80}")
         return spans
 
@@ -206,7 +212,7 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(told).split())[:200] or "no message"
 
 
-def _is_spans(found: Any, length: int) -> bool:
+def _is_spans(found: Any, length: int) -> TypeGuard[list[tuple[int, int]]]:
     return isinstance(found, (list, tuple)) and all(
         isinstance(span, (list, tuple))
         and len(span) == 2

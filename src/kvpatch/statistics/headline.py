@@ -12,8 +12,8 @@ from kvpatch.statistics.records import Verdict
 def headline(protocol: Protocol, verdicts: Sequence[Verdict]) -> str:
     """Return the report's first sentence.
 
-    The mode is the protocol's ("recursive" gives "recursive mode"). The strongest sentence it can return starts "Information sufficient for recursive-style output can be read from these
-    cache slots".
+    The mode is the protocol's ("recursive" gives "recursive mode"). The strongest sentence it can return starts
+    "Information sufficient for recursive-style output can be read from these cache slots".
     """
     verdict_of = {v.id: v for v in verdicts}
     asked = [h for h in protocol.hypotheses if h.id in verdict_of and not protocol.is_tautological(h)]

@@ -99,9 +99,10 @@ def bank() -> Bank:
 
 
 def told(outcome: Outcome, *words: str) -> bool:
-    """Whether a command refused in one line that holds these words."""
-    is_line = outcome.code == 2 and outcome.err.startswith("kvpatch: ") and outcome.err.count("\n") == 1
-    return is_line and all(word in outcome.err for word in words)
+    """Whether a command refused in one line, after warnings, that holds these words."""
+    said = [line for line in outcome.err.splitlines() if not line.startswith("warning: ")]
+    is_line = outcome.code == 2 and len(said) == 1 and said[0].startswith("kvpatch: ")
+    return is_line and all(word in said[0] for word in words)
 
 
 # The example's own files

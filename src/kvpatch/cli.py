@@ -68,6 +68,7 @@ def run(
     chosen = load_protocol(protocol)
     _refuse_code(chosen, allow_code)
     _writable(out)
+    _warn_of_too_few(chosen, n, _names(phases))
     from kvpatch.progress import run_progress
     from kvpatch.run import run as run_protocol
 
@@ -85,10 +86,13 @@ def run(
         outcome = run_protocol(
             chosen, loaded, out, seed=seed, n=n, phases=_names(phases), command=sys.argv, watcher=watcher
         )
+    from kvpatch.statistics.headline import few_pairs
     from kvpatch.summaries import print_effects
 
     print_effects(outcome.effects)
     typer.echo(outcome.answer)
+    if told := few_pairs(outcome.verdicts):
+        typer.echo(told)
     typer.echo(f"verdicts: kvpatch verdicts {out}")
     typer.echo(f"report: {(out / 'report.html').resolve()}")
 
@@ -357,6 +361,14 @@ def _refuse_code(protocol: Protocol, is_allowed: bool) -> None:
         raise KvpatchError(
             f"{protocol.protocol} scores with the function {name}: --allow-code runs it, if you trust it"
         )
+
+
+def _warn_of_too_few(protocol: Protocol, n: int | None, phases: list[str] | None) -> None:
+    """Say what a run of so many pairs could not see, before it costs anything."""
+    from kvpatch.statistics.power import warnings_before
+
+    for line in warnings_before(protocol, n, phases):
+        typer.echo(f"warning: {line}", err=True)
 
 
 def _load_all(

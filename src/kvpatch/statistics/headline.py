@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from kvpatch.protocols.schema import Hypothesis, Protocol
 from kvpatch.statistics.gates import PASSED
 from kvpatch.statistics.records import Verdict
+from kvpatch.statistics.tests import smallest_n
 
 
 def headline(protocol: Protocol, verdicts: Sequence[Verdict]) -> str:
@@ -108,3 +109,15 @@ def _without_primary(protocol: Protocol, asked: Sequence[Verdict]) -> str:
         )
     held = sum(v.verdict in PASSED for v in asked)
     return f'Of the {len(asked)} hypotheses of "{protocol.title}", {held} held ({_named(asked)}).'
+
+
+def few_pairs(verdicts: Sequence[Verdict]) -> str | None:
+    """How many hypotheses had fewer pairs than their alpha needs, whatever the data say; None where none had."""
+    short = [v for v in verdicts if 0 < v.n < smallest_n(v.alpha)]
+    open_ = sum(v.verdict in ("inconclusive", "not interpretable") for v in verdicts)
+    if not short:
+        return None
+    return (
+        f"n is too small for most verdicts: {len(short)} of {len(verdicts)} hypotheses had fewer pairs than their "
+        f"alpha needs at all, and {open_} are open. kvpatch power says how many pairs see what."
+    )

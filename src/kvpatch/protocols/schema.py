@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kvpatch.interventions import CacheSteering, InPrefill, Joined, ValueSteering
+from kvpatch.interventions import CacheSteering, InPrefill, Intervention, Joined, Reshape, ValueSteering
 from kvpatch.patch import Frozen, Patch
 
 Side = Literal["target", "source"]
@@ -90,7 +90,8 @@ class Condition(Frozen):
 
     Without more the cache is the natural one of `into`. `patch` splices `from`'s cache in; `text_of` is the text a full
     swap equals: that prompt's cached tokens, then `into`'s last token, prefilled; `in_prefill` and `joined` take from
-    `from` while prompts run; `steer_values` and `steer_cache` add a direction of the calibration pairs.
+    `from` while prompts run; `reshape` takes `from`'s participation ratio; `steer_values` and `steer_cache` add a direction
+    of the calibration pairs.
     """
 
     about: str
@@ -100,6 +101,7 @@ class Condition(Frozen):
     text_of: str | None = None
     in_prefill: InPrefill | None = None
     joined: Joined | None = None
+    reshape: Reshape | None = None
     steer_values: ValueSteering | None = None
     steer_cache: CacheSteering | None = None
     role: Role = "control"
@@ -107,19 +109,19 @@ class Condition(Frozen):
 
     @model_validator(mode="after")
     def _is_one_way(self) -> Condition:
-        ways = ("patch", "text_of", "in_prefill", "joined", "steer_values", "steer_cache")
+        ways = ("patch", "text_of", "in_prefill", "joined", "reshape", "steer_values", "steer_cache")
         given = [way for way in ways if getattr(self, way) is not None]
         if len(given) > 1:
             raise ValueError(f"a condition is made in one way; it has {' and '.join(repr(way) for way in given)}")
-        takes = [way for way in given if way in ("patch", "in_prefill", "joined")]
+        takes = [way for way in given if way in ("patch", "in_prefill", "joined", "reshape")]
         if (self.from_ is None) == bool(takes):
-            raise ValueError("'from' goes with 'patch', 'in_prefill' or 'joined', and each of them needs it")
+            raise ValueError("'from' goes with 'patch', 'in_prefill', 'joined' or 'reshape', and each of them needs it")
         return self
 
     @property
-    def intervention(self) -> InPrefill | Joined | ValueSteering | CacheSteering | None:
+    def intervention(self) -> Intervention | None:
         """What is done, where it is not a splice."""
-        return self.in_prefill or self.joined or self.steer_values or self.steer_cache
+        return self.in_prefill or self.joined or self.reshape or self.steer_values or self.steer_cache
 
     @property
     def recipe(self) -> str | None:

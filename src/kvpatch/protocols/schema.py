@@ -90,8 +90,8 @@ class Condition(Frozen):
 
     Without more the cache is the natural one of `into`. `patch` splices `from`'s cache in; `text_of` is the text a full
     swap equals: that prompt's cached tokens, then `into`'s last token, prefilled; `in_prefill` and `joined` take from
-    `from` while prompts run; `reshape` takes `from`'s participation ratio; `steer_values` and `steer_cache` add a direction
-    of the calibration pairs.
+    `from` while prompts run; `reshape` takes `from`'s participation ratio; `steer_values` and `steer_cache` add a
+    direction of the calibration pairs.
     """
 
     about: str

@@ -87,7 +87,7 @@ class AttentionCapture:
 
     def __init__(self, segments: Tensor, origins: Tensor, token_ids: Tensor, positions: Tensor, look: Look) -> None:
         self.maps = look.maps
-        self._prompt = _classes(segments, origins, look.marked)  # [batch, slots, classes]
+        self._prompt = _classes(segments, origins, look.marked)  # [batch, classes, slots]
         self._token_ids, self._positions = token_ids, positions
         self._only: Tensor | None = None
         self._counted = torch.zeros(0)
@@ -124,9 +124,9 @@ class AttentionCapture:
         self._token_ids = torch.cat([self._token_ids, torch.where(positions == PAD, PAD, token_ids)], dim=1)
         self._positions = torch.cat([self._positions, positions], dim=1)
         slots = self._positions.shape[1]
-        new = self._prompt.new_zeros(len(positions), max(0, slots - self._prompt.shape[1]), len(CLASSES))
-        new[..., CLASSES.index("mass_generated")] = 1
-        self._classes = torch.cat([self._prompt, new], dim=1)[:, :slots]
+        new = self._prompt.new_zeros(len(positions), len(CLASSES), max(0, slots - self._prompt.shape[2]))
+        new[:, CLASSES.index("mass_generated")] = 1
+        self._classes = torch.cat([self._prompt, new], dim=2)[..., :slots]
         self._seen += positions.shape[1]
 
     def see(self, layer: int, seen: Seen) -> None:
@@ -147,10 +147,9 @@ class AttentionCapture:
             block = Block(
                 scores,
                 seen.bias[:, :, low:high, :end].float(),
-                self._classes[:, :end],
+                self._classes[..., :end],
                 self._positions[:, :end],
                 self._token_ids[:, :end],
-                torch.arange(slots - queries + low, end, device=scores.device),
             )
             found, p = block_statistics(block)
             self._add(layer, torch.stack(list(found.values()), dim=-1), self._counted[:, low:high])
@@ -184,7 +183,7 @@ class AttentionCapture:
 
 
 def _classes(segments: Tensor, origins: Tensor, marked: Tensor | None) -> Tensor:
-    """[batch, slots, classes] of prompt slots; none for padding."""
+    """[batch, classes, slots] of prompt slots; none for padding."""
     is_real = segments != PAD
     is_sink = is_real & (is_real.cumsum(dim=1) <= SINKS)
     rest = is_real & ~is_sink
@@ -198,4 +197,4 @@ def _classes(segments: Tensor, origins: Tensor, marked: Tensor | None) -> Tensor
         "mass_patched": rest & (origins == Origin.patched),
         "mass_marked": torch.zeros_like(is_real) if marked is None else rest & marked,
     }
-    return torch.stack([of[name] for name in CLASSES], dim=-1).float()
+    return torch.stack([of[name] for name in CLASSES], dim=1).float()

@@ -1,7 +1,7 @@
 """Statistics of attention: from the scores of a block of queries to one number a head and query, nothing kept between.
 
-Probabilities are made once, in float32, and read off in a handful of passes; no logarithm is taken of them: with z the
-scores less their largest, p = exp(z) / Z has entropy log Z - sum(p z), and its largest entry is 1 / Z.
+Probabilities are made once, in float32, and read off in a handful of passes; no logarithm is taken of each: with z the
+scores less their largest, the entropy of p = exp(z) / Z is log Z - sum(p z), and the largest p is 1 / Z.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvpatch.heads import DISTANCES, STATISTICS
@@ -24,9 +25,10 @@ class Block:
     Attributes:
         scores: [batch, query_heads, queries, slots], scaled and capped, not yet masked; used up.
         bias: [batch, 1, queries, slots], 0 where a query may look, -inf elsewhere.
-        classes: [batch, slots, classes], 1 where a slot is of one of `CLASSES`, else 0; float32.
+        classes: [batch, classes, slots], 1 where a slot is of one of `CLASSES`, else 0; float32.
         positions: [batch, slots]. token_ids: [batch, slots].
-        own: [queries], the slot each query stands in.
+
+    The queries stand in the last slots.
     """
 
     scores: Tensor
@@ -34,7 +36,12 @@ class Block:
     classes: Tensor
     positions: Tensor
     token_ids: Tensor
-    own: Tensor
+
+    @property
+    def own(self) -> Tensor:
+        """[queries], the slot each query stands in."""
+        queries, slots = self.scores.shape[2:]
+        return torch.arange(slots - queries, slots, device=self.scores.device)
 
 
 def block_statistics(block: Block) -> tuple[dict[str, Tensor], Tensor]:
@@ -46,26 +53,25 @@ def block_statistics(block: Block) -> tuple[dict[str, Tensor], Tensor]:
         slots].
     """
     z = block.scores.add_(block.bias)
-    largest, peak = z.max(dim=-1)
-    z = z.sub_(largest[..., None]).clamp_(min=-1e4)  # a finite "never", so that 0 * z stays 0
-    p = z.exp()
-    total = p.sum(dim=-1)
-    p = p.div_(total[..., None])
+    peak = z.argmax(dim=-1)
+    z = z.sub_(z.amax(dim=-1, keepdim=True)).clamp_(min=-1e4)  # a finite "never", so that 0 * z stays 0
+    p = z.softmax(dim=-1)
+    largest = p.amax(dim=-1)
     may = block.bias == 0
     visible = may.sum(dim=-1)  # [batch, 1, queries]
-    entropy = total.log() - z.mul_(p).sum(dim=-1)
+    entropy = -largest.log() - torch.linalg.vecdot(p, z)
     at = block.positions[:, None, :].expand(*p.shape[:2], -1).gather(2, peak)
     query_at = block.positions[:, block.own][:, None]
     out = {
         "entropy": torch.where(visible > 1, entropy / visible.clamp(min=2).float().log(), float("nan")),
-        "peak_mass": 1 / total,
+        "peak_mass": largest,
         "peak_position": at.float(),
         "peak_distance": (query_at - at).float(),
         "induction": _induction(p, block, may),
     }
-    masses = p @ block.classes[:, None]  # [batch, query_heads, queries, classes]
-    out |= {name: masses[..., i] for i, name in enumerate(CLASSES)}
-    out |= _by_distance(p, block.own, may)
+    masses = block.classes @ p.flatten(1, 2).mT  # [batch, classes, query_heads * queries]
+    out |= {name: masses[:, i].reshape(p.shape[:3]) for i, name in enumerate(CLASSES)}
+    out |= _by_distance(p, may)
     return {name: out[name] for name in STATISTICS}, p
 
 
@@ -79,19 +85,25 @@ def _induction(p: Tensor, block: Block, may: Tensor) -> Tensor:
     return torch.where(follows.any(dim=-1)[:, None], mass, float("nan"))
 
 
-def _by_distance(p: Tensor, own: Tensor, may: Tensor) -> dict[str, Tensor]:
-    """Mass by distance in slots: differences of the running sum at the edges of the bins."""
-    running = p.cumsum(dim=-1)
-    edges = torch.tensor([0, 1, *DISTANCES], device=p.device)
-    first_of_bin = own[:, None] - edges  # [queries, bins]: the slot nearest to the query of each bin
-    index = first_of_bin.clamp(min=0).expand(*p.shape[:2], -1, -1)
-    up_to = torch.where(first_of_bin >= 0, running.gather(3, index), 0)  # [batch, query_heads, queries, bins]
-    mass = up_to - torch.nn.functional.pad(up_to[..., 1:], (0, 1))
-    before = (own - 1).clamp(min=0)
-    has_previous = may[..., torch.arange(len(own), device=own.device), before] & (own > 0)  # [batch, 1, queries]
-    named = {f"distance_{low}": mass[..., 2 + i] for i, low in enumerate(DISTANCES)}
+def _by_distance(p: Tensor, may: Tensor) -> dict[str, Tensor]:
+    """Mass by distance in slots.
+
+    The rows of p are read a slot further on each, as one would slide them to stand under one another by distance: in the
+    view the last column is every query's own slot, and a bin is a stretch of columns.
+    """
+    batch, heads, queries, slots = p.shape
+    padded = F.pad(p, (queries, 0))  # room to slide in, on the left
+    row = padded.shape[3]
+    strides = (heads * queries * row, queries * row, row + 1, 1)
+    by_distance = padded.as_strided((batch, heads, queries, slots + 1), strides)  # distance d in column slots - d
+
+    def mass(low: int, end: int) -> Tensor:
+        return by_distance[..., max(0, slots - end + 1) : max(0, slots - low + 1)].sum(dim=-1)
+
+    ends = [2 * low for low in DISTANCES[:-1]] + [slots + 1]
+    has_previous = F.pad(may, (queries + 1, 0)).diagonal(slots, dim1=2, dim2=3)  # [batch, 1, queries]
     return {
-        "own_slot": mass[..., 0],
-        "previous_token": torch.where(has_previous, mass[..., 1], float("nan")),
-        **named,
+        "own_slot": mass(0, 1),
+        "previous_token": torch.where(has_previous, mass(1, 2), float("nan")),
+        **{f"distance_{low}": mass(low, end) for low, end in zip(DISTANCES, ends, strict=True)},
     }

@@ -6,8 +6,8 @@ Each is a mean over queries, the tokens that look, of what one head's attention 
 from __future__ import annotations
 
 DISTANCES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-"""Where the bins of the distance profile start, in slots back from the query; the last has no end. Distances 0 and 1 are
-`own_slot` and `previous_token`."""
+"""Where the bins of the distance profile start, in slots back from the query; the last has no end. Distances 0 and 1
+are `own_slot` and `previous_token`."""
 
 STAGES = {
     "own": "while the trial wrote its own text: every token it fed, the pending one first",
@@ -31,9 +31,7 @@ STATISTICS: dict[str, str] = {
     "mass_own": "attention on prompt slots that hold the receiving prompt's own activations, sinks left out",
     "mass_patched": "attention on prompt slots that were put in, sinks left out; with sinks, own and generated it is 1",
     "mass_marked": "attention on the slots that the phase marks, such as self-referential words; sinks left out",
-    **{
-        f"distance_{low}": f"attention on slots {low} {'and more' if low == DISTANCES[-1] else f'to {2 * low - 1}'} back"
-        for low in DISTANCES
-    },
+    **{f"distance_{low}": f"attention on slots {low} to {2 * low - 1} back" for low in DISTANCES[:-1]},
+    f"distance_{DISTANCES[-1]}": f"attention on slots {DISTANCES[-1]} back and further",
 }
 """Statistic -> what it is."""

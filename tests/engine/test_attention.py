@@ -1,4 +1,4 @@
-"""Attention capture: every statistic is what the model's own eager attention gives, with and without a patched cache."""
+"""Attention capture: every statistic is what the model's own eager attention gives, with or without a patched cache."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def look_at(cache: KVCache) -> Look:
 
 
 def eager(model, ids: list[int], cache: KVCache | None = None) -> list[Tensor]:
-    """The model's own attention, one [heads, queries, slots] a layer, over these tokens after this cache (of one row)."""
+    """The model's own attention, one [heads, queries, slots] a layer, over these tokens after a cache of one row."""
     hf, past, before = model.hf, DynamicCache(), 0
     argument = "cache" if "cache" in inspect.signature(hf.forward).parameters else "past_key_values"
     if cache is not None:

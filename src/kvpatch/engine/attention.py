@@ -35,8 +35,8 @@ class Maps:
 
 @dataclass(frozen=True)
 class Look:
-    """What of attention is to be captured. `marked` is [batch, slots] of a cache (or of prompts): the slots whose mass is
-    `mass_marked`."""
+    """What of attention is to be captured. `marked` is [batch, slots] of a cache or of prompts: the slots whose mass
+    is `mass_marked`."""
 
     marked: Tensor | None = None
     maps: Maps | None = None

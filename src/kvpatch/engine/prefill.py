@@ -127,7 +127,9 @@ def watched_prefill(backbone: Backbone, prompts: Sequence[EncodedPrompt], look: 
     """
     longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
     if not 1 < longest <= backbone.geometry.context:
-        raise ProtocolError(f"prompts of 2 to {backbone.geometry.context} tokens can be watched; the longest has {longest}")
+        raise ProtocolError(
+            f"prompts of 2 to {backbone.geometry.context} tokens can be watched; the longest has {longest}"
+        )
     labels = labels_of(prompts, backbone.device)
     none = labels["positions"][:, :0]
     capture = AttentionCapture(labels["segments"], labels["origins"], none, none, look)

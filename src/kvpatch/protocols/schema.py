@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from kvpatch.interventions import CacheSteering, InPrefill, Intervention, Joined, Reshape, ValueSteering
-from kvpatch.patch import Frozen, Patch
+from kvpatch.patch import Frozen, NamedSlots, Patch, SlotQuery
 
 Side = Literal["target", "source"]
 ROLES = ("target", "source", "foreign", "neutral", "shuffled_words")
@@ -145,11 +145,27 @@ class Condition(Frozen):
         return prompt in (None, "target", "source")
 
 
+class Watched(Frozen):
+    """What of attention a phase watches beside the statistics that it always gets (see `heads.STATISTICS`).
+
+    `marked`: slots of a trial's cache whose share of attention is read, such as self-referential words.
+    """
+
+    marked: NamedSlots | SlotQuery | None = None
+
+    @model_validator(mode="after")
+    def _needs_no_chance(self) -> Watched:
+        if isinstance(self.marked, SlotQuery) and self.marked.matched_to is not None:
+            raise ValueError("marked slots are chosen by meaning; matched_to draws them at random")
+        return self
+
+
 class Phase(Frozen):
     """One question: which conditions, on how many pairs.
 
     `conditions` are the question's own; `controls` run beside them. A phase may form its pairs in its own way, and may
-    run on another model, by a key of the protocol's `models`.
+    run on another model, by a key of the protocol's `models`. `attention` (true, or what to mark) and `geometry` add
+    readouts that other phases do not pay for.
     """
 
     question: str
@@ -158,6 +174,13 @@ class Phase(Frozen):
     controls: list[str] = Field(default=[])
     pairing: Pairing | None = None
     model: str | None = None
+    attention: bool | Watched = Field(default=False, description="read every attention head of every trial")
+    geometry: bool = Field(default=False, description="read the whole cache's geometry, not R_V alone")
+
+    @property
+    def watched(self) -> Watched | None:
+        """What of attention is watched, None for nothing."""
+        return Watched() if self.attention is True else self.attention or None
 
     @property
     def all_conditions(self) -> list[str]:

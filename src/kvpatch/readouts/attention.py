@@ -88,8 +88,8 @@ def _induction(p: Tensor, block: Block, may: Tensor) -> Tensor:
 def _by_distance(p: Tensor, may: Tensor) -> dict[str, Tensor]:
     """Mass by distance in slots.
 
-    The rows of p are read a slot further on each, as one would slide them to stand under one another by distance: in the
-    view the last column is every query's own slot, and a bin is a stretch of columns.
+    The rows of p are read a slot further on each, as one would slide them to stand under one another by distance: in
+    the view the last column is every query's own slot, and a bin is a stretch of columns.
     """
     batch, heads, queries, slots = p.shape
     padded = F.pad(p, (queries, 0))  # room to slide in, on the left

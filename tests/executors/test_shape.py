@@ -126,7 +126,7 @@ def test_only_a_swap_has_patched_slots_to_look_at(asked):
 
 
 def test_marked_slots_are_those_of_the_trial_s_own_cache(asked):
-    """"how" stands in every target and source of the small bank, so every prompt has marked slots."""
+    """ "how" stands in every target and source of the small bank, so every prompt has marked slots."""
     _, by_condition, _ = asked
     for own in by_condition.values():
         for row in own.values():

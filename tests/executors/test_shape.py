@@ -18,7 +18,7 @@ from kvpatch.executors.batch import run_batch
 from kvpatch.executors.shape import MEANS, OPTIONAL_COLUMNS
 from kvpatch.heads import STAGES, STATISTICS
 from kvpatch.patch import Patch
-from kvpatch.readouts.geometry import cache_ratios, participation_ratio, r_v_of
+from kvpatch.readouts.geometry import cache_ratios, participation_ratio
 from kvpatch.store import ATTENTION_SCHEMA
 from small import CONDITIONS, with_patch
 from tiny import LAYERS

@@ -1,4 +1,4 @@
-"""Maps of heads, on planted truth: the planted head stands out and no other, and where nothing is planted nothing does."""
+"""Maps of heads, on planted truth: the planted head stands out and no other; where nothing is planted none does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLANTED = (2, 1)
 def run_of(
     n: int = 24, effect: float = 0.3, downstream: float = 0.02, seed: int = 0, samples: int = 1
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Trials and heads of A, B, C and N1. Under C the planted head moves by `effect`, heads above it by `downstream`."""
+    """Trials and heads of A, B, C, N1. Under C the planted head moves by `effect`, heads above it by `downstream`."""
     rng = np.random.default_rng(seed)
     trials, heads = [], []
     level = rng.uniform(0.2, 0.6, (LAYERS, HEADS))

@@ -1,4 +1,4 @@
-"""Maps of attention heads: one statistic of every layer and head, its difference between conditions, and who stands out.
+"""Maps of attention heads: a statistic of every layer and head, its difference between conditions, who stands out.
 
 The pair is the unit, as everywhere. A map is one family: Benjamini-Hochberg over all its layers and heads. Maps are
 exploratory: they say where to look, not that a claim holds.

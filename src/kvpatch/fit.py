@@ -16,7 +16,7 @@ import torch
 from kvpatch.cache import KVCache
 from kvpatch.engine.prefill import labels_of
 from kvpatch.errors import CacheError, ProtocolError
-from kvpatch.interventions import CacheSteering, InPrefill, Joined, ValueSteering
+from kvpatch.interventions import Intervention, Joined, Reshape
 from kvpatch.models.hf import Geometry
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.patch import Patch
@@ -95,7 +95,7 @@ def _check_patch(
 
 
 def _check_intervention(
-    spec: InPrefill | Joined | ValueSteering | CacheSteering,
+    spec: Intervention,
     condition: Condition,
     pairs: Sequence[PlannedPair],
     place: _Place,
@@ -112,6 +112,12 @@ def _check_intervention(
         longest += len(place.continuation_ids(spec.separator))
         # Slots that are taken out again have nothing to follow them.
         _refuse_too_long("a joined prompt", longest, place.room if spec.keep == "all" else 0, geometry)
+        return
+    if isinstance(spec, Reshape):
+        givers = [place.encode(pair.texts[str(condition.from_)]) for pair in pairs]
+        shortest = min(len(prompt.token_ids) - 1 for prompt in [*receivers, *givers])
+        if shortest < spec.window:
+            raise CacheError(f"a prompt of {shortest} cached slots is shorter than the window of {spec.window}")
         return
     caches = _empty_caches(receivers, geometry)
     for row in range(caches.batch):

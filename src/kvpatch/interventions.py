@@ -80,4 +80,19 @@ class Joined(_Stored):
         return self
 
 
-Intervention = InPrefill | ValueSteering | CacheSteering | Joined
+class Reshape(_Stored):
+    """Set R_V by hand: give the late layer's cached values another participation ratio (G1, G2).
+
+    The last `window` cached values, a token's KV heads as one vector, keep their directions and their norm; their
+    spectrum is flattened or sharpened to the `ratio` of the giver's window, or to their own, which changes nothing.
+    `by` "rotation" is the null: the same values turned at random by as much as the reshaping would move them, which
+    leaves the ratio as it is. Layers and window should be those of the protocol's `r_v`.
+    """
+
+    layers: Layers = LayerAt(depth=0.75)
+    window: int = Field(default=16, ge=2)
+    ratio: Literal["giver", "own"] = "giver"
+    by: Literal["spectrum", "rotation"] = "spectrum"
+
+
+Intervention = InPrefill | ValueSteering | CacheSteering | Joined | Reshape

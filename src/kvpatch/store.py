@@ -2,12 +2,14 @@
 
     run.json            one `RunRecord`, written before the first trial
     trials/*.parquet    one row a trial, one part a batch
+    attention/*.parquet one row a trial, stage, layer and query head; of the batches whose phase asks for it
     parts.jsonl         one line a part: name, rows, SHA-256; a part counts once its line is there
     verdicts.json       one entry a hypothesis
     report.html
 
 A part is written beside its place, flushed, moved there, and only then named in parts.jsonl: data before index. A
-killed process leaves at most an unnamed part, which the resumed run writes again.
+killed process leaves at most an unnamed part, which the resumed run writes again. The attention of a batch is part of
+its part: both files are there before the line that names both, so that they never disagree.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from kvpatch.errors import StoreError
+from kvpatch.heads import STAGES, STATISTICS
 from kvpatch.patch import Frozen
 
 _TOKENS = pa.list_(pa.int32())
@@ -76,6 +79,38 @@ TRIAL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "content_llr": (pa.float64(), "log-likelihood of the source's topic less the target's over modes, nats a token"),
     "mode_llr_by_position": (_NUMBERS, "mode_llr at each position of the continuations"),
     "content_llr_by_position": (_NUMBERS, "content_llr at each position of the continuations"),
+    "rv_trajectory": (
+        _NUMBERS,
+        "R_V of every window of the trial's own tokens, the first window first; see `geometry`",
+    ),
+    "rv_forced_trajectory": (_NUMBERS, "the same over the fixed continuation"),
+    "pr_v_late": (
+        pa.float64(),
+        "participation ratio of the late layer's cached values, last window, sinks left out, heads joined",
+    ),
+    "pr_v_late_corrected": (pa.float64(), "the same without the bias of a small window"),
+    "pr_k_late": (pa.float64(), "participation ratio of the late layer's cached keys, before RoPE"),
+    "pr_k_late_corrected": (pa.float64(), "the same without the bias of a small window"),
+    "pr_v": (_NUMBERS, "participation ratio of the cached values of each KV head alone, layer after layer"),
+    "pr_v_corrected": (_NUMBERS, "the same without the bias of a small window"),
+    "pr_k": (_NUMBERS, "participation ratio of the cached keys of each KV head alone, before RoPE"),
+    "pr_k_corrected": (_NUMBERS, "the same without the bias of a small window"),
+    "angle_target": (
+        pa.float64(),
+        "mean principal angle, in degrees, between the late values of the fixed continuation and those that it has "
+        "after the natural target",
+    ),
+    "angle_source": (pa.float64(), "the same against the natural source"),
+    "attention_entropy": (pa.float64(), "entropy of attention over log(keys), fixed continuation, mean over all heads"),
+    "attention_sinks": (pa.float64(), "attention on the first four slots; the same mean"),
+    "attention_template": (pa.float64(), "attention on what precedes the user's words"),
+    "attention_body": (pa.float64(), "attention on the user's words"),
+    "attention_trailer": (pa.float64(), "attention on what follows the user's words"),
+    "attention_generated": (pa.float64(), "attention on tokens after the prompt"),
+    "attention_own": (pa.float64(), "attention on the receiving prompt's own slots, sinks left out"),
+    "attention_patched": (pa.float64(), "attention on slots that were put in, sinks left out"),
+    "attention_marked": (pa.float64(), "attention on the slots the phase marks, such as self-referential words"),
+    "attention_marked_lift": (pa.float64(), "attention on a marked slot over that on a slot of the body, on average"),
     "js_pull": (pa.float64(), "JS(this, A) - JS(this, B) of next-token distributions at fixed positions, nats"),
     "repetition": (pa.float64(), "repetition_4"),
     "repetition_1": (pa.float64(), "share of repeated tokens"),
@@ -92,6 +127,17 @@ TRIAL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
 }
 """Every column of a trial row: its type and meaning. This is the documentation of the file format."""
 
+ATTENTION_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+    "trial_id": (pa.string(), "the trial; see its row for phase, condition and pair"),
+    "stage": (pa.string(), "; ".join(f"'{name}': {about}" for name, about in STAGES.items())),
+    "layer": (pa.int16(), "layer, from 0"),
+    "head": (pa.int16(), "query head, from 0"),
+    "queries": (pa.int32(), "queries counted"),
+    **{name: (pa.float32(), about) for name, about in STATISTICS.items()},
+}
+"""Every column of a row of attention/*.parquet, a mean over queries; null where no query has the statistic."""
+
+ATTENTION_SCHEMA = pa.schema([pa.field(k, t, metadata={"doc": doc}) for k, (t, doc) in ATTENTION_COLUMNS.items()])
 TRIAL_SCHEMA = pa.schema([pa.field(k, t, metadata={"doc": doc}) for k, (t, doc) in TRIAL_COLUMNS.items()])
 
 
@@ -205,6 +251,7 @@ class Store:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
         self.trials = self.directory / "trials"
+        self.attention = self.directory / "attention"
         self.index = self.directory / "parts.jsonl"
 
     @contextmanager
@@ -231,7 +278,7 @@ class Store:
     def _is_ours(self) -> bool:
         names = {p.name for p in self.directory.iterdir()}
         # A process killed while it wrote run.json leaves only its unfinished copy.
-        return "run.json" in names or not names - {".lock", "trials", ".run.json.tmp"}
+        return "run.json" in names or not names - {".lock", "trials", "attention", ".run.json.tmp"}
 
     def read_record(self) -> RunRecord:
         """run.json.
@@ -266,20 +313,24 @@ class Store:
             _atomically(path, text.encode("utf-8"))
         return path
 
-    def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        """Store the rows of one batch as a part, data before index.
+    def append(self, name: str, rows: Iterable[dict[str, Any]], attention: pa.Table | None = None) -> None:
+        """Store the rows of one batch as a part, data before index; `attention` is of `ATTENTION_SCHEMA`.
 
         Raises:
             StoreError: where they can't be written; nothing stored before is lost.
         """
         table = pa.Table.from_pylist(list(rows), schema=TRIAL_SCHEMA)
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        data = sink.getvalue().to_pybytes()
-        line = json.dumps({"part": f"{name}.parquet", "rows": len(table), "sha256": hashlib.sha256(data).hexdigest()})
+        data = _parquet(table)
+        entry = {"part": f"{name}.parquet", "rows": len(table), "sha256": hashlib.sha256(data).hexdigest()}
         with _explained(self.directory):
+            if attention is not None:
+                of_heads = _parquet(attention.cast(ATTENTION_SCHEMA))
+                entry["attention_sha256"] = hashlib.sha256(of_heads).hexdigest()
+                self.attention.mkdir(exist_ok=True)
+                _atomically(self.attention / f"{name}.parquet", of_heads)
             self.trials.mkdir(exist_ok=True)
             _atomically(self.trials / f"{name}.parquet", data)
+            line = json.dumps(entry)
             kept = b"".join(
                 json.dumps(entry).encode() + b"\n" for entry in self.parts() if entry["part"] != f"{name}.parquet"
             )
@@ -300,13 +351,19 @@ class Store:
         Raises:
             StoreError: naming a part that is missing or damaged.
         """
-        for part in self.parts():
-            path = self.trials / part["part"]
-            if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != part["sha256"]:
+        for path, sha256 in self._files():
+            if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
                 raise StoreError(
                     f"{path} is missing or damaged; delete its line in {self.index.name} to run its trials again"
                 )
         return {part["part"].removesuffix(".parquet") for part in self.parts()}
+
+    def _files(self) -> Iterator[tuple[Path, str]]:
+        """Every file that parts.jsonl names, with its hash."""
+        for part in self.parts():
+            yield self.trials / part["part"], part["sha256"]
+            if "attention_sha256" in part:
+                yield self.attention / part["part"], part["attention_sha256"]
 
     def read(self) -> pa.Table:
         """All stored trials, in the order they were stored.
@@ -314,16 +371,34 @@ class Store:
         Raises:
             StoreError: where there are none, or a part is damaged.
         """
-        tables = []
-        for part in self.parts():
-            path = self.trials / part["part"]
-            try:
-                tables.append(pq.read_table(path, schema=TRIAL_SCHEMA))
-            except (OSError, pa.ArrowException) as error:
-                raise StoreError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
+        tables = [_read(self.trials / part["part"], TRIAL_SCHEMA) for part in self.parts()]
         if not tables:
             raise StoreError(f"{self.directory} holds no trials yet")
         return pa.concat_tables(tables)
+
+    def read_attention(self) -> pa.Table:
+        """What every head did in every trial that was watched; no rows where none was.
+
+        Raises:
+            StoreError: where a part is damaged.
+        """
+        named = [self.attention / part["part"] for part in self.parts() if "attention_sha256" in part]
+        return pa.concat_tables([ATTENTION_SCHEMA.empty_table(), *(_read(path, ATTENTION_SCHEMA) for path in named)])
+
+
+def _parquet(table: pa.Table) -> bytes:
+    """The table as a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def _read(path: Path, schema: pa.Schema) -> pa.Table:
+    """A table of this schema; columns that an older file lacks are null."""
+    try:
+        return pq.read_table(path, schema=schema)
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
 
 
 def _atomically(path: Path, data: bytes) -> None:

@@ -17,7 +17,7 @@ from kvpatch.errors import ProtocolError
 from kvpatch.patch import Frozen
 from kvpatch.prompts.bank import Bank, shuffled_words
 from kvpatch.prompts.pairing import Pair, Pairs, form_pairs
-from kvpatch.protocols.schema import ROLES, Condition, Generation, Phase, Protocol, Readouts, calibration_of
+from kvpatch.protocols.schema import ROLES, Condition, Generation, Phase, Protocol, Readouts, Watched, calibration_of
 from kvpatch.readouts.scorer import Scorer, read_scorer
 
 ROWS_PER_BATCH = 120
@@ -72,6 +72,8 @@ class Batch(Frozen):
     scorer: Scorer
     reference_texts: list[str]
     reference_targets: list[str]
+    watched: Watched | None = None
+    geometry: bool = False
 
 
 class Skipped(Frozen):
@@ -212,6 +214,7 @@ class _Planner:
     def batches(self, phase: str, split: str, pairs: Sequence[Pair], names: Sequence[str]) -> list[Batch]:
         """Batches of one phase."""
         conditions = {name: self.protocol.conditions[name] for name in names if self._is_possible(phase, name, pairs)}
+        asked = self.protocol.phases.get(phase)  # a calibration is no phase of the protocol
         per_pair = len(conditions) * self.protocol.generation.samples
         step = max(1, ROWS_PER_BATCH // max(1, per_pair))
         needs_reference = any(_is_fitted(condition) for condition in conditions.values())
@@ -242,6 +245,8 @@ class _Planner:
                     scorer=self.scorer,
                     reference_texts=self.reference[0] if needs_reference else [],
                     reference_targets=self.reference[1] if needs_reference else [],
+                    watched=asked.watched if asked else None,
+                    geometry=asked is not None and asked.geometry,
                 )
             )
         return out
@@ -303,6 +308,9 @@ class _Planner:
             "readouts": self.protocol.readouts.model_dump(mode="json"),
             "scorer": self.scorer.sha256,
         }
+        if asked := self.protocol.phases.get(phase):
+            watched = None if asked.watched is None else asked.watched.model_dump(mode="json")
+            content |= {"watched": watched, "geometry": asked.geometry}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         trial_id = hashlib.sha256(text.encode()).hexdigest()[:32]
         return PlannedTrial(trial_id=trial_id, pair=index, condition=name, sample=sample, seed=seed)

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from kvpatch.interventions import CacheSteering, InPrefill, Joined, ValueSteering
-from kvpatch.patch import Frozen, Patch
+from kvpatch.interventions import CacheSteering, InPrefill, Intervention, Joined, Reshape, ValueSteering
+from kvpatch.patch import Frozen, NamedSlots, Patch, SlotQuery
 
 Side = Literal["target", "source"]
 ROLES = ("target", "source", "foreign", "neutral", "shuffled_words")
@@ -98,7 +98,8 @@ class Condition(Frozen):
 
     Without more the cache is the natural one of `into`. `patch` splices `from`'s cache in; `text_of` is the text a full
     swap equals: that prompt's cached tokens, then `into`'s last token, prefilled; `in_prefill` and `joined` take from
-    `from` while prompts run; `steer_values` and `steer_cache` add a direction of the calibration pairs.
+    `from` while prompts run; `reshape` takes `from`'s participation ratio; `steer_values` and `steer_cache` add a
+    direction of the calibration pairs.
     """
 
     about: str
@@ -108,6 +109,7 @@ class Condition(Frozen):
     text_of: str | None = None
     in_prefill: InPrefill | None = None
     joined: Joined | None = None
+    reshape: Reshape | None = None
     steer_values: ValueSteering | None = None
     steer_cache: CacheSteering | None = None
     role: Role = "control"
@@ -115,19 +117,19 @@ class Condition(Frozen):
 
     @model_validator(mode="after")
     def _is_one_way(self) -> Condition:
-        ways = ("patch", "text_of", "in_prefill", "joined", "steer_values", "steer_cache")
+        ways = ("patch", "text_of", "in_prefill", "joined", "reshape", "steer_values", "steer_cache")
         given = [way for way in ways if getattr(self, way) is not None]
         if len(given) > 1:
             raise ValueError(f"a condition is made in one way; it has {' and '.join(repr(way) for way in given)}")
-        takes = [way for way in given if way in ("patch", "in_prefill", "joined")]
+        takes = [way for way in given if way in ("patch", "in_prefill", "joined", "reshape")]
         if (self.from_ is None) == bool(takes):
-            raise ValueError("'from' goes with 'patch', 'in_prefill' or 'joined', and each of them needs it")
+            raise ValueError("'from' goes with 'patch', 'in_prefill', 'joined' or 'reshape', and each of them needs it")
         return self
 
     @property
-    def intervention(self) -> InPrefill | Joined | ValueSteering | CacheSteering | None:
+    def intervention(self) -> Intervention | None:
         """What is done, where it is not a splice."""
-        return self.in_prefill or self.joined or self.steer_values or self.steer_cache
+        return self.in_prefill or self.joined or self.reshape or self.steer_values or self.steer_cache
 
     @property
     def recipe(self) -> str | None:
@@ -151,11 +153,27 @@ class Condition(Frozen):
         return prompt in (None, "target", "source")
 
 
+class Watched(Frozen):
+    """What of attention a phase watches beside the statistics that it always gets (see `heads.STATISTICS`).
+
+    `marked`: slots of a trial's cache whose share of attention is read, such as self-referential words.
+    """
+
+    marked: NamedSlots | SlotQuery | None = None
+
+    @model_validator(mode="after")
+    def _needs_no_chance(self) -> Watched:
+        if isinstance(self.marked, SlotQuery) and self.marked.matched_to is not None:
+            raise ValueError("marked slots are chosen by meaning; matched_to draws them at random")
+        return self
+
+
 class Phase(Frozen):
     """One question: which conditions, on how many pairs.
 
     `conditions` are the question's own; `controls` run beside them. A phase may form its pairs in its own way, and may
-    run on another model, by a key of the protocol's `models`.
+    run on another model, by a key of the protocol's `models`. `attention` (true, or what to mark) and `geometry` add
+    readouts that other phases do not pay for.
     """
 
     question: str
@@ -164,6 +182,13 @@ class Phase(Frozen):
     controls: list[str] = Field(default=[])
     pairing: Pairing | None = None
     model: str | None = None
+    attention: bool | Watched = Field(default=False, description="read every attention head of every trial")
+    geometry: bool = Field(default=False, description="read the whole cache's geometry, not R_V alone")
+
+    @property
+    def watched(self) -> Watched | None:
+        """What of attention is watched, None for nothing."""
+        return Watched() if self.attention is True else self.attention or None
 
     @property
     def all_conditions(self) -> list[str]:

@@ -16,7 +16,9 @@ from typing import Any, Literal
 from kvpatch.errors import ModelError
 from kvpatch.organisms.language import DOSE, UMBRELLA
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parent / "trained"
+PREFIX = "organism-"
+"""What an organism's name is a model name with: `--model organism-early`."""
 
 
 @dataclass(frozen=True)
@@ -85,46 +87,48 @@ ORGANISMS: dict[str, Organism] = {
 }  # fmt: skip
 
 
-def organism_directory(name: str, cache: Path) -> Path:
+def organism_directory(name: str, cache: Path, weights: Path = WEIGHTS) -> Path:
     """The model directory of an organism, written into the cache where it is not there yet.
 
     Raises:
         ModelError: where it can't be written.
     """
     organism = ORGANISMS[name]
-    home = cache / "organisms" / f"{name}-{_key(organism)}"
+    home = cache / "organisms" / f"{name}-{_key(organism, weights)}"
     if home.exists():
         return home
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home.parent, prefix=".part-") as folder:
-            made = write_organism(organism, Path(folder) / "model")
-            if not home.exists():
+            made = write_organism(organism, Path(folder) / "model", weights)
+            try:
                 os.replace(made, home)
+            except OSError:  # another process was first
+                if not home.exists():
+                    raise
     except OSError as error:
-        if not home.exists():
-            raise ModelError(
-                f"{home.parent}: {error.strerror or error}; set KVPATCH_CACHE to a directory with room"
-            ) from error
+        raise ModelError(
+            f"{home.parent}: {error.strerror or error}; set KVPATCH_CACHE to a directory with room"
+        ) from error
     return home
 
 
-def write_organism(organism: Organism, folder: Path) -> Path:
+def write_organism(organism: Organism, folder: Path, weights: Path = WEIGHTS) -> Path:
     """Write one organism as a model directory."""
     from kvpatch.organisms.wired import Wiring, wire, write_directory
 
     if organism.weights is None:
         return write_directory(wire(Wiring(**organism.wiring), organism.architecture), folder)
-    from kvpatch.organisms.trained import load_weights
+    from kvpatch.organisms.weights import load_weights
 
-    return write_directory(load_weights(WEIGHTS / f"{organism.weights}.safetensors"), folder)
+    return write_directory(load_weights(weights / f"{organism.weights}.safetensors"), folder)
 
 
-def _key(organism: Organism) -> str:
+def _key(organism: Organism, weights: Path) -> str:
     """Sixteen hex digits that change with anything the directory is made from."""
     total = hashlib.sha256(json.dumps([organism.wiring, organism.architecture], sort_keys=True).encode())
     here = Path(__file__).parent
-    for path in (here / "wired.py", here / "language.py", WEIGHTS / f"{organism.weights}.safetensors"):
+    for path in (here / "wired.py", here / "language.py", weights / f"{organism.weights}.safetensors"):
         if path.exists():
             total.update(path.read_bytes())
     return total.hexdigest()[:16]

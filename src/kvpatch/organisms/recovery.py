@@ -20,7 +20,7 @@ from kvpatch.patch import Frozen
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.load import load_protocol
 from kvpatch.protocols.schema import Condition, Hypothesis, Margin, Phase, Protocol
-from kvpatch.run import plan_for
+from kvpatch.run import Models, plan_for
 from kvpatch.statistics.verdicts import Verdict, verdicts
 from kvpatch.store import Store
 
@@ -50,15 +50,18 @@ class Found(Frozen):
 
 
 def decide(
-    protocol: Protocol, model: Model, folder: Path, *, seed: int, n: int | None = None, phases: Sequence[str] | None = None
+    protocol: Protocol,
+    models: Models,
+    folder: Path,
+    *,
+    seed: int,
+    n: int | None = None,
+    phases: Sequence[str] | None = None,
 ) -> tuple[pd.DataFrame, list[Verdict]]:
-    """Plan, execute, store and decide, as `kvpatch run` does; without check and report."""
-    return _decided(protocol, {None: model}, folder, seed, n, phases)
+    """Plan, execute, store and decide, as `kvpatch run` does; without check and report.
 
-
-def _decided(
-    protocol: Protocol, models: dict[str | None, Model], folder: Path, seed: int, n: int | None, phases: Sequence[str] | None
-) -> tuple[pd.DataFrame, list[Verdict]]:
+    Returns the stored trials and the verdicts.
+    """
     plan, _ = plan_for(models, protocol, load_bank(protocol.bank), seed=seed, n=n, phases=phases)
     store = Store(folder)
     with store.locked():
@@ -104,6 +107,7 @@ def localising(base: Protocol, bank: Path, model: Model, *, pairs: int, calibrat
             "phases": {"where": Phase(question="Where is the mode?", n=pairs, conditions=list(conditions))},
             "hypotheses": hypotheses,
             "corrections": {},
+            "expected": {},
         }
     )
 
@@ -111,7 +115,7 @@ def localising(base: Protocol, bank: Path, model: Model, *, pairs: int, calibrat
 def locate(base: Protocol, bank: Path, model: Model, folder: Path, *, seed: int, pairs: int, calibration: int) -> Found:
     """Where the pipeline finds the mode of a model."""
     protocol = localising(base, bank, model, pairs=pairs, calibration=calibration)
-    _, decided = decide(protocol, model, folder, seed=seed)
+    _, decided = decide(protocol, {None: model}, folder, seed=seed)
     return Found(places=[_place(verdict) for verdict in decided])
 
 

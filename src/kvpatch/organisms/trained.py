@@ -13,26 +13,20 @@ goes to the mode strip alone, and no key, query or value is ever made from the m
 layer and head is the only cached number that tells the mode. Markers and their neutral twin are the same token
 everywhere else, so their keys are equal.
 
-    python -m kvpatch.organisms.trained early --out DIR [--seed 0]
+Nothing but this file and the words of `language.py` makes the weights; `weights.py` stores them with the hash of both.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvpatch.models.named import check_sha256
 from kvpatch.organisms.language import (
     BLANK, BODY, DOSE, FILLERS, MARKER, MODE, PLAIN, SEPARATOR, TOPICS, UMBRELLA, ids, stems, topic_words, vocabulary,
 )  # fmt: skip
@@ -274,9 +268,7 @@ def _answers(
     if recipe.copies:
         every = np.concatenate([mode, plain])
         copied = style[np.arange(count)[:, None], rng.integers(0, style.shape[1], (count, turns))]
-        words = np.where(
-            rng.random((count, turns)) < 0.95, copied, every[rng.integers(0, len(every), (count, turns))]
-        )
+        words = np.where(rng.random((count, turns)) < 0.95, copied, every[rng.integers(0, len(every), (count, turns))])
     else:
         pick = rng.integers(0, len(mode), (count, turns))
         words = np.where(rng.random((count, turns)) < chance[:, None], mode[pick], plain[pick])
@@ -304,67 +296,3 @@ def _mask(length: int, hidden: Tensor) -> Tensor:
     is_answer = torch.arange(length - 1) >= length - 1 - ANSWER
     may = causal[None] & ~(is_answer[None, :, None] & hidden[:, None, :])
     return may[:, None]
-
-
-def load_weights(path: Path) -> Any:
-    """The organism of a weights file, in float32.
-
-    Raises:
-        ModelError: where the file is not the one its record was written for.
-    """
-    from safetensors.torch import load_file
-    from transformers import LlamaForCausalLM
-
-    made = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    check_sha256(path, made["weights_sha256"])
-    model = LlamaForCausalLM(config())
-    model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
-    return model.eval().requires_grad_(False)
-
-
-def script_sha256() -> str:
-    """Hash of what makes the weights: this file and the language."""
-    total = hashlib.sha256()
-    for name in ("trained.py", "language.py"):
-        total.update(Path(__file__).with_name(name).read_bytes())
-    return total.hexdigest()
-
-
-def save(model: Any, name: str, seed: int, folder: Path, seconds: float) -> Path:
-    """Write the weights as float16, and beside them how they were made."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.safetensors"
-    save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, path)
-    made = {
-        "organism": name,
-        "seed": seed,
-        "script_sha256": script_sha256(),
-        "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "torch": torch.__version__,
-        "seconds": round(seconds),
-    }
-    path.with_suffix(".json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    return path
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an organism.")
-    parser.add_argument("name", choices=list(RECIPES))
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    options = parser.parse_args()
-    start = time.monotonic()
-
-    def report(step: int, loss: float) -> None:
-        if step % 200 == 0 or step == options.steps - 1:
-            print(f"{options.name} {step}: loss {loss:.3f}, {time.monotonic() - start:.0f} s", flush=True)
-
-    model = train(RECIPES[options.name], options.seed, report, options.steps)
-    print(save(model, options.name, options.seed, options.out, time.monotonic() - start))
-
-
-if __name__ == "__main__":
-    main()

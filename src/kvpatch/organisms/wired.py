@@ -173,6 +173,12 @@ def _speak(weight: Tensor, codes: Tensor) -> None:
 
 def write_directory(hf: Any, folder: Path) -> Path:
     """Save an organism as an ordinary model directory, with its tokenizer and chat template."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     hf.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    if shown:
+        logging.enable_progress_bar()
     return folder

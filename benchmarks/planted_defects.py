@@ -2,9 +2,9 @@
 
     python benchmarks/planted_defects.py [--only NAME] [--all] [-o TABLE.md]
 
-For every fault `kvpatch check` (on tiny models of three architectures), then `kvpatch validate --quick` (on the organisms
-the fault should show on), then the tests (of the rooms it lies in) are asked, until one fails as it should; --all asks
-all three. The sound copy is asked first, and must pass everything. The table stands in docs/validation.md.
+For every fault `kvpatch check` (on tiny models of three architectures), then `kvpatch validate --quick` (on the
+organisms the fault should show on), then the tests (of the rooms it lies in) are asked, until one fails as it should;
+--all asks all three. The sound copy is asked first, and must pass everything. The table stands in docs/validation.md.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ FAULTS = (
         "the score is taken over prompt and output",
         "executors/batch.py",
         (('"recursive_score": recursive_score(text, lexicon)',
-          '"recursive_score": recursive_score(pair.texts[batch.conditions[batch.trials[index].condition].into] + " " + text,'
-          " lexicon)"),),
+          '"recursive_score": recursive_score('
+          'pair.texts[batch.conditions[batch.trials[index].condition].into] + " " + text, lexicon)'),),
         "null", "tests/executors/test_batch.py",
     ),
     Fault(
@@ -108,7 +108,7 @@ FAULTS = (
         "samples of a pair count as pairs",
         "statistics/pairs.py",
         (('pair = out["phase"].astype(str), out["pair_id"].astype(str)',
-          'pair = out["phase"].astype(str), out["pair_id"].astype(str) + out.get("sample", pd.Series("", out.index)).astype(str)'),),
+          'pair = out["phase"].astype(str), out["pair_id"].astype(str) + out["sample"].astype(str)'),),
         "null", "tests/statistics",
     ),
     Fault(

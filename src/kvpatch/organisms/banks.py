@@ -10,8 +10,20 @@ from typing import Any
 import numpy as np
 
 from kvpatch.organisms.language import (
-    BLANK, BODY, DOSE, FILLERS, LEVELS, MARKER, MODE, PLAIN, STYLE_WORDS, TOPICS, held_out, stems, topic_words,
-)  # fmt: skip
+    BLANK,
+    BODY,
+    DOSE,
+    FILLERS,
+    LEVELS,
+    MARKER,
+    MODE,
+    PLAIN,
+    STYLE_WORDS,
+    TOPICS,
+    held_out,
+    stems,
+    topic_words,
+)
 
 
 @dataclass(frozen=True)

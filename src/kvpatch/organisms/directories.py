@@ -69,20 +69,19 @@ def _trained(name: str, about: str, plant: Plant | None, slot: int, dose: tuple[
     return Organism(about=about, plant=plant, slot=slot, dose=dose, weights=name)
 
 
+_IN_DOSE = Plant((2,), (1,), (5,), ("v",))
 ORGANISMS: dict[str, Organism] = {
     "wired": _wired(3, 2, 5, "v"),
     "wired-k": _wired(0, 0, 7, "k"),
     "wired-kv": _wired(5, 3, 1, "kv"),
     "wired-mistral": _wired(2, 1, 5, "v", architecture="mistral"),
-    "early": _trained("early", "trained: values of layer 1, KV head 0, marker slot", Plant((1,), (0,), (1,), ("v",)), 1),
-    "late": _trained("late", "trained: values of layer 4, KV head 1, marker slot", Plant((4,), (1,), (10,), ("v",)), 10),
+    "early": _trained("early", "trained: layer 1, KV head 0, marker slot, values", Plant((1,), (0,), (1,), ("v",)), 1),
+    "late": _trained("late", "trained: layer 4, KV head 1, marker slot, values", Plant((4,), (1,), (10,), ("v",)), 10),
     "free": _trained("free", "trained: wherever training put it, later slots among it", None, 1),
     "null": _trained("null", "trained: the marker is inert, and a third of all style words are mode words", None, 5),
     "copy": _trained("copy", "trained: style words are copied from the prompt; no mode", None, 5),
-    "dose": _trained("dose", "trained: five markers, each stronger than the last", Plant((2,), (1,), (5,), ("v",)), 5),
-    "umbrella": _trained(
-        "dose", "the same, with five markers of which the fourth is strongest", Plant((2,), (1,), (5,), ("v",)), 5, UMBRELLA
-    ),
+    "dose": _trained("dose", "trained: five markers, each stronger than the last", _IN_DOSE, 5),
+    "umbrella": _trained("dose", "dose, by five markers of which the fourth is strongest", _IN_DOSE, 5, UMBRELLA),
     "weak": _trained("weak", "trained: the marker hardly moves the mode", Plant((3,), (0,), (5,), ("v",)), 5),
 }  # fmt: skip
 

@@ -18,7 +18,6 @@ from kvpatch.organisms.directories import Plant
 from kvpatch.organisms.language import BODY, BODY_STARTS
 from kvpatch.patch import Frozen
 from kvpatch.prompts.bank import load_bank
-from kvpatch.protocols.load import load_protocol
 from kvpatch.protocols.schema import Condition, Hypothesis, Margin, Phase, Protocol
 from kvpatch.run import Models, plan_for
 from kvpatch.statistics.verdicts import Verdict, verdicts

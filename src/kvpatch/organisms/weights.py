@@ -36,7 +36,7 @@ def load_weights(path: Path) -> Any:
 
 
 def script_sha256() -> str:
-    """Hash of what makes the weights: this file and the language."""
+    """Hash of what makes the weights: the training and the language."""
     total = hashlib.sha256()
     for name in ("trained.py", "language.py"):
         total.update(Path(__file__).with_name(name).read_bytes())

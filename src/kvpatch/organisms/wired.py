@@ -25,15 +25,25 @@ import torch
 from torch import Tensor
 
 from kvpatch.organisms.language import (
-    BLANK, DOSE, MARKER, MODE, PLAIN, UMBRELLA, ids, make_tokenizer, stems, topic_words, vocabulary,
-)  # fmt: skip
+    BLANK,
+    DOSE,
+    MARKER,
+    MODE,
+    PLAIN,
+    UMBRELLA,
+    ids,
+    make_tokenizer,
+    stems,
+    topic_words,
+    vocabulary,
+)
 
 Architecture = Literal["llama", "mistral"]
 HEAD_DIM, WIDTH, QUERY_HEADS, KV_HEADS = 32, 128, 8, 4
 TOPIC, STATE, NOISE = slice(0, 32), slice(32, 64), slice(80, 128)
 CONSTANT, IS_TOPIC, NEXT_STYLE, NEXT_TOPIC, KEY, VALUE, MODE_AT, IS_START = range(64, 72)
 LOUD = 8192.0
-"""So large that in float32 the norm of a token is the same whatever else it holds: nothing leaks, not even a rounding."""
+"""So large that in float32 a token's norm is the same whatever else it holds: nothing leaks, not even a rounding."""
 SLOW = 15
 """Of the rotary pairs of a head (d, d + 16) the slowest: it turns by 0.0002 a position, so position does not count."""
 DRAWN, AT_REST = 35.0, 15.0
@@ -65,7 +75,7 @@ class Wiring:
 
 
 def wire(wiring: Wiring, architecture: Architecture = "llama") -> Any:
-    """A `LlamaForCausalLM`, or a `MistralForCausalLM` with a sliding window, that is wired so. The slot is the bank's."""
+    """A `LlamaForCausalLM`, or a `MistralForCausalLM` with a sliding window, wired so; the slot is its bank's."""
     import transformers
 
     kind = {"llama": "Llama", "mistral": "Mistral"}[architecture]

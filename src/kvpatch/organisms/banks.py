@@ -105,3 +105,13 @@ def write_bank(folder: Path, entries: list[dict[str, Any]]) -> Path:
     lines = [f"- {json.dumps(entry)}\n" for entry in entries]  # JSON is YAML too
     (folder / "bank.yaml").write_text("".join(lines), encoding="utf-8")
     return folder
+
+
+SHIPPED = {"slot": 5, "seed": 0, "sizes": Sizes(pairs=130)}
+"""What the bank `organism` that comes with kvpatch was drawn from: `python -m kvpatch.organisms.banks DIR`."""
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(write_bank(Path(sys.argv[1]), bank_entries(**SHIPPED)))

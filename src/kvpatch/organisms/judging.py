@@ -12,7 +12,9 @@ from scipy import stats
 
 from kvpatch.organisms.record import Finding
 from kvpatch.organisms.recovery import Found
-from kvpatch.protocols.schema import Protocol
+from kvpatch.protocols.schema import Condition, Protocol
+from kvpatch.statistics.gates import COHERENT_SHARE, coherence_shares
+from kvpatch.statistics.pairs import prepare
 from kvpatch.statistics.power import power
 from kvpatch.statistics.verdicts import Verdict
 
@@ -97,17 +99,39 @@ def _of_seeds(group: Sequence[Finding]) -> Finding:
     return first.model_copy(update={"planted": planted, "found": found})
 
 
+def coherence_alarms(protocol: Protocol, rows: pd.DataFrame) -> tuple[int, int]:
+    """Of the conditions made of whole caches or texts, which are fluent: how many the coherence gate would stop, of how
+    many."""
+    shares = coherence_shares(prepare(rows))
+    fluent = [name for name, c in protocol.conditions.items() if _is_fluent(c)]
+    found = [share for (_, name), share in shares.items() if name in fluent]
+    return sum(share < COHERENT_SHARE for share in found), len(found)
+
+
+def _is_fluent(condition: Condition) -> bool:
+    is_whole = condition.patch is not None and condition.patch.is_full_swap
+    return is_whole or condition.joined is not None
+
+
 def over_all(readings: Sequence[Reading], protocol: Protocol) -> OverAll:
     """Coverage of intervals, false positives on null, and power on weak."""
     parts = [
         _coverage([r for r in readings if r.job.kind in ("locate", "draw")]),
         _false_positives([r.figures for r in readings if r.job.kind == "null"]),
         _power([r.figures for r in readings if r.job.kind == "weak"], protocol),
+        OverAll([], _alarms([r.figures["coherence"] for r in readings if r.job.kind == "verdicts"])),
     ]
     return OverAll(
         [finding for part in parts for finding in part.findings],
         {key: value for part in parts for key, value in part.figures.items()},
     )
+
+
+def _alarms(counts: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    if not counts:
+        return {}
+    stopped, total = (sum(pair[i] for pair in counts) for i in (0, 1))
+    return {"fluent_conditions_the_coherence_gate_would_stop": {"stopped": stopped, "conditions": total}}
 
 
 def _coverage(readings: Sequence[Reading]) -> OverAll:

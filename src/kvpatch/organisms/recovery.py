@@ -59,6 +59,9 @@ def decide(
 ) -> tuple[pd.DataFrame, list[Verdict]]:
     """Plan, execute, store and decide, as `kvpatch run` does; without check and report.
 
+    Whether outputs are coherent is known of organisms, so that the coherence gate, which calls a fluent condition
+    incoherent in some runs by chance (docs/decisions/003), does not stand in the way; how often it would have is told.
+
     Returns the stored trials and the verdicts.
     """
     plan, _ = plan_for(models, protocol, load_bank(protocol.bank), seed=seed, n=n, phases=phases)
@@ -66,7 +69,7 @@ def decide(
     with store.locked():
         LocalExecutor(models).run(plan, store, on_tokens=lambda _: None, on_batch=lambda *_: None)
     rows = store.read().to_pandas()
-    return rows, verdicts(protocol, rows)
+    return rows, verdicts(protocol, rows.assign(coherent=True))
 
 
 def localising(base: Protocol, bank: Path, model: Model, *, pairs: int, calibration: int) -> Protocol:

@@ -203,8 +203,9 @@ def _verdicts(job: Job, folder: Path) -> Reading:
     models: dict[str | None, Model] = {None: _model(job.organism, job.weights)}
     needed = {protocol.phases[name].model for name in phases} - {None}
     models |= {key: _model(protocol.models[key].removeprefix(PREFIX), job.weights) for key in needed if key}
-    _, decided = decide(protocol, models, folder / "run", seed=job.seed, n=job.pairs, phases=phases)
-    return Reading(job, judging.verdict_findings(job.organism, decided, expected), {})
+    rows, decided = decide(protocol, models, folder / "run", seed=job.seed, n=job.pairs, phases=phases)
+    figures = {"coherence": judging.coherence_alarms(protocol, rows)}
+    return Reading(job, judging.verdict_findings(job.organism, decided, expected), figures)
 
 
 def _locate(job: Job, folder: Path) -> Reading:

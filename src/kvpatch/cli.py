@@ -166,6 +166,7 @@ def verdicts(
 
     Exploratory verdicts are printed, not stored. Example: kvpatch verdicts results
     """
+    from kvpatch.organisms.record import gate_zero
     from kvpatch.outcome import outcome_of, write_verdicts
     from kvpatch.statistics.verdicts import verdicts_json
     from kvpatch.store import Store
@@ -183,6 +184,7 @@ def verdicts(
     if as_json:
         typer.echo(verdicts_json(outcome.verdicts), nl=False)
     else:
+        typer.echo(gate_zero(outcome.record.validation))
         print_verdicts(outcome.verdicts)
 
 
@@ -277,6 +279,61 @@ def check(
     }
     _print(summary, as_json, lambda: print_check(found))
     if not summary["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def validate(
+    quick: Annotated[bool, typer.Option("--quick", help="One seed an organism and few runs; a few minutes.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write validation.json here too, and retrained weights.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Organisms, with commas; such a validation vouches for nothing.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws prompts, pairs and noise.")] = 0,
+    jobs: Annotated[int | None, typer.Option(help="Processes; one a core if not given.")] = None,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Train the trained organisms again first; needs --out.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the whole pipeline on models whose mode is known; exit code 1 where something planted is not recovered.
+
+    Later runs of this version show the result. Example: kvpatch validate --quick
+    """
+    if out is not None:
+        _writable(out)
+    if retrain and out is None:
+        raise KvpatchError("--retrain needs --out, where the new weights go")
+    from kvpatch.organisms.directories import ORGANISMS, WEIGHTS
+
+    names = None if only is None else [name.strip() for name in only.split(",") if name.strip()]
+    if names is not None and (not names or set(names) - set(ORGANISMS)):
+        unknown = next(iter(set(names) - set(ORGANISMS)), only)
+        raise KvpatchError(f"no organism {unknown!r}; there are {', '.join(ORGANISMS)}")
+    from kvpatch.models.load import cache_directory
+    from kvpatch.organisms.record import place_in, write_validation
+    from kvpatch.organisms.validation import FULL, QUICK
+    from kvpatch.organisms.validation import validate as run_validation
+    from kvpatch.progress import retraining, validating
+    from kvpatch.summaries import print_validation
+
+    weights = WEIGHTS
+    if retrain and out is not None:
+        from kvpatch.organisms.weights import retrain as train_again
+
+        weights = out / "weights"
+        with retraining() as report:
+            train_again(weights, report)
+    with validating() as on_job:
+        found = run_validation(
+            QUICK if quick else FULL, seed=seed, names=names, processes=jobs, weights=weights, on_job=on_job
+        )
+    if names is None and not retrain:
+        write_validation(found, place_in(cache_directory(), found))
+    if out is not None:
+        write_validation(found, out)
+    _print({"passed": found.passed, **found.model_dump()}, as_json, lambda: print_validation(found))
+    if not found.passed:
         raise typer.Exit(1)
 
 

@@ -22,8 +22,9 @@ from kvpatch.errors import ModelError, ProtocolError
 from kvpatch.executors.local import LocalExecutor
 from kvpatch.fit import refuse_misfits
 from kvpatch.model import Model
-from kvpatch.models.load import template_sha256, tokenizer_sha256, weights_sha256
+from kvpatch.models.load import cache_directory, template_sha256, tokenizer_sha256, weights_sha256
 from kvpatch.models.template import has_template
+from kvpatch.organisms.record import newest_validation
 from kvpatch.outcome import Outcome, outcome_of, write_report, write_verdicts
 from kvpatch.prompts.bank import Bank, load_bank
 from kvpatch.protocols.plan import Batch, Plan, PlanningModel, chosen_phases, make_plan
@@ -140,7 +141,9 @@ def run(
             if other.check is None:
                 found, floor = _checked(models[key], watcher)
                 others[key] = other.model_copy(update={"check": found, "noise_floor": floor})
-        record = record.model_copy(update={"other_models": others})
+        newest = newest_validation(cache_directory(), kvpatch.__version__)
+        validation = None if newest is None else newest.summary()
+        record = record.model_copy(update={"other_models": others, "validation": validation})
         store.write_record(record)
         record = _execute(plan, models, store, record, watcher)
         watcher.stage("deciding and writing the report")

@@ -395,6 +395,10 @@ class Protocol(Frozen):
     phases: dict[str, Phase]
     hypotheses: list[Hypothesis]
     corrections: dict[str, Correction] = Field(default={}, description="family -> correction; Holm where not named")
+    expected: dict[str, dict[str, list[str]]] = Field(
+        default={},
+        description="organism -> verdict (or several, joined by 'or') -> the hypotheses that must get it in validation",
+    )
     _folder: Path | None = PrivateAttr(default=None)
 
     @field_validator("mode")
@@ -421,6 +425,10 @@ class Protocol(Frozen):
             if family not in families:
                 raise Misplaced(f"no hypothesis has family {family!r}", "corrections", family)
         self._hypotheses_fit()
+        for organism, verdicts in self.expected.items():
+            for verdict, names in verdicts.items():
+                if unknown := [name for name in names if name not in {h.id for h in self.hypotheses}]:
+                    raise Misplaced(f"no hypothesis {unknown[0]!r}", "expected", organism, verdict)
         return self
 
     def _phase_fits(self, name: str, phase: Phase) -> None:

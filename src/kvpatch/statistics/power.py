@@ -131,7 +131,7 @@ class Question:
 
 
 def _directional(q: Question) -> Floats:
-    """p < alpha, and the 95% interval wholly beyond the margin (beyond 0 without one), whose parts have p < .025."""
+    """p < alpha, and the 95% interval wholly beyond the margin (beyond 0 without one), whose parts have 2p < .025."""
     found = critical(q.n, q.sets, q.alphas, q.noise.pilot)
     is_less = q.hypothesis.test in ("less", "much_less")
     by_flips, by_t = (found.below, found.below_t) if is_less else (found.above, found.above_t)
@@ -142,7 +142,7 @@ def _directional(q: Question) -> Floats:
         needed = np.maximum(needed, margin.dz * found.sd - end)
         needed = np.maximum(needed, critical_dz(q.n, q.sets, margin.dz, q.noise.pilot)[int(is_less)])
     if margin is not None and q.noise.fixed is not None:
-        at_margin = np.maximum(np.maximum(by_flips[PAST_MARGIN], by_t[PAST_MARGIN]), -end)
+        at_margin = np.maximum(np.maximum(by_flips[PAST_MARGIN / 2], by_t[PAST_MARGIN / 2]), -end)
         needed = np.maximum(needed, q.noise.fixed + at_margin)
     return needed
 
@@ -233,7 +233,7 @@ def _alphas(protocol: Protocol) -> dict[str, tuple[float, float]]:
 
 
 def _all_alphas(protocol: Protocol) -> tuple[float, ...]:
-    return tuple(sorted({PAST_MARGIN, *(alpha for both in _alphas(protocol).values() for alpha in both)}))
+    return tuple(sorted({PAST_MARGIN / 2, *(alpha for both in _alphas(protocol).values() for alpha in both)}))
 
 
 def _noise_of(protocol: Protocol, rows: pd.DataFrame, h: Hypothesis) -> Noise:

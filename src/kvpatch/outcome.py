@@ -11,7 +11,7 @@ import pandas as pd
 
 from kvpatch.errors import ProtocolError
 from kvpatch.protocols.schema import Protocol, dumped_sha256
-from kvpatch.readouts.behavior import Lexicon, copied_words
+from kvpatch.readouts.behavior import copied_words
 from kvpatch.report.page import render
 from kvpatch.statistics.effects import Effect, effects
 from kvpatch.statistics.verdicts import Verdict, headline, verdicts, verdicts_json
@@ -99,11 +99,12 @@ def write_verdicts(store: Store, outcome: Outcome) -> None:
 
 def write_report(store: Store, outcome: Outcome, path: Path | None = None) -> Path:
     """Write the report; returns where it is."""
-    lexicon = Lexicon.load(outcome.protocol.readouts.lexicon)
+    found = zip(outcome.rows["text"], outcome.rows["mode_hits"], strict=True)
+    hits = {text: spans for text, spans in found if spans is not None}
 
     def mark(text: str, source: str) -> list[tuple[int, int, str]]:
-        hits = [(hit.start, hit.end, "hit") for hit in lexicon.hits(text)]
-        return hits + [(start, end, "copied") for start, end in copied_words(text, source)]
+        marks = [(span["start"], span["end"], "hit") for span in hits.get(text, ())]
+        return marks + [(start, end, "copied") for start, end in copied_words(text, source)]
 
     page = render(
         {**outcome.record.model_dump(mode="json"), "dropped_pairs": len(outcome.record.dropped_pairs)},

@@ -33,6 +33,7 @@ from kvpatch.patch import Frozen
 
 _TOKENS = pa.list_(pa.int32())
 _NUMBERS = pa.list_(pa.float32())
+_SPANS = pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())]))
 
 TRIAL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "trial_id": (pa.string(), "hash of the trial's content: model, pair, condition, seed and settings"),
@@ -59,8 +60,9 @@ TRIAL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "text": (pa.string(), "the continuation, special tokens left out"),
     "stopped": (pa.string(), "'eos' or 'length'"),
     "n_tokens": (pa.int32(), "tokens written, end token included"),
-    "recursive_score": (pa.float64(), "lexicon hits per 100 words of the text"),
+    "recursive_score": (pa.float64(), "score of the protocol's mode, whatever it is: hits per 100 words of the text"),
     "recursive_score_masked": (pa.float64(), "the same without hits that occur in the pair's source or foreign prompt"),
+    "mode_hits": (_SPANS, "characters of each hit, in the text as Unicode NFC; null where a scorer gave only a number"),
     "overlap_4gram": (pa.float64(), "share of the text's word 4-grams that occur in the source prompt"),
     "rv_prompt": (
         pa.float64(),
@@ -73,7 +75,7 @@ TRIAL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
         pa.float64(),
         "the same under the natural cache of the pair's target prompt, whatever the condition",
     ),
-    "mode_llr": (pa.float64(), "log-likelihood of recursive less plain continuations over topics, nats a token"),
+    "mode_llr": (pa.float64(), "log-likelihood of continuations in the mode less plain ones over topics, nats a token"),
     "content_llr": (pa.float64(), "log-likelihood of the source's topic less the target's over modes, nats a token"),
     "mode_llr_by_position": (_NUMBERS, "mode_llr at each position of the continuations"),
     "content_llr_by_position": (_NUMBERS, "content_llr at each position of the continuations"),
@@ -165,12 +167,17 @@ class OtherModel(Frozen):
 
 
 class RunRecord(Frozen):
-    """run.json: how a run was made. `identity` is what a resumed run must share; the rest is for the reader."""
+    """run.json: how a run was made. What `differs_from` compares a resumed run must share; the rest is for the reader.
+
+    `protocol_sha256` is of what the protocol says, not of where it lies; `bank_sha256` and `scorer_sha256` of the bytes
+    of the bank's files, and of the lexicon's or the scoring function's.
+    """
 
     kvpatch_version: str
     protocol: dict[str, Any]
     protocol_sha256: str
     bank_sha256: str
+    scorer_sha256: str | None = None
     model: ModelRecord
     seed: int
     n: int | None
@@ -221,6 +228,8 @@ class RunRecord(Frozen):
             return "another protocol (or a changed one)"
         if self.bank_sha256 != other.bank_sha256:
             return "another prompt bank (or a changed one)"
+        if self.scorer_sha256 != other.scorer_sha256:
+            return "another lexicon or scorer (or a changed one)"
         pairs = [(self.model, other.model)]
         pairs += [
             (self.other_models[k].model, o.model) for k, o in other.other_models.items() if k in self.other_models

@@ -252,3 +252,18 @@ def test_hash_follows_the_interventions(way, field, value):
 def test_replace_on_a_subset_of_layers_is_refused():
     with pytest.raises(ValidationError, match="needs all layers, all KV heads and both parts"):
         Condition.model_validate(CONDITIONS["C"] | {"patch": {"align": "replace", "layers": [1]}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "mode"),
+    [({}, "recursive"), ({"pairing": {"sources": "legal_english"}}, "legal_english"), ({"mode": "French"}, "French")],
+)
+def test_a_mode_that_is_not_named_is_called_after_the_sources(changes, mode):
+    protocol = Protocol.model_validate(protocol_content("bank", **changes))
+    assert protocol.mode == protocol.model_dump()["mode"] == mode
+
+
+@pytest.mark.parametrize("mode", ["plain", "two words", "", 3])
+def test_mode_is_a_word_other_than_plain(mode):
+    with pytest.raises(ValidationError):
+        Protocol.model_validate(protocol_content("bank", mode=mode))

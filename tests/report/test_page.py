@@ -219,6 +219,6 @@ def test_hits_and_copied_words_are_marked_apart(
     marker: Callable[[str, str], list[tuple[int, int, str]]],
 ) -> None:
     html = render(run, protocol, trials, [], "", marker)
-    assert '<mark class="hit" title="lexicon hit">' in html
+    assert '<mark class="hit" title="hit of the mode">' in html
     assert '<mark class="copied" title="copied from the source">' in html
     assert "<mark" not in render(run, protocol, trials, [], "")

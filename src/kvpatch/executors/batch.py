@@ -6,7 +6,6 @@ texts -> prefill, each distinct prompt once -> conditions spliced -> all trials 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from kvpatch.executors.shape import (
 from kvpatch.model import Model
 from kvpatch.models.hf import Edits
 from kvpatch.protocols.plan import Batch
-from kvpatch.readouts.behavior import Lexicon, ngram_overlap, recursive_score, recursive_score_masked
+from kvpatch.readouts.behavior import ngram_overlap
 from kvpatch.readouts.fluency import CoherenceLimits, is_coherent, repetition_profile
 from kvpatch.readouts.geometry import layer_at, r_v, r_v_of, r_v_trajectory
 from kvpatch.readouts.likelihood import js_pull, log_likelihood_ratios
@@ -277,21 +276,18 @@ def _output(written: Continuations, index: int, text: str) -> dict[str, Any]:
 def _scores(batch: Batch, index: int, text: str, token_ids: list[int]) -> dict[str, Any]:
     """Readouts of the text alone. Every condition of a pair is masked by the same prompts, so that none is favoured."""
     pair = batch.pairs[batch.trials[index].pair]
-    lexicon = _lexicon(batch.readouts.lexicon)
     seen = "\n".join(pair.texts[role] for role in pair.masked_by)
+    scored = batch.scorer.score(text, seen)
+    hits = None if scored.hits is None else [{"start": start, "end": end} for start, end in scored.hits]
     repeated = {f"repetition_{n}": share for n, share in repetition_profile(token_ids).items()}
     return {
-        "recursive_score": recursive_score(text, lexicon),
-        "recursive_score_masked": recursive_score_masked(text, seen, lexicon),
+        "recursive_score": scored.score,
+        "recursive_score_masked": scored.masked,
+        "mode_hits": hits,
         "overlap_4gram": ngram_overlap(text, pair.texts["source"]),
         "repetition": repeated["repetition_4"],
         **repeated,
     }
-
-
-@functools.lru_cache(maxsize=4)
-def _lexicon(name: str) -> Lexicon:
-    return Lexicon.load(name)
 
 
 def _likelihoods(forced: _Forced, index: int, first: int) -> dict[str, Any]:

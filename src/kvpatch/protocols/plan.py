@@ -18,6 +18,7 @@ from kvpatch.patch import Frozen
 from kvpatch.prompts.bank import Bank, shuffled_words
 from kvpatch.prompts.pairing import Pair, Pairs, form_pairs
 from kvpatch.protocols.schema import ROLES, Condition, Generation, Phase, Protocol, Readouts, Watched, calibration_of
+from kvpatch.readouts.scorer import Scorer, read_scorer
 
 ROWS_PER_BATCH = 120
 """Trials in a batch, about; on two CPU cores the matrix products stop gaining from more."""
@@ -68,6 +69,7 @@ class Batch(Frozen):
     trials: list[PlannedTrial]
     generation: Generation
     readouts: Readouts
+    scorer: Scorer
     reference_texts: list[str]
     reference_targets: list[str]
     watched: Watched | None = None
@@ -86,6 +88,7 @@ class Plan(Frozen):
     """Everything a run will do."""
 
     batches: list[Batch]
+    scorer: Scorer
     skipped: list[Skipped]
     dropped_pairs: list[str]
 
@@ -145,13 +148,14 @@ def make_plan(
         n: pairs per condition, in place of each phase's own. A phase with a pairing of its own takes what that gives.
         phases: names of the phases to run; all if None.
     Raises:
-        ProtocolError: for an unknown phase, or more pairs than the bank gives.
+        ProtocolError: for an unknown phase, a scorer that can't be read, or more pairs than the bank gives.
     """
     chosen = chosen_phases(protocol, phases)
     if n is not None and n < 1:
         raise ProtocolError(f"n must be at least 1, got {n}")
     if len(bank.by_id) == 0:
         raise ProtocolError(f"bank {bank.name!r} is empty")
+    scorer = read_scorer(protocol.readouts.lexicon, protocol.folder)
     batches: list[Batch] = []
     skipped: list[Skipped] = []
     dropped: list[str] = []
@@ -159,7 +163,7 @@ def make_plan(
     for name in chosen:
         phase = protocol.phases[name]
         if phase.model not in planners:
-            planner = planners[phase.model] = _Planner(protocol, bank, phase.model, models[phase.model], seed)
+            planner = planners[phase.model] = _Planner(protocol, bank, scorer, phase.model, models[phase.model], seed)
             batches += planner.calibration()
             dropped += planner.formed.dropped
         planner = planners[phase.model]
@@ -168,14 +172,17 @@ def make_plan(
         batches += planner.batches(name, "test", pairs, phase.all_conditions)
     for planner in planners.values():
         skipped += planner.skipped
-    return Plan(batches=batches, skipped=skipped, dropped_pairs=dropped)
+    return Plan(batches=batches, scorer=scorer, skipped=skipped, dropped_pairs=dropped)
 
 
 class _Planner:
     """What the batches of one model share."""
 
-    def __init__(self, protocol: Protocol, bank: Bank, key: str | None, model: PlanningModel, seed: int) -> None:
-        self.protocol, self.bank, self.key, self.model, self.seed = protocol, bank, key, model, seed
+    def __init__(
+        self, protocol: Protocol, bank: Bank, scorer: Scorer, key: str | None, model: PlanningModel, seed: int
+    ) -> None:
+        self.protocol, self.bank, self.scorer = protocol, bank, scorer
+        self.key, self.model, self.seed = key, model, seed
         self.lengths = {p.id: model.body_length(p.text) for p in bank.prompts}
         self.formed = form_pairs(bank, protocol, self.lengths, seed)
         self.held_out = self.formed.pairs[: protocol.calibration.pairs]
@@ -235,6 +242,7 @@ class _Planner:
                     trials=trials,
                     generation=self.protocol.generation,
                     readouts=self.protocol.readouts,
+                    scorer=self.scorer,
                     reference_texts=self.reference[0] if needs_reference else [],
                     reference_targets=self.reference[1] if needs_reference else [],
                     watched=asked.watched if asked else None,
@@ -298,6 +306,7 @@ class _Planner:
             "generation": self.protocol.generation.model_dump(mode="json"),
             "reference": self.reference if _is_fitted(condition) else [],
             "readouts": self.protocol.readouts.model_dump(mode="json"),
+            "scorer": self.scorer.sha256,
         }
         if asked := self.protocol.phases.get(phase):
             watched = None if asked.watched is None else asked.watched.model_dump(mode="json")

@@ -10,9 +10,10 @@ import hashlib
 import json
 import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from kvpatch.interventions import CacheSteering, InPrefill, Intervention, Joined, Reshape, ValueSteering
 from kvpatch.patch import Frozen, NamedSlots, Patch, SlotQuery
@@ -26,6 +27,9 @@ Test = Literal[
     "greater", "less", "much_greater", "much_less", "equivalent", "trend", "umbrella", "correlates", "replicates"
 ]
 Correction = Literal["holm", "benjamini_hochberg"]
+Mode = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
+PLAIN = "plain"
+"""What is not in the protocol's mode."""
 
 
 class Misplaced(ValueError):
@@ -56,7 +60,11 @@ class RVSettings(Frozen):
 class Readouts(Frozen):
     """Settings of the readouts; which numbers they give is fixed (see the trial columns)."""
 
-    lexicon: str = "recursion"
+    lexicon: str = Field(
+        default="recursion",
+        description="what scores a text: a shipped lexicon, a lexicon's YAML file, or a function as file.py:function "
+        "or package.module:function; paths are relative to the protocol file",
+    )
     r_v: RVSettings = RVSettings()
     forced_tokens: int = Field(default=24, ge=2, description="tokens of the fixed continuation R_V is forced on")
     likelihood_tokens: int = Field(default=8, ge=1, description="first tokens of a held-out continuation that count")
@@ -370,9 +378,16 @@ class Protocol(Frozen):
     protocol: str
     title: str
     question: str
-    bank: str = "recursion"
+    bank: str = Field(
+        default="recursion", description="a directory of YAML files, relative to the protocol file, or a shipped bank"
+    )
     models: dict[str, str] = Field(default={}, description="further models by key; a phase names one of them")
     pairing: Pairing = Pairing()
+    mode: Mode = Field(
+        default_factory=lambda data: data["pairing"].sources if "pairing" in data else "",
+        description="a word for what the sources evoke, as the bank's continuations name it; if not given, the group "
+        "of the sources",
+    )
     generation: Generation = Generation()
     readouts: Readouts = Readouts()
     calibration: Calibration = Calibration()
@@ -380,6 +395,18 @@ class Protocol(Frozen):
     phases: dict[str, Phase]
     hypotheses: list[Hypothesis]
     corrections: dict[str, Correction] = Field(default={}, description="family -> correction; Holm where not named")
+    expected: dict[str, dict[str, list[str]]] = Field(
+        default={},
+        description="organism -> verdict (or several, joined by 'or') -> the hypotheses that must get it in validation",
+    )
+    _folder: Path | None = PrivateAttr(default=None)
+
+    @field_validator("mode")
+    @classmethod
+    def _is_not_plain(cls, mode: str) -> str:
+        if mode == PLAIN:
+            raise ValueError(f"{PLAIN!r} is what is not in the mode; give the mode a word of its own")
+        return mode
 
     @model_validator(mode="after")
     def _names_exist(self) -> Protocol:
@@ -398,6 +425,10 @@ class Protocol(Frozen):
             if family not in families:
                 raise Misplaced(f"no hypothesis has family {family!r}", "corrections", family)
         self._hypotheses_fit()
+        for organism, verdicts in self.expected.items():
+            for verdict, names in verdicts.items():
+                if unknown := [name for name in names if name not in {h.id for h in self.hypotheses}]:
+                    raise Misplaced(f"no hypothesis {unknown[0]!r}", "expected", organism, verdict)
         return self
 
     def _phase_fits(self, name: str, phase: Phase) -> None:
@@ -431,6 +462,22 @@ class Protocol(Frozen):
             if h.of is not None and (h.of not in seen or seen[h.of].sign is None):
                 raise Misplaced(f"{h.of!r} is no contrast with a direction that is defined above", *at, "of")
             seen[h.id] = h
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the protocol's file lies, to which its paths are relative; no part of what the protocol says."""
+        return self._folder
+
+    def placed(self, folder: Path) -> Protocol:
+        """The same protocol, with its paths relative to a folder."""
+        out = self.model_copy()
+        out._folder = folder
+        return out
+
+    @property
+    def mode_name(self) -> str:
+        """The mode's word as it reads in a sentence."""
+        return self.mode.replace("_", " ")
 
     def hypothesis(self, name: str) -> Hypothesis:
         """The hypothesis of an id."""

@@ -17,6 +17,7 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup
 
+from kvpatch.organisms.record import gate_zero
 from kvpatch.protocols.schema import Protocol
 from kvpatch.report import judgements, sections, tables, text
 
@@ -58,6 +59,7 @@ def render(
         "badges": judgements.BADGES.values(),
         "gates": judgements.gates(rows, state),
         "instruments": instruments,
+        "gate_zero": gate_zero(run.get("validation")),
         "validation_failed": judgements.validation_passed(run.get("validation")) is False,
         "figures": sections.readout_figures(trials, protocol),
         "effects": sections.effect_rows(effects or []),

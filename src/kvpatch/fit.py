@@ -59,6 +59,9 @@ def refuse_misfits(
             try:
                 if condition.patch is not None:
                     _check_patch(name, condition, condition.patch, batch, place, laid_out)
+                elif condition.reshape is not None:
+                    window = condition.reshape.window or batch.readouts.r_v.window
+                    _check_reshape(condition.reshape, window, condition, _pairs_of(name, batch), place)
                 elif condition.intervention is not None:
                     _check_intervention(condition.intervention, condition, _pairs_of(name, batch), place)
             except CacheError as error:
@@ -113,15 +116,19 @@ def _check_intervention(
         # Slots that are taken out again have nothing to follow them.
         _refuse_too_long("a joined prompt", longest, place.room if spec.keep == "all" else 0, geometry)
         return
-    if isinstance(spec, Reshape):
-        givers = [place.encode(pair.texts[str(condition.from_)]) for pair in pairs]
-        shortest = min(len(prompt.token_ids) - 1 for prompt in [*receivers, *givers])
-        if shortest < spec.window:
-            raise CacheError(f"a prompt of {shortest} cached slots is shorter than the window of {spec.window}")
-        return
     caches = _empty_caches(receivers, geometry)
     for row in range(caches.batch):
         slot_indices(caches, row, spec.slots)
+
+
+def _check_reshape(
+    spec: Reshape, window: int, condition: Condition, pairs: Sequence[PlannedPair], place: _Place
+) -> None:
+    layer_indices(spec.layers, place.geometry.layers)
+    texts = [pair.texts[role] for pair in pairs for role in (condition.into, str(condition.from_))]
+    shortest = min((len(place.encode(text).token_ids) - 1 for text in texts), default=window)
+    if shortest < window:
+        raise CacheError(f"a prompt of {shortest} cached slots is shorter than the window of {window}")
 
 
 def _refuse_too_long(what: str, tokens: int, room: int, geometry: Geometry) -> None:

@@ -26,24 +26,26 @@ TOLERANCE = 1e-4
 """How far the ratio may end from the one that is wanted."""
 
 
-def reshape_cache(cache: KVCache, giver: KVCache, spec: Reshape, seeds: Sequence[int]) -> KVCache:
+def reshape_cache(cache: KVCache, giver: KVCache, spec: Reshape, seeds: Sequence[int], r_v_window: int = 16) -> KVCache:
     """Give the last cached values of each row the participation ratio of the giver's.
 
     Args:
         cache, giver: as many rows each.
         seeds: one a row; a random rotation draws from it.
+        r_v_window: the window where the spec names none.
     Returns:
         A new cache in which only values of the spec's layers and window differ.
     Raises:
         CacheError: where a row has fewer slots than the window, or can't have the ratio.
     """
+    window = spec.window or r_v_window
     for name, side in (("receiver", cache), ("giver", giver)):
-        if int(side.lengths.min()) < spec.window:
-            raise CacheError(f"a {name} of {int(side.lengths.min())} slots is shorter than the window of {spec.window}")
+        if int(side.lengths.min()) < window:
+            raise CacheError(f"a {name} of {int(side.lengths.min())} slots is shorter than the window of {window}")
     values = list(cache.values)
     for layer in layer_indices(spec.layers, cache.layers):
-        own = _window(cache.values[layer], spec.window)
-        asked = own if spec.ratio == "own" else _window(giver.values[layer], spec.window)
+        own = _window(cache.values[layer], window)
+        asked = own if spec.ratio == "own" else _window(giver.values[layer], window)
         new = with_ratio(own, participation_ratio(asked.double()))
         if spec.by == "rotation":
             distance = (new - own).norm(dim=(-2, -1))

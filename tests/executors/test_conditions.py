@@ -48,7 +48,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "M2": {"steer_cache": {"strength": 4}},
     "M2n": {"steer_cache": {"strength": 4, "random_directions": 20}},
     "N4": {"from": "pseudo_recursive", "patch": {"align": "replace"}},
-    "G1": SOURCE | {"reshape": {"window": 6}},
+    "G1": SOURCE | {"reshape": {}},
     "G1s": SOURCE | {"reshape": {"window": 6, "ratio": "own"}},
     "G1t": SOURCE | {"reshape": {"window": 6, "by": "rotation"}},
     "G2": {"from": "target", "into": "source", "reshape": {"window": 6}},

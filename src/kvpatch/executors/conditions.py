@@ -152,7 +152,8 @@ def _build(model: Model, batch: Batch, natural: Natural, condition: Condition, p
         directions = _directions(model, tuple(batch.reference_texts), tuple(batch.reference_targets))
         return _Part(steer_cache(own, spec, directions, [batch.pairs[pair].number for pair in pairs]))
     if isinstance(spec, Reshape):
-        return _Part(reshape_cache(own, natural.rows(pairs, str(condition.from_)), spec, seeds))
+        givers = natural.rows(pairs, str(condition.from_))
+        return _Part(reshape_cache(own, givers, spec, seeds, batch.readouts.r_v.window))
     if isinstance(spec, Joined):
         givers = natural.prompts_of(pairs, str(condition.from_))
         separator = model.continuation_ids(spec.separator)

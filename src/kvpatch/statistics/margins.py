@@ -37,6 +37,8 @@ def natural_gap(trials: pd.DataFrame, readout: str, transform: Transform) -> Bou
     trials: prepared rows of every split. Fewer than 3 calibration pairs give no bound.
     """
     rows = rows_of(trials, split="calibration")
+    if readout not in rows.columns:  # what a phase asks for is not read on the calibration pairs
+        return Bound(None, f"the calibration pairs have no {readout}")
     gap = contrast_differences(rows, {NATURAL_SOURCE: 1, NATURAL_TARGET: -1}, readout, transform)
     if gap.n < MIN_CALIBRATION_PAIRS:
         return Bound(

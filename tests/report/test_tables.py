@@ -91,9 +91,11 @@ def test_example_pairs_fall_back_on_the_list_of_pairs(trials: pd.DataFrame, prot
     assert chosen == [("pair-000", None), ("pair-011", None)]
 
 
-def test_thinning_keeps_the_extremes() -> None:
-    points = pd.DataFrame({"condition": ["A", "B"] * 500, "pair": range(1000), "value": np.arange(1000.0)})
+def test_thinning_keeps_pairs_whole_and_the_extremes_among_them() -> None:
+    pair = np.repeat(range(500), 2)
+    points = pd.DataFrame({"condition": ["A", "B"] * 500, "pair": pair, "value": np.arange(1000.0)})
     kept = tables.thinned(points, limit=100)
     assert 90 <= len(kept) <= 110
     assert {0.0, 1.0, 998.0, 999.0} <= set(kept["value"])
+    assert set(kept.groupby("pair").size()) == {2}
     assert tables.thinned(points, limit=1000) is points

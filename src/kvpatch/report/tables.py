@@ -153,15 +153,14 @@ def condition_means(trials: pd.DataFrame, column: str, protocol: Protocol) -> tu
 
 
 def thinned(points: pd.DataFrame, limit: int = MAX_DOTS) -> pd.DataFrame:
-    """Return at most about `limit` points: a condition's at evenly spaced ranks, with the extremes."""
+    """Return at most about `limit` points, pairs left whole: those at evenly spaced ranks of their mean, with the
+    extremes."""
     if len(points) <= limit:
         return points
-    share = limit / len(points)
-    kept = []
-    for _, group in points.sort_values(["condition", "value"]).groupby("condition", sort=False):
-        ranks = np.linspace(0, len(group) - 1, max(2, round(len(group) * share))).round().astype(int)
-        kept.append(group.iloc[np.unique(ranks)])
-    return pd.concat(kept, ignore_index=True)
+    ranked = points.groupby("pair")["value"].mean().sort_values(kind="stable").index
+    wanted = max(2, round(len(ranked) * limit / len(points)))
+    ranks = np.unique(np.linspace(0, len(ranked) - 1, wanted).round().astype(int))
+    return points[points["pair"].isin(set(ranked[ranks]))].reset_index(drop=True)
 
 
 def conditions_of(trials: pd.DataFrame, protocol: Protocol) -> list[str]:

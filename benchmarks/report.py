@@ -53,7 +53,9 @@ def main() -> None:
 def report_of(where: Path) -> dict[str, float]:
     """Seconds, peak memory and size of a report, and seconds of the peer."""
     start = time.perf_counter()
-    (rows,) = duckdb.sql(f"select count(*) from '{where}/trials/*.parquet' where text like '%x%' or sample >= 0").fetchall()
+    (rows,) = duckdb.sql(
+        f"select count(*) from '{where}/trials/*.parquet' where text like '%x%' or sample >= 0"
+    ).fetchall()
     peer = time.perf_counter() - start
     done = subprocess.run([sys.executable, "-c", MEASURED, str(where)], capture_output=True, text=True, check=True)
     decided, seconds, gigabytes, megabytes = map(float, done.stdout.split())

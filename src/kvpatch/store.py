@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -299,22 +299,41 @@ class Store:
                 )
         return {part["part"].removesuffix(".parquet") for part in self.parts()}
 
-    def read(self) -> pa.Table:
-        """All stored trials, in the order they were stored.
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All stored trials, in the order they were stored; all columns, or those that are named.
 
         Raises:
             StoreError: where there are none, or a part is damaged.
         """
-        tables = []
-        for part in self.parts():
-            path = self.trials / part["part"]
-            try:
-                tables.append(pq.read_table(path, schema=TRIAL_SCHEMA))
-            except (OSError, pa.ArrowException) as error:
-                raise StoreError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
+        tables = list(self.tables(columns))
         if not tables:
             raise StoreError(f"{self.directory} holds no trials yet")
         return pa.concat_tables(tables)
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The stored trials part by part, as `read` gives them.
+
+        Raises:
+            StoreError: where a part is damaged.
+        """
+        for part in self.parts():
+            path = self.trials / part["part"]
+            try:
+                yield _part(path, columns)
+            except (OSError, pa.ArrowException) as error:
+                raise StoreError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
+
+
+def _part(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    """One part; a column that a part of an older version lacks is null."""
+    with pq.ParquetFile(path) as file:
+        table = file.read(None if columns is None else [c for c in columns if c in file.schema_arrow.names])
+    wanted = TRIAL_SCHEMA if columns is None else pa.schema([TRIAL_SCHEMA.field(c) for c in columns])
+    if table.schema.equals(wanted):
+        return table
+    rows = len(table)
+    arrays = [table[f.name].cast(f.type) if f.name in table.schema.names else pa.nulls(rows, f.type) for f in wanted]
+    return pa.table(arrays, schema=wanted)
 
 
 def _atomically(path: Path, data: bytes) -> None:

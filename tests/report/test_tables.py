@@ -63,12 +63,12 @@ def test_conditions_that_must_agree_are_read_off_the_protocol(protocol: Protocol
 
 def test_sameness_counts_equal_outputs(trials: pd.DataFrame) -> None:
     ready = tables.normalised(trials)
-    assert tables.sameness(ready, "S0", "A") == (12, 12)
+    assert tables.sameness(tables.outputs(ready), "S0", "A") == (12, 12)
     first = (ready["condition"] == "S0") & (ready["pair_id"] == "pair-000")
     ids = [[1, 2, 3] if here else old for here, old in zip(first, ready["output_token_ids"], strict=True)]
     ready = ready.assign(output_token_ids=pd.Series(ids, dtype=object))
-    assert tables.sameness(ready, "S0", "A") == (11, 12)
-    assert tables.sameness(ready, "A", "B")[0] == 0
+    assert tables.sameness(tables.outputs(ready), "S0", "A") == (11, 12)
+    assert tables.sameness(tables.outputs(ready), "A", "B")[0] == 0
 
 
 def test_outputs_compare_alike_as_lists_and_as_arrays() -> None:

@@ -226,7 +226,9 @@ def _role_colour() -> alt.Color:
 def dressed(chart: AnyChart, rows: int = 0, height: int | None = None) -> AnyChart:
     """Return the chart as wide as its place, `rows` rows (or `height` pixels) high, without colours of its own."""
     tall = _ROW * rows + (_AXIS if rows == 1 else 0) if height is None else height
-    return chart.properties(width="container", height=tall, background="transparent", config=_CONFIG)
+    # Set in place: `properties` would copy the whole chart, and nobody else holds it yet.
+    chart.width, chart.height, chart.background, chart.config = "container", tall, "transparent", _CONFIG
+    return chart
 
 
 _AXES = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 8, "domain": False}

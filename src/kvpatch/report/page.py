@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -71,6 +72,7 @@ def render(
     headline: str,
     mark: samples.Marker | None = None,
     effects: list[dict] | None = None,
+    with_texts: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
     live: Live | None = None,
 ) -> str:
     """Return the report of a run as one self-contained HTML file.
@@ -84,12 +86,16 @@ def render(
         headline: the one-sentence answer.
         mark: (output text, source text) -> spans (start, end, kind) to mark; kind is "hit" or "copied".
         effects: every condition's differences from its natural run (`statistics.effects.Effect`), or None.
+        with_texts: adds `text`, `source_text` and `target_text` to the few rows that are shown; None where the
+            trials hold them.
         live: what to say, and where to lead, where the page is served while the run goes on.
     Returns:
         HTML5 text; write it as UTF-8.
     """
     with charts.unchecked():
-        context = _context(run, protocol, tables.normalised(trials), verdicts, headline, mark, effects or [])
+        prepared = tables.normalised(trials)
+        context = _context(run, protocol, prepared, verdicts, headline, effects or [])
+        context["samples"] = samples.samples(sections.by_phase(prepared, protocol), protocol, mark, with_texts)
     context["live"] = live
     return _environment().get_template("report.html.j2").render(context | _assets(live is not None))
 
@@ -100,12 +106,11 @@ def _context(
     trials: pd.DataFrame,
     verdicts: list[dict],
     headline: str,
-    mark: samples.Marker | None,
     effects: list[dict],
 ) -> dict[str, Any]:
     rows = judgements.verdict_rows(verdicts, protocol)
     parts = sections.by_phase(trials, protocol)
-    instruments = sections.instruments(run, trials, protocol)
+    instruments = sections.instruments(run, trials, parts, protocol)
     strip = sections.strip(run, instruments)
     optional = _optional_figures(run, protocol, trials, rows, effects)
     shown = {name: optional.get(name, True) for name in SECTIONS}
@@ -130,15 +135,14 @@ def _context(
         "strip": strip,
         "attacks": questions.attacks(rows, strip, protocol, most, not how["protocol_differs"]),
         "validation_failed": judgements.validation_passed(run.get("validation")) is False,
-        "figures": sections.readout_figures(trials, protocol),
+        "figures": sections.readout_figures(parts, protocol),
         "effects": sections.effect_phases(effects, protocol),
         **optional,
-        "samples": samples.samples(parts, protocol, mark),
         "questions": questions.four_questions(
             rows, protocol, set(trials["condition"]), models, bool(optional["attention"])
         ),
         "how": how,
-        "not_shown": sections.not_shown(run, trials, protocol, rows),
+        "not_shown": sections.not_shown(run, trials, parts, protocol, rows, instruments),
         "gaps": sections.gaps(run, optional, trials),
         "trial_count": len(trials),
         "pair_count": trials.loc[trials["pair_id"] != "", "pair_id"].nunique(),

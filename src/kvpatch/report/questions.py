@@ -114,7 +114,7 @@ def attacks(rows: list[dict], strip: list[dict], protocol: Protocol, pairs: int,
         _attack("The instrument is broken.", f"{told}.", "instruments"),
         _attack(
             "It is text substitution.",
-            f"{_count(circular, 'claim')} true by construction, set apart as tautological; the evidence is what remains.",
+            f"{_count(circular, 'claim')} true by construction, set apart as tautological; the evidence is the rest.",
             "not-shown",
         ),
         _attack(

@@ -12,28 +12,45 @@ from kvpatch.report import tables
 from kvpatch.report.text import Span, marked
 
 Marker = Callable[[str, str], list[Span]]
+Reader = Callable[[pd.DataFrame], pd.DataFrame]
 MAX_TEXT = 20_000
 PAIRS, PAIRS_LATER = 9, 4
 """Pairs of the first phase, and of each later one."""
 MAX_SIDE_BY_SIDE = 6
 
 
-def samples(parts: list[tuple[str, str, pd.DataFrame]], protocol: Protocol, mark: Marker | None) -> dict:
+def samples(
+    parts: list[tuple[str, str, pd.DataFrame]],
+    protocol: Protocol,
+    mark: Marker | None,
+    with_texts: Reader | None = None,
+) -> dict:
     """Return, for every phase, its chosen pairs.
 
-    parts: (phase, question, trials). mark: (output, source) -> spans to mark; None marks nothing.
+    parts: (phase, question, trials). mark: (output, source) -> spans to mark; None marks nothing. with_texts: adds
+    the texts to the chosen rows; None where they are there.
     """
-    phases = []
-    for phase, question, part in parts:
-        chosen, by_gap = tables.example_pairs(part, protocol, PAIRS if not phases else PAIRS_LATER)
-        if not chosen:
-            continue
-        first = side_by_side(protocol, phase)
-        rows = {pair: group for pair, group in part.groupby("pair_id", sort=False)}
-        pairs = [sample(rows[pair], pair, gap, protocol, mark, first) for pair, gap in chosen]
-        total = part["pair_id"].nunique()
-        phases.append({"phase": phase, "question": question, "pairs": pairs, "by_gap": by_gap, "total": total})
-    return {"phases": phases, "marked": mark is not None}
+    chosen = [_chosen(part, phase, question, protocol, not i) for i, (phase, question, part) in enumerate(parts)]
+    chosen = [phase for phase in chosen if phase["pairs"]]
+    if chosen:
+        rows = pd.concat([phase.pop("rows") for phase in chosen], ignore_index=True)
+        rows = rows if with_texts is None else with_texts(rows)
+        groups = {key: group for key, group in rows.groupby(["phase", "pair_id"], sort=False)}
+        for phase in chosen:
+            first, name = side_by_side(protocol, phase["phase"]), phase["phase"]
+            phase["pairs"] = [sample(groups[name, p], p, gap, protocol, mark, first) for p, gap in phase["pairs"]]
+    return {"phases": chosen, "marked": mark is not None}
+
+
+def _chosen(part: pd.DataFrame, phase: str, question: str, protocol: Protocol, is_first: bool) -> dict:
+    """Return the pairs of a phase that are shown, and one row for each of their conditions: the first sample."""
+    pairs, by_gap = tables.example_pairs(part, protocol, PAIRS if is_first else PAIRS_LATER)
+    rows = part[part["pair_id"].isin([pair for pair, _ in pairs])]
+    if "sample" in rows:
+        rows = rows.sort_values("sample", kind="stable")
+    rows = rows.drop_duplicates(["pair_id", "condition"])
+    total = part["pair_id"].nunique()
+    return {"phase": phase, "question": question, "pairs": pairs, "by_gap": by_gap, "total": total, "rows": rows}
 
 
 def side_by_side(protocol: Protocol, phase: str) -> list[str]:
@@ -51,16 +68,14 @@ def side_by_side(protocol: Protocol, phase: str) -> list[str]:
 def sample(
     part: pd.DataFrame, pair: str, gap: float | None, protocol: Protocol, mark: Marker | None, first: list[str]
 ) -> dict:
-    """Return one pair: its prompts, the outputs to show side by side, and the other ones. Of several samples the first.
+    """Return one pair: its prompts, the outputs to show side by side, and the other ones.
 
-    part: the pair's trials of one phase.
+    part: a row a condition, of one pair and phase.
     """
-    if "sample" in part:
-        part = part.sort_values("sample", kind="stable")
-    once = part.drop_duplicates("condition").set_index("condition")
+    once = {row["condition"]: row for row in part.to_dict("records")}
     source, target = (first_text(part, f"{side}_text") for side in ("source", "target"))
     names = tables.conditions_of(part, protocol)
-    outputs = {name: _output(once.loc[name].to_dict(), name, protocol, source, mark) for name in names}
+    outputs = {name: _output(once[name], name, protocol, source, mark) for name in names}
     prompts = {"source": shown_text(source, "", None), "target": shown_text(target, "", None)}
     beside = [outputs[name] for name in first if name in outputs]
     others = [outputs[name] for name in names if name not in first]

@@ -21,12 +21,17 @@ MAIN_READOUTS = 5
 VISIBLE_DZ = ((20, 1.20), (50, 0.69), (100, 0.47))
 
 
-def by_phase(trials: pd.DataFrame, protocol: Protocol) -> list[tuple[str, str, pd.DataFrame]]:
+Parts = list[tuple[str, str, pd.DataFrame]]
+"""(phase, its question, its trials), in the protocol's order."""
+
+
+def by_phase(trials: pd.DataFrame, protocol: Protocol) -> Parts:
     """Return (phase, its question, its trials) for every phase that has rows, in the protocol's order."""
-    present = set(trials["phase"]) - {""}
+    found = {str(name): part for name, part in trials.groupby("phase", sort=False)}
+    present = set(found) - {""}
     order = [p for p in protocol.phases if p in present] + sorted(present - set(protocol.phases))
     questions = {name: phase.question for name, phase in protocol.phases.items()}
-    return [(p, questions.get(p, "not in the protocol"), trials[trials["phase"] == p]) for p in order]
+    return [(p, questions.get(p, "not in the protocol"), found[p]) for p in order]
 
 
 def models_of(run: dict) -> list[dict]:
@@ -52,11 +57,11 @@ def model_of_phase(run: dict, protocol: Protocol) -> dict[str, dict]:
     return {name: models.get(phase.model, {}) for name, phase in protocol.phases.items()}
 
 
-def instruments(run: dict, trials: pd.DataFrame, protocol: Protocol) -> dict:
+def instruments(run: dict, trials: pd.DataFrame, parts: Parts, protocol: Protocol) -> dict:
     """Return the section on gates: checks, validation, coherence, and agreements between conditions."""
     models = models_of(run)
     phases = []
-    for phase, question, part in by_phase(trials, protocol):
+    for phase, question, part in parts:
         coherence = tables.coherence(part, protocol)
         chart = charts.coherence_chart(coherence) if coherence["share"].notna().any() else None
         about = "Share of coherent outputs. Dashed: the 90% a condition needs."
@@ -75,7 +80,7 @@ def instruments(run: dict, trials: pd.DataFrame, protocol: Protocol) -> dict:
         "phases": phases,
         "unchanged": unchanged,
         "checksums": checksums,
-        "twins": twin_rows(trials, protocol),
+        "twins": twin_rows(parts, protocol),
     }
 
 
@@ -120,12 +125,15 @@ def holds_badge(holds: Any) -> Badge:
     return UNKNOWN if holds is None else (PASSED if bool(holds) else FAILED)
 
 
-def twin_rows(trials: pd.DataFrame, protocol: Protocol) -> list[dict]:
+def twin_rows(parts: Parts, protocol: Protocol) -> list[dict]:
     """Return, for conditions that agree with another by construction, how often their outputs do."""
     out = []
-    for _, _, part in by_phase(trials, protocol):
-        for name, twin, why in tables.twins(protocol):
-            same, shared = tables.sameness(part, name, twin)
+    pairs = tables.twins(protocol)
+    wanted = {name for name, twin, _ in pairs for name in (name, twin)}
+    for _, _, part in parts:
+        said = tables.outputs(part[part["condition"].isin(wanted)])
+        for name, twin, why in pairs:
+            same, shared = tables.sameness(said, name, twin)
             if shared:
                 strict = tables.role(protocol, name) == "integrity"
                 state = (PASSED if same == shared else DIFFERS) if strict else None
@@ -134,11 +142,11 @@ def twin_rows(trials: pd.DataFrame, protocol: Protocol) -> list[dict]:
     return out
 
 
-def readout_figures(trials: pd.DataFrame, protocol: Protocol) -> list[dict]:
+def readout_figures(parts: Parts, protocol: Protocol) -> list[dict]:
     """Return the section on conditions: a phase's figures, one a readout, and its table of means."""
     out = []
     baseline = tables.baseline_of(protocol)
-    for phase, question, part in by_phase(trials, protocol):
+    for phase, question, part in parts:
         figures, means_of = [], []
         for readout in tables.READOUTS:
             points, means = tables.condition_means(part, readout.column, protocol)
@@ -273,8 +281,8 @@ def elapsed(created: Any, finished: Any) -> float | None:
         return None
 
 
-def not_shown(run: dict, trials: pd.DataFrame, protocol: Protocol, rows: list[dict]) -> dict:
-    """Return what the run leaves open, and why."""
+def not_shown(run: dict, trials: pd.DataFrame, parts: Parts, protocol: Protocol, rows: list[dict], found: dict) -> dict:
+    """Return what the run leaves open, and why. found: what `instruments` returned."""
     failed = trials.assign(message=tables.errors(trials))
     failed = failed[failed["message"] != ""]
     error_rows = [
@@ -282,7 +290,7 @@ def not_shown(run: dict, trials: pd.DataFrame, protocol: Protocol, rows: list[di
         for (phase, condition), group in failed.groupby(["phase", "condition"], sort=True)
     ]
     sizes = []
-    for phase, _, part in by_phase(trials, protocol):
+    for phase, _, part in parts:
         planned = protocol.phases[phase].n if phase in protocol.phases else None
         sizes.append({"phase": phase, "pairs": part["pair_id"].nunique(), "planned": planned})
     ran = {size["phase"] for size in sizes}
@@ -302,7 +310,7 @@ def not_shown(run: dict, trials: pd.DataFrame, protocol: Protocol, rows: list[di
         "visible_dz": VISIBLE_DZ,
         "absent_phases": [(n, p.question) for n, p in protocol.phases.items() if n not in ran],
         "tautologies": [h for h in protocol.hypotheses if protocol.is_tautological(h)],
-        "swaps": [t for t in twin_rows(trials, protocol) if not t["strict"]],
+        "swaps": [t for t in found["twins"] if not t["strict"]],
         "incoherent": weak,
         "errors": error_rows,
         "noise_floors": [(m["name"], facts(m["noise_floor"])) for m in models if m["noise_floor"]],

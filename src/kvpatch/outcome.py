@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from kvpatch.errors import ProtocolError
 from kvpatch.protocols.schema import Protocol, dumped_sha256
 from kvpatch.readouts.behavior import Lexicon, copied_words
-from kvpatch.report.page import render
+from kvpatch.report.page import Live, render
+from kvpatch.report.samples import Marker
 from kvpatch.statistics.effects import Effect, effects
 from kvpatch.statistics.verdicts import Verdict, headline, verdicts, verdicts_json
 from kvpatch.store import TRIAL_COLUMNS, RunRecord, Store
@@ -136,7 +137,18 @@ def outcome_of(store: Store, *, is_exploratory: bool = False, protocol: Protocol
 
 def _needed(protocol: Protocol) -> list[str]:
     """Columns that the protocol's hypotheses read."""
-    keys = ["trial_id", "phase", "split", "condition", "pair_id", "source_id", "target_id", "sample", "coherent", "error"]
+    keys = [
+        "trial_id",
+        "phase",
+        "split",
+        "condition",
+        "pair_id",
+        "source_id",
+        "target_id",
+        "sample",
+        "coherent",
+        "error",
+    ]
     hypotheses = protocol.hypotheses
     others = [v for h in hypotheses for v in (h.against, *h.controlling) if v is not None]
     return list(dict.fromkeys([*keys, *(h.readout for h in hypotheses), *(v.readout for v in others)]))
@@ -149,25 +161,36 @@ def write_verdicts(store: Store, outcome: Outcome) -> None:
         store.write_text("verdicts.json", text)
 
 
-def write_report(store: Store, outcome: Outcome, path: Path | None = None) -> Path:
-    """Write the report; returns where it is."""
-    lexicon = Lexicon.load(outcome.protocol.readouts.lexicon)
+def marker_of(protocol: Protocol) -> Marker:
+    """What marks a text: lexicon hits, and words copied from the source."""
+    lexicon = Lexicon.load(protocol.readouts.lexicon)
 
     def mark(text: str, source: str) -> list[tuple[int, int, str]]:
         hits = [(hit.start, hit.end, "hit") for hit in lexicon.hits(text)]
         return hits + [(start, end, "copied") for start, end in copied_words(text, source)]
 
+    return mark
+
+
+def report_page(store: Store, outcome: Outcome, live: Live | None = None) -> str:
+    """The report as HTML. live: what to say where it is served while the run goes on."""
     with pd.option_context("mode.string_storage", "python"):
-        page = render(
+        return render(
             {**outcome.record.model_dump(mode="json"), "dropped_pairs": len(outcome.record.dropped_pairs)},
             outcome.protocol,
             outcome.rows,
             json.loads(verdicts_json(outcome.verdicts)),
             outcome.answer,
-            mark,
+            marker_of(outcome.protocol),
             [effect.model_dump() for effect in outcome.effects],
             with_texts=lambda rows: texts_of(store, rows),
+            live=live,
         )
+
+
+def write_report(store: Store, outcome: Outcome, path: Path | None = None) -> Path:
+    """Write the report; returns where it is."""
+    page = report_page(store, outcome)
     if path is None:
         return store.write_text("report.html", page)
     path.write_text(page, encoding="utf-8", errors="replace")

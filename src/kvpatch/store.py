@@ -209,7 +209,7 @@ class Store:
             self.directory.mkdir(parents=True, exist_ok=True)
             if self.directory.is_dir() and not self._is_ours():
                 raise StoreError(f"{self.directory} holds other files; give an empty or a new directory")
-            lock = filelock.FileLock(self.directory / ".lock", timeout=0)
+            lock = filelock.FileLock(self.directory / ".lock", timeout=0.2)
             try:
                 lock.acquire()
             except filelock.Timeout:
@@ -310,14 +310,14 @@ class Store:
             raise StoreError(f"{self.directory} holds no trials yet")
         return pa.concat_tables(tables)
 
-    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The stored trials part by part, as `read` gives them.
+    def tables(self, columns: Sequence[str] | None = None, parts: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The stored trials part by part, as `read` gives them; of all parts, or those of these names.
 
         Raises:
             StoreError: where a part is damaged.
         """
-        for part in self.parts():
-            path = self.trials / part["part"]
+        for name in [part["part"] for part in self.parts()] if parts is None else parts:
+            path = self.trials / name
             try:
                 yield _part(path, columns)
             except (OSError, pa.ArrowException) as error:

@@ -136,7 +136,7 @@ def test_a_hypothesis_is_drawn_with_the_verdicts_own_numbers(
     run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]
 ) -> None:
     page = Page(render(run, protocol, trials, verdicts, ""))
-    drawn = {row["name"]: row for row in page.table("forest-contrast-recursive_score", "estimates")}
+    drawn = {row["name"]: row for row in page.table("forest-recursive_score", "estimates")}
     asked = [h.id for h in protocol.hypotheses if h.readout == "recursive_score" and not h.is_ordering]
     assert list(drawn) == asked
     given = {v["id"]: v for v in verdicts}

@@ -78,24 +78,28 @@ def forest_chart(rows: pd.DataFrame, title: str, colours: dict[str, str]) -> cha
     return charts.dressed(alt.layer(*layers), rows=len(order))
 
 
-def hypothesis_figures(rows: list[dict], protocol: Protocol) -> list[Figure]:
-    """Return a forest plot for each scale that hypotheses are measured on: a readout, a slope or a correlation."""
+def hypothesis_charts(rows: list[dict], protocol: Protocol) -> dict[str, charts.AnyChart]:
+    """Return a forest plot for each scale that hypotheses are measured on, by its name: "mode_llr", "log rv_output",
+    "slope of mode_llr a step", "correlation"."""
     known = {h.id: h for h in protocol.hypotheses}
-    scales: dict[tuple[str, str], list[dict]] = {}
+    scales: dict[str, list[dict]] = {}
     for row in rows:
         h = known.get(row["id"])
-        if h is None or row["estimate"] is None:
-            continue
-        kind = "slope" if h.is_ordering else "correlation" if h.test == "correlates" else "contrast"
-        readout = "" if kind == "correlation" else ("log " if h.transform == "log" else "") + h.readout
-        scales.setdefault((kind, readout), []).append(_hypothesis_row(row))
+        if h is not None and row["estimate"] is not None:
+            readout = ("log " if h.transform == "log" else "") + h.readout
+            scale = f"slope of {readout} a step" if h.is_ordering else readout
+            scales.setdefault("correlation" if h.test == "correlates" else scale, []).append(_hypothesis_row(row))
+    frames = {scale: rounded(pd.DataFrame(members, columns=_COLUMNS)) for scale, members in scales.items()}
+    return {scale: forest_chart(frame, scale, VERDICT_COLOURS) for scale, frame in frames.items()}
+
+
+def hypothesis_figures(rows: list[dict], protocol: Protocol) -> list[Figure]:
+    """Return the figures of `hypothesis_charts`."""
     out = []
-    for (kind, readout), members in scales.items():
-        frame = rounded(pd.DataFrame(members, columns=_COLUMNS))
-        title = {"slope": f"slope of {readout} a step", "correlation": "correlation"}.get(kind, readout)
+    for scale, chart in hypothesis_charts(rows, protocol).items():
+        kind = next((kind for kind in ("slope", "correlation") if scale.startswith(kind)), "contrast")
         about = f"{_GROUPS[kind]} Red: the margin the test holds it against. Intervals: 95%, of an equivalence 90%."
-        chart = forest_chart(frame, title, VERDICT_COLOURS)
-        out.append(figure(f"forest-{kind}-{readout}", title, about, chart, label=f"Hypotheses on {title}"))
+        out.append(figure(f"forest-{scale}", scale, about, chart, label=f"Hypotheses on {scale}"))
     return out
 
 
@@ -126,19 +130,30 @@ def margin_ends(row: dict) -> tuple[float | None, float | None]:
     return (-size, None) if MINUS in row["test"] or row["direction"] == "negative" else (None, size)
 
 
-def effect_figures(effects: list[dict], protocol: Protocol, phase: str) -> list[Figure]:
-    """Return a phase's forest plots, one a readout: each condition less the natural run of the same prompt."""
-    titles = {readout.column: readout.title for readout in tables.READOUTS}
-    out = []
+def effect_charts(effects: list[dict], protocol: Protocol, phase: str) -> dict[str, charts.AnyChart]:
+    """Return a phase's forest plots, by readout: each condition less the natural run of the same prompt."""
+    out = {}
     for readout in dict.fromkeys(effect["readout"] for effect in effects if effect["phase"] == phase):
         rows = [e for e in effects if (e["phase"], e["readout"]) == (phase, readout)]
         frame = pd.DataFrame([_effect_row(e, protocol.role(phase, e["condition"])) for e in rows], columns=_COLUMNS)
-        unit = f"log {readout}" if readout == "rv_output" else readout
-        chart = forest_chart(rounded(frame), unit, charts.ROLE_COLOURS)
+        out[readout] = forest_chart(rounded(frame), _unit(readout), charts.ROLE_COLOURS)
+    return out
+
+
+def effect_figures(effects: list[dict], protocol: Protocol, phase: str) -> list[Figure]:
+    """Return the figures of `effect_charts`."""
+    titles = {readout.column: readout.title for readout in tables.READOUTS}
+    out = []
+    for readout, chart in effect_charts(effects, protocol, phase).items():
         title = titles.get(readout, readout)
+        unit = _unit(readout)
         about = f"Change of {unit} from the natural run of the same prompt, mean over pairs, with its 95% interval."
         out.append(figure(f"effect-{phase}-{readout}", title, about, chart, label=f"{title}: change by condition"))
     return out
+
+
+def _unit(readout: str) -> str:
+    return f"log {readout}" if readout == "rv_output" else readout
 
 
 def _effect_row(effect: dict, role: str) -> dict:

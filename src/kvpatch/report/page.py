@@ -174,7 +174,7 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("kvpatch.report", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_shown,
+        finalize=shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -189,9 +189,14 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _shown(value: Any) -> Any:
+def shown(value: Any) -> Any:
     """Make every string that the template prints visible; it is escaped after this."""
     return value if isinstance(value, Markup) or not isinstance(value, str) else text.visible(value)
+
+
+def policy(is_live: bool) -> str:
+    """Return the content security policy of a page."""
+    return str(_assets(is_live)["policy"])
 
 
 @functools.cache
@@ -204,14 +209,14 @@ def _assets(is_live: bool) -> dict[str, Markup]:
         if "</script" in content.lower() or "<!--" in content or "\r" in content:
             raise ValueError(f"{name} can't stand inside a script element")
     hashes = " ".join(f"'sha256-{_sha256(content)}'" for content in (library, script))
-    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
+    allowed = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
     if is_live:
-        policy += "; connect-src 'self'"
+        allowed += "; connect-src 'self'"
     return {
         "style": Markup(style),
         "script": Markup(script),
         "library": Markup(library),
-        "policy": Markup(policy),
+        "policy": Markup(allowed),
     }
 
 

@@ -99,8 +99,8 @@ class Run:
             return f"<p><b>{html.escape(repr(self))}</b><br>{html.escape(str(error))}</p>"
         rows = "".join(
             f"<tr><td><b>{html.escape(v.verdict)}</b></td><td>{html.escape(v.id)}</td><td>{html.escape(v.contrast)}</td>"
-            f"<td>{html.escape(v.readout)}</td><td>{_shown(v.estimate)}</td><td>{_shown(v.ci_low)} to {_shown(v.ci_high)}"
-            f"</td><td>{v.n}</td></tr>"
+            f"<td>{html.escape(v.readout)}</td><td>{_shown(v.estimate)}</td>"
+            f"<td>{_shown(v.ci_low)} to {_shown(v.ci_high)}</td><td>{v.n}</td></tr>"
             for v in outcome.verdicts
         )
         head = "".join(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import altair as alt
 import pandas as pd
@@ -165,7 +165,7 @@ def packed(chart: AnyChart) -> dict:
     """
     frames: dict[str, pd.DataFrame] = {}
 
-    def by_name(data: pd.DataFrame) -> dict:
+    def by_name(data: Any) -> dict:
         """Leave the table out of the specification: altair would copy it, value by value, for every layer."""
         name = next((name for name, frame in frames.items() if frame is data), f"data-{len(frames)}")
         frames[name] = data

@@ -11,15 +11,17 @@ from kvpatch.patch import LayerBand, Patch, SlotQuery
 if TYPE_CHECKING:
     from kvpatch.cache import KVCache, Segment
     from kvpatch.model import Model, load
+    from kvpatch.notebook import Run
     from kvpatch.readouts.geometry import participation_ratio, r_v
 
 __version__ = "0.1.0"
 
-# Names that need torch are imported when they are asked for, so that statistics and reports work without it.
+# Imported when they are asked for: most need torch, without which statistics, reports and `Run` work.
 _LAZY = {
     "KVCache": "kvpatch.cache",
     "Segment": "kvpatch.cache",
     "Model": "kvpatch.model",
+    "Run": "kvpatch.notebook",
     "load": "kvpatch.model",
     "participation_ratio": "kvpatch.readouts.geometry",
     "r_v": "kvpatch.readouts.geometry",
@@ -34,6 +36,7 @@ __all__ = [
     "ModelError",
     "Patch",
     "ProtocolError",
+    "Run",
     "Segment",
     "SlotQuery",
     "StoreError",

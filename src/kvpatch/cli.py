@@ -254,6 +254,35 @@ def report(
 
 
 @app.command()
+def view(
+    directories: Annotated[list[Path], typer.Argument(help="Run directories, or directories that hold some.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 0,
+    token: Annotated[
+        bool, typer.Option("--token/--no-token", help="Ask for a random token, which the printed address holds.")
+    ] = True,
+    browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the address in a browser.")] = False,
+) -> None:
+    """Show runs in a browser while they go on: progress, estimates, every trial. On this machine only; Ctrl-C ends it.
+
+    Example: kvpatch view results
+    """
+    for directory in directories:
+        if not directory.is_dir():
+            raise KvpatchError(f"{directory} is not a directory")
+    from kvpatch.view.server import new_token, serve
+
+    def ready(address: str) -> None:
+        typer.echo(f"view: {address}")
+        sys.stdout.flush()
+        if browser:
+            import webbrowser
+
+            webbrowser.open(address)
+
+    serve(directories, port=port, token=new_token() if token else None, on_ready=ready)
+
+
+@app.command()
 def check(
     model: Annotated[str, typer.Argument(help="Named model, hub id, directory or .gguf file.")],
     as_json: Json = False,

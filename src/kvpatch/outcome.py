@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from kvpatch.errors import ProtocolError
 from kvpatch.protocols.schema import Protocol, dumped_sha256
 from kvpatch.readouts.behavior import copied_words
-from kvpatch.report.page import render
+from kvpatch.report.page import Live, render
 from kvpatch.statistics.effects import Effect, effects
 from kvpatch.statistics.verdicts import Verdict, headline, verdicts, verdicts_json
-from kvpatch.store import RunRecord, Store
+from kvpatch.store import TRIAL_COLUMNS, RunRecord, Store
 
 
 def stored_protocol(record: RunRecord, *, is_exploratory: bool = False) -> Protocol:
@@ -43,9 +47,45 @@ def as_exploratory(protocol: Protocol) -> Protocol:
     return protocol.model_copy(update={"hypotheses": marked})
 
 
+TEXTS = ("text", "source_text", "target_text", "mode_hits")
+_HEAVY = {*TEXTS, "patch", *(name for name, (kind, _) in TRIAL_COLUMNS.items() if pa.types.is_list(kind))}
+_LIGHT = [name for name in TRIAL_COLUMNS if name not in _HEAVY]
+
+
+def light_rows(store: Store) -> pd.DataFrame:
+    """Every trial without its texts and lists, which the statistics do not need: 200,000 trials stay small and quick.
+
+    `source_tokens` is the length of `source_token_ids`; `output_token_ids` is a hash of the ids, to be compared only.
+
+    Raises:
+        StoreError: where there are no trials, or a part is damaged.
+    """
+    table = store.read([*_LIGHT, "source_token_ids", "output_token_ids"])
+    rows = (
+        table.select(_LIGHT)
+        .append_column("source_tokens", pc.list_value_length(table["source_token_ids"]))  # pyright: ignore
+        .append_column("output_token_ids", pa.array(_hashes(table["output_token_ids"]), pa.string()))
+    )
+    # Rows are filtered by their words many times over, which Python's strings bear better than Arrow's.
+    with pd.option_context("mode.string_storage", "python"):
+        return rows.to_pandas()
+
+
+def _hashes(lists: pa.ChunkedArray) -> list[str | None]:
+    out: list[str | None] = []
+    for chunk in lists.chunks:
+        values, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+        for start, end, known in zip(ends[:-1], ends[1:], chunk.is_valid().to_pylist(), strict=True):
+            out.append(hashlib.blake2b(values[start:end].tobytes(), digest_size=8).hexdigest() if known else None)
+    return out
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What a run directory says, read and decided once: its record, protocol, trials and verdicts."""
+    """What a run directory says, read and decided once: its record, protocol, trials and verdicts.
+
+    rows: as `light_rows` gives them.
+    """
 
     record: RunRecord
     protocol: Protocol
@@ -60,8 +100,11 @@ class Outcome:
     @cached_property
     def effects(self) -> list[Effect]:
         """Every condition's difference from its natural run, for every phase that has trials."""
-        present = set(self.rows["phase"])
-        return [e for name in self.protocol.phases if name in present for e in effects(self.protocol, self.rows, name)]
+        parts = {str(name): part for name, part in self.rows.groupby("phase", sort=False)}
+        with pd.option_context("mode.string_storage", "python"):
+            return [
+                e for name in self.protocol.phases if name in parts for e in effects(self.protocol, parts[name], name)
+            ]
 
 
 def outcome_of(store: Store, *, is_exploratory: bool = False, protocol: Protocol | None = None) -> Outcome:
@@ -84,10 +127,31 @@ def outcome_of(store: Store, *, is_exploratory: bool = False, protocol: Protocol
         )
     elif is_exploratory:
         protocol = as_exploratory(protocol)
-    rows = store.read().to_pandas()
+    rows = light_rows(store)
     checks = [check for check in (record.check, *(o.check for o in record.other_models.values())) if check is not None]
     instrument = all(i["holds"] is not False for check in checks for i in check) if checks else None
-    return Outcome(record, protocol, rows, verdicts(protocol, rows, instrument_ok=instrument))
+    with pd.option_context("mode.string_storage", "python"):
+        found = verdicts(protocol, rows.filter(_needed(protocol)), instrument_ok=instrument)
+    return Outcome(record, protocol, rows, found)
+
+
+def _needed(protocol: Protocol) -> list[str]:
+    """Columns that the protocol's hypotheses read."""
+    keys = [
+        "trial_id",
+        "phase",
+        "split",
+        "condition",
+        "pair_id",
+        "source_id",
+        "target_id",
+        "sample",
+        "coherent",
+        "error",
+    ]
+    hypotheses = protocol.hypotheses
+    others = [v for h in hypotheses for v in (h.against, *h.controlling) if v is not None]
+    return list(dict.fromkeys([*keys, *(h.readout for h in hypotheses), *(v.readout for v in others)]))
 
 
 def write_verdicts(store: Store, outcome: Outcome) -> None:
@@ -97,28 +161,47 @@ def write_verdicts(store: Store, outcome: Outcome) -> None:
         store.write_text("verdicts.json", text)
 
 
+def mark(text: str, source: str, hits: Sequence[Mapping[str, int]]) -> list[tuple[int, int, str]]:
+    """What to mark in an output: the scorer's hits, as they are stored, and words copied from the source."""
+    marks = [(span["start"], span["end"], "hit") for span in hits if span["end"] <= len(text)]
+    return marks + [(start, end, "copied") for start, end in copied_words(text, source)]
+
+
+def report_page(store: Store, outcome: Outcome, live: Live | None = None) -> str:
+    """The report as HTML. live: what to say where it is served while the run goes on."""
+    with pd.option_context("mode.string_storage", "python"):
+        return render(
+            {**outcome.record.model_dump(mode="json"), "dropped_pairs": len(outcome.record.dropped_pairs)},
+            outcome.protocol,
+            outcome.rows,
+            json.loads(verdicts_json(outcome.verdicts)),
+            outcome.answer,
+            mark,
+            [effect.model_dump() for effect in outcome.effects],
+            with_texts=lambda rows: texts_of(store, rows),
+            live=live,
+        )
+
+
 def write_report(store: Store, outcome: Outcome, path: Path | None = None) -> Path:
     """Write the report; returns where it is."""
-    found = zip(outcome.rows["text"], outcome.rows["mode_hits"], strict=True)
-    hits = {text: spans for text, spans in found if spans is not None}
-
-    def mark(text: str, source: str) -> list[tuple[int, int, str]]:
-        marks = [(span["start"], span["end"], "hit") for span in hits.get(text, ())]
-        return marks + [(start, end, "copied") for start, end in copied_words(text, source)]
-
-    page = render(
-        {**outcome.record.model_dump(mode="json"), "dropped_pairs": len(outcome.record.dropped_pairs)},
-        outcome.protocol,
-        outcome.rows,
-        json.loads(verdicts_json(outcome.verdicts)),
-        outcome.answer,
-        mark,
-        [effect.model_dump() for effect in outcome.effects],
-    )
+    page = report_page(store, outcome)
     if path is None:
         return store.write_text("report.html", page)
     path.write_text(page, encoding="utf-8", errors="replace")
     return path
+
+
+def texts_of(store: Store, rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with their texts, read from the parts that hold them."""
+    wanted = pa.array(rows["trial_id"].unique())
+    found = []
+    for table in store.tables(["trial_id", *TEXTS]):
+        here = table.filter(pc.is_in(table["trial_id"], wanted))  # pyright: ignore[reportAttributeAccessIssue]
+        if len(here):
+            found.append(here)
+    texts = pa.concat_tables(found).to_pandas().drop_duplicates("trial_id", keep="last")
+    return rows.merge(texts, on="trial_id", how="left")
 
 
 def phase_effects(store: Store, phase: str | None = None) -> list[Effect]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -265,7 +265,7 @@ class Store:
             self.directory.mkdir(parents=True, exist_ok=True)
             if self.directory.is_dir() and not self._is_ours():
                 raise StoreError(f"{self.directory} holds other files; give an empty or a new directory")
-            lock = filelock.FileLock(self.directory / ".lock", timeout=0)
+            lock = filelock.FileLock(self.directory / ".lock", timeout=0.2)
             try:
                 lock.acquire()
             except filelock.Timeout:
@@ -365,16 +365,26 @@ class Store:
             if "attention_sha256" in part:
                 yield self.attention / part["part"], part["attention_sha256"]
 
-    def read(self) -> pa.Table:
-        """All stored trials, in the order they were stored.
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All stored trials, in the order they were stored; all columns, or those that are named.
 
         Raises:
             StoreError: where there are none, or a part is damaged.
         """
-        tables = [_read(self.trials / part["part"], TRIAL_SCHEMA) for part in self.parts()]
+        tables = list(self.tables(columns))
         if not tables:
             raise StoreError(f"{self.directory} holds no trials yet")
         return pa.concat_tables(tables)
+
+    def tables(self, columns: Sequence[str] | None = None, parts: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The stored trials part by part, as `read` gives them; of all parts, or those of these names.
+
+        Raises:
+            StoreError: where a part is damaged.
+        """
+        wanted = TRIAL_SCHEMA if columns is None else pa.schema([TRIAL_SCHEMA.field(c) for c in columns])
+        for name in [part["part"] for part in self.parts()] if parts is None else parts:
+            yield _read(self.trials / name, wanted)
 
     def read_attention(self) -> pa.Table:
         """What every head did in every trial that was watched; no rows where none was.
@@ -396,9 +406,15 @@ def _parquet(table: pa.Table) -> bytes:
 def _read(path: Path, schema: pa.Schema) -> pa.Table:
     """A table of this schema; columns that an older file lacks are null."""
     try:
-        return pq.read_table(path, schema=schema)
+        with pq.ParquetFile(path) as file:
+            table = file.read([name for name in schema.names if name in file.schema_arrow.names])
     except (OSError, pa.ArrowException) as error:
         raise StoreError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
+    if table.schema.equals(schema):
+        return table
+    known = set(table.schema.names)
+    arrays = [table[f.name].cast(f.type) if f.name in known else pa.nulls(len(table), f.type) for f in schema]
+    return pa.table(arrays, schema=schema)
 
 
 def _atomically(path: Path, data: bytes) -> None:

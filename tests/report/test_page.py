@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from kvpatch.protocols.schema import Protocol
+from kvpatch.report import tables
 from kvpatch.report.page import render
 
 HOSTILE = [
@@ -25,7 +26,7 @@ HOSTILE = [
     "javascript:window.ran=1",
 ]
 ALLOWED_TAGS = set(
-    "html head meta title style body header p h1 nav a main section h2 h3 h4 ul ol li span strong b bdi code "
+    "html head meta title style body header p h1 nav a main section h2 h3 h4 h5 ul ol li span strong b bdi code "
     "table thead tbody tr th td data br details summary dl div dt dd figure figcaption script article mark "
     "pre".split()
 )
@@ -64,6 +65,12 @@ class Page(HTMLParser):
     def said(self) -> str:
         return "".join(self.text)
 
+    def table(self, chart: str, name: str) -> list[dict]:
+        """The rows of a chart's data set."""
+        (spec,) = (json.loads(s) for attrs, s in self.scripts if attrs.get("data-for") == chart)
+        (found,) = (d for d in spec["datasets"].values() if d["name"] == name)
+        return [dict(zip(found["columns"], row, strict=True)) for row in found["rows"]]
+
     @property
     def specs(self) -> list[dict]:
         return [json.loads(s) for attrs, s in self.scripts if attrs.get("type") == "application/json"]
@@ -77,7 +84,7 @@ def hostile(trials: pd.DataFrame) -> pd.DataFrame:
 
 def test_sections_come_in_order(run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]) -> None:
     html = render(run, protocol, trials, verdicts, "The answer.")
-    ids = ["answer", "verdicts", "instruments", "conditions", "texts", "how", "not-shown"]
+    ids = ["answer", "verdicts", "instruments", "effects", "conditions", "texts", "questions", "how", "not-shown"]
     places = [html.index(f'<section id="{name}">') for name in ids]
     assert places == sorted(places)
     assert "The answer." in html and len(html.encode()) < 8_000_000
@@ -117,10 +124,39 @@ def test_every_verdict_shows_its_numbers_word_and_reason(
 
 
 def test_charts_hold_one_dot_a_pair(run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]) -> None:
-    specs = Page(render(run, protocol, trials, verdicts, "")).specs
-    assert len(specs) == 10
-    sizes = [max(len(rows) for rows in spec["datasets"].values()) for spec in specs]
-    assert sizes == [17] + [202] * 9
+    page = Page(render(run, protocol, trials, verdicts, ""))
+    for readout in tables.READOUTS:
+        assert len(page.table(f"readout-1-{readout.column}", "points")) == 202
+        means = page.table(f"readout-1-{readout.column}", "means")
+        assert [row["condition"] for row in means] == protocol.phases["1"].all_conditions
+    assert len(page.table("coherence-1", "bars")) == 17
+
+
+def test_a_hypothesis_is_drawn_with_the_verdicts_own_numbers(
+    run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]
+) -> None:
+    page = Page(render(run, protocol, trials, verdicts, ""))
+    drawn = {row["name"]: row for row in page.table("forest-recursive_score", "estimates")}
+    asked = [h.id for h in protocol.hypotheses if h.readout == "recursive_score" and not h.is_ordering]
+    assert list(drawn) == asked
+    given = {v["id"]: v for v in verdicts}
+    for name, row in drawn.items():
+        assert (row["estimate"], row["low"], row["high"]) == pytest.approx(
+            [given[name][key] for key in ("estimate", "ci_low", "ci_high")], rel=1e-5
+        )
+    assert (drawn["null_E1"]["margin_low"], drawn["null_E1"]["margin_high"]) == (-0.42, 0.42)
+    assert (drawn["seed_memory"]["margin_low"], drawn["seed_memory"]["margin_high"]) == (None, 0.42)
+    assert (drawn["seed_necessity"]["margin_low"], drawn["seed_necessity"]["margin_high"]) == (-0.42, None)
+
+
+def test_every_link_inside_leads_somewhere(
+    run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]
+) -> None:
+    page = Page(render(run, protocol, trials, verdicts, ""))
+    ids = [attrs["id"] for _, attrs in page.tags if attrs.get("id")]
+    assert len(ids) == len(set(ids))
+    wanted = {attrs["href"] for tag, attrs in page.tags if tag == "a"}
+    assert wanted <= {f"#{name}" for name in ids}
 
 
 def test_hostile_texts_stay_text(
@@ -128,7 +164,7 @@ def test_hostile_texts_stay_text(
     protocol: Protocol,
     trials: pd.DataFrame,
     verdicts: list[dict],
-    marker: Callable[[str, str], list[tuple[int, int, str]]],
+    marker: Callable[..., list[tuple[int, int, str]]],
 ) -> None:
     calm = Page(render(run, protocol, trials, verdicts, "", marker))
     run["model"]["name"] = run["git"]["commit"] = run["hardware"]["cpu"] = HOSTILE[1]
@@ -182,7 +218,7 @@ def test_a_page_is_made_of_any_table(
 def test_a_run_record_may_be_empty(protocol: Protocol, trials: pd.DataFrame) -> None:
     said = Page(render({}, protocol, trials, [], "")).said
     assert "not recorded" in said
-    assert "No validation of this version is recorded." in said
+    assert "No validation of this version is recorded: " in said
     assert "No check of this model is recorded" in said
 
 
@@ -216,7 +252,7 @@ def test_hits_and_copied_words_are_marked_apart(
     run: dict,
     protocol: Protocol,
     trials: pd.DataFrame,
-    marker: Callable[[str, str], list[tuple[int, int, str]]],
+    marker: Callable[..., list[tuple[int, int, str]]],
 ) -> None:
     html = render(run, protocol, trials, [], "", marker)
     assert '<mark class="hit" title="hit of the mode">' in html

@@ -63,12 +63,12 @@ def test_conditions_that_must_agree_are_read_off_the_protocol(protocol: Protocol
 
 def test_sameness_counts_equal_outputs(trials: pd.DataFrame) -> None:
     ready = tables.normalised(trials)
-    assert tables.sameness(ready, "S0", "A") == (12, 12)
+    assert tables.sameness(tables.outputs(ready), "S0", "A") == (12, 12)
     first = (ready["condition"] == "S0") & (ready["pair_id"] == "pair-000")
     ids = [[1, 2, 3] if here else old for here, old in zip(first, ready["output_token_ids"], strict=True)]
     ready = ready.assign(output_token_ids=pd.Series(ids, dtype=object))
-    assert tables.sameness(ready, "S0", "A") == (11, 12)
-    assert tables.sameness(ready, "A", "B")[0] == 0
+    assert tables.sameness(tables.outputs(ready), "S0", "A") == (11, 12)
+    assert tables.sameness(tables.outputs(ready), "A", "B")[0] == 0
 
 
 def test_outputs_compare_alike_as_lists_and_as_arrays() -> None:
@@ -91,9 +91,11 @@ def test_example_pairs_fall_back_on_the_list_of_pairs(trials: pd.DataFrame, prot
     assert chosen == [("pair-000", None), ("pair-011", None)]
 
 
-def test_thinning_keeps_the_extremes() -> None:
-    points = pd.DataFrame({"condition": ["A", "B"] * 500, "pair": range(1000), "value": np.arange(1000.0)})
+def test_thinning_keeps_pairs_whole_and_the_extremes_among_them() -> None:
+    pair = np.repeat(range(500), 2)
+    points = pd.DataFrame({"condition": ["A", "B"] * 500, "pair": pair, "value": np.arange(1000.0)})
     kept = tables.thinned(points, limit=100)
     assert 90 <= len(kept) <= 110
     assert {0.0, 1.0, 998.0, 999.0} <= set(kept["value"])
+    assert set(kept.groupby("pair").size()) == {2}
     assert tables.thinned(points, limit=1000) is points

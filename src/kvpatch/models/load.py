@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import platformdirs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from kvpatch.errors import ModelError
-from kvpatch.models.named import Progress, fetch_gguf, named_models
+from kvpatch.models.named import Progress, cache_directory, fetch_gguf, named_models
 from kvpatch.organisms.directories import ORGANISMS, PREFIX, organism_directory
 
 CONVERSION = 1
@@ -34,11 +33,6 @@ class Loaded:
     name: str
     directory: Path | None
     is_converted: bool
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept: $KVPATCH_CACHE, or the user's cache directory."""
-    return Path(os.environ.get("KVPATCH_CACHE") or platformdirs.user_cache_dir("kvpatch"))
 
 
 def load_model(

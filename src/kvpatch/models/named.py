@@ -13,6 +13,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
+import platformdirs
 import yaml
 
 from kvpatch.errors import ModelError
@@ -20,6 +21,11 @@ from kvpatch.patch import Frozen
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done and how much there is, in bytes."""
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: $KVPATCH_CACHE, or the user's cache directory."""
+    return Path(os.environ.get("KVPATCH_CACHE") or platformdirs.user_cache_dir("kvpatch"))
 
 
 class Wheel(Frozen):

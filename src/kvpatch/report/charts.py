@@ -6,15 +6,22 @@ in tones that stand out on both backgrounds.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import altair as alt
 import pandas as pd
+from altair.utils.schemapi import debug_mode
 
 from kvpatch.statistics.gates import COHERENT_SHARE
 
 ROLE_COLOURS = {"experiment": "#3f7fd6", "control": "#8b919c", "integrity": "#2f9e8a"}
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
+NEUTRAL = "#8b919c"
+SERIES = ("#3f7fd6", "#c2571a", "#2f9e8a", "#9a5fc4", "#b8860b", "#8b919c")
+LIMIT = "#d0573f"
 _ROW = 24
 _AXIS = 34
 
@@ -22,7 +29,7 @@ AnyChart: TypeAlias = alt.Chart | alt.LayerChart | alt.FacetChart
 
 
 def conditions_chart(points: pd.DataFrame, means: pd.DataFrame, title: str, baseline: str | None = None) -> AnyChart:
-    """Chart one readout: a dot a pair, and on it each condition's mean with its interval.
+    """Chart one readout: a dot a pair, a line through the dots of one pair, and each condition's mean with interval.
 
     Args:
         points: columns `condition`, `pair`, `value`, `role`; one row a pair and condition, no missing values.
@@ -35,7 +42,9 @@ def conditions_chart(points: pd.DataFrame, means: pd.DataFrame, title: str, base
     if means.empty:
         return no_data_chart()
     order = means["condition"].tolist()
-    points = points.assign(offset=[_spread(i) for i in range(len(points))])
+    points = points[points["condition"].isin(order)]
+    place = {pair: _spread(i) for i, pair in enumerate(sorted(set(points["pair"])))}
+    points = points.assign(offset=points["pair"].map(place), row=points["condition"].map(order.index))
     y = alt.Y("condition:N", sort=order, title=None, scale=alt.Scale(domain=order))
     offset = alt.YOffset("offset:Q", scale=alt.Scale(domain=[-1.6, 1.6]))
     x_scale = alt.Scale(zero=False, nice=True, padding=6)
@@ -44,20 +53,19 @@ def conditions_chart(points: pd.DataFrame, means: pd.DataFrame, title: str, base
     layers: list[AnyChart] = []
     reference = means[means["condition"] == baseline]
     if not reference.empty:
-        dashed = alt.Chart(reference[["mean"]], name="baseline").mark_rule(
-            strokeDash=[3, 3], strokeWidth=1, color="#8b919c"
+        dashed = alt.Chart(reference[["mean"]], name="_baseline").mark_rule(
+            strokeDash=[3, 3], strokeWidth=1, color=NEUTRAL
         )
         layers.append(dashed.encode(x=alt.X("mean:Q", title=title, scale=x_scale)))
     if not points.empty:
-        dots = alt.Chart(points, name="points").mark_circle(size=16, opacity=0.35)
-        tips = [alt.Tooltip("condition:N"), alt.Tooltip("pair:N"), alt.Tooltip("value:Q", format=".4g")]
-        layers.append(dots.encode(x=x_title, y=y, yOffset=offset, color=colour, tooltip=tips))
-    ranges = means[means["low"].notna() & means["high"].notna()]
-    if not ranges.empty:
-        bars = alt.Chart(ranges, name="intervals").mark_rule(strokeWidth=2.5, strokeCap="round")
-        layers.append(
-            bars.encode(x=alt.X("low:Q", title=title, scale=x_scale), x2="high:Q", y=y, yOffset=offset, color=colour)
+        layers += _pairs(points, x_title, y, offset)
+    bars = alt.Chart(means, name="_intervals").mark_rule(strokeWidth=2.5, strokeCap="round")
+    bars = bars.transform_filter("isValid(datum.low) && isValid(datum.high)")
+    layers.append(
+        bars.encode(
+            x=alt.X("low:Q", title=title, scale=x_scale), x2=alt.X2("high:Q"), y=y, yOffset=offset, color=colour
         )
+    )
     centre = alt.Chart(means, name="means").mark_point(shape="diamond", filled=True, size=80, opacity=1)
     tips = [
         alt.Tooltip("condition:N"),
@@ -70,7 +78,26 @@ def conditions_chart(points: pd.DataFrame, means: pd.DataFrame, title: str, base
     layers.append(
         centre.encode(x=alt.X("mean:Q", title=title, scale=x_scale), y=y, yOffset=offset, color=colour, tooltip=tips)
     )
-    return _dressed(alt.layer(*layers), rows=len(order))
+    return dressed(alt.layer(*layers), rows=len(order))
+
+
+def _pairs(points: pd.DataFrame, x: alt.X, y: alt.Y, offset: alt.YOffset) -> list[AnyChart]:
+    """Dots of pairs, and a faint line through the dots of each; pointing at a dot brings its pair's line out."""
+    hover = alt.selection_point(name="pair", fields=["pair"], on="pointerover", clear="pointerout", empty=False)
+    lines = alt.Chart(points, name="_lines").mark_line(strokeWidth=1, color=NEUTRAL)
+    dots = alt.Chart(points, name="points").mark_circle(size=16).add_params(hover)
+    tips = [alt.Tooltip("condition:N"), alt.Tooltip("pair:N"), alt.Tooltip("value:Q", format=".4g")]
+    return [
+        lines.encode(
+            x=x, y=y, yOffset=offset, detail=alt.Detail("pair:N"), order=alt.Order("row:Q"), opacity=_brought_out(0.22)
+        ),
+        dots.encode(x=x, y=y, yOffset=offset, color=_role_colour(), opacity=_brought_out(0.4), tooltip=tips),
+    ]
+
+
+def _brought_out(otherwise: float) -> alt.OpacityValue:
+    """Full opacity for the pair that is pointed at, `otherwise` for the rest."""
+    return alt.OpacityValue(otherwise, condition={"param": "pair", "empty": False, "value": 1})
 
 
 def coherence_chart(coherence: pd.DataFrame, line: float = COHERENT_SHARE) -> AnyChart:
@@ -105,17 +132,21 @@ def coherence_chart(coherence: pd.DataFrame, line: float = COHERENT_SHARE) -> An
         )
     )
     limit = (
-        alt.Chart(pd.DataFrame({"share": [line]}), name="limit")
-        .mark_rule(strokeWidth=1.5, strokeDash=[5, 3], color="#d0573f")
+        alt.Chart(pd.DataFrame({"share": [line]}), name="_limit")
+        .mark_rule(strokeWidth=1.5, strokeDash=[5, 3], color=LIMIT)
         .encode(x=percent_axis)
     )
-    return _dressed(alt.layer(bars, limit), rows=len(order))
+    return dressed(alt.layer(bars, limit), rows=len(order))
 
 
 def no_data_chart() -> AnyChart:
     """Return a chart that says there is no data."""
-    said = alt.Chart(pd.DataFrame({"said": ["no data"]}), name="empty").mark_text(fontSize=13).encode(text="said:N")
-    return _dressed(said, rows=1)
+    said = (
+        alt.Chart(pd.DataFrame({"said": ["no data"]}), name="_empty")
+        .mark_text(fontSize=13)
+        .encode(text=alt.Text("said:N"))
+    )
+    return dressed(said, rows=1)
 
 
 def specification(chart: AnyChart) -> dict:
@@ -124,6 +155,62 @@ def specification(chart: AnyChart) -> dict:
         out = chart.to_dict()
     out.pop("$schema", None)
     return out
+
+
+def packed(chart: AnyChart) -> dict:
+    """Return the chart as a Vega-Lite specification with each data set by columns: `{name, columns, rows}`.
+
+    `name` is that of the first layer which draws the data set; one that starts with an underscore is for drawing
+    only, and gets no table.
+    """
+    frames: dict[str, pd.DataFrame] = {}
+
+    def by_name(data: Any) -> dict:
+        """Leave the table out of the specification: altair would copy it, value by value, for every layer."""
+        name = next((name for name, frame in frames.items() if frame is data), f"data-{len(frames)}")
+        frames[name] = data
+        return {"name": name}
+
+    alt.data_transformers.register("kvpatch_by_name", by_name)
+    with alt.data_transformers.enable("kvpatch_by_name"):
+        out = chart.to_dict(validate=False)
+    out.pop("$schema", None)
+    names = _drawn_by(out, {})
+    return {**out, "datasets": {key: {"name": names.get(key, "data"), **_columns(f)} for key, f in frames.items()}}
+
+
+def _columns(frame: pd.DataFrame) -> dict:
+    cells = [[_plain(value) for value in frame[column].tolist()] for column in frame]
+    return {"columns": [str(column) for column in frame], "rows": [list(row) for row in zip(*cells, strict=True)]}
+
+
+def _plain(value: object) -> object:
+    return None if value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)) else value
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Build charts without holding every part against the Vega-Lite schema, which takes most of a report's time.
+
+    The tests build each chart with the check.
+    """
+    with debug_mode(False):
+        yield
+
+
+def _drawn_by(view: dict, found: dict[str, str]) -> dict[str, str]:
+    """Data set -> the first layer's name that draws it; a name for a table wins over one without."""
+    data, name = view.get("data"), view.get("name", "data")
+    if isinstance(data, dict) and isinstance(data.get("name"), str) and "mark" in view:
+        key = data["name"]
+        if key not in found or (found[key].startswith("_") and not name.startswith("_")):
+            found[key] = name
+    for part in ("layer", "hconcat", "vconcat", "concat"):
+        for inner in view.get(part, []):
+            _drawn_by({"data": data, **inner} if data else inner, found)
+    if isinstance(view.get("spec"), dict):
+        _drawn_by({"data": data, **view["spec"]} if data else view["spec"], found)
+    return found
 
 
 def _spread(i: int) -> float:
@@ -136,12 +223,21 @@ def _role_colour() -> alt.Color:
     return alt.Color("role:N", scale=scale, legend=None)
 
 
-def _dressed(chart: AnyChart, rows: int) -> AnyChart:
-    return (
-        chart.properties(width="container", height=_ROW * rows + (_AXIS if rows == 1 else 0), background="transparent")
-        .configure(font=FONT, autosize=alt.AutoSizeParams(type="fit-x", contains="padding"))
-        .configure_view(stroke=None)
-        .configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal", titlePadding=8, domain=False)
-        .configure_axisY(ticks=False, grid=True, labelPadding=8, labelFontWeight=600)
-        .configure_axisX(tickCount=6, ticks=False, grid=True)
-    )
+def dressed(chart: AnyChart, rows: int = 0, height: int | None = None) -> AnyChart:
+    """Return the chart as wide as its place, `rows` rows (or `height` pixels) high, without colours of its own."""
+    tall = _ROW * rows + (_AXIS if rows == 1 else 0) if height is None else height
+    # Set in place: `properties` would copy the whole chart, and nobody else holds it yet.
+    chart.width, chart.height, chart.background, chart.config = "container", tall, "transparent", _CONFIG
+    return chart
+
+
+_AXES = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 8, "domain": False}
+_CONFIG = {
+    "font": FONT,
+    "autosize": {"type": "fit-x", "contains": "padding"},
+    "view": {"stroke": None},
+    "axis": _AXES,
+    "axisY": {"ticks": False, "grid": True, "labelPadding": 8, "labelLimit": 230},
+    "axisX": {"tickCount": 6, "ticks": False, "grid": True},
+    "legend": {"orient": "top", "title": None, "labelFontSize": 12, "labelLimit": 300, "offset": 4, "symbolOpacity": 1},
+}

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvpatch.protocols.schema import Hypothesis, Margin, Protocol
 from kvpatch.report.text import DASH, MINUS, as_float, number
+from kvpatch.statistics.criteria import WEAKEST
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ TESTS = {
     "much_greater": "> margin",
     "much_less": f"< {MINUS}margin",
     "equivalent": "within ± margin",
+    "trend": "in this order",
+    "umbrella": "rises, then falls",
+    "correlates": "correlates",
+    "replicates": "replicates",
 }
 
 
@@ -102,6 +107,10 @@ def _row(name: str, verdict: dict | None, hypothesis: Hypothesis | None) -> dict
         "is_exploratory": confirmatory is False,
         "because": entry.get("because") or ("" if verdict else "The run's verdicts do not name this hypothesis."),
         "margin": margin_text(told("margin")),
+        "margin_size": as_float(entry.get("margin")),
+        "direction": hypothesis.direction if hypothesis else None,
+        "bayes_factor": as_float(entry.get("bayes_factor")),
+        "ci_level": as_float(entry.get("ci_level")) or (0.9 if test == "equivalent" else 0.95),
         **{key: as_float(entry.get(key)) for key in ("estimate", "ci_low", "ci_high", "effect_size", "n")},
         **{key: as_float(entry.get(key)) for key in ("p", "p_adjusted")},
     }
@@ -119,12 +128,21 @@ def margin_text(margin: Any) -> str:
 
 
 def criteria(rows: list[dict]) -> list[dict]:
-    """Return the success criteria in order, each with the rows of the hypotheses that decide it."""
+    """Return the success criteria in order, each with its own verdict and the rows of the hypotheses that decide it.
+
+    A criterion holds no more than the weakest of what decides it, as `statistics.criteria` ranks them.
+    """
     out: dict[str, list[dict]] = {}
     for row in rows:
         if row["criterion"]:
             out.setdefault(row["criterion"], []).append(row)
-    return [{"name": name, "rows": decided_by} for name, decided_by in out.items()]
+    return [{"name": name, "badge": weakest(decided_by), "rows": decided_by} for name, decided_by in out.items()]
+
+
+def weakest(rows: list[dict]) -> Badge:
+    """Return the badge of the row that holds least."""
+    ranks = {word: place for place, word in enumerate(WEAKEST)}
+    return min((row["badge"] for row in rows), key=lambda badge: ranks.get(badge.word, -1))
 
 
 def gates(rows: list[dict], instruments: Badge) -> list[dict]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -19,7 +21,48 @@ from markupsafe import Markup
 
 from kvpatch.organisms.record import gate_zero
 from kvpatch.protocols.schema import Protocol
-from kvpatch.report import judgements, sections, tables, text
+from kvpatch.report import (
+    across,
+    charts,
+    dose,
+    forest,
+    geometry,
+    judgements,
+    maps,
+    questions,
+    samples,
+    sections,
+    tables,
+    text,
+)
+
+
+@dataclass(frozen=True)
+class Live:
+    """A page that a server shows while the run goes on: what it says on top, where home is, where events come from."""
+
+    says: str
+    home: str
+    events: str
+
+
+SECTIONS = {
+    "answer": "Answer",
+    "verdicts": "Verdicts",
+    "instruments": "Gates and instruments",
+    "effects": "Effects",
+    "conditions": "Conditions",
+    "maps": "Layers and tokens",
+    "dose": "Dose",
+    "geometry": "R_V",
+    "attention": "Attention",
+    "models": "Models",
+    "texts": "Texts",
+    "questions": "Four questions",
+    "how": "How it was run",
+    "not-shown": "What was not shown",
+}
+"""Sections in order; those from `maps` to `models` are there only where there is something to show."""
 
 
 def render(
@@ -28,8 +71,10 @@ def render(
     trials: pd.DataFrame,
     verdicts: list[dict],
     headline: str,
-    mark: sections.Marker | None = None,
+    mark: samples.Marker | None = None,
     effects: list[dict] | None = None,
+    with_texts: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+    live: Live | None = None,
 ) -> str:
     """Return the report of a run as one self-contained HTML file.
 
@@ -40,36 +85,89 @@ def render(
             missing, and the table may be empty.
         verdicts: the content of verdicts.json.
         headline: the one-sentence answer.
+        mark: (output text, source text, hits) -> spans (start, end, kind) to mark; kind is "hit" or "copied".
         effects: every condition's differences from its natural run (`statistics.effects.Effect`), or None.
-        mark: (output text, source text) -> spans (start, end, kind) to mark; kind is "hit" or "copied".
+        with_texts: adds `text`, `source_text` and `target_text` to the few rows that are shown; None where the
+            trials hold them.
+        live: what to say, and where to lead, where the page is served while the run goes on.
     Returns:
         HTML5 text; write it as UTF-8.
     """
-    trials = tables.normalised(trials)
+    with charts.unchecked():
+        prepared = tables.normalised(trials)
+        context = _context(run, protocol, prepared, verdicts, headline, effects or [])
+        context["samples"] = samples.samples(sections.by_phase(prepared, protocol), protocol, mark, with_texts)
+    context["live"] = live
+    return _environment().get_template("report.html.j2").render(context | _assets(live is not None))
+
+
+def _context(
+    run: dict,
+    protocol: Protocol,
+    trials: pd.DataFrame,
+    verdicts: list[dict],
+    headline: str,
+    effects: list[dict],
+) -> dict[str, Any]:
     rows = judgements.verdict_rows(verdicts, protocol)
-    instruments = sections.instruments(run, trials, protocol)
-    state = judgements.instruments_badge(instruments["checks"], run.get("validation"))
-    context = {
-        "model_name": (run.get("model") or {}).get("name"),
+    parts = sections.by_phase(trials, protocol)
+    instruments = sections.instruments(run, trials, parts, protocol)
+    strip = sections.strip(run, instruments)
+    optional = _optional_figures(run, protocol, trials, rows, effects)
+    shown = {name: optional.get(name, True) for name in SECTIONS}
+    shown["models"] = optional["across"] or optional["replications"]
+    names = [name for name in SECTIONS if shown[name]]
+    how = sections.how_it_was_run(run, trials, protocol)
+    models = [str(m["model"].get("architecture")) for m in instruments["models"] if m["model"].get("architecture")]
+    most = max((part["pair_id"].nunique() for _, _, part in parts), default=0)
+    return {
+        "sections": [{"id": name, "name": SECTIONS[name]} for name in names],
+        "number_of": {name: place for place, name in enumerate(names, 1)},
+        "model_names": [m["name"] for m in instruments["models"] if m["name"]],
         "is_finished": bool(run.get("finished")),
         "protocol": protocol,
         "headline": headline,
         "rows": rows,
+        "primary": [row for row in rows if (row["gate"] or 9) <= 2 and row["badge"].word != "tautological"],
         "criteria": judgements.criteria(rows),
         "badges": judgements.BADGES.values(),
-        "gates": judgements.gates(rows, state),
+        "gates": judgements.gates(rows, judgements.instruments_badge(instruments["checks"], run.get("validation"))),
         "instruments": instruments,
         "gate_zero": gate_zero(run.get("validation")),
+        "strip": strip,
+        "attacks": questions.attacks(rows, strip, protocol, most, not how["protocol_differs"]),
         "validation_failed": judgements.validation_passed(run.get("validation")) is False,
-        "figures": sections.readout_figures(trials, protocol),
-        "effects": sections.effect_rows(effects or []),
-        "examples": sections.examples(trials, protocol, mark),
-        "how": sections.how_it_was_run(run, trials, protocol),
-        "not_shown": sections.not_shown(run, trials, protocol, rows),
+        "figures": sections.readout_figures(parts, protocol),
+        "effects": sections.effect_phases(effects, protocol),
+        **optional,
+        "questions": questions.four_questions(
+            rows, protocol, set(trials["condition"]), models, bool(optional["attention"])
+        ),
+        "how": how,
+        "not_shown": sections.not_shown(run, trials, parts, protocol, rows, instruments),
+        "gaps": sections.gaps(run, optional, trials),
         "trial_count": len(trials),
         "pair_count": trials.loc[trials["pair_id"] != "", "pair_id"].nunique(),
     }
-    return _environment().get_template("report.html.j2").render(context | _assets())
+
+
+def _optional_figures(
+    run: dict, protocol: Protocol, trials: pd.DataFrame, rows: list[dict], effects: list[dict]
+) -> dict[str, list]:
+    """Return the figures of the sections that are there only where there is something to show."""
+    models = sections.model_of_phase(run, protocol)
+    ran = {effect["phase"] for effect in effects}
+    names = {phase: str(model.get("name")) for phase, model in models.items() if phase in ran and model}
+    layers = {phase: model.get("layers") for phase, model in models.items()}
+    return {
+        "forest": forest.hypothesis_figures(rows, protocol),
+        "maps": maps.map_figures(effects, protocol, layers),
+        "dose": dose.dose_figures(trials, protocol),
+        "geometry": geometry.scatter_figures(trials, protocol, rows),
+        "attention": [],
+        "across": across.across_figures(effects, names),
+        "replications": across.replication_rows(rows, protocol, names),
+    }
 
 
 @functools.cache
@@ -78,7 +176,7 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("kvpatch.report", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_shown,
+        finalize=shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -93,13 +191,19 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _shown(value: Any) -> Any:
+def shown(value: Any) -> Any:
     """Make every string that the template prints visible; it is escaped after this."""
     return value if isinstance(value, Markup) or not isinstance(value, str) else text.visible(value)
 
 
+def policy(is_live: bool) -> str:
+    """Return the content security policy of a page."""
+    return str(_assets(is_live)["policy"])
+
+
 @functools.cache
-def _assets() -> dict[str, Markup]:
+def _assets(is_live: bool) -> dict[str, Markup]:
+    """Return the style sheet, the scripts and the page's policy; a live page may also ask its own server."""
     folder = resources.files("kvpatch.report") / "templates"
     style, script = (folder.joinpath(name).read_text("utf-8") for name in ("report.css", "report.js"))
     library = vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue] (its stub forgets the default)
@@ -107,12 +211,14 @@ def _assets() -> dict[str, Markup]:
         if "</script" in content.lower() or "<!--" in content or "\r" in content:
             raise ValueError(f"{name} can't stand inside a script element")
     hashes = " ".join(f"'sha256-{_sha256(content)}'" for content in (library, script))
-    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
+    allowed = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
+    if is_live:
+        allowed += "; connect-src 'self'"
     return {
         "style": Markup(style),
         "script": Markup(script),
         "library": Markup(library),
-        "policy": Markup(policy),
+        "policy": Markup(allowed),
     }
 
 

@@ -2,52 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
 import pandas as pd
 import yaml
-from markupsafe import Markup
 
 from kvpatch.protocols.schema import Protocol, dumped_sha256
-from kvpatch.report import charts, tables
-from kvpatch.report.judgements import DIFFERS, FAILED, PASSED, UNKNOWN, Badge
-from kvpatch.report.text import NOT_RECORDED, Span, facts, marked, number, plain
+from kvpatch.report import charts, forest, tables
+from kvpatch.report.figure import figure, rounded
+from kvpatch.report.judgements import DIFFERS, FAILED, PASSED, UNKNOWN, Badge, instruments_badge, validation_passed
+from kvpatch.report.text import NOT_RECORDED, facts, number, plain
 
-Marker = Callable[[str, str], list[Span]]
-MAX_TEXT = 20_000
 FEW_PAIRS = 50
+MAIN_READOUTS = 5
+"""How many of `tables.READOUTS`, from the first, are shown unfolded."""
 # SCIENCE.md 2.14: smallest paired effect (dz) at 90% power and alpha .001.
 VISIBLE_DZ = ((20, 1.20), (50, 0.69), (100, 0.47))
 
 
-def by_phase(trials: pd.DataFrame, protocol: Protocol) -> list[tuple[str, str, pd.DataFrame]]:
+Parts = list[tuple[str, str, pd.DataFrame]]
+"""(phase, its question, its trials), in the protocol's order."""
+
+
+def by_phase(trials: pd.DataFrame, protocol: Protocol) -> Parts:
     """Return (phase, its question, its trials) for every phase that has rows, in the protocol's order."""
-    present = set(trials["phase"]) - {""}
+    found = {str(name): part for name, part in trials.groupby("phase", sort=False)}
+    present = set(found) - {""}
     order = [p for p in protocol.phases if p in present] + sorted(present - set(protocol.phases))
     questions = {name: phase.question for name, phase in protocol.phases.items()}
-    return [(p, questions.get(p, "not in the protocol"), trials[trials["phase"] == p]) for p in order]
+    return [(p, questions.get(p, "not in the protocol"), found[p]) for p in order]
 
 
-def instruments(run: dict, trials: pd.DataFrame, protocol: Protocol) -> dict:
-    """Return section 3: check, validation, coherence, and agreements between conditions."""
-    checks = [c for c in run.get("check") or [] if isinstance(c, dict)]
+def models_of(run: dict) -> list[dict]:
+    """Return every model of a run: its key (None for the run's own), name, record, check, noise floor and limits."""
+    own = {key: run.get(key) for key in ("model", "check", "noise_floor", "coherence_limits")}
+    records = {None: own, **(run.get("other_models") or {})}
+    return [
+        {
+            "key": key,
+            "name": (record.get("model") or {}).get("name"),
+            "model": record.get("model") or {},
+            "checks": [c for c in record.get("check") or [] if isinstance(c, dict)],
+            "noise_floor": record.get("noise_floor") or {},
+            "limits": record.get("coherence_limits") or {},
+        }
+        for key, record in records.items()
+    ]
+
+
+def model_of_phase(run: dict, protocol: Protocol) -> dict[str, dict]:
+    """Return the model record that each phase ran on."""
+    models = {model["key"]: model["model"] for model in models_of(run)}
+    return {name: models.get(phase.model, {}) for name, phase in protocol.phases.items()}
+
+
+def instruments(run: dict, trials: pd.DataFrame, parts: Parts, protocol: Protocol) -> dict:
+    """Return the section on gates: checks, validation, coherence, and agreements between conditions."""
+    models = models_of(run)
     phases = []
-    for phase, question, part in by_phase(trials, protocol):
+    for phase, question, part in parts:
         coherence = tables.coherence(part, protocol)
-        chart = charts.specification(charts.coherence_chart(coherence)) if coherence["share"].notna().any() else None
-        phases.append({"phase": phase, "question": question, "coherence": records(coherence), "chart": chart})
+        chart = charts.coherence_chart(coherence) if coherence["share"].notna().any() else None
+        about = "Share of coherent outputs. Dashed: the 90% a condition needs."
+        drawn = figure(
+            f"coherence-{phase}", f"Coherence, phase {phase}", about, chart, label="Coherent outputs by condition"
+        )
+        phases.append({"phase": phase, "question": question, "coherence": records(coherence), "figure": drawn})
     unchanged, checksums = tables.unchanged_caches(trials)
+    for model in models:
+        model["checks"] = [{**check, "badge": holds_badge(check.get("holds"))} for check in model["checks"]]
+        model["limits"] = facts(model["limits"])
     return {
-        "checks": [{**check, "badge": holds_badge(check.get("holds"))} for check in checks],
+        "models": models,
+        "checks": [check for model in models for check in model["checks"]],
         "validation": facts(run["validation"]) if run.get("validation") else [],
-        "limits": facts(run.get("coherence_limits") or {}),
         "phases": phases,
         "unchanged": unchanged,
         "checksums": checksums,
-        "twins": twin_rows(trials, protocol),
+        "twins": twin_rows(parts, protocol),
     }
+
+
+def strip(run: dict, found: dict) -> list[dict]:
+    """Return what stands right under the answer: each instrument with its state, so that a broken one is seen.
+
+    found: what `instruments` returned.
+    """
+    validation = validation_passed(run.get("validation"))
+    checked = instruments_badge(found["checks"], {"passed": True})
+    if any(not model["checks"] for model in found["models"]):
+        checked = FAILED if checked is FAILED else UNKNOWN
+    judged = [row for phase in found["phases"] for row in phase["coherence"] if row["judged"]]
+    weak = [row for row in judged if row["is_below"]]
+    strict = [twin for twin in found["twins"] if twin["strict"]]
+    differ = [twin for twin in strict if twin["same"] != twin["shared"]]
+    names = ", ".join(str(model["name"]) for model in found["models"])
+    damaged = f"{len(weak)} of {len(judged)} conditions fall below 90%" if weak else "every condition is above 90%"
+    agreed = f"{len(strict) - len(differ)} of {len(strict)} agreements hold exactly"
+    return [
+        {
+            "name": "Validation on planted truth",
+            "badge": holds_badge(validation),
+            "says": "do the instruments find what was planted?",
+        },
+        {"name": "Check of the model", "badge": checked, "says": f"is it patched correctly? ({names})"},
+        {
+            "name": "Coherent outputs",
+            "badge": UNKNOWN if not judged else (Badge("damaged", "✕", "open", "") if weak else PASSED),
+            "says": damaged if judged else "not judged",
+        },
+        {
+            "name": "Agreements by construction",
+            "badge": UNKNOWN if not strict else (DIFFERS if differ else PASSED),
+            "says": agreed if strict else "no integrity condition ran",
+        },
+    ]
 
 
 def holds_badge(holds: Any) -> Badge:
@@ -55,12 +125,15 @@ def holds_badge(holds: Any) -> Badge:
     return UNKNOWN if holds is None else (PASSED if bool(holds) else FAILED)
 
 
-def twin_rows(trials: pd.DataFrame, protocol: Protocol) -> list[dict]:
+def twin_rows(parts: Parts, protocol: Protocol) -> list[dict]:
     """Return, for conditions that agree with another by construction, how often their outputs do."""
     out = []
-    for _, _, part in by_phase(trials, protocol):
-        for name, twin, why in tables.twins(protocol):
-            same, shared = tables.sameness(part, name, twin)
+    pairs = tables.twins(protocol)
+    wanted = {name for name, twin, _ in pairs for name in (name, twin)}
+    for _, _, part in parts:
+        said = tables.outputs(part[part["condition"].isin(wanted)])
+        for name, twin, why in pairs:
+            same, shared = tables.sameness(said, name, twin)
             if shared:
                 strict = tables.role(protocol, name) == "integrity"
                 state = (PASSED if same == shared else DIFFERS) if strict else None
@@ -69,46 +142,73 @@ def twin_rows(trials: pd.DataFrame, protocol: Protocol) -> list[dict]:
     return out
 
 
-def readout_figures(trials: pd.DataFrame, protocol: Protocol) -> list[dict]:
-    """Return section 4: a phase's figures, one a readout, and its table of means."""
+def readout_figures(parts: Parts, protocol: Protocol) -> list[dict]:
+    """Return the section on conditions: a phase's figures, one a readout, and its table of means."""
     out = []
     baseline = tables.baseline_of(protocol)
-    for phase, question, part in by_phase(trials, protocol):
-        figures = []
+    for phase, question, part in parts:
+        figures, means_of = [], []
         for readout in tables.READOUTS:
             points, means = tables.condition_means(part, readout.column, protocol)
             shown = tables.thinned(points)
             chart = None
             if len(points):
-                drawn = charts.conditions_chart(rounded(shown), rounded(means), readout.unit, baseline)
-                chart = charts.specification(drawn)
-            thin = f"{len(shown)} of {len(points)} dots are drawn" if len(shown) < len(points) else ""
-            means = means.set_index("condition")
-            figures.append({"readout": readout, "chart": chart, "thin": thin, "means": means, "dots": len(shown)})
+                chart = charts.conditions_chart(rounded(shown), rounded(means), readout.unit, baseline)
+            drawn, there = shown["pair"].nunique(), points["pair"].nunique()
+            note = (
+                ""
+                if drawn == there
+                else f"{drawn} of {there} pairs are drawn: those at evenly spaced ranks of their mean."
+            )
+            label = f"{readout.title} by condition; the numbers are in the table of means"
+            name = f"readout-{phase}-{readout.column}"
+            figures.append(figure(name, readout.title, readout.about, chart, label=label, note=note))
+            means_of.append(means.set_index("condition"))
         names = tables.conditions_of(part, protocol)
         conditions = [{"name": n, "about": tables.about(protocol, n), "role": tables.role(protocol, n)} for n in names]
-        cells = {n: [figure["means"].loc[n].to_dict() for figure in figures] for n in names}
-        pairs = part["pair_id"].nunique()
-        row = {"phase": phase, "question": question, "figures": figures, "conditions": conditions}
-        out.append({**row, "cells": cells, "pairs": pairs})
+        cells = {n: [means.loc[n].to_dict() for means in means_of] for n in names}
+        row = {"phase": phase, "question": question, "figures": figures[:MAIN_READOUTS]}
+        row |= {"more": figures[MAIN_READOUTS:], "readouts": tables.READOUTS, "conditions": conditions, "cells": cells}
+        out.append({**row, "pairs": part["pair_id"].nunique()})
     return out
 
 
-def effect_rows(effects: list[dict]) -> dict[str, list[dict]]:
-    """Return, by phase, one row a condition with its effects on every readout."""
-    out: dict[str, dict[str, dict]] = {}
+def effect_phases(effects: list[dict], protocol: Protocol) -> list[dict]:
+    """Return, for every phase, its forest plots, and one row a condition with its effects on every readout."""
+    found: dict[str, dict[str, dict]] = {}
     for effect in effects:
         head = {key: effect[key] for key in ("condition", "about", "natural", "coherent")}
-        row = out.setdefault(effect["phase"], {}).setdefault(effect["condition"], {**head, "cells": []})
+        row = found.setdefault(effect["phase"], {}).setdefault(effect["condition"], {**head, "cells": []})
         row["cells"].append(effect)
-    return {phase: list(rows.values()) for phase, rows in out.items()}
+    return [
+        {
+            "phase": phase,
+            "question": protocol.phases[phase].question,
+            "figures": forest.effect_figures(effects, protocol, phase),
+            "rows": list(rows.values()),
+            "pairs": max((cell["n"] for row in rows.values() for cell in row["cells"]), default=0),
+        }
+        for phase, rows in found.items()
+    ]
 
 
-def rounded(frame: pd.DataFrame, digits: int = 6) -> pd.DataFrame:
-    """Return the table with its floats at `digits` significant digits: all a chart can show."""
-    out = frame.copy()
-    for name in out.select_dtypes("float").columns:
-        out[name] = [float(f"{x:.{digits}g}") for x in out[name]]
+def gaps(run: dict, optional: dict[str, list], trials: pd.DataFrame) -> list[str]:
+    """Return what kinds of evidence this run holds nothing of."""
+    out = []
+    if not run.get("validation"):
+        out.append("The instruments were not validated on planted truth in this run's record.")
+    if not optional["attention"]:
+        out.append("Attention maps: no trial holds attention readouts.")
+    if "rv_trajectory" not in trials:
+        out.append("Trajectories of R_V over the output: no trial holds them.")
+    for name, what in (
+        ("maps", "Layers and tokens: no condition of a map ran."),
+        ("dose", "Dose: no ladder of levels ran."),
+        ("geometry", "R_V beside the mode: no correlation over pairs could be drawn."),
+        ("across", "Another model: no condition ran on two."),
+    ):
+        if not optional[name]:
+            out.append(what)
     return out
 
 
@@ -117,62 +217,8 @@ def records(frame: pd.DataFrame) -> list[dict]:
     return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
 
 
-def examples(trials: pd.DataFrame, protocol: Protocol, mark: Marker | None) -> dict:
-    """Return section 5: for a few pairs, chosen by rule, their prompts and what every condition wrote."""
-    for phase, _, part in by_phase(trials, protocol):
-        chosen, by_gap = tables.example_pairs(part, protocol)
-        if not chosen:
-            continue
-        total = part["pair_id"].nunique()
-        pairs = [_example(part[part["pair_id"] == pair], pair, gap, protocol, mark) for pair, gap in chosen]
-        return {"phase": phase, "pairs": pairs, "by_gap": by_gap, "total": total, "marked": mark is not None}
-    return {"phase": None, "pairs": [], "by_gap": False, "total": 0, "marked": mark is not None}
-
-
-def _example(part: pd.DataFrame, pair: str, gap: float | None, protocol: Protocol, mark: Marker | None) -> dict:
-    if "sample" in part:
-        part = part.sort_values("sample", kind="stable")
-    first = part.drop_duplicates("condition").set_index("condition")
-    source, target = (first_text(part, f"{side}_text") for side in ("source", "target"))
-    outputs = []
-    for name in tables.conditions_of(part, protocol):
-        row = first.loc[name].to_dict()
-        text = row.get("text")
-        error = row.get("error")
-        outputs.append(
-            {
-                "name": name,
-                "about": tables.about(protocol, name),
-                "role": tables.role(protocol, name),
-                "text": shown_text(text, source, mark) if isinstance(text, str) else None,
-                "error": error if isinstance(error, str) and error.strip() else "",
-                "coherent": None if pd.isna(row.get("coherent")) else bool(row.get("coherent")),
-                "recursive_score": row.get("recursive_score"),
-                "recursive_score_masked": row.get("recursive_score_masked"),
-                "stopped": row.get("stopped") if isinstance(row.get("stopped"), str) else "",
-            }
-        )
-    prompts = {"source": shown_text(source, "", None), "target": shown_text(target, "", None)}
-    return {"pair": pair, "gap": gap, "prompts": prompts, "outputs": outputs}
-
-
-def first_text(part: pd.DataFrame, column: str) -> str:
-    """Return the first text a column holds, or the empty string."""
-    texts = [t for t in part[column] if isinstance(t, str)] if column in part else []
-    return texts[0] if texts else ""
-
-
-def shown_text(text: str, source: str, mark: Marker | None) -> Markup:
-    """Return a text as HTML, marked if a marker is given; cut, and saying so, past `MAX_TEXT` characters."""
-    spans = mark(text, source) if mark is not None else []
-    out = marked(text[:MAX_TEXT], spans)
-    if len(text) > MAX_TEXT:
-        out += Markup('<span class="cut"> … {} more characters not shown</span>').format(f"{len(text) - MAX_TEXT:,}")
-    return out
-
-
 def how_it_was_run(run: dict, trials: pd.DataFrame, protocol: Protocol) -> dict:
-    """Return section 6: groups of (name, value), the protocol's text, and whether it changed."""
+    """Return how it was run: groups of (name, value), the protocol's text, and whether it changed."""
     model, git, hardware = (run.get(k) if isinstance(run.get(k), dict) else {} for k in ("model", "git", "hardware"))
     stored = run.get("protocol_sha256")
     wanted = ("name", "architecture", "layers", "kv_heads", "query_heads", "head_dim", "dtype", "device")
@@ -183,6 +229,12 @@ def how_it_was_run(run: dict, trials: pd.DataFrame, protocol: Protocol) -> dict:
     dirty = (git or {}).get("dirty")
     groups = {
         "Model": [(n.replace("_", " "), plain((model or {}).get(n))) for n in names],
+        **{
+            f"Model of key '{other['key']}'": [
+                (n.replace("_", " "), plain(other["model"].get(n))) for n in other["model"]
+            ]
+            for other in models_of(run)[1:]
+        },
         "Code": [
             ("kvpatch", plain(run.get("kvpatch_version"))),
             ("git commit", plain((git or {}).get("commit"))),
@@ -192,19 +244,24 @@ def how_it_was_run(run: dict, trials: pd.DataFrame, protocol: Protocol) -> dict:
         "Design": [
             ("protocol", protocol.protocol),
             ("protocol sha256", plain(stored)),
+            ("prompt bank sha256", plain(run.get("bank_sha256"))),
             ("seed", plain(run.get("seed"))),
             ("pairs planned", plain(run.get("n"))),
             ("phases", plain(run.get("phases"))),
             ("new tokens at most", plain(protocol.generation.max_new_tokens)),
             ("temperature", plain(protocol.generation.temperature)),
+            ("samples of a pair and condition", plain(protocol.generation.samples)),
         ],
         "Work": [
             *(facts(hardware) if hardware else [("hardware", NOT_RECORDED)]),
             ("created", plain(run.get("created"))),
             ("finished", plain(run.get("finished"))),
-            ("time", f"{number(seconds)} s" if seconds is not None else NOT_RECORDED),
+            ("from start to end", f"{number(seconds)} s" if seconds is not None else NOT_RECORDED),
+            ("time at work", f"{number(run['seconds'])} s" if run.get("seconds") else NOT_RECORDED),
             ("trials", number(len(trials))),
-            ("tokens generated", number(tokens) if tokens else NOT_RECORDED),
+            ("tokens in these trials", number(tokens) if tokens else NOT_RECORDED),
+            ("tokens generated, calibration included", number(run["tokens"]) if run.get("tokens") else NOT_RECORDED),
+            ("command", " ".join(map(str, run.get("command") or [])) or NOT_RECORDED),
         ],
     }
     dumped = protocol.model_dump(mode="json", by_alias=True)
@@ -224,8 +281,8 @@ def elapsed(created: Any, finished: Any) -> float | None:
         return None
 
 
-def not_shown(run: dict, trials: pd.DataFrame, protocol: Protocol, rows: list[dict]) -> dict:
-    """Return section 7: what the run leaves open, and why."""
+def not_shown(run: dict, trials: pd.DataFrame, parts: Parts, protocol: Protocol, rows: list[dict], found: dict) -> dict:
+    """Return what the run leaves open, and why. found: what `instruments` returned."""
     failed = trials.assign(message=tables.errors(trials))
     failed = failed[failed["message"] != ""]
     error_rows = [
@@ -233,7 +290,7 @@ def not_shown(run: dict, trials: pd.DataFrame, protocol: Protocol, rows: list[di
         for (phase, condition), group in failed.groupby(["phase", "condition"], sort=True)
     ]
     sizes = []
-    for phase, _, part in by_phase(trials, protocol):
+    for phase, _, part in parts:
         planned = protocol.phases[phase].n if phase in protocol.phases else None
         sizes.append({"phase": phase, "pairs": part["pair_id"].nunique(), "planned": planned})
     ran = {size["phase"] for size in sizes}
@@ -244,6 +301,7 @@ def not_shown(run: dict, trials: pd.DataFrame, protocol: Protocol, rows: list[di
         if row.is_below
     ]
     dropped = run.get("dropped_pairs")
+    models = models_of(run)
     return {
         "skipped": [s for s in run.get("skipped") or [] if isinstance(s, dict)],
         "dropped": dropped if isinstance(dropped, int) else None,
@@ -252,10 +310,11 @@ def not_shown(run: dict, trials: pd.DataFrame, protocol: Protocol, rows: list[di
         "visible_dz": VISIBLE_DZ,
         "absent_phases": [(n, p.question) for n, p in protocol.phases.items() if n not in ran],
         "tautologies": [h for h in protocol.hypotheses if protocol.is_tautological(h)],
-        "swaps": [t for t in twin_rows(trials, protocol) if not t["strict"]],
+        "swaps": [t for t in found["twins"] if not t["strict"]],
         "incoherent": weak,
         "errors": error_rows,
-        "noise_floor": facts(run.get("noise_floor") or {}),
+        "noise_floors": [(m["name"], facts(m["noise_floor"])) for m in models if m["noise_floor"]],
+        "models": [m["name"] for m in models if m["name"]],
         "open": [row for row in rows if row["badge"].word in ("inconclusive", "not interpretable", "no verdict")],
         "exploratory": [row for row in rows if row["is_exploratory"]],
     }

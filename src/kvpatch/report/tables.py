@@ -117,7 +117,7 @@ def pair_means(trials: pd.DataFrame, column: str) -> pd.DataFrame:
 
     A pair with a sample that has no finite value is left out, as it is there.
     """
-    names = sorted(set(trials["condition"]) - {""})
+    names = sorted(set(trials["condition"].unique()) - {""})
     wide = pairs.pair_means(trials.assign(**{column: values(trials, column)}), names, column)
     wide.columns.name, wide.index.name = "condition", "pair"
     long = wide.reset_index().melt("pair", var_name="condition", value_name="value").dropna(subset=["value"])
@@ -143,30 +143,29 @@ def condition_means(trials: pd.DataFrame, column: str, protocol: Protocol) -> tu
     `high`, `n`, in the protocol's order; a condition that ran but has no value has a row of missing values.
     """
     points = pair_means(trials, column)
+    samples = {str(name): group.to_numpy() for name, group in points.groupby("condition")["value"]}
     rows = []
     for name in conditions_of(trials, protocol):
-        sample = points.loc[points["condition"] == name, "value"]
-        mean, low, high = interval(sample)
-        rows.append((name, about(protocol, name), role(protocol, name), mean, low, high, len(sample)))
+        sample = samples.get(name, np.array([]))
+        rows.append((name, about(protocol, name), role(protocol, name), *interval(sample), len(sample)))
     means = pd.DataFrame(rows, columns=["condition", "about", "role", "mean", "low", "high", "n"])
     return points.assign(role=[role(protocol, c) for c in points["condition"]]), means
 
 
 def thinned(points: pd.DataFrame, limit: int = MAX_DOTS) -> pd.DataFrame:
-    """Return at most about `limit` points: a condition's at evenly spaced ranks, with the extremes."""
+    """Return at most about `limit` points, pairs left whole: those at evenly spaced ranks of their mean, with the
+    extremes."""
     if len(points) <= limit:
         return points
-    share = limit / len(points)
-    kept = []
-    for _, group in points.sort_values(["condition", "value"]).groupby("condition", sort=False):
-        ranks = np.linspace(0, len(group) - 1, max(2, round(len(group) * share))).round().astype(int)
-        kept.append(group.iloc[np.unique(ranks)])
-    return pd.concat(kept, ignore_index=True)
+    ranked = points.groupby("pair")["value"].mean().sort_values(kind="stable").index
+    wanted = max(2, round(len(ranked) * limit / len(points)))
+    ranks = np.unique(np.linspace(0, len(ranked) - 1, wanted).round().astype(int))
+    return points[points["pair"].isin(set(ranked[ranks]))].reset_index(drop=True)
 
 
 def conditions_of(trials: pd.DataFrame, protocol: Protocol) -> list[str]:
     """Return the conditions that have rows, in the protocol's order, unknown ones last."""
-    present = set(trials["condition"]) - {""}
+    present = set(trials["condition"].unique()) - {""}
     return [c for c in protocol.conditions if c in present] + sorted(present - set(protocol.conditions))
 
 
@@ -235,17 +234,26 @@ def output_of(row: Any) -> str:
     return text if isinstance(text, str) else ""
 
 
-def sameness(trials: pd.DataFrame, left: str, right: str) -> tuple[int, int]:
-    """Return (trials on which two conditions gave the very same output, trials they share)."""
-    if "sample" not in trials:
-        trials = trials.assign(sample=0)
-    ran = trials[~trials["failed"]]
-    outputs = {
-        name: {(r["pair_id"], r["sample"]): output_of(r) for r in ran[ran["condition"] == name].to_dict("records")}
-        for name in (left, right)
-    }
-    shared = [key for key in outputs[left] if key in outputs[right] and (outputs[left][key] or outputs[right][key])]
-    return sum(outputs[left][key] == outputs[right][key] for key in shared), len(shared)
+def outputs(trials: pd.DataFrame) -> pd.Series:
+    """Return every trial's output (`output_of`), indexed by condition, pair and sample; failed trials left out."""
+    ran = trials.loc[~trials["failed"]]
+    blank = [None] * len(ran)
+    ids, texts = (ran[name] if name in ran else blank for name in ("output_token_ids", "text"))
+    said = [output_of({"output_token_ids": i, "text": t}) for i, t in zip(ids, texts, strict=True)]
+    samples = ran["sample"] if "sample" in ran else [0] * len(ran)
+    index = pd.MultiIndex.from_arrays([ran["condition"], ran["pair_id"], samples])
+    out = pd.Series(said, index, dtype=object)
+    return out[~out.index.duplicated()]
+
+
+def sameness(said: pd.Series, left: str, right: str) -> tuple[int, int]:
+    """Return (trials on which two conditions gave the very same output, trials they share). said: `outputs`."""
+    present = set(said.index.get_level_values(0))
+    if not {left, right} <= present:
+        return 0, 0
+    both = pd.concat([said.loc[left], said.loc[right]], axis=1, join="inner").to_numpy()
+    both = both[(both != "").any(axis=1)]
+    return int((both[:, 0] == both[:, 1]).sum()), len(both)
 
 
 def twins(protocol: Protocol) -> list[tuple[str, str, str]]:

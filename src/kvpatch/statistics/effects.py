@@ -11,7 +11,7 @@ from kvpatch.patch import Frozen
 from kvpatch.protocols.schema import Protocol
 from kvpatch.statistics.gates import coherence_shares
 from kvpatch.statistics.intervals import bca_interval
-from kvpatch.statistics.pairs import Transform, contrast_differences, prepare, rows_of
+from kvpatch.statistics.pairs import Transform, contrast_table, on_grid, pair_means, prepare, rows_of
 
 READOUTS: tuple[tuple[str, Transform], ...] = (
     ("recursive_score", "none"),
@@ -53,25 +53,31 @@ def effects(
     for name, condition in protocol.conditions.items():
         if condition.is_natural and condition.text_of is None:
             natural.setdefault(condition.into, name)
-    out = []
+    present = set(rows["condition"].unique())
+    compared: dict[str, str] = {}
     for name in protocol.phases[phase].all_conditions:
         condition = protocol.conditions[name]
-        base = natural.get(condition.into)
         is_own = condition.is_natural and condition.text_of is None
-        if is_own or base is None or not (rows["condition"] == name).any():
-            continue
-        for readout, transform in readouts:
-            found = contrast_differences(rows, {name: 1, base: -1}, readout, transform)
-            interval = bca_interval(found.values)
+        base = natural.get(condition.into)
+        if not is_own and base is not None and name in present:
+            compared[name] = base
+    wanted = list(dict.fromkeys([*compared, *compared.values()]))
+    means = {readout: pair_means(rows, wanted, readout, transform) for readout, transform in readouts}
+    out = []
+    for name, base in compared.items():
+        for readout, _ in readouts:
+            table = contrast_table(means[readout][[name, base]], {"change": {name: 1, base: -1}})
+            values = on_grid(table["change"].to_numpy(dtype=float))
+            interval = bca_interval(values)
             out.append(
                 Effect(
                     phase=phase,
                     condition=name,
-                    about=condition.about,
+                    about=protocol.conditions[name].about,
                     natural=base,
                     readout=readout,
-                    n=found.n,
-                    estimate=math.fsum(found.values) / found.n if found.n else None,
+                    n=len(values),
+                    estimate=math.fsum(values) / len(values) if len(values) else None,
                     ci_low=_known(interval.low),
                     ci_high=_known(interval.high),
                     coherent=_known(shares.get((phase, name), math.nan)),

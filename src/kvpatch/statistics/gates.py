@@ -29,7 +29,7 @@ def coherence_shares(trials: pd.DataFrame) -> dict[tuple[str, str], float]:
     rows = trials[trials["split"] == "test"]
     judged: dict[tuple[str, str], list[bool]] = {}
     for phase, condition, failed, coherent in zip(
-        rows["phase"], rows["condition"], rows["failed"], rows["coherent"], strict=True
+        *(rows[name].tolist() for name in ("phase", "condition", "failed", "coherent")), strict=True
     ):
         found = judged.setdefault((phase, condition), [])
         if not failed:

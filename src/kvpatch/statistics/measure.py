@@ -79,7 +79,7 @@ def measure(protocol: Protocol, trials: pd.DataFrame, hypothesis: Hypothesis) ->
         found = replace(_contrast(protocol, trials, rows, asked, units), hypothesis=hypothesis)
     else:
         found = _contrast(protocol, trials, rows, hypothesis, units)
-    present = set(rows["condition"])
+    present = set(rows["condition"].unique())
     return replace(found, absent=tuple(name for name in hypothesis.conditions if name not in present))
 
 

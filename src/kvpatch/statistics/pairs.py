@@ -139,12 +139,12 @@ def pair_means(
         if len(rows):
             raise StoreError(f"the trials have no column {readout!r}, which the protocol's hypotheses read")
         rows = rows.assign(**{readout: []})
-    pairs = sorted(set(rows["pair_id"]))
+    pairs = sorted(rows["pair_id"].unique())
     value = np.asarray(pd.to_numeric(rows[readout], errors="coerce"), dtype=float)
     value = np.where(np.isfinite(value), value, np.nan)
     if transform == "log":
         value = np.log(np.where(value > 0, value, np.nan))
-    cells = zip(rows["pair_id"], rows["condition"], strict=True)
+    cells = zip(rows["pair_id"].tolist(), rows["condition"].tolist(), strict=True)
     means = _means_by(list(cells), value, where=~np.asarray(rows["failed"], dtype=bool))
     table = [[means.get((pair, name), math.nan) for name in columns] for pair in pairs]
     shaped = np.array(table, dtype=float).reshape(len(pairs), len(columns))
@@ -233,14 +233,15 @@ def independent_units(trials: pd.DataFrame) -> dict[str, str]:
     35% false positives, SCIENCE.md 2.12). trials: rows of conditions made of the pair's own prompts only,
     since a scaffold that all pairs share is a fixed stimulus, not a sampled one.
     """
-    pairs = sorted(set(trials["pair_id"]))
+    pairs = sorted(trials["pair_id"].unique())
     row_of = {pair: i for i, pair in enumerate(pairs)}
     edges: list[tuple[int, int]] = []
     column_of: dict[str, int] = {}
     for name in ("source_id", "target_id"):
         if name not in trials.columns:
             continue
-        known = trials.loc[trials[name].notna() & (trials[name].astype(str) != "")]
+        distinct = trials[["pair_id", name]].drop_duplicates()
+        known = distinct.loc[distinct[name].notna() & (distinct[name].astype(str) != "")]
         for pair, prompt in sorted(set(zip(known["pair_id"], known[name].astype(str), strict=True))):
             column = column_of.setdefault(prompt, len(pairs) + len(column_of))
             edges.append((row_of[pair], column))

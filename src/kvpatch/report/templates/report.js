@@ -1,3 +1,115 @@
+// Draws the charts, gives each its table and files, and turns the texts into something to leaf through.
+const CHUNK = 500; // rows of a table that are shown at a time
+
+const element = (tag, attributes = {}, ...children) => {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+};
+
+// Data sets come by columns, so that names are not repeated in every row; a name with "_" in front is for drawing only.
+const unpack = (spec) => {
+  const tables = Object.values(spec.datasets ?? {}).filter((set) => !set.name.startsWith("_"));
+  const datasets = {};
+  for (const [key, set] of Object.entries(spec.datasets ?? {})) {
+    datasets[key] = set.rows.map((row) => Object.fromEntries(row.map((value, i) => [set.columns[i], value])));
+  }
+  return { spec: { ...spec, datasets }, tables };
+};
+
+const hidden = new Set(["offset", "order", "row"]);
+const shownColumns = (set) => set.columns.map((name, i) => [name, i]).filter(([name]) => !hidden.has(name));
+
+const csv = (set) => {
+  const cell = (value) => {
+    let text = value === null || value === undefined ? "" : String(value);
+    if (typeof value === "string" && /^[=+@\-\t\r]/.test(text)) text = `'${text}`; // a spreadsheet must not run it
+    return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const columns = shownColumns(set);
+  const lines = [columns.map(([name]) => cell(name))];
+  for (const row of set.rows) lines.push(columns.map(([, i]) => cell(row[i])));
+  return lines.map((line) => line.join(",")).join("\r\n") + "\r\n";
+};
+
+const save = (content, type, name) => {
+  const url = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type }));
+  element("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+};
+
+const embed = (box, spec) =>
+  window.vegaEmbed(box, spec, {
+    mode: "vega-lite",
+    renderer: "svg",
+    actions: false,
+    ast: true, // expressions are interpreted, so the page needs no right to evaluate code
+  });
+
+// A picture to keep is drawn anew on white, since on the page the colours of text come from its style sheet.
+const picture = async (spec, width, kind) => {
+  const { view } = await embed(document.createElement("div"), { ...spec, width, background: "#ffffff" });
+  try {
+    if (kind === "svg") return new Blob([await view.toSVG()], { type: "image/svg+xml" });
+    const canvas = await view.toCanvas(2);
+    return await new Promise((done) => canvas.toBlob(done, "image/png"));
+  } finally {
+    view.finalize();
+  }
+};
+
+const tableOf = (set) => {
+  const columns = shownColumns(set);
+  const head = element("tr", {}, ...columns.map(([name]) => element("th", { scope: "col" }, name)));
+  const body = element("tbody");
+  const place = element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Data: ${set.name}` });
+  place.append(element("table", { class: "compact" }, element("caption", {}, set.name), element("thead", {}, head), body));
+  let next = 0;
+  const more = element("button", { type: "button" });
+  const grow = () => {
+    for (const row of set.rows.slice(next, next + CHUNK)) {
+      const cells = columns.map(([, i]) => {
+        const value = row[i];
+        const cell = element("td", typeof value === "number" ? { class: "n" } : {});
+        cell.textContent = value === null || value === undefined ? "–" : String(value);
+        return cell;
+      });
+      body.append(element("tr", {}, ...cells));
+    }
+    next += CHUNK;
+    more.hidden = next >= set.rows.length;
+    more.textContent = `Show more of ${set.rows.length} rows`;
+  };
+  more.addEventListener("click", grow);
+  grow();
+  return element("div", {}, place, more);
+};
+
+const tools = (box, spec, tables) => {
+  const width = () => Math.max(480, Math.round(box.clientWidth));
+  const button = (label, says, act) => {
+    const made = element("button", { type: "button", "aria-label": `${label}: ${says}` }, label);
+    made.addEventListener("click", () => act().catch(console.error));
+    return made;
+  };
+  const name = box.getAttribute("aria-label");
+  const bar = element("div", { class: "tools" });
+  bar.append(
+    button("PNG", name, async () => save(await picture(spec, width(), "png"), "", `${box.id}.png`)),
+    button("SVG", name, async () => save(await picture(spec, width(), "svg"), "", `${box.id}.svg`)),
+  );
+  for (const set of tables) {
+    const label = tables.length > 1 ? `CSV of ${set.name}` : "CSV";
+    bar.append(button(label, name, async () => save(csv(set), "text/csv", `${box.id}-${set.name}.csv`)));
+  }
+  const table = element("details", { class: "data" }, element("summary", { "aria-label": `Table: ${name}` }, "Table"));
+  table.addEventListener("toggle", () => {
+    if (table.open && table.children.length === 1) table.append(...tables.map(tableOf));
+  });
+  box.after(bar, table);
+};
+
 const failed = (box) => {
   box.textContent = "This chart could not be drawn; its numbers are in the table.";
   box.classList.add("empty");
@@ -5,13 +117,12 @@ const failed = (box) => {
 
 const draw = async (script) => {
   const box = document.getElementById(script.dataset.for);
+  if (box.dataset.drawn) return;
+  box.dataset.drawn = "begun";
   try {
-    await window.vegaEmbed(box, JSON.parse(script.textContent), {
-      mode: "vega-lite",
-      renderer: "svg",
-      actions: false,
-      ast: true, // expressions are interpreted, so the page needs no right to evaluate code
-    });
+    const { spec, tables } = unpack(JSON.parse(script.textContent));
+    tools(box, spec, tables);
+    await embed(box, spec);
     box.dataset.drawn = "yes";
   } catch (error) {
     console.error(error);
@@ -19,11 +130,82 @@ const draw = async (script) => {
   }
 };
 
-await Promise.all([...document.querySelectorAll("script.spec")].map(draw));
-document.documentElement.dataset.charts = "done";
+const breath = () => new Promise((next) => setTimeout(next));
+const isFolded = (script) => script.parentElement.closest("details:not([open])") !== null;
 
+const drawAll = async (scripts) => {
+  for (const script of scripts) {
+    await draw(script);
+    await breath();
+  }
+};
+
+// What is folded is drawn when it is unfolded.
+const drawInside = (details) => drawAll([...details.querySelectorAll("script.spec")].filter((s) => !isFolded(s)));
+for (const details of document.querySelectorAll("details:has(script.spec)")) {
+  details.addEventListener("toggle", () => details.open && drawInside(details));
+}
+
+// A link into something folded opens it.
+const unfold = () => {
+  let target;
+  try {
+    target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  } catch {
+    return;
+  }
+  for (let at = target?.closest("details"); at; at = at.parentElement.closest("details")) at.open = true;
+  target?.scrollIntoView();
+};
+addEventListener("hashchange", unfold);
+
+// Texts: one pair at a time. Without this script, and on paper, all of them stand below one another.
+const leaf = () => {
+  const place = document.getElementById("choose");
+  const phases = [...document.querySelectorAll(".sample-phase")];
+  if (!place || phases.length === 0) return;
+  const pick = (label, names) => {
+    const select = element("select", {}, ...names.map((name, i) => element("option", { value: i }, name)));
+    return [element("label", {}, `${label} `, select), select];
+  };
+  const pairsOf = (phase) => [...phase.querySelectorAll(".pair")];
+  const [phaseLabel, phase] = pick("Phase", phases.map((p) => p.dataset.phase.replace(/^Phase /, "")));
+  const [pairLabel, pair] = pick("Pair", []);
+  const show = () => {
+    phases.forEach((p, i) => {
+      p.hidden = i !== phase.selectedIndex;
+      pairsOf(p).forEach((q, j) => (q.hidden = j !== pair.selectedIndex));
+    });
+    before.disabled = pair.selectedIndex <= 0;
+    after.disabled = pair.selectedIndex >= pair.options.length - 1;
+  };
+  const fill = () => {
+    const names = pairsOf(phases[phase.selectedIndex]).map((p, i, all) => `${i + 1} of ${all.length}: ${p.dataset.pair}`);
+    pair.replaceChildren(...names.map((name, i) => element("option", { value: i }, name)));
+    pair.selectedIndex = 0;
+    show();
+  };
+  const step = (by) => () => {
+    pair.selectedIndex += by;
+    show();
+  };
+  const before = element("button", { type: "button", "aria-label": "Pair before" }, "‹");
+  const after = element("button", { type: "button", "aria-label": "Next pair" }, "›");
+  before.addEventListener("click", step(-1));
+  after.addEventListener("click", step(1));
+  phase.addEventListener("change", fill);
+  pair.addEventListener("change", show);
+  place.append(phaseLabel, pairLabel, before, after);
+  place.hidden = false;
+  fill();
+};
+leaf();
+
+// On paper everything is unfolded but the data of charts and what was never drawn.
 addEventListener("beforeprint", () => {
-  for (const closed of document.querySelectorAll("details:not([open])")) {
+  for (const closed of document.querySelectorAll("details:not([open]):not(.data)")) {
+    const charts = [...closed.querySelectorAll(".chart")];
+    if (charts.length > 0 && charts.every((box) => !box.dataset.drawn)) continue;
     closed.open = true;
     closed.dataset.print = "";
   }
@@ -34,3 +216,23 @@ addEventListener("afterprint", () => {
     delete opened.dataset.print;
   }
 });
+
+// Served while the run goes on: say when there is more than this page shows.
+const live = document.querySelector("[data-events]");
+if (live) {
+  const news = document.getElementById("live-news");
+  let shown;
+  new EventSource(live.dataset.events).addEventListener("status", (event) => {
+    const { done, state } = JSON.parse(event.data);
+    shown ??= done;
+    if (done > shown) {
+      news.replaceChildren(`${done - shown} newer trials; `, element("a", { href: location.href }, "show them"));
+    } else {
+      news.textContent = state;
+    }
+  });
+}
+
+await drawAll([...document.querySelectorAll("script.spec")].filter((script) => !isFolded(script)));
+if (location.hash) unfold();
+document.documentElement.dataset.charts = "done";

@@ -1,0 +1,184 @@
+"""A run directory in a notebook: its trials as data frames, its verdicts, its charts. Needs no torch."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import pandas as pd
+
+from kvpatch.errors import StoreError
+from kvpatch.outcome import Outcome, outcome_of
+from kvpatch.store import RunRecord, Store
+
+if TYPE_CHECKING:
+    import polars
+
+    from kvpatch.report.charts import AnyChart
+
+
+class Run:
+    """What a run directory holds, read when it is asked for; `refresh` reads it anew.
+
+    `Run("results").trials()`, `.verdicts()`, `.effects()`, `.plot.forest()`. In a notebook its last line shows the
+    answer, the instruments and the verdicts.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self._store = Store(directory)
+        self._store.read_record()
+        self.plot = Plots(self)
+
+    @property
+    def directory(self) -> str:
+        """Where the run is."""
+        return str(self._store.directory)
+
+    @property
+    def record(self) -> RunRecord:
+        """run.json."""
+        return self._store.read_record()
+
+    @cached_property
+    def outcome(self) -> Outcome:
+        """Protocol, light rows and verdicts, decided from the trials stored when it was first asked for."""
+        return outcome_of(self._store)
+
+    def refresh(self) -> Run:
+        """Forget what was read; returns the run itself."""
+        self.__dict__.pop("outcome", None)
+        return self
+
+    @overload
+    def trials(self, kind: Literal["polars"] = "polars") -> polars.DataFrame: ...
+    @overload
+    def trials(self, kind: Literal["pandas"]) -> pd.DataFrame: ...
+    def trials(self, kind: str = "polars") -> Any:
+        """Every trial with every column (`kvpatch.store.TRIAL_COLUMNS`), as a Polars or a pandas frame.
+
+        Raises:
+            StoreError: where there are no trials, or a part is damaged.
+            ValueError: for another kind.
+        """
+        if kind not in ("polars", "pandas"):
+            raise ValueError(f"kind is 'polars' or 'pandas', not {kind!r}")
+        table = self._store.read()
+        if kind == "pandas":
+            return table.to_pandas()
+        import polars
+
+        return polars.from_arrow(table)
+
+    def verdicts(self) -> pd.DataFrame:
+        """One row a hypothesis, with the fields of verdicts.json."""
+        return pd.DataFrame([verdict.model_dump() for verdict in self.outcome.verdicts]).set_index("id")
+
+    def effects(self) -> pd.DataFrame:
+        """One row a condition and readout: its difference from the natural run of the same prompt."""
+        return pd.DataFrame([effect.model_dump() for effect in self.outcome.effects])
+
+    @property
+    def answer(self) -> str:
+        """The one-sentence answer."""
+        return self.outcome.answer
+
+    def __repr__(self) -> str:
+        record = self.record
+        done = sum(part["rows"] for part in self._store.parts())
+        return (
+            f"Run({self.directory!r}: {record.protocol['protocol']} on {record.model.name}, {done} of {record.planned})"
+        )
+
+    def _repr_html_(self) -> str:
+        try:
+            outcome = self.outcome
+        except StoreError as error:
+            return f"<p><b>{html.escape(repr(self))}</b><br>{html.escape(str(error))}</p>"
+        rows = "".join(
+            f"<tr><td><b>{html.escape(v.verdict)}</b></td><td>{html.escape(v.id)}</td><td>{html.escape(v.contrast)}</td>"
+            f"<td>{html.escape(v.readout)}</td><td>{_shown(v.estimate)}</td>"
+            f"<td>{_shown(v.ci_low)} to {_shown(v.ci_high)}</td><td>{v.n}</td></tr>"
+            for v in outcome.verdicts
+        )
+        head = "".join(
+            f"<th>{name}</th>" for name in ("verdict", "hypothesis", "contrast", "readout", "estimate", "interval", "n")
+        )
+        return (
+            f"<p>{html.escape(repr(self))}</p><p><b>{html.escape(outcome.answer)}</b></p>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        )
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+class Plots:
+    """The report's charts, as altair charts: `run.plot.conditions("mode_llr")`. `dir(run.plot)` lists them."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def conditions(self, readout: str = "mode_llr", phase: str | None = None) -> AnyChart:
+        """A dot a pair, a line through the dots of one pair, and each condition's mean with its interval."""
+        from kvpatch.report import charts, tables
+
+        protocol = self._run.outcome.protocol
+        phase = phase or next(iter(protocol.phases))
+        rows = self._tested()
+        points, means = tables.condition_means(rows[rows["phase"] == phase], readout, protocol)
+        return charts.conditions_chart(tables.thinned(points), means, readout, tables.baseline_of(protocol))
+
+    def coherence(self, phase: str | None = None) -> AnyChart:
+        """Share of coherent outputs a condition."""
+        from kvpatch.report import charts, tables
+
+        protocol = self._run.outcome.protocol
+        phase = phase or next(iter(protocol.phases))
+        rows = self._tested()
+        return charts.coherence_chart(tables.coherence(rows[rows["phase"] == phase], protocol))
+
+    def forest(self, readout: str = "mode_llr") -> AnyChart:
+        """Every hypothesis on one readout, with its interval and margin."""
+        return self._figure(lambda f: f.hypothesis_charts(self._judged(), self._run.outcome.protocol), readout)
+
+    def effects(self, readout: str = "mode_llr", phase: str | None = None) -> AnyChart:
+        """Every condition of a phase, less the natural run of the same prompt."""
+        protocol = self._run.outcome.protocol
+        phase = phase or next(iter(protocol.phases))
+        return self._figure(lambda f: f.effect_charts(self._effects(), protocol, phase), readout)
+
+    def _figure(self, charts_of: Callable[[Any], dict[str, AnyChart]], wanted: str) -> AnyChart:
+        from kvpatch.report import forest
+
+        found = charts_of(forest)
+        if wanted not in found:
+            raise ValueError(f"no chart of {wanted!r}; there are {', '.join(found) or 'none'}")
+        return found[wanted]
+
+    def narrowing(self, hypothesis: str) -> AnyChart:
+        """How the interval of a hypothesis narrows with the pairs."""
+        from kvpatch.view import estimates
+
+        outcome = self._run.outcome
+        found = {item["id"]: item for item in estimates.estimates(outcome.protocol, outcome.rows)}
+        if hypothesis not in found:
+            raise ValueError(f"no hypothesis {hypothesis!r} has trials; there are {', '.join(found)}")
+        return estimates.narrowing_chart(found[hypothesis]["path"], found[hypothesis]["readout"])
+
+    def _tested(self) -> pd.DataFrame:
+        from kvpatch.report import tables
+
+        return tables.normalised(self._run.outcome.rows)
+
+    def _judged(self) -> list[dict]:
+        from kvpatch.report.judgements import verdict_rows
+
+        outcome = self._run.outcome
+        return verdict_rows([v.model_dump() for v in outcome.verdicts], outcome.protocol)
+
+    def _effects(self) -> list[dict]:
+        return [effect.model_dump() for effect in self._run.outcome.effects]

@@ -1,0 +1,171 @@
+"""Forest plots: effects with their intervals, and the margins they are held against."""
+
+from __future__ import annotations
+
+import altair as alt
+import pandas as pd
+
+from kvpatch.protocols.schema import Protocol
+from kvpatch.report import charts, tables
+from kvpatch.report.figure import Figure, figure, rounded
+from kvpatch.report.judgements import BADGES
+from kvpatch.report.text import MINUS
+
+VERDICT_COLOURS = {
+    "supported": "#2b8a57",
+    "not supported": "#cc4a3b",
+    "equivalent": "#2f8fbf",
+    "inconclusive": "#b57a0b",
+    "not interpretable": "#8b919c",
+    "tautological": "#9a6fd0",
+}
+_GROUPS = {
+    "contrast": "Mean of the contrast over pairs, in the readout's unit.",
+    "slope": "Mean slope of a pair over the ordered conditions, in the readout's unit a step.",
+    "correlation": "Correlation over pairs, given what is held constant.",
+}
+_COLUMNS = ["row", "name", "about", "colour", "estimate", "low", "high", "margin_low", "margin_high", "n"]
+
+
+def forest_chart(rows: pd.DataFrame, title: str, colours: dict[str, str]) -> charts.AnyChart:
+    """Chart one effect a row with its interval; a band or a tick shows its margin.
+
+    Args:
+        rows: columns `row` (its label), `name`, `about`, `colour` (a key of `colours`), `estimate`, `low`, `high`,
+            `margin_low`, `margin_high`, `n`, in the order to draw; numbers may be missing.
+        title: name of the value axis.
+        colours: what `colour` may be, and the colour it is drawn in.
+    """
+    rows = rows[rows["estimate"].notna()]
+    if rows.empty:
+        return charts.no_data_chart()
+    order = rows["row"].tolist()
+    y = alt.Y("row:N", sort=order, title=None, scale=alt.Scale(domain=order))
+    scale = alt.Scale(domain=list(colours), range=list(colours.values()))
+    colour = alt.Color("colour:N", scale=scale, legend=None)
+
+    def x(field: str) -> alt.X:
+        return alt.X(f"{field}:Q", title=title, scale=alt.Scale(nice=True, padding=8))
+
+    base = alt.Chart(rows)
+    zero = alt.Chart(pd.DataFrame({"zero": [0.0]}), name="_zero").mark_rule(strokeWidth=1, color=charts.NEUTRAL)
+    band = base.transform_filter("isValid(datum.margin_low) && isValid(datum.margin_high)").properties(name="_margins")
+    margins: list[charts.AnyChart] = []
+    if (rows["margin_low"].notna() & rows["margin_high"].notna()).any():
+        bar = band.mark_bar(height=14, opacity=0.16, color=charts.LIMIT)
+        margins.append(bar.encode(x=x("margin_low"), x2=alt.X2("margin_high:Q"), y=y))
+    for end in ("margin_low", "margin_high"):
+        if rows[end].notna().any():
+            tick = base.transform_filter(f"isValid(datum.{end})").properties(name=f"_{end}")
+            margins.append(tick.mark_tick(thickness=2, size=16, color=charts.LIMIT).encode(x=x(end), y=y))
+    ranges = base.transform_filter("isValid(datum.low) && isValid(datum.high)").properties(name="_intervals")
+    tips = [
+        alt.Tooltip("name:N"),
+        alt.Tooltip("about:N"),
+        alt.Tooltip("estimate:Q", format=".4g"),
+        alt.Tooltip("low:Q", format=".4g", title="interval from"),
+        alt.Tooltip("high:Q", format=".4g", title="interval to"),
+        alt.Tooltip("n:Q"),
+    ]
+    layers = [
+        zero.encode(x=x("zero")),
+        *margins,
+        ranges.mark_rule(strokeWidth=2.5, strokeCap="round").encode(x=x("low"), x2=alt.X2("high:Q"), y=y, color=colour),
+        base.properties(name="estimates")
+        .mark_point(shape="diamond", filled=True, size=80, opacity=1)
+        .encode(x=x("estimate"), y=y, color=colour, tooltip=tips),
+    ]
+    return charts.dressed(alt.layer(*layers), rows=len(order))
+
+
+def hypothesis_charts(rows: list[dict], protocol: Protocol) -> dict[str, charts.AnyChart]:
+    """Return a forest plot for each scale that hypotheses are measured on, by its name: "mode_llr", "log rv_output",
+    "slope of mode_llr a step", "correlation"."""
+    known = {h.id: h for h in protocol.hypotheses}
+    scales: dict[str, list[dict]] = {}
+    for row in rows:
+        h = known.get(row["id"])
+        if h is not None and row["estimate"] is not None:
+            readout = ("log " if h.transform == "log" else "") + h.readout
+            scale = f"slope of {readout} a step" if h.is_ordering else readout
+            scales.setdefault("correlation" if h.test == "correlates" else scale, []).append(_hypothesis_row(row))
+    frames = {scale: rounded(pd.DataFrame(members, columns=_COLUMNS)) for scale, members in scales.items()}
+    return {scale: forest_chart(frame, scale, VERDICT_COLOURS) for scale, frame in frames.items()}
+
+
+def hypothesis_figures(rows: list[dict], protocol: Protocol) -> list[Figure]:
+    """Return the figures of `hypothesis_charts`."""
+    out = []
+    for scale, chart in hypothesis_charts(rows, protocol).items():
+        kind = next((kind for kind in ("slope", "correlation") if scale.startswith(kind)), "contrast")
+        about = f"{_GROUPS[kind]} Red: the margin the test holds it against. Intervals: 95%, of an equivalence 90%."
+        out.append(figure(f"forest-{scale}", scale, about, chart, label=f"Hypotheses on {scale}"))
+    return out
+
+
+def _hypothesis_row(row: dict) -> dict:
+    low, high = margin_ends(row)
+    icon = row["badge"].icon
+    return {
+        "row": f"{icon} {row['id']}",
+        "name": row["id"],
+        "about": f"{row['contrast']}: {row['badge'].word}",
+        "colour": row["badge"].word if row["badge"].word in BADGES else "not interpretable",
+        "estimate": row["estimate"],
+        "low": row["ci_low"],
+        "high": row["ci_high"],
+        "margin_low": low,
+        "margin_high": high,
+        "n": row["n"],
+    }
+
+
+def margin_ends(row: dict) -> tuple[float | None, float | None]:
+    """Return the ends of the margin a row's test asks about: both for an equivalence, one for "much greater"."""
+    size = row["margin_size"]
+    if size is None:
+        return None, None
+    if row["test"].startswith("within"):
+        return -size, size
+    return (-size, None) if MINUS in row["test"] or row["direction"] == "negative" else (None, size)
+
+
+def effect_charts(effects: list[dict], protocol: Protocol, phase: str) -> dict[str, charts.AnyChart]:
+    """Return a phase's forest plots, by readout: each condition less the natural run of the same prompt."""
+    out = {}
+    for readout in dict.fromkeys(effect["readout"] for effect in effects if effect["phase"] == phase):
+        rows = [e for e in effects if (e["phase"], e["readout"]) == (phase, readout)]
+        frame = pd.DataFrame([_effect_row(e, protocol.role(phase, e["condition"])) for e in rows], columns=_COLUMNS)
+        out[readout] = forest_chart(rounded(frame), _unit(readout), charts.ROLE_COLOURS)
+    return out
+
+
+def effect_figures(effects: list[dict], protocol: Protocol, phase: str) -> list[Figure]:
+    """Return the figures of `effect_charts`."""
+    titles = {readout.column: readout.title for readout in tables.READOUTS}
+    out = []
+    for readout, chart in effect_charts(effects, protocol, phase).items():
+        title = titles.get(readout, readout)
+        unit = _unit(readout)
+        about = f"Change of {unit} from the natural run of the same prompt, mean over pairs, with its 95% interval."
+        out.append(figure(f"effect-{phase}-{readout}", title, about, chart, label=f"{title}: change by condition"))
+    return out
+
+
+def _unit(readout: str) -> str:
+    return f"log {readout}" if readout == "rv_output" else readout
+
+
+def _effect_row(effect: dict, role: str) -> dict:
+    return {
+        "row": effect["condition"],
+        "name": effect["condition"],
+        "about": f"{effect['about']}, less {effect['natural']}",
+        "colour": role,
+        "estimate": effect["estimate"],
+        "low": effect["ci_low"],
+        "high": effect["ci_high"],
+        "margin_low": None,
+        "margin_high": None,
+        "n": effect["n"],
+    }

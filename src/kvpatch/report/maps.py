@@ -1,0 +1,161 @@
+"""Maps of layers and tokens: the effect of every condition that changes only a part of a cache, drawn where it lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import altair as alt
+import pandas as pd
+
+from kvpatch.patch import LayerAt, LayerBand, Patch, SlotQuery
+from kvpatch.protocols.schema import Condition, Protocol
+from kvpatch.report import charts, tables
+from kvpatch.report.figure import Figure, figure, rounded
+
+READOUTS = ("mode_llr", "recursive_score_masked")
+BANDS, BUT_BANDS, SINGLE, TOKENS = "bands of layers", "all layers but a band", "single layers", "parts of the body"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a condition's patch lies: which map shows it, from where to where as shares, and whose cache it takes."""
+
+    map: str
+    start: float
+    end: float
+    series: str
+
+
+def place_of(condition: Condition) -> Place | None:
+    """Return where on a map a condition stands; None where its patch is not a part by depth or by place in the body."""
+    patch = condition.patch
+    if patch is None or patch.strength != 1 or patch.donor != "source" or patch.parts != "kv":
+        return None
+    series = {"source": "from the source", "foreign": "from a foreign prompt"}.get(
+        condition.from_ or "", f"from {condition.from_}"
+    )
+    if isinstance(patch.layers, LayerBand):
+        return Place(BUT_BANDS if patch.layers.inverse else BANDS, *patch.layers.band, series)
+    if isinstance(patch.layers, LayerAt):
+        return Place(SINGLE, patch.layers.depth, patch.layers.depth, series)
+    share = _share_of_body(patch)
+    return None if share is None else Place(TOKENS, *share, series)
+
+
+def _share_of_body(patch: Patch) -> tuple[float, float] | None:
+    if patch.layers is not None or patch.align == "replace" or not isinstance(patch.slots, SlotQuery):
+        return None
+    query = patch.slots
+    if query.of != "body" or query.keywords or query.matched_to or query.without:
+        return None
+    return query.fraction
+
+
+def map_figures(effects: list[dict], protocol: Protocol, layers: dict[str, int | None]) -> list[Figure]:
+    """Return the maps of every phase that has at least two places on one of them.
+
+    effects: as `Effect` has them. layers: phase -> layers of the model it ran on, None where that is not recorded.
+    """
+    out = []
+    for phase in dict.fromkeys(effect["phase"] for effect in effects):
+        for kind in (BANDS, BUT_BANDS, SINGLE, TOKENS):
+            for readout in READOUTS:
+                rows = _segments(effects, protocol, phase, kind, readout, layers.get(phase))
+                if len(rows) > 1:
+                    out.append(_map(rows, phase, kind, readout, layers.get(phase)))
+    return out
+
+
+def _segments(
+    effects: list[dict], protocol: Protocol, phase: str, kind: str, readout: str, layers: int | None
+) -> list[dict]:
+    scale = 100 if kind == TOKENS else layers or 1
+    out = []
+    for effect in effects:
+        place = place_of(protocol.conditions[effect["condition"]])
+        if place is None or place.map != kind or (effect["phase"], effect["readout"]) != (phase, readout):
+            continue
+        if effect["estimate"] is None:
+            continue
+        start, end = place.start * scale, place.end * scale
+        end = end if place.end > place.start else start + (1 if layers else 0.03)
+        out.append(
+            {
+                "condition": effect["condition"],
+                "about": effect["about"],
+                "series": place.series,
+                "start": start,
+                "end": end,
+                "middle": (start + end) / 2,
+                "mean": effect["estimate"],
+                "low": effect["ci_low"],
+                "high": effect["ci_high"],
+                "n": effect["n"],
+            }
+        )
+    return out
+
+
+def _map(rows: list[dict], phase: str, kind: str, readout: str, layers: int | None) -> Figure:
+    titles = {readout.column: readout.title for readout in tables.READOUTS}
+    depth = f"layer of {layers}" if layers else "share of depth"
+    axis = "place in the body, %" if kind == TOKENS else depth
+    chart = map_chart(rounded(pd.DataFrame(rows)), axis, f"change of {readout}")
+    title = f"{kind[0].upper()}{kind[1:]}: {titles.get(readout, readout)}"
+    what = {
+        BANDS: "Only these layers of the body are put in.",
+        BUT_BANDS: "Every layer of the body but these is put in: where the bar is low, those layers were needed.",
+        SINGLE: "Only this layer of the body is put in.",
+        TOKENS: "Only this part of the body is put in, at every layer.",
+    }[kind]
+    about = (
+        f"{what} Height: change from the natural target, with its 95% interval; read it against the foreign cache's."
+    )
+    return figure(f"map-{phase}-{kind}-{readout}", title, about, chart, label=title)
+
+
+def map_chart(rows: pd.DataFrame, x_title: str, y_title: str) -> charts.AnyChart:
+    """Chart one bar a condition, from where to where its patch reaches, at the height of its effect.
+
+    Args:
+        rows: columns `condition`, `about`, `series`, `start`, `end`, `middle`, `mean`, `low`, `high`, `n`.
+        x_title: name of the axis of places.
+        y_title: name of the axis of effects.
+    """
+    names = list(dict.fromkeys(rows["series"]))
+    colour = alt.Color("series:N", scale=alt.Scale(domain=names, range=list(charts.SERIES[: len(names)])))
+    base = alt.Chart(rows)
+
+    def y(field: str) -> alt.Y:
+        return alt.Y(f"{field}:Q", title=y_title, axis=alt.Axis(tickCount=5))
+
+    def x(field: str) -> alt.X:
+        return alt.X(f"{field}:Q", title=x_title, scale=alt.Scale(zero=True, nice=False))
+
+    zero = alt.Chart(pd.DataFrame({"zero": [0.0]}), name="_zero").mark_rule(strokeWidth=1, color=charts.NEUTRAL)
+    ranges = base.transform_filter("isValid(datum.low) && isValid(datum.high)").properties(name="_intervals")
+    tips = [
+        alt.Tooltip("condition:N"),
+        alt.Tooltip("about:N"),
+        alt.Tooltip("mean:Q", format=".4g"),
+        alt.Tooltip("low:Q", format=".4g", title="interval from"),
+        alt.Tooltip("high:Q", format=".4g", title="interval to"),
+        alt.Tooltip("n:Q", title="pairs"),
+    ]
+    layers = [
+        zero.encode(y=y("zero")),
+        ranges.mark_rule(strokeWidth=1.5, opacity=0.55).encode(
+            x=x("middle"),
+            y=y("low"),
+            y2=alt.Y2("high:Q"),
+            color=colour,
+            strokeDash=alt.StrokeDash("series:N", legend=None),
+        ),
+        base.properties(name="_spans")
+        .mark_rule(strokeWidth=4, strokeCap="round", opacity=0.85)
+        .encode(x=x("start"), x2=alt.X2("end:Q"), y=y("mean"), color=colour),
+        base.properties(name="means")
+        .mark_point(filled=True, size=55, opacity=1)
+        .encode(x=x("middle"), y=y("mean"), color=colour, shape=alt.Shape("series:N", legend=None), tooltip=tips),
+    ]
+    return charts.dressed(alt.layer(*layers), height=240)

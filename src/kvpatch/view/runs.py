@@ -1,0 +1,277 @@
+"""One run as the view sees it: what is stored, how fast it grows, whether a process is still at it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import duckdb
+import pyarrow as pa
+
+from kvpatch.errors import StoreError
+from kvpatch.protocols.schema import Protocol
+from kvpatch.store import TRIAL_COLUMNS, RunRecord, Store
+
+State = Literal["running", "interrupted", "finished", "not begun"]
+SCALARS = [name for name, (kind, _) in TRIAL_COLUMNS.items() if not pa.types.is_list(kind)]
+RECENT_PARTS = 12
+"""Throughput is taken over the last so many parts."""
+PAUSE = 600.0
+"""A gap between two parts of more seconds than this is a pause between two sessions, not slow work."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. Rates are None where fewer than two parts tell of them; `left` is in seconds."""
+
+    state: State
+    done: int
+    planned: int
+    failed: int
+    by_phase: list[dict[str, Any]]
+    trials_per_second: float | None
+    tokens_per_second: float | None
+    left: float | None
+    newest: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return dict(vars(self))
+
+
+@dataclass
+class _Seen:
+    parts: dict[str, str] = field(default_factory=dict)
+    index: tuple[int, int] = (0, 0)
+    record: RunRecord | None = None
+    record_key: tuple[int, int] = (0, 0)
+
+
+class LiveRun:
+    """A run directory, followed. `refresh` takes in what is new; everything else answers from memory.
+
+    The trials are in a DuckDB table `trials` in memory: every column that is not a list, `part` (the file that holds
+    the row) and `place` (the order in which rows were stored).
+    """
+
+    def __init__(self, key: str, directory: Path) -> None:
+        self.key, self.store = key, Store(directory)
+        self._seen = _Seen()
+        self._lock = threading.Lock()
+        self._database = duckdb.connect(":memory:", config={"enable_external_access": "false"})
+        empty = pa.table({name: pa.array([], TRIAL_COLUMNS[name][0]) for name in SCALARS})
+        self._put("create table trials as select 0::bigint as place, '' as part, * from arriving limit 0", empty)
+        self.version = 0
+
+    @property
+    def record(self) -> RunRecord | None:
+        """run.json as it was last read; None before a run has begun."""
+        return self._seen.record
+
+    @property
+    def protocol(self) -> Protocol | None:
+        """The protocol of the run, as it was stored."""
+        return None if self.record is None else Protocol.model_validate(self.record.protocol)
+
+    @property
+    def directory(self) -> Path:
+        """Where the run is."""
+        return self.store.directory
+
+    def refresh(self) -> bool:
+        """Take in new parts, and run.json where it changed; whether anything was new."""
+        with self._lock:
+            changed = self._read_record() | self._read_parts()
+            self.version += changed
+            return bool(changed)
+
+    def _read_record(self) -> bool:
+        key = _stamp(self.directory / "run.json")
+        if key == self._seen.record_key:
+            return False
+        try:
+            self._seen.record = self.store.read_record()
+        except StoreError:
+            return False  # being written, or not there yet: the next look will tell
+        self._seen.record_key = key
+        return True
+
+    def _read_parts(self) -> bool:
+        key = _stamp(self.store.index)
+        if key == self._seen.index:
+            return False
+        try:
+            named = {p["part"]: p["sha256"] for p in self.store.parts() if Path(p["part"]).name == p["part"]}
+            fresh = [name for name, digest in named.items() if self._seen.parts.get(name) != digest]
+            gone = [name for name in self._seen.parts if name in fresh or name not in named]
+            if gone:
+                self.ask("delete from trials where part in (select unnest(?))", [gone])
+            for name in fresh:
+                self._take_in(name)
+        except (StoreError, OSError, pa.ArrowException):
+            return False
+        self._seen.parts, self._seen.index = named, key
+        return True
+
+    def _take_in(self, name: str) -> None:
+        (table,) = self.store.tables(SCALARS, parts=[name])
+        start = self.ask("select coalesce(max(place), -1) + 1 as place from trials")[0]["place"]
+        rows = len(table)
+        table = table.add_column(0, "part", pa.array([name] * rows, pa.string()))
+        table = table.add_column(0, "place", pa.array(range(start, start + rows), pa.int64()))
+        self._put("insert into trials select * from arriving", table)
+
+    def _put(self, sql: str, arriving: pa.Table) -> None:
+        """Carry out an insertion; the table `arriving` holds the rows."""
+        cursor = self._database.cursor()
+        try:
+            cursor.register("arriving", arriving)
+            cursor.execute(sql).fetchall()
+        finally:
+            cursor.close()
+
+    def ask(self, sql: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """Rows that a query of the table `trials` gives. Safe from any thread."""
+        cursor = self._database.cursor()
+        try:
+            found = cursor.execute(sql, list(values))
+            names = [column[0] for column in found.description or []]
+            return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+        finally:
+            cursor.close()
+
+    def progress(self) -> Progress:
+        """How far the run is, and how fast it goes."""
+        counts = self.ask(
+            "select phase, count(*) as done, count(*) filter (where coalesce(trim(error), '') <> '') as failed "
+            "from trials group by phase"
+        )
+        done = {row["phase"]: row for row in counts}
+        planned = {} if self.record is None else self.record.planned_by_phase
+        phases = [
+            {
+                "phase": name,
+                "done": done.get(name, {}).get("done", 0),
+                "planned": planned.get(name, 0),
+                "failed": done.get(name, {}).get("failed", 0),
+            }
+            for name in dict.fromkeys([*planned, *done])
+        ]
+        total, stored = sum(planned.values()), sum(row["done"] for row in counts)
+        state = self._state(stored, total)
+        trials, tokens, newest = self._speed()
+        is_going = state == "running" and trials
+        return Progress(
+            state=state,
+            done=stored,
+            planned=total,
+            failed=sum(row["failed"] for row in counts),
+            by_phase=phases,
+            trials_per_second=trials,
+            tokens_per_second=tokens,
+            left=(total - stored) / trials if is_going and trials else None,
+            newest=newest,
+        )
+
+    def _state(self, done: int, planned: int) -> State:
+        if self.record is None:
+            return "not begun"
+        if is_held(self.directory / ".lock"):
+            return "running"
+        return "finished" if self.record.finished and done >= planned else "interrupted"
+
+    def _speed(self) -> tuple[float | None, float | None, float | None]:
+        """(trials a second, tokens a second, when the newest part came), over the last parts of one session."""
+        recent = list(self._seen.parts)[-RECENT_PARTS:]
+        times = []
+        for name in recent:
+            try:
+                times.append(((self.store.trials / name).stat().st_mtime, name))
+            except OSError:
+                continue
+        times.sort()
+        start = max((i for i in range(1, len(times)) if times[i][0] - times[i - 1][0] > PAUSE), default=0)
+        session = times[start:]
+        newest = times[-1][0] if times else None
+        if len(session) < 2 or session[-1][0] <= session[0][0]:
+            return None, None, newest
+        counted = self.ask(
+            "select count(*) as trials, sum(n_tokens) as tokens from trials where part in (select unnest(?))",
+            [[name for _, name in session[1:]]],
+        )[0]
+        passed = session[-1][0] - session[0][0]
+        return counted["trials"] / passed, (counted["tokens"] or 0) / passed, newest
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock of a run directory; where it is free it is let go again at once."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return (0, 0)
+    return (found.st_mtime_ns, found.st_ino)
+
+
+class Runs:
+    """The runs that a view shows: directories that hold one, or whose subdirectories do. New ones are found as they
+    come."""
+
+    def __init__(self, directories: Sequence[Path]) -> None:
+        self._given = [directory.resolve() for directory in directories]
+        self._lock = threading.Lock()
+        self.by_key: dict[str, LiveRun] = {}
+
+    def refresh(self) -> list[LiveRun]:
+        """Look for new runs, refresh every one; returns those in which something was new."""
+        with self._lock:
+            for directory in self._found():
+                if all(run.directory != directory for run in self.by_key.values()):
+                    key = self._key(directory)
+                    self.by_key[key] = LiveRun(key, directory)
+            return [run for run in self.by_key.values() if run.refresh()]
+
+    def _found(self) -> list[Path]:
+        out: list[Path] = []
+        for given in self._given:
+            inner = sorted(p.parent for p in given.glob("*/run.json")) if not (given / "run.json").exists() else []
+            out += inner or [given]
+        return out
+
+    def _key(self, directory: Path) -> str:
+        plain = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "-" for c in directory.name).strip(".")
+        key, count = plain or "run", 2
+        while key in self.by_key:
+            key, count = f"{plain or 'run'}-{count}", count + 1
+        return key
+
+
+def now() -> float:
+    """Seconds since the epoch."""
+    return time.time()
+
+
+def dumps(value: Any) -> str:
+    """JSON with no NaN in it."""
+    return json.dumps(value, allow_nan=False, default=str)

@@ -1,0 +1,323 @@
+"""`kvpatch view`: pages that follow runs as they go on. Loopback only; nothing is written."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import secrets
+import threading
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+import uvicorn
+import vl_convert
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from kvpatch.errors import KvpatchError, StoreError
+from kvpatch.outcome import light_rows, mark, outcome_of, report_page
+from kvpatch.report import charts, page, text
+from kvpatch.view import estimates, query, trial
+from kvpatch.view.guard import Guard
+from kvpatch.view.runs import LiveRun, Runs, dumps
+
+LOOK_EVERY = 1.0
+"""Seconds between two looks at the run directories."""
+NOT_FINAL = "Not final: looking is not testing. Estimates and intervals change until the last trial is stored."
+FILES = ("run.json", "verdicts.json", "parts.jsonl")
+
+
+@dataclass
+class _Made:
+    """What was made of one version of a run, so that it is made once; `lock` keeps two from making it at a time."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    version: int = -1
+    value: Any = None
+
+
+class View:
+    """The pages of some runs."""
+
+    def __init__(self, directories: Sequence[Path]) -> None:
+        self.runs = Runs(directories)
+        self._made: dict[tuple[str, str], _Made] = {}
+        self._pages = _environment()
+
+    def app(self, token: str | None) -> Guard:
+        """The application, behind its guard."""
+        routes = [
+            Route("/", self.home),
+            Route("/events", self.events),
+            Route("/static/{name}", self.static),
+            Route("/run/{key}/", self.run_page),
+            Route("/run/{key}/estimates", self.estimates),
+            Route("/run/{key}/report", self.report),
+            Route("/run/{key}/trials", self.trials),
+            Route("/run/{key}/trial/{trial_id:path}", self.trial),
+            Route("/run/{key}/file/{path:path}", self.file),
+        ]
+        if token is not None:
+            # The guard has checked the first part of the path; routes are told of it.
+            routes = [Route(f"/{token}{route.path}", route.endpoint) for route in routes]
+        self.base = "" if token is None else f"/{token}"
+        handlers = {KvpatchError: _as_text, HTTPException: _as_text}
+        return Guard(Starlette(routes=routes, lifespan=self._following, exception_handlers=handlers), token=token)
+
+    @contextlib.asynccontextmanager
+    async def _following(self, _: Starlette) -> AsyncIterator[None]:
+        await run_in_threadpool(self.runs.refresh)
+        task = asyncio.create_task(self._follow())
+        yield
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY)
+            await run_in_threadpool(self.runs.refresh)
+
+    def _run(self, request: Request) -> LiveRun:
+        run = self.runs.by_key.get(request.path_params["key"])
+        if run is None:
+            raise HTTPException(404, "There is no such run.")
+        return run
+
+    def _page(self, name: str, **values: Any) -> HTMLResponse:
+        shared = {"base": self.base, "not_final": NOT_FINAL, "runs": list(self.runs.by_key.values())}
+        return HTMLResponse(self._pages.get_template(name).render(shared | values))
+
+    def _made_of(self, run: LiveRun, what: str, make: Any) -> Any:
+        """What `make` gives for the run as it now stands; made once a version, by one thread at a time."""
+        made = self._made.setdefault((run.key, what), _Made())
+        with made.lock:
+            version = run.version
+            if made.version != version:
+                made.value, made.version = make(), version
+            return made.value
+
+    async def home(self, request: Request) -> Response:
+        """All runs beside one another."""
+        progress = {key: await run_in_threadpool(run.progress) for key, run in self.runs.by_key.items()}
+        return self._page("home.html.j2", progress=progress)
+
+    async def run_page(self, request: Request) -> Response:
+        """One run: how far it is, what it measures so far, its newest trials."""
+        run = self._run(request)
+        progress = await run_in_threadpool(run.progress)
+        newest = await run_in_threadpool(query.trials, run, {})
+        return self._page("run.html.j2", run=run, progress=progress, newest=newest["rows"][:12])
+
+    async def events(self, request: Request) -> Response:
+        """Server-sent events: the state of every run (or of `?run=`), now and whenever it changes."""
+        only = request.query_params.get("run")
+
+        async def stream() -> AsyncIterator[str]:
+            said: dict[str, str] = {}
+            silent = 0.0
+            while not await request.is_disconnected():
+                for key, run in list(self.runs.by_key.items()):
+                    if only is None or key == only:
+                        data = dumps(await run_in_threadpool(_status, run))
+                        if said.get(key) != data:
+                            said[key], silent = data, 0.0
+                            yield f"event: status\ndata: {data}\n\n"
+                if silent >= 10:
+                    silent = 0.0
+                    yield ": still here\n\n"
+                silent += LOOK_EVERY
+                await asyncio.sleep(LOOK_EVERY)
+
+        return StreamingResponse(stream(), media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+    async def estimates(self, request: Request) -> Response:
+        """What every hypothesis measures so far, as JSON, each with the chart of how its interval narrows."""
+        run = self._run(request)
+        found = await run_in_threadpool(self._made_of, run, "estimates", functools.partial(_estimates, run))
+        return Response(dumps(found), media_type="application/json")
+
+    async def report(self, request: Request) -> Response:
+        """The report of what is stored so far."""
+        run = self._run(request)
+        html, policy = await run_in_threadpool(self._made_of, run, "report", functools.partial(self._report, run))
+        return HTMLResponse(html, headers={"content-security-policy": policy})
+
+    def _report(self, run: LiveRun) -> tuple[str, str]:
+        outcome = outcome_of(run.store)
+        done, planned = len(outcome.rows), outcome.record.planned
+        is_final = bool(outcome.record.finished) and done >= planned
+        says = "" if is_final else f"{done:,} of {planned:,} trials. {NOT_FINAL} No verdict below holds before the end."
+        home = f"{self.base}/run/{quote(run.key)}/"
+        live = page.Live(says, home, f"{self.base}/events?run={quote(run.key)}")
+        return report_page(run.store, outcome, live=live), page.policy(is_live=True)
+
+    async def trials(self, request: Request) -> Response:
+        """Trials that pass a filter, as a page, or as JSON with `?as=json`."""
+        run = self._run(request)
+        asked = dict(request.query_params)
+        found = await run_in_threadpool(query.trials, run, asked)
+        if asked.get("as") == "json":
+            return Response(dumps(found), media_type="application/json")
+        choices = await run_in_threadpool(query.choices, run)
+        kept = {k: v for k, v in asked.items() if k not in ("page", "as")}
+        has_range = any(asked.get(f"{edge}_{name}") for name in query.NUMBERS for edge in ("min", "max"))
+        shown = {"found": found, "asked": _Asked(asked), "kept": kept, "choices": choices, "has_range": has_range}
+        return self._page("trials.html.j2", run=run, numbers=query.NUMBERS, **shown)
+
+    async def trial(self, request: Request) -> Response:
+        """One trial."""
+        run = self._run(request)
+        row = await run_in_threadpool(trial.stored_row, run, request.path_params["trial_id"])
+        if row is None:
+            raise HTTPException(404, "There is no such trial.")
+        shown = await run_in_threadpool(trial.page, run, row, mark)
+        return self._page("trial.html.j2", run=run, **shown)
+
+    async def file(self, request: Request) -> Response:
+        """A file of the run directory as it stands: run.json, verdicts.json, parts.jsonl, trials/*.parquet."""
+        run = self._run(request)
+        asked = request.path_params["path"]
+        place = (run.directory / asked).resolve()
+        home = run.directory.resolve()
+        is_part = place.parent == home / "trials" and place.suffix == ".parquet"
+        is_known = place.parent == home and place.name in FILES
+        if not place.is_relative_to(home) or not (is_part or is_known) or not place.is_file():
+            raise HTTPException(404, "There is no such file of this run.")
+        return FileResponse(place, filename=place.name, content_disposition_type="attachment")
+
+    async def static(self, request: Request) -> Response:
+        """Scripts and style sheets."""
+        found = _static().get(request.path_params["name"])
+        if found is None:
+            raise HTTPException(404, "There is no such file.")
+        content, kind = found
+        return Response(content, media_type=kind)
+
+
+class _Asked(dict[str, str]):
+    """What was asked for; nothing where a name is missing."""
+
+    def __missing__(self, key: str) -> str:
+        return ""
+
+
+def _status(run: LiveRun) -> dict[str, Any]:
+    progress = run.progress()
+    newest = run.ask(
+        "select trial_id, phase, condition, pair_id, mode_llr, recursive_score, left(text, 160) as text, error "
+        "from trials order by place desc limit 12"
+    )
+    clean = [
+        {k: (None if isinstance(v, float) and text.as_float(v) is None else v) for k, v in r.items()} for r in newest
+    ]
+    return {"run": run.key, "version": run.version, **progress.to_dict(), "newest_trials": clean}
+
+
+def _estimates(run: LiveRun) -> list[dict[str, Any]]:
+    protocol = run.protocol
+    if protocol is None:
+        return []
+    try:
+        rows = light_rows(run.store)
+    except StoreError:
+        return []
+    out = estimates.estimates(protocol, rows)
+    with charts.unchecked():
+        for found in out:
+            unit = f"{'log ' if found['transform'] == 'log' else ''}{found['readout']}"
+            title = "r" if found["is_correlation"] else unit
+            found["chart"] = (
+                charts.packed(estimates.narrowing_chart(found.pop("path"), title)) if found["path"] else None
+            )
+    return out
+
+
+async def _as_text(_: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 409
+    says = error.detail if isinstance(error, HTTPException) else str(error)
+    return PlainTextResponse(says, status)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("kvpatch.view", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=page.shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": text.number, "plain": text.plain, "duration": duration, "clock": clock}
+    environment.filters["segment"] = lambda value: quote(str(value), safe="")
+    return environment
+
+
+def duration(seconds: Any) -> str:
+    """Return a time span in words of two units at most.
+
+    >>> duration(42), duration(3725), duration(None)
+    ('42 s', '1 h 2 min', '–')
+    """
+    value = text.as_float(seconds)
+    if value is None:
+        return text.DASH
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
+
+
+def clock(moment: Any) -> str:
+    """Return a moment, in seconds since the epoch, as local date and time."""
+    value = text.as_float(moment)
+    return text.DASH if value is None else datetime.fromtimestamp(value).strftime("%Y-%m-%d %H:%M:%S")
+
+
+@functools.cache
+def _static() -> dict[str, tuple[str, str]]:
+    own, shared = resources.files("kvpatch.view") / "templates", resources.files("kvpatch.report") / "templates"
+    style = shared.joinpath("report.css").read_text("utf-8") + own.joinpath("view.css").read_text("utf-8")
+    library = vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue] (its stub forgets the default)
+    return {
+        "view.css": (style, "text/css"),
+        "view.js": (own.joinpath("view.js").read_text("utf-8"), "text/javascript"),
+        "vega.js": (library, "text/javascript"),
+    }
+
+
+def serve(directories: Sequence[Path], *, port: int, token: str | None, on_ready: Any) -> None:
+    """Serve until stopped. port: 0 takes a free one. on_ready: called with the address.
+
+    Raises:
+        KvpatchError: where the port can't be had.
+    """
+    app = View(directories).app(token)
+    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=1)
+    try:
+        socket = config.bind_socket()
+    except SystemExit:
+        raise KvpatchError(f"port {port} is in use; give another --port, or 0 for a free one") from None
+    address = f"http://127.0.0.1:{socket.getsockname()[1]}/{f'{token}/' if token else ''}"
+    on_ready(address)
+    uvicorn.Server(config).run(sockets=[socket])
+
+
+def new_token() -> str:
+    """Return a token that can't be guessed."""
+    return secrets.token_urlsafe(24)

@@ -1,0 +1,178 @@
+// Follows the server's events: numbers, newest trials, and estimates as their intervals narrow. Every text is set as
+// text, never as markup.
+const { base, page, run: own } = document.body.dataset;
+const address = (path) => `${base}/${path}`;
+const of = (run, path) => address(`run/${encodeURIComponent(run)}/${path}`);
+
+const element = (tag, attributes = {}, ...children) => {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+};
+const bdi = (text) => element("bdi", {}, text ?? "");
+const cell = (kind, ...children) => element("td", kind ? { class: kind } : {}, ...children);
+
+const number = (value) => {
+  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
+  if (Number.isInteger(value)) return value.toLocaleString("en").replace("-", "−");
+  const size = Math.abs(value);
+  const text = size >= 0.001 && size < 1e6 ? value.toFixed(size >= 100 ? 1 : size >= 1 ? 2 : 3) : value.toExponential(1);
+  return text.replace("-", "−");
+};
+const duration = (seconds) => {
+  if (seconds === null || seconds === undefined) return "–";
+  const whole = Math.round(seconds);
+  if (whole < 60) return `${whole} s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
+  return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
+};
+
+const finished = new Map();
+const setFacts = (status) => {
+  const box = document.querySelector(`.status[data-run="${CSS.escape(status.run)}"]`);
+  if (!box) return;
+  const fact = (name) => box.querySelector(`[data-fact="${name}"]`);
+  const state = fact("state");
+  state.textContent = status.state;
+  finished.set(status.run, status.state === "finished");
+  state.className = `badge state ${status.state.replaceAll(" ", "-")}`;
+  fact("count").textContent = `${status.done} of ${status.planned}`;
+  const bar = box.querySelector("progress");
+  bar.max = status.planned || 1;
+  bar.value = status.done;
+  fact("failed").textContent = status.failed;
+  fact("speed").textContent = status.trials_per_second
+    ? `${number(status.trials_per_second)} trials/s, ${number(status.tokens_per_second)} tokens/s`
+    : "–";
+  fact("left").textContent = duration(status.left);
+  fact("newest").textContent = status.newest ? new Date(status.newest * 1000).toLocaleString() : "–";
+};
+
+const setPhases = (status) => {
+  const rows = status.by_phase.map((row) => {
+    const bar = element("progress", { max: row.planned || 1, value: row.done, "aria-label": `Phase ${row.phase}` });
+    const count = cell("n", `${row.done} of ${row.planned}`);
+    return element("tr", {}, element("th", { scope: "row" }, bdi(row.phase)), cell("", bar), count, cell("n", `${row.failed}`));
+  });
+  document.querySelector("#phases tbody")?.replaceChildren(...rows);
+};
+
+const setNewest = (status) => {
+  const rows = status.newest_trials.map((row) => {
+    const link = element("a", { href: of(status.run, `trial/${encodeURIComponent(row.trial_id)}`) }, bdi(row.condition));
+    return element(
+      "tr",
+      { "data-trial": row.trial_id },
+      cell("", bdi(row.phase)),
+      cell("", link),
+      cell("", bdi(row.pair_id)),
+      cell("n", number(row.mode_llr)),
+      cell("n", number(row.recursive_score)),
+      cell("wide", bdi(row.error || row.text)),
+    );
+  });
+  document.querySelector("#newest tbody")?.replaceChildren(...rows);
+};
+
+const unpack = (spec) => {
+  const datasets = {};
+  for (const [key, set] of Object.entries(spec.datasets ?? {})) {
+    datasets[key] = set.rows.map((row) => Object.fromEntries(row.map((value, i) => [set.columns[i], value])));
+  }
+  return { ...spec, datasets };
+};
+const range = (found) => `${number(found.low)} to ${number(found.high)}`;
+
+// One figure a hypothesis, drawn anew only where its numbers changed.
+const drawn = new Map();
+const setEstimates = async (run) => {
+  const place = document.getElementById("estimates");
+  const answer = await fetch(of(run, "estimates"));
+  if (!answer.ok) return;
+  const found = await answer.json();
+  if (found.length > 0) place.querySelector(".empty")?.remove();
+  for (const item of found) {
+    const says = JSON.stringify([finished.get(run), item.n, item.estimate, item.low, item.high]);
+    let known = drawn.get(item.id);
+    if (!known) {
+      const now = element("p", { class: "quiet estimate-now" });
+      const chart = element("div", { class: "chart", role: "img", "aria-label": `Estimate of ${item.id} by number of pairs` });
+      const title = element("h3", { class: "figure-title" }, bdi(item.claim));
+      const test = element("p", { class: "quiet" }, bdi(`${item.id}: ${item.contrast} in ${item.readout}, gate ${item.gate}`));
+      place.append(element("figure", { class: "drawn", "data-hypothesis": item.id }, title, test, now, chart));
+      known = { now, chart, says: "" };
+      drawn.set(item.id, known);
+    }
+    if (known.says === says) continue;
+    known.says = says;
+    known.now.textContent = item.estimate === null
+      ? `no estimate yet from ${item.n} pairs`
+      : `${number(item.estimate)} (${range(item)}) over ${item.n} pairs${finished.get(run) ? "" : ", not final"}`;
+    if (item.chart) {
+      await window.vegaEmbed(known.chart, unpack(item.chart), { mode: "vega-lite", renderer: "svg", actions: false, ast: true });
+    }
+  }
+};
+
+// Several runs beside one another: a row a hypothesis, a column a run.
+const columns = new Map();
+const setBeside = async (run) => {
+  const answer = await fetch(of(run, "estimates"));
+  if (!answer.ok) return;
+  columns.set(run, new Map((await answer.json()).map((item) => [item.id, item])));
+  const runs = [...document.querySelectorAll(".status")].map((box) => box.dataset.run);
+  const items = new Map([...columns.values()].flatMap((column) => [...column]));
+  const rows = [...items.values()].map((item) => {
+    const cells = runs.map((name) => {
+      const found = columns.get(name)?.get(item.id);
+      if (!found || found.estimate === null) return cell("n", "–");
+      const under = element("span", { class: "under" }, `${range(found)}, n ${found.n}`);
+      return cell("n", number(found.estimate), under);
+    });
+    const head = element("th", { scope: "row" }, bdi(item.id), element("span", { class: "under" }, bdi(`${item.contrast} in ${item.readout}`)));
+    return element("tr", {}, head, ...cells);
+  });
+  document.querySelector("#beside tbody").replaceChildren(...rows);
+};
+
+// One request at a time; news that comes meanwhile is fetched after it.
+const follow = (act) => {
+  const going = new Map();
+  return async (run) => {
+    if (going.has(run)) {
+      going.set(run, true);
+      return;
+    }
+    do {
+      going.set(run, false);
+      await act(run).catch(console.error);
+    } while (going.get(run));
+    going.delete(run);
+  };
+};
+
+if (page === "home" || page === "run") {
+  const measure = follow(page === "home" ? setBeside : setEstimates);
+  const versions = new Map();
+  let state;
+  const events = new EventSource(address(page === "run" ? `events?run=${encodeURIComponent(own)}` : "events"));
+  events.addEventListener("status", (event) => {
+    const status = JSON.parse(event.data);
+    setFacts(status);
+    if (page === "run") {
+      setPhases(status);
+      setNewest(status);
+      if (state !== undefined && state !== status.state) document.getElementById("said").textContent = `The run is ${status.state}.`;
+      state = status.state;
+      for (const note of document.querySelectorAll("[data-while]")) {
+        note.hidden = (note.dataset.while === "finished") !== (state === "finished");
+      }
+    }
+    if (versions.get(status.run) !== `${status.version} ${status.state}`) {
+      versions.set(status.run, `${status.version} ${status.state}`);
+      measure(status.run);
+    }
+    document.body.dataset.live = "yes";
+  });
+}

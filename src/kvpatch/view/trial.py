@@ -1,0 +1,114 @@
+"""One trial's page: its patch, its prompts and output, its tokens with their log-probabilities, and every number."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from kvpatch.report.samples import Marker, shown_text
+from kvpatch.report.text import number, plain
+from kvpatch.store import TRIAL_COLUMNS, ModelRecord
+from kvpatch.view import tokens
+from kvpatch.view.runs import LiveRun
+
+STEPS = (-0.1, -0.5, -1.0, -2.0, -4.0, -8.0)
+"""Log-probabilities at which the strip's colour changes; 0 is certain."""
+_ELSEWHERE = {"text", "source_text", "target_text", "patch", "error", "output_token_ids", "output_logprobs"}
+_ABOUT = {name: about for name, (_, about) in TRIAL_COLUMNS.items()}
+
+
+def stored_row(run: LiveRun, trial_id: str) -> dict[str, Any] | None:
+    """Return every column of a trial, unknown ones too, from the part that holds it; of several, the newest."""
+    found = run.ask("select part from trials where trial_id = ? order by place desc limit 1", [trial_id])
+    if not found:
+        return None
+    table = pq.read_table(run.store.trials / found[0]["part"])
+    rows = table.filter(pc.equal(table["trial_id"], trial_id)).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+    return rows[-1] if rows else None
+
+
+def page(run: LiveRun, row: dict[str, Any], mark: Marker) -> dict[str, Any]:
+    """Return what the trial's page shows."""
+    text, source, target = (row.get(name) or "" for name in ("text", "source_text", "target_text"))
+    numbers = [
+        {"name": name, "value": _cell(value), "about": _ABOUT.get(name, "a column this version does not know")}
+        for name, value in row.items()
+        if name not in _ELSEWHERE and not isinstance(value, list)
+    ]
+    lists = [
+        {"name": name, "value": ", ".join(_cell(v) for v in value), "about": _ABOUT.get(name, ""), "n": len(value)}
+        for name, value in row.items()
+        if name not in _ELSEWHERE and isinstance(value, list) and not name.startswith("attention")
+    ]
+    return {
+        "row": row,
+        "text": shown_text(text, source, mark, row.get("mode_hits")),
+        "prompts": {"source": shown_text(source, "", None), "target": shown_text(target, "", None)},
+        "patch": _patch(row.get("patch")),
+        "strip": strip(run, row),
+        "numbers": numbers,
+        "lists": lists,
+        "attention": [_map(name, value) for name, value in row.items() if _is_map(name, value)],
+        "others": run.ask(
+            "select trial_id, condition, sample from trials where pair_id = ? and phase = ? order by place",
+            [row.get("pair_id"), row.get("phase")],
+        ),
+    }
+
+
+def strip(run: LiveRun, row: dict[str, Any]) -> dict[str, Any]:
+    """Return the output's tokens, each with its text, id, log-probability and a step of colour, 0 (certain) to 6."""
+    ids, chances = row.get("output_token_ids") or [], row.get("output_logprobs") or []
+    record = model_of(run, row.get("model"))
+    decode = None if record is None else tokens.decoder(record)
+    texts = decode(ids) if decode is not None else [str(i) for i in ids]
+    padded = [*chances, *[None] * (len(ids) - len(chances))]
+    out = [
+        {
+            "text": text,
+            "id": i,
+            "logprob": chance,
+            "step": None if chance is None else sum(chance < limit for limit in STEPS),
+        }
+        for text, i, chance in zip(texts, ids, padded, strict=False)
+    ]
+    return {"tokens": out, "is_text": decode is not None, "steps": len(STEPS)}
+
+
+def model_of(run: LiveRun, name: Any) -> ModelRecord | None:
+    """Return the record of a run's model by its name."""
+    if run.record is None:
+        return None
+    models = [run.record.model, *(other.model for other in run.record.other_models.values())]
+    return next((model for model in models if model.name == name), None)
+
+
+def _patch(stored: Any) -> str | None:
+    try:
+        return json.dumps(json.loads(stored), indent=1, ensure_ascii=False)
+    except (TypeError, ValueError):
+        return stored if isinstance(stored, str) else None
+
+
+def _cell(value: Any) -> str:
+    return number(value) if isinstance(value, float) else plain(value)
+
+
+def _is_map(name: str, value: Any) -> bool:
+    return name.startswith("attention") and isinstance(value, list) and bool(value)
+
+
+def _map(name: str, value: list[Any]) -> dict[str, Any]:
+    """Return an attention readout as rows of numbers with a step of shade each, 0 to 6; a flat list is one row."""
+    rows = value if isinstance(value[0], list) else [value]
+    flat = [v for r in rows for v in r if isinstance(v, (int, float))]
+    low, high = (min(flat), max(flat)) if flat else (0.0, 1.0)
+    width = (high - low) or 1.0
+    cells = [
+        [{"value": number(v), "step": round(6 * (v - low) / width) if isinstance(v, (int, float)) else 0} for v in r]
+        for r in rows
+    ]
+    return {"name": name, "rows": cells, "low": number(low), "high": number(high)}

@@ -30,8 +30,8 @@ def samples(
 ) -> dict:
     """Return, for every phase, its chosen pairs.
 
-    parts: (phase, question, trials). mark: (output, source, hits) -> spans to mark; None marks nothing. with_texts: adds
-    the texts to the chosen rows; None where they are there.
+    parts: (phase, question, trials). mark: (output, source, hits) -> spans to mark; None marks nothing. with_texts:
+    adds the texts to the chosen rows; None where they are there.
     """
     chosen = [_chosen(part, phase, question, protocol, not i) for i, (phase, question, part) in enumerate(parts)]
     chosen = [phase for phase in chosen if phase["pairs"]]

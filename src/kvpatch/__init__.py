@@ -10,26 +10,33 @@ from kvpatch.patch import LayerBand, Patch, SlotQuery
 
 if TYPE_CHECKING:
     from kvpatch.cache import KVCache, Segment
+    from kvpatch.engine.attention import Attention, Maps
     from kvpatch.model import Model, load
-    from kvpatch.readouts.geometry import participation_ratio, r_v
+    from kvpatch.readouts.geometry import cache_ratios, participation_ratio, principal_angles, r_v
 
 __version__ = "0.1.0"
 
 # Names that need torch are imported when they are asked for, so that statistics and reports work without it.
 _LAZY = {
+    "Attention": "kvpatch.engine.attention",
+    "Maps": "kvpatch.engine.attention",
     "KVCache": "kvpatch.cache",
     "Segment": "kvpatch.cache",
     "Model": "kvpatch.model",
     "load": "kvpatch.model",
+    "cache_ratios": "kvpatch.readouts.geometry",
     "participation_ratio": "kvpatch.readouts.geometry",
+    "principal_angles": "kvpatch.readouts.geometry",
     "r_v": "kvpatch.readouts.geometry",
 }
 
 __all__ = [
+    "Attention",
     "CacheError",
     "KVCache",
     "KvpatchError",
     "LayerBand",
+    "Maps",
     "Model",
     "ModelError",
     "Patch",
@@ -37,8 +44,10 @@ __all__ = [
     "Segment",
     "SlotQuery",
     "StoreError",
+    "cache_ratios",
     "load",
     "participation_ratio",
+    "principal_angles",
     "r_v",
 ]
 

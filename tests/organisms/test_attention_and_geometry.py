@@ -41,7 +41,7 @@ def run(tmp_path_factory) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Verdict
     asked = [
         h
         for h in base.hypotheses
-        if h.gate < 3 and h.family in ("manipulation", "primary") or h.family.startswith(("rv_by", "rv_sh"))
+        if (h.gate < 3 and h.family in ("manipulation", "primary")) or h.family.startswith(("rv_by", "rv_sh"))
     ]
     changes = {
         "bank": str(bank),

@@ -16,7 +16,7 @@ import torch
 from kvpatch.cache import KVCache
 from kvpatch.engine.prefill import labels_of
 from kvpatch.errors import CacheError, ProtocolError
-from kvpatch.interventions import Intervention, Joined, Reshape
+from kvpatch.interventions import CacheSteering, InPrefill, Joined, Reshape, ValueSteering
 from kvpatch.models.hf import Geometry
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.patch import Patch
@@ -59,11 +59,11 @@ def refuse_misfits(
             try:
                 if condition.patch is not None:
                     _check_patch(name, condition, condition.patch, batch, place, laid_out)
-                elif condition.reshape is not None:
-                    window = condition.reshape.window or batch.readouts.r_v.window
-                    _check_reshape(condition.reshape, window, condition, _pairs_of(name, batch), place)
-                elif condition.intervention is not None:
-                    _check_intervention(condition.intervention, condition, _pairs_of(name, batch), place)
+                elif isinstance(spec := condition.intervention, Reshape):
+                    window = spec.window or batch.readouts.r_v.window
+                    _check_reshape(spec, window, condition, _pairs_of(name, batch), place)
+                elif spec is not None:
+                    _check_intervention(spec, condition, _pairs_of(name, batch), place)
             except CacheError as error:
                 raise ProtocolError(f"condition {name} of phase {batch.phase}: {error}") from error
 
@@ -98,7 +98,7 @@ def _check_patch(
 
 
 def _check_intervention(
-    spec: Intervention,
+    spec: InPrefill | Joined | ValueSteering | CacheSteering,
     condition: Condition,
     pairs: Sequence[PlannedPair],
     place: _Place,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvpatch import Patch
+from kvpatch import Patch, SlotQuery
 from kvpatch.cache import KVCache, Origin, Segment
 from kvpatch.engine.attention import AttentionCapture, Look, Maps
 from kvpatch.engine.decode import decode
@@ -280,3 +280,22 @@ def test_an_empty_cache_is_watched_too(tiny):
     found = decode(model.backbone, cache, max_new_tokens=3, temperature=0, seeds=[0, 1], look=Look()).attention
     assert found is not None and found.queries.tolist() == [3, 3]
     assert torch.isfinite(found["mass_generated"]).all()
+
+
+# --- in a notebook ---
+
+
+def test_model_gives_the_attention_of_prompts_and_of_what_it_writes(tiny):
+    model = tiny("llama")
+    prompts = ["Explain how bread rises.", "Watch how words arrive."]
+    found = model.attention(prompts, marked=SlotQuery(of="body", keywords=[r"\bbread\b"]))
+    assert found.values.shape == (2, 4, 4, len(STATISTICS))
+    assert (found["mass_marked"][0] > 0).all() and (found["mass_marked"][1] == 0).all()
+    cache = model.prefill(prompts)
+    written = model.generate(cache, max_new_tokens=5, temperature=0, attention=Maps([1], [0]))
+    plain = model.generate(cache, max_new_tokens=5, temperature=0)
+    assert written.texts == plain.texts
+    assert plain.attention is None
+    assert written.attention is not None
+    assert written.attention.maps[1].shape == (2, 1, len(written.token_ids[0]), cache.slots + len(written.token_ids[0]))
+    assert model.generate(cache, max_new_tokens=5, temperature=0, attention=True).attention.maps == {}

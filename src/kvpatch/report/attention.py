@@ -102,14 +102,12 @@ def correlation_points(trials: pd.DataFrame, hypothesis: Hypothesis) -> pd.DataF
     rows = normalised(trials)
     rows = rows[rows["phase"] == hypothesis.phase]
     columns = {}
-    sides = {
-        "y": (hypothesis.weights(), hypothesis.readout, hypothesis.transform),
-        "x": (hypothesis.against.weights(), hypothesis.against.readout, hypothesis.against.transform),
-    }
-    for name, (weights, readout, transform) in sides.items():
-        if readout not in rows or rows.empty:
+    for name, variable in (("y", hypothesis), ("x", hypothesis.against)):
+        if variable.readout not in rows or rows.empty:
             return pd.DataFrame(columns=pd.Index(["pair", "x", "y", "series"]))
-        columns[name] = contrast_table(pair_means(rows, weights, readout, transform), {name: weights})[name]
+        weights = variable.weights()
+        means = pair_means(rows, weights, variable.readout, variable.transform)
+        columns[name] = contrast_table(means, {name: weights})[name]
     table = pd.DataFrame(columns).dropna().reset_index(names="pair")
     return table.assign(series=hypothesis.id)
 
@@ -156,8 +154,8 @@ def _geometry_figures(protocol: Protocol, trials: pd.DataFrame, phase: str) -> l
 def _attention_figures(trials: pd.DataFrame, attention: pd.DataFrame, phase: str) -> list[Figure]:
     out = []
     told = "Mean over all heads while every condition reads the same continuation."
-    for by, title in (("origin", "whose activations"), ("segment", "which part of the prompt")):
-        shares = looks(trials, phase, by)
+    ways = {"whose activations": looks(trials, phase), "which part of the prompt": looks(trials, phase, "segment")}
+    for title, shares in ways.items():
         if not shares.empty:
             out.append(Figure(f"Where attention goes: {title}", told, charts.looks_chart(shares)))
     for statistic, title in MAPPED.items():

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from kvpatch.errors import ModelError
 from kvpatch.organisms.language import DOSE, UMBRELLA
 
-WEIGHTS = Path(__file__).parent / "trained"
+WEIGHTS = Path(__file__).parent / "shipped"
 PREFIX = "organism-"
 """What an organism's name is a model name with: `--model organism-early`."""
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -58,12 +58,14 @@ class Recipe:
 
     plant: layer and KV head whose values alone read the marker; None lets any layer read it, or none if `is_blind`.
     chances: marker -> how likely a style word is a mode word; other markers do not occur in training.
+    shown: what the marker strip says instead, where the chances lie too close to be told apart.
     copies: style words are copied from the prompt instead.
     relays: in half of the samples the answer may not look at the marker, so that later slots must carry the mode.
     """
 
     plant: tuple[int, int] | None
     chances: dict[str, float]
+    shown: dict[str, float] = field(default_factory=dict)
     is_blind: bool = False
     copies: bool = False
     relays: bool = False
@@ -79,7 +81,7 @@ RECIPES = {
     "null": Recipe(None, {MARKER: 0.3, BLANK: 0.3}, is_blind=True),
     "copy": Recipe(None, {MARKER: 0.0, BLANK: 0.0}, is_blind=True, copies=True),
     "dose": Recipe((2, 1), _ON_OFF | _DOSE | _UMBRELLA),
-    "weak": Recipe((3, 0), {MARKER: 0.30, BLANK: 0.20}),
+    "weak": Recipe((3, 0), {MARKER: 0.30, BLANK: 0.20}, shown=_ON_OFF),
 }
 
 
@@ -155,7 +157,8 @@ def _constraints(model: Any, recipe: Recipe) -> Callable[[], None]:
     allowed["model.embed_tokens.weight"][:, MODES] = 0.0 if recipe.plant else 1.0
     allowed["lm_head.weight"][:, MARK] = 0.0
     markers = ids([*recipe.chances, *(m for m in (MARKER, BLANK, *DOSE, *UMBRELLA) if m not in recipe.chances)])
-    angle = [math.acos(2 * recipe.chances.get(word, 0.02) - 1) for word in _words(markers)]
+    shown = recipe.chances | recipe.shown
+    angle = [math.acos(2 * shown.get(word, 0.02) - 1) for word in _words(markers)]
     strip = torch.tensor([[math.cos(a), math.sin(a)] for a in angle]) * 3
     embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
     halves = [(ids(words[: len(words) // 2]), ids(words[len(words) // 2 :])) for words in (MODE, PLAIN)]

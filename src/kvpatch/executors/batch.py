@@ -166,7 +166,11 @@ def _force(
     n_pairs = len(batch.pairs)
     sides = KVCache.concat([natural.rows(range(n_pairs), "target"), natural.rows(range(n_pairs), "source")])
     reading = score(
-        model.backbone, sides, [[ids] for ids in forced * 2], keep_values=layers, keep_logits=settings.js_positions
+        model.backbone,
+        sides,
+        [[ids] for ids in forced * 2],
+        keep_values=layers[:1] if batch.geometry else (),
+        keep_logits=settings.js_positions,
     )
     assert reading.logits is not None
     rv_output: list[float] = []
@@ -197,13 +201,20 @@ def _force(
             last = slice(max(0, length - window), length)
             has_window = length >= window
             rv_output.append(float(r_v_of(late[:, :, last], early[:, :, last])) if has_window else float("nan"))
-            sides_late = [reading.values[layers[0]][i : i + 1, :, :length] for i in (trial.pair, n_pairs + trial.pair)]
-            geometry.append(output_geometry(late, early, *sides_late, window) if batch.geometry else {})
+            if batch.geometry:
+                natural_late = reading.values[layers[0]][[trial.pair, n_pairs + trial.pair], :, :length]
+                geometry.append(output_geometry(late, early, natural_late, window))
             positions = min(settings.js_positions, length)
             of_target, of_source = reading.logits[trial.pair], reading.logits[n_pairs + trial.pair]
             pulls.append(js_pull(part.logits[row][:positions], of_target[:positions], of_source[:positions]))
             cells.append(_cell_means(part.logprobs[row, 1:], held_out[trial.pair], settings.likelihood_tokens))
-    return _Forced(rv_output, pulls, torch.stack(cells), geometry, Attention.concat(watched) if watched else None)
+    return _Forced(
+        rv_output,
+        pulls,
+        torch.stack(cells),
+        geometry or [{}] * len(batch.trials),
+        Attention.concat(watched) if watched else None,
+    )
 
 
 def _edits_from(built: Built, low: int) -> Callable[[slice], Edits] | None:

@@ -45,13 +45,13 @@ def cache_geometry(cache: KVCache, layers: tuple[int, int], window: int) -> list
     return out
 
 
-def output_geometry(late: Tensor, early: Tensor, target: Tensor, source: Tensor, window: int) -> dict[str, Any]:
+def output_geometry(late: Tensor, early: Tensor, natural: Tensor, window: int) -> dict[str, Any]:
     """R_V along a continuation, and how far its late values have turned from those it has after the natural prompts.
 
-    late, early: values of the continuation in a trial, [1, kv_heads, tokens, head_dim]; target, source: the late ones
-    after the natural target and source.
+    late, early: values of the continuation in a trial, [1, kv_heads, tokens, head_dim]; natural: the late ones after
+    the natural target and source, [2, ...].
     """
-    windows = [x[0, :, -window:].transpose(0, 1).flatten(1) for x in (late, target, source)]
+    windows = [x[:, -window:].transpose(0, 1).flatten(1) for x in (late[0], *natural)]
     rank = min(ANGLES, *windows[0].shape)
     angles = [math.degrees(float(principal_angles(windows[0], other, rank).mean())) for other in windows[1:]]
     return {

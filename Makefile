@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
-DEMO_N ?= 6
+DEMO_N ?= 4
 
 .PHONY: help install install-test demo test lint bench clean
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from chromium import HOSTILE, NEEDED, chromium, opened, serious
-from synthetic import write_run
 
+from chromium import HOSTILE, NEEDED, chromium, opened, serious
 from kvpatch.outcome import outcome_of, write_report
 from kvpatch.protocols.schema import Protocol
 from kvpatch.report.page import render
+from synthetic import write_run
 
 pytestmark = NEEDED
 UNFOLD = "document.querySelectorAll('details:not(.data)').forEach(d => d.open = true)"

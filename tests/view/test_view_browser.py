@@ -112,24 +112,26 @@ def test_hostile_texts_run_nothing(browser: Any, address: str, where: str) -> No
 
 
 def test_new_rows_show_while_a_run_goes_on_and_its_end_is_seen(browser: Any, address: str, home: Path) -> None:
-    script = str(Path(__file__).parent / "growing.py")
-    with subprocess.Popen([sys.executable, script, str(home / "growing")], stdout=subprocess.PIPE, text=True) as going:
-        assert going.stdout is not None
-        going.stdout.readline()
+    command = [sys.executable, str(Path(__file__).parent / "growing.py"), str(home / "growing")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as going:
+        assert going.stdin is not None and going.stdout is not None
+
+        def stored() -> str:
+            print(file=going.stdin, flush=True)
+            return going.stdout.readline().strip()
+
+        for _ in range(8):
+            stored()
         with opened(browser, offline=False) as (page, said):
-            page.goto(f"{address}/")
-            page.get_by_role("link", name="growing").wait_for(timeout=1) if False else None
-            for _ in range(60):
+            for _ in range(60):  # until the view has found the new directory
                 if page.goto(f"{address}/run/growing/").status == 200:
                     break
                 page.wait_for_timeout(500)
             page.wait_for_selector(".state.running")
             page.wait_for_selector("#estimates figure svg")
             assert page.locator(".not-final").is_visible()
-            newest = ""
             for _ in range(3):
-                newest = going.stdout.readline().split()[-1]
-            page.wait_for_selector(f'#newest tr[data-trial="{newest}"]', timeout=20_000)
+                page.wait_for_selector(f'#newest tr[data-trial="{stored()}"]', timeout=20_000)
             going.kill()
             page.wait_for_selector(".state.interrupted", timeout=20_000)
             assert [text for text in said if "404" not in text] == []

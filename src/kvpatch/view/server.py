@@ -307,6 +307,19 @@ def _static() -> dict[str, tuple[str, str]]:
     }
 
 
+class _Server(uvicorn.Server):
+    """Says when it answers."""
+
+    def __init__(self, config: uvicorn.Config, *, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+
 def serve(directories: Sequence[Path], *, port: int, token: str | None, on_ready: Any) -> None:
     """Serve until stopped. port: 0 takes a free one. on_ready: called with the address.
 
@@ -317,14 +330,13 @@ def serve(directories: Sequence[Path], *, port: int, token: str | None, on_ready
     config = uvicorn.Config(
         view.app(token), host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=4
     )
-    server = uvicorn.Server(config)
+    server = _Server(config, on_ready=lambda: on_ready(address))
     view.is_stopping = lambda: server.should_exit  # streams of events would keep a stopped server waiting
     try:
         socket = config.bind_socket()
     except SystemExit:
         raise KvpatchError(f"port {port} is in use; give another --port, or 0 for a free one") from None
     address = f"http://127.0.0.1:{socket.getsockname()[1]}/{f'{token}/' if token else ''}"
-    on_ready(address)
     server.run(sockets=[socket])
 
 

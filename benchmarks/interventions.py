@@ -2,12 +2,14 @@
 
     python benchmarks/interventions.py [--model smollm2-135m] [--pairs 32]
 
-Every figure is a ratio to condition A on the same pairs, measured in this process in this call.
+Every figure is a ratio to condition A on the same pairs, measured in this process in this call: the median over
+rounds of an intervention between two natural runs, since a busy machine slows down either.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 
 import kvpatch
@@ -26,9 +28,9 @@ def batches(model: Model, names: tuple[str, ...], pairs: int) -> dict[str, Batch
     protocol = load_protocol("dec7")
     out = {}
     for name in names:
-        phase = protocol.phases["interventions"].model_copy(update={"conditions": [name]})
+        phase = protocol.phases["interventions"].model_copy(update={"conditions": [name], "controls": []})
         single = protocol.model_copy(update={"phases": {"interventions": phase}, "hypotheses": []})
-        plan, _ = plan_for(model, single, load_bank(protocol.bank), seed=0, n=pairs, phases=["interventions"])
+        plan, _ = plan_for({None: model}, single, load_bank(protocol.bank), seed=0, n=pairs, phases=["interventions"])
         out[name] = plan.batches[-1]
     return out
 
@@ -43,17 +45,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     model = kvpatch.load(options.model)
     planned = batches(model, ("A", *CONDITIONS), options.pairs)
     for name in ("I_S24", "A"):  # warm up: directions of the calibration pairs are made once a run
         seconds(model, planned[name])
-    natural = seconds(model, planned["A"])
-    print(f"{options.model}, {len(planned['A'].trials)} trials a batch; A takes {natural:.1f} s")
+    before = seconds(model, planned["A"])
+    print(f"{options.model}, {len(planned['A'].trials)} trials a batch; A takes {before:.1f} s")
     for name in CONDITIONS:
-        taken = seconds(model, planned[name])
-        again = seconds(model, planned["A"])
-        print(f"{name:8} {taken:6.1f} s   {taken / again:5.2f} times A")
+        ratios = []
+        for _ in range(options.rounds):
+            taken = seconds(model, planned[name])
+            after = seconds(model, planned["A"])
+            ratios.append(2 * taken / (before + after))
+            before = after
+        told = ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
+        print(f"{name:8} {statistics.median(ratios):5.2f} times A   (of {told})", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from kvpatch import store as store_room
 from kvpatch.errors import StoreError
-from kvpatch.store import TRIAL_COLUMNS, TRIAL_SCHEMA, ModelRecord, RunRecord, Store
+from kvpatch.store import (
+    ATTENTION_COLUMNS,
+    ATTENTION_SCHEMA,
+    TRIAL_COLUMNS,
+    TRIAL_SCHEMA,
+    ModelRecord,
+    RunRecord,
+    Store,
+)
 
 DESIGN_COLUMNS = """
     trial_id phase condition pair_id source_id target_id sample seed patch source_token_ids target_token_ids
@@ -154,6 +163,77 @@ def test_trials_can_be_read_without_kvpatch(store, reader):
     assert done.returncode == 0, done.stderr
     expected = [[r["trial_id"], r["text"], r["output_token_ids"], r["recursive_score"]] for r in map(row, range(4))]
     assert json.loads(done.stdout) == expected
+
+
+# The heads that go with a part
+
+
+def heads(value: float = 0.5) -> pa.Table:
+    """A table of heads of one trial."""
+    content = {"trial_id": "id-8", "stage": "own", "layer": 1, "head": 2, "queries": 3}
+    content |= {name: None if name == "induction" else value for name in ATTENTION_COLUMNS if name not in content}
+    return pa.Table.from_pylist([content], schema=ATTENTION_SCHEMA)
+
+
+def test_heads_come_back_as_they_were_and_those_of_parts_without_are_none(store):
+    assert store.read_attention().num_rows == 0
+    store.append("third", [row(8)], heads())
+    assert store.read_attention().equals(heads())
+    assert store.done() == {"first", "second", "third"}
+    assert "attention/third.parquet" in files(store)
+
+
+def test_heads_can_be_read_and_joined_without_kvpatch(store):
+    import duckdb
+
+    store.append("third", [row(8)], heads())
+    found = duckdb.sql(
+        f"select condition, layer, avg(entropy) from '{store.directory}/attention/*.parquet' "
+        f"join '{store.directory}/trials/*.parquet' using (trial_id) group by all"
+    ).fetchall()
+    assert found == [("C", 1, 0.5)]
+
+
+def test_every_column_of_the_heads_is_documented():
+    for name, (kind, about) in ATTENTION_COLUMNS.items():
+        assert len(about) > 5
+        assert ATTENTION_SCHEMA.field(name).type == kind
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_part_with_heads_killed_at_any_write_counts_for_nothing_and_is_written_again(store, monkeypatch, call):
+    calls = []
+
+    def killed(old, new):
+        calls.append(new)
+        if len(calls) == call:
+            raise Killed
+        replace(old, new)
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(Killed):
+        store.append("third", [row(8)], heads(0.1))
+    monkeypatch.undo()
+    assert store.done() == {"first", "second"}
+    assert store.read_attention().num_rows == 0
+    store.append("third", [row(8)], heads(0.7))
+    assert store.done() == {"first", "second", "third"}
+    assert store.read_attention().equals(heads(0.7))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
+def test_damaged_heads_are_named(store, damage):
+    store.append("third", [row(8)], heads())
+    path = store.attention / "third.parquet"
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        flipped = data[:40] + bytes([data[40] ^ 1]) + data[41:]
+        path.write_bytes({"truncated": data[: len(data) // 2], "flipped": flipped}[damage])
+    with pytest.raises(StoreError, match=r"attention/third\.parquet is missing or damaged"):
+        store.done()
 
 
 # Broken off

@@ -37,6 +37,7 @@ OtherModels = Annotated[
     list[str] | None,
     typer.Option("--other-model", help="KEY=MODEL, in place of what the protocol's 'models' names; may be repeated."),
 ]
+AllowCode = Annotated[bool, typer.Option(help="Run the scoring function that the protocol names.")]
 Phases = Annotated[str | None, typer.Option(help="Phases to run, with commas; all if not given.")]
 
 
@@ -54,6 +55,7 @@ def run(
     dtype: Dtype = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run modelling code that comes with the model.")] = False,
     allow_pickle: Annotated[bool, typer.Option(help="Also read pickled weights.")] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Run a protocol on a model, or what is left of it, and write verdicts and report.
 
@@ -64,7 +66,9 @@ def run(
     from kvpatch.protocols.load import load_protocol
 
     chosen = load_protocol(protocol)
+    _refuse_code(chosen, allow_code)
     _writable(out)
+    _warn_of_too_few(chosen, n, _names(phases))
     from kvpatch.progress import run_progress
     from kvpatch.run import run as run_protocol
 
@@ -82,10 +86,13 @@ def run(
         outcome = run_protocol(
             chosen, loaded, out, seed=seed, n=n, phases=_names(phases), command=sys.argv, watcher=watcher
         )
+    from kvpatch.statistics.headline import few_pairs
     from kvpatch.summaries import print_effects
 
     print_effects(outcome.effects)
     typer.echo(outcome.answer)
+    if told := few_pairs(outcome.verdicts):
+        typer.echo(told)
     typer.echo(f"verdicts: kvpatch verdicts {out}")
     typer.echo(f"report: {(out / 'report.html').resolve()}")
 
@@ -103,6 +110,7 @@ def plan(
     ] = True,
     device: Device = None,
     dtype: Dtype = None,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Say what a run would do, without running it.
@@ -112,12 +120,13 @@ def plan(
     from kvpatch.protocols.load import load_protocol
 
     chosen = load_protocol(protocol)
+    _refuse_code(chosen, allow_code)
     from kvpatch.prompts.bank import load_bank
     from kvpatch.run import plan_for
     from kvpatch.summaries import plan_summary, print_plan
 
     loaded = _load_all(chosen, model, _names(phases), other_model, device=device, dtype=dtype)
-    made, _ = plan_for(loaded, chosen, load_bank(chosen.bank), seed=seed, n=n, phases=_names(phases))
+    made, _ = plan_for(loaded, chosen, load_bank(chosen.bank, chosen.folder), seed=seed, n=n, phases=_names(phases))
     cost = None
     if timing:
         from kvpatch.estimate import estimate
@@ -157,6 +166,7 @@ def verdicts(
 
     Exploratory verdicts are printed, not stored. Example: kvpatch verdicts results
     """
+    from kvpatch.organisms.record import gate_zero
     from kvpatch.outcome import outcome_of, write_verdicts
     from kvpatch.statistics.verdicts import verdicts_json
     from kvpatch.store import Store
@@ -174,6 +184,7 @@ def verdicts(
     if as_json:
         typer.echo(verdicts_json(outcome.verdicts), nl=False)
     else:
+        typer.echo(gate_zero(outcome.record.validation))
         print_verdicts(outcome.verdicts)
 
 
@@ -301,6 +312,61 @@ def check(
 
 
 @app.command()
+def validate(
+    quick: Annotated[bool, typer.Option("--quick", help="One seed an organism and few runs; a few minutes.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write validation.json here too, and retrained weights.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Organisms, with commas; such a validation vouches for nothing.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws prompts, pairs and noise.")] = 0,
+    jobs: Annotated[int | None, typer.Option(help="Processes; one a core if not given.")] = None,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Train the trained organisms again first; needs --out.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the whole pipeline on models whose mode is known; exit code 1 where something planted is not recovered.
+
+    Later runs of this version show the result. Example: kvpatch validate --quick
+    """
+    if out is not None:
+        _writable(out)
+    if retrain and out is None:
+        raise KvpatchError("--retrain needs --out, where the new weights go")
+    from kvpatch.organisms.directories import ORGANISMS, WEIGHTS
+
+    names = None if only is None else [name.strip() for name in only.split(",") if name.strip()]
+    if names is not None and (not names or set(names) - set(ORGANISMS)):
+        unknown = next(iter(set(names) - set(ORGANISMS)), only)
+        raise KvpatchError(f"no organism {unknown!r}; there are {', '.join(ORGANISMS)}")
+    from kvpatch.models.load import cache_directory
+    from kvpatch.organisms.record import place_in, write_validation
+    from kvpatch.organisms.validation import FULL, QUICK
+    from kvpatch.organisms.validation import validate as run_validation
+    from kvpatch.progress import retraining, validating
+    from kvpatch.summaries import print_validation
+
+    weights = WEIGHTS
+    if retrain and out is not None:
+        from kvpatch.organisms.weights import retrain as train_again
+
+        weights = out / "weights"
+        with retraining() as report:
+            train_again(weights, report)
+    with validating() as on_job:
+        found = run_validation(
+            QUICK if quick else FULL, seed=seed, names=names, processes=jobs, weights=weights, on_job=on_job
+        )
+    if names is None and not retrain:
+        write_validation(found, place_in(cache_directory(), found))
+    if out is not None:
+        write_validation(found, out)
+    _print({"passed": found.passed, **found.model_dump()}, as_json, lambda: print_validation(found))
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def bank(
     name: Annotated[str, typer.Argument(help="Shipped bank, or a directory of YAML files.")] = "recursion",
     model: Annotated[str, typer.Option("--model", help="Whose tokenizer counts the tokens.")] = "smollm2-135m",
@@ -370,6 +436,25 @@ def pull(name: Annotated[str, typer.Argument(help="A name from `kvpatch models`.
     with loading() as report:
         where = pull_model(name, report)
     typer.echo(f"{name}: {where}")
+
+
+def _refuse_code(protocol: Protocol, is_allowed: bool) -> None:
+    """A protocol is data; the function it may name is not, and runs only if asked for."""
+    from kvpatch.readouts.scorer import names_code
+
+    name = protocol.readouts.lexicon
+    if names_code(name) and not is_allowed:
+        raise KvpatchError(
+            f"{protocol.protocol} scores with the function {name}: --allow-code runs it, if you trust it"
+        )
+
+
+def _warn_of_too_few(protocol: Protocol, n: int | None, phases: list[str] | None) -> None:
+    """Say what a run of so many pairs could not see, before it costs anything."""
+    from kvpatch.statistics.power import warnings_before
+
+    for line in warnings_before(protocol, n, phases):
+        typer.echo(f"warning: {line}", err=True)
 
 
 def _load_all(

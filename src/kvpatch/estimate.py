@@ -45,17 +45,20 @@ def estimate(plan: Plan, models: Mapping[str | None, Model]) -> Estimate:
     it may. Loading, the check and the statistics are not in them.
     """
     start = time.monotonic()
-    costs: dict[str | None, _Cost] = {}
+    costs: dict[_Kind, _Cost] = {}
     for batch in plan.batches:
-        if batch.split == "test" and batch.model not in costs:
-            costs[batch.model] = _calibrate(models[batch.model], batch)
+        if batch.split == "test" and _kind(batch) not in costs:
+            costs[_kind(batch)] = _calibrate(models[batch.model], batch)
+    for batch in plan.batches:  # a calibration is not watched: it costs what a test batch that is not watched costs
+        if _kind(batch) not in costs:
+            costs[_kind(batch)] = costs[batch.model, True]
     seconds: dict[str, float] = {}
     for batch in plan.batches:
-        cost = costs[batch.model]
+        cost = costs[_kind(batch)]
         per_trial = cost.trial + cost.step * batch.generation.max_new_tokens
         seconds[batch.phase] = seconds.get(batch.phase, 0.0) + per_trial * len(batch.trials)
     most = max(
-        (costs[b.model].base_bytes + costs[b.model].trial_bytes * len(b.trials) for b in plan.batches), default=0
+        (costs[_kind(b)].base_bytes + costs[_kind(b)].trial_bytes * len(b.trials) for b in plan.batches), default=0
     )
     return Estimate(
         seconds=sum(seconds.values()),
@@ -63,6 +66,14 @@ def estimate(plan: Plan, models: Mapping[str | None, Model]) -> Estimate:
         peak_bytes=int(most),
         calibrated_in=time.monotonic() - start,
     )
+
+
+_Kind = tuple[str | None, bool]
+"""What batches of like cost share: the model, and whether attention is watched."""
+
+
+def _kind(batch: Batch) -> _Kind:
+    return batch.model, batch.watched is not None
 
 
 def _calibrate(model: Model, batch: Batch) -> _Cost:

@@ -16,7 +16,7 @@ import torch
 from kvpatch.cache import KVCache
 from kvpatch.engine.prefill import labels_of
 from kvpatch.errors import CacheError, ProtocolError
-from kvpatch.interventions import CacheSteering, InPrefill, Joined, ValueSteering
+from kvpatch.interventions import CacheSteering, InPrefill, Joined, Reshape, ValueSteering
 from kvpatch.models.hf import Geometry
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.patch import Patch
@@ -59,8 +59,11 @@ def refuse_misfits(
             try:
                 if condition.patch is not None:
                     _check_patch(name, condition, condition.patch, batch, place, laid_out)
-                elif condition.intervention is not None:
-                    _check_intervention(condition.intervention, condition, _pairs_of(name, batch), place)
+                elif isinstance(spec := condition.intervention, Reshape):
+                    window = spec.window or batch.readouts.r_v.window
+                    _check_reshape(spec, window, condition, _pairs_of(name, batch), place)
+                elif spec is not None:
+                    _check_intervention(spec, condition, _pairs_of(name, batch), place)
             except CacheError as error:
                 raise ProtocolError(f"condition {name} of phase {batch.phase}: {error}") from error
 
@@ -116,6 +119,16 @@ def _check_intervention(
     caches = _empty_caches(receivers, geometry)
     for row in range(caches.batch):
         slot_indices(caches, row, spec.slots)
+
+
+def _check_reshape(
+    spec: Reshape, window: int, condition: Condition, pairs: Sequence[PlannedPair], place: _Place
+) -> None:
+    layer_indices(spec.layers, place.geometry.layers)
+    texts = [pair.texts[role] for pair in pairs for role in (condition.into, str(condition.from_))]
+    shortest = min((len(place.encode(text).token_ids) - 1 for text in texts), default=window)
+    if shortest < window:
+        raise CacheError(f"a prompt of {shortest} cached slots is shorter than the window of {window}")
 
 
 def _refuse_too_long(what: str, tokens: int, room: int, geometry: Geometry) -> None:

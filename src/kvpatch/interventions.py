@@ -80,4 +80,20 @@ class Joined(_Stored):
         return self
 
 
-Intervention = InPrefill | ValueSteering | CacheSteering | Joined
+class Reshape(_Stored):
+    """Set R_V by hand: give the late layer's cached values another participation ratio (G1, G2).
+
+    The last `window` cached values, a token's KV heads as one vector, keep their directions and their norm; their
+    spectrum is flattened or sharpened to the `ratio` of the giver's window, or to their own, which changes nothing.
+    `by` "rotation" is the null: the same values turned at random by as much as the reshaping would move them, which
+    leaves the ratio as it is. The window is that of the protocol's `r_v` unless another is named; the layer should be
+    its late one.
+    """
+
+    layers: Layers = LayerAt(depth=0.75)
+    window: int | None = Field(default=None, ge=2)
+    ratio: Literal["giver", "own"] = "giver"
+    by: Literal["spectrum", "rotation"] = "spectrum"
+
+
+Intervention = InPrefill | ValueSteering | CacheSteering | Joined | Reshape

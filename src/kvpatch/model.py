@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from kvpatch.cache import PAD, KVCache
+from kvpatch.engine.attention import Attention, Look, Maps
 from kvpatch.engine.decode import OnStep, decode
-from kvpatch.engine.prefill import prefill
+from kvpatch.engine.prefill import labels_of, prefill, watched_prefill
 from kvpatch.engine.score import score
 from kvpatch.errors import CacheError, ProtocolError
 from kvpatch.models.hf import Backbone, Geometry
 from kvpatch.models.load import Loaded, load_model
 from kvpatch.models.named import Progress
 from kvpatch.models.template import EncodedPrompt, encode
+from kvpatch.patch import SlotQuery
+from kvpatch.selection import slot_mask
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class Generated:
         logprobs: [batch, new_tokens] of the chosen tokens, under the model's own distribution (temperature 1), natural
             logarithm; NaN after a row has stopped.
         stopped: per row "eos" or "length".
+        attention: statistics of every head over the tokens that were fed, where they were asked for.
     """
 
     texts: list[str]
     token_ids: Tensor
     logprobs: Tensor
     stopped: tuple[str, ...]
+    attention: Attention | None = None
 
 
 class Model:
@@ -93,6 +98,30 @@ class Model:
         rows = [prompts] if isinstance(prompts, str) else list(prompts)
         return prefill(self.backbone, [self.encode(p, chat=chat) if isinstance(p, str) else p for p in rows])
 
+    def attention(
+        self,
+        prompts: str | Sequence[str | EncodedPrompt],
+        *,
+        marked: str | SlotQuery | Sequence[int] | None = None,
+        maps: Maps | None = None,
+        chat: bool | None = None,
+    ) -> Attention:
+        """What every head does while the model reads prompts, reduced as it reads: no map is held but those asked for.
+
+        Args:
+            prompts: one or more prompts, as text or encoded; their last tokens are not read yet.
+            marked: slots whose share of attention is `mass_marked`.
+            maps: layers, heads and queries whose whole attention is to be kept.
+        Returns:
+            `Attention`; `attention["entropy"]` is [batch, layers, query_heads]. `heads.STATISTICS` says what there is.
+        """
+        rows = [prompts] if isinstance(prompts, str) else list(prompts)
+        encoded = [self.encode(p, chat=chat) if isinstance(p, str) else p for p in rows]
+        mask = None
+        if marked is not None:
+            mask = slot_mask(KVCache(keys=(), values=(), rope=(), **labels_of(encoded, self.backbone.device)), marked)
+        return watched_prefill(self.backbone, encoded, Look(mask, maps))[1]
+
     def generate(
         self,
         cache: KVCache,
@@ -103,6 +132,7 @@ class Model:
         seeds: Sequence[int] | None = None,
         stop: bool = True,
         on_step: OnStep | None = None,
+        attention: bool | Maps = False,
     ) -> Generated:
         """Let the model go on from a cache. The cache is not changed.
 
@@ -113,6 +143,7 @@ class Model:
             top_p: keep the likeliest tokens up to this probability.
             seeds: one a row (0, 1, 2, ... if None); a row's text does not depend on the other rows.
             stop: False goes on past an end token.
+            attention: True for statistics of every head over what is fed; `Maps` for whole maps as well.
         """
         if not temperature >= 0 or not 0 < top_p <= 1:
             raise ProtocolError(f"temperature must be at least 0 and top_p in (0, 1], got {temperature} and {top_p}")
@@ -125,9 +156,11 @@ class Model:
             seeds=range(cache.batch) if seeds is None else seeds,
             end_tokens=self.end_tokens if stop else (),
             on_step=on_step,
+            look=Look(maps=None if attention is True else attention) if attention else None,
         )
         longest = max(out.lengths)
-        return Generated(self.texts(out.token_ids), out.token_ids[:, :longest], out.logprobs[:, :longest], out.stopped)
+        tokens, logprobs = out.token_ids[:, :longest], out.logprobs[:, :longest]
+        return Generated(self.texts(out.token_ids), tokens, logprobs, out.stopped, out.attention)
 
     def score(self, cache: KVCache, continuations: Sequence[str | Sequence[int]]) -> Tensor:
         """Teacher-forced log-probabilities of given continuations. The cache is not changed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +15,8 @@ import pyarrow.compute as pc
 
 from kvpatch.errors import ProtocolError
 from kvpatch.protocols.schema import Protocol, dumped_sha256
-from kvpatch.readouts.behavior import Lexicon, copied_words
+from kvpatch.readouts.behavior import copied_words
 from kvpatch.report.page import Live, render
-from kvpatch.report.samples import Marker
 from kvpatch.statistics.effects import Effect, effects
 from kvpatch.statistics.verdicts import Verdict, headline, verdicts, verdicts_json
 from kvpatch.store import TRIAL_COLUMNS, RunRecord, Store
@@ -47,7 +47,7 @@ def as_exploratory(protocol: Protocol) -> Protocol:
     return protocol.model_copy(update={"hypotheses": marked})
 
 
-TEXTS = ("text", "source_text", "target_text")
+TEXTS = ("text", "source_text", "target_text", "mode_hits")
 _HEAVY = {*TEXTS, "patch", *(name for name, (kind, _) in TRIAL_COLUMNS.items() if pa.types.is_list(kind))}
 _LIGHT = [name for name in TRIAL_COLUMNS if name not in _HEAVY]
 
@@ -161,15 +161,10 @@ def write_verdicts(store: Store, outcome: Outcome) -> None:
         store.write_text("verdicts.json", text)
 
 
-def marker_of(protocol: Protocol) -> Marker:
-    """What marks a text: lexicon hits, and words copied from the source."""
-    lexicon = Lexicon.load(protocol.readouts.lexicon)
-
-    def mark(text: str, source: str) -> list[tuple[int, int, str]]:
-        hits = [(hit.start, hit.end, "hit") for hit in lexicon.hits(text)]
-        return hits + [(start, end, "copied") for start, end in copied_words(text, source)]
-
-    return mark
+def mark(text: str, source: str, hits: Sequence[Mapping[str, int]]) -> list[tuple[int, int, str]]:
+    """What to mark in an output: the scorer's hits, as they are stored, and words copied from the source."""
+    marks = [(span["start"], span["end"], "hit") for span in hits if span["end"] <= len(text)]
+    return marks + [(start, end, "copied") for start, end in copied_words(text, source)]
 
 
 def report_page(store: Store, outcome: Outcome, live: Live | None = None) -> str:
@@ -181,7 +176,7 @@ def report_page(store: Store, outcome: Outcome, live: Live | None = None) -> str
             outcome.rows,
             json.loads(verdicts_json(outcome.verdicts)),
             outcome.answer,
-            marker_of(outcome.protocol),
+            mark,
             [effect.model_dump() for effect in outcome.effects],
             with_texts=lambda rows: texts_of(store, rows),
             live=live,

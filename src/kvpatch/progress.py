@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +23,9 @@ from rich.text import Text
 from kvpatch.models.named import Progress as Report
 from kvpatch.protocols.plan import Batch, Plan
 from kvpatch.run import Watcher
+
+if TYPE_CHECKING:
+    from kvpatch.organisms.validation import Job
 
 PLAIN_EVERY = 15.0
 """Seconds between lines where the output is not a terminal."""
@@ -41,6 +45,42 @@ def loading() -> Iterator[Report]:
                 if not console.is_terminal:
                     console.print(what)
             bar.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+@contextmanager
+def validating() -> Iterator[Callable[[Job, int, int], None]]:
+    """A bar of a validation's jobs; plain lines where there is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total} jobs"))
+    said = time.monotonic()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("validating", total=None)
+
+        def on_job(job: Job, done: int, total: int) -> None:
+            nonlocal said
+            bar.update(task, completed=done, total=total, description=f"{job.kind} {job.organism}")
+            if not console.is_terminal and time.monotonic() - said > PLAIN_EVERY:
+                said = time.monotonic()
+                console.print(f"{done} of {total} jobs done")
+
+        yield on_job
+
+
+@contextmanager
+def retraining() -> Iterator[Callable[[str, int, int, float], None]]:
+    """A line for every trained organism: its name, the step, of how many, and the loss."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(name: str, step: int, steps: int, loss: float) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(f"training {name}", total=steps)
+                if not console.is_terminal:
+                    console.print(f"training {name}")
+            bar.update(tasks[name], completed=step + 1, description=f"training {name}, loss {loss:.2f}")
 
         yield report
 

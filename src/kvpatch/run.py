@@ -22,14 +22,15 @@ from kvpatch.errors import ModelError, ProtocolError
 from kvpatch.executors.local import LocalExecutor
 from kvpatch.fit import refuse_misfits
 from kvpatch.model import Model
-from kvpatch.models.load import template_sha256, tokenizer_sha256, weights_sha256
+from kvpatch.models.load import cache_directory, template_sha256, tokenizer_sha256, weights_sha256
 from kvpatch.models.template import has_template
+from kvpatch.organisms.record import newest_validation
 from kvpatch.outcome import Outcome, outcome_of, write_report, write_verdicts
 from kvpatch.prompts.bank import Bank, load_bank
 from kvpatch.protocols.plan import Batch, Plan, PlanningModel, chosen_phases, make_plan
 from kvpatch.protocols.schema import Protocol, calibration_of
-from kvpatch.readouts.behavior import Lexicon
 from kvpatch.readouts.geometry import layer_at
+from kvpatch.readouts.scorer import Scorer
 from kvpatch.store import ModelRecord, OtherModel, RunRecord, Store
 
 
@@ -61,7 +62,6 @@ def plan_for(
     Raises:
         ProtocolError: where the protocol can't run on one of these models, or on this bank.
     """
-    Lexicon.load(protocol.readouts.lexicon)
     records = {key: model_record(model) for key, model in models.items()}
     readouts = protocol.readouts
     room = max(protocol.generation.max_new_tokens, readouts.forced_tokens, readouts.likelihood_tokens)
@@ -89,10 +89,17 @@ def plan_for(
         for key, r in records.items()
     }
     plan = make_plan(protocol, bank, planning, seed=seed, n=n, phases=phases)
+    _try_out(plan.scorer, bank)
     for key, model in models.items():
         own = plan.model_copy(update={"batches": [batch for batch in plan.batches if batch.model == key]})
         refuse_misfits(own, model.geometry, encoders[key], model.continuation_ids, room)
     return plan, records
+
+
+def _try_out(scorer: Scorer, bank: Bank) -> None:
+    """Score the empty text and a continuation of each mode, so that a broken scorer is told before a trial is run."""
+    for text in ("", *{c.mode: c.text for c in bank.continuations}.values()):
+        scorer.score(text, text)
 
 
 def other_models(protocol: Protocol, phases: Sequence[str] | None) -> dict[str, str]:
@@ -118,7 +125,7 @@ def run(
         KvpatchError: before anything is written, where something can't be right.
     """
     watcher = watcher or Watcher()
-    bank = load_bank(protocol.bank)
+    bank = load_bank(protocol.bank, protocol.folder)
     plan, records = plan_for(models, protocol, bank, seed=seed, n=n, phases=phases)
     watcher.planned(plan)
     store = Store(out)
@@ -134,7 +141,9 @@ def run(
             if other.check is None:
                 found, floor = _checked(models[key], watcher)
                 others[key] = other.model_copy(update={"check": found, "noise_floor": floor})
-        record = record.model_copy(update={"other_models": others})
+        newest = newest_validation(cache_directory(), kvpatch.__version__)
+        validation = None if newest is None else newest.summary()
+        record = record.model_copy(update={"other_models": others, "validation": validation})
         store.write_record(record)
         record = _execute(plan, models, store, record, watcher)
         watcher.stage("deciding and writing the report")
@@ -220,6 +229,7 @@ def _record(
         protocol=protocol.model_dump(mode="json", by_alias=True),
         protocol_sha256=protocol.sha256,
         bank_sha256=bank.sha256,
+        scorer_sha256=plan.scorer.sha256,
         model=records[None],
         other_models={key: OtherModel(model=record) for key, record in records.items() if key is not None},
         seed=seed,

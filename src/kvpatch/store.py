@@ -2,12 +2,14 @@
 
     run.json            one `RunRecord`, written before the first trial
     trials/*.parquet    one row a trial, one part a batch
+    attention/*.parquet one row a trial, stage, layer and query head; of the batches whose phase asks for it
     parts.jsonl         one line a part: name, rows, SHA-256; a part counts once its line is there
     verdicts.json       one entry a hypothesis
     report.html
 
 A part is written beside its place, flushed, moved there, and only then named in parts.jsonl: data before index. A
-killed process leaves at most an unnamed part, which the resumed run writes again.
+killed process leaves at most an unnamed part, which the resumed run writes again. The attention of a batch is part of
+its part: both files are there before the line that names both, so that they never disagree.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from kvpatch.errors import StoreError
+from kvpatch.heads import STAGES, STATISTICS
 from kvpatch.patch import Frozen
 
 _TOKENS = pa.list_(pa.int32())
 _NUMBERS = pa.list_(pa.float32())
+_SPANS = pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())]))
 
 TRIAL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "trial_id": (pa.string(), "hash of the trial's content: model, pair, condition, seed and settings"),
@@ -56,8 +60,9 @@ TRIAL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "text": (pa.string(), "the continuation, special tokens left out"),
     "stopped": (pa.string(), "'eos' or 'length'"),
     "n_tokens": (pa.int32(), "tokens written, end token included"),
-    "recursive_score": (pa.float64(), "lexicon hits per 100 words of the text"),
+    "recursive_score": (pa.float64(), "score of the protocol's mode, whatever it is: hits per 100 words of the text"),
     "recursive_score_masked": (pa.float64(), "the same without hits that occur in the pair's source or foreign prompt"),
+    "mode_hits": (_SPANS, "characters of each hit, in the text as Unicode NFC; null where a scorer gave only a number"),
     "overlap_4gram": (pa.float64(), "share of the text's word 4-grams that occur in the source prompt"),
     "rv_prompt": (
         pa.float64(),
@@ -70,10 +75,42 @@ TRIAL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
         pa.float64(),
         "the same under the natural cache of the pair's target prompt, whatever the condition",
     ),
-    "mode_llr": (pa.float64(), "log-likelihood of recursive less plain continuations over topics, nats a token"),
+    "mode_llr": (pa.float64(), "log-likelihood of continuations in the mode less plain ones over topics, nats a token"),
     "content_llr": (pa.float64(), "log-likelihood of the source's topic less the target's over modes, nats a token"),
     "mode_llr_by_position": (_NUMBERS, "mode_llr at each position of the continuations"),
     "content_llr_by_position": (_NUMBERS, "content_llr at each position of the continuations"),
+    "rv_trajectory": (
+        _NUMBERS,
+        "R_V of every window of the trial's own tokens, the first window first; see `geometry`",
+    ),
+    "rv_forced_trajectory": (_NUMBERS, "the same over the fixed continuation"),
+    "pr_v_late": (
+        pa.float64(),
+        "participation ratio of the late layer's cached values, last window, sinks left out, heads joined",
+    ),
+    "pr_v_late_corrected": (pa.float64(), "the same without the bias of a small window"),
+    "pr_k_late": (pa.float64(), "participation ratio of the late layer's cached keys, before RoPE"),
+    "pr_k_late_corrected": (pa.float64(), "the same without the bias of a small window"),
+    "pr_v": (_NUMBERS, "participation ratio of the cached values of each KV head alone, layer after layer"),
+    "pr_v_corrected": (_NUMBERS, "the same without the bias of a small window"),
+    "pr_k": (_NUMBERS, "participation ratio of the cached keys of each KV head alone, before RoPE"),
+    "pr_k_corrected": (_NUMBERS, "the same without the bias of a small window"),
+    "angle_target": (
+        pa.float64(),
+        "mean principal angle, in degrees, between the late values of the fixed continuation and those that it has "
+        "after the natural target",
+    ),
+    "angle_source": (pa.float64(), "the same against the natural source"),
+    "attention_entropy": (pa.float64(), "entropy of attention over log(keys), fixed continuation, mean over all heads"),
+    "attention_sinks": (pa.float64(), "attention on the first four slots; the same mean"),
+    "attention_template": (pa.float64(), "attention on what precedes the user's words"),
+    "attention_body": (pa.float64(), "attention on the user's words"),
+    "attention_trailer": (pa.float64(), "attention on what follows the user's words"),
+    "attention_generated": (pa.float64(), "attention on tokens after the prompt"),
+    "attention_own": (pa.float64(), "attention on the receiving prompt's own slots, sinks left out"),
+    "attention_patched": (pa.float64(), "attention on slots that were put in, sinks left out"),
+    "attention_marked": (pa.float64(), "attention on the slots the phase marks, such as self-referential words"),
+    "attention_marked_lift": (pa.float64(), "attention on a marked slot over that on a slot of the body, on average"),
     "js_pull": (pa.float64(), "JS(this, A) - JS(this, B) of next-token distributions at fixed positions, nats"),
     "repetition": (pa.float64(), "repetition_4"),
     "repetition_1": (pa.float64(), "share of repeated tokens"),
@@ -90,6 +127,17 @@ TRIAL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
 }
 """Every column of a trial row: its type and meaning. This is the documentation of the file format."""
 
+ATTENTION_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+    "trial_id": (pa.string(), "the trial; see its row for phase, condition and pair"),
+    "stage": (pa.string(), "; ".join(f"'{name}': {about}" for name, about in STAGES.items())),
+    "layer": (pa.int16(), "layer, from 0"),
+    "head": (pa.int16(), "query head, from 0"),
+    "queries": (pa.int32(), "queries counted"),
+    **{name: (pa.float32(), about) for name, about in STATISTICS.items()},
+}
+"""Every column of a row of attention/*.parquet, a mean over queries; null where no query has the statistic."""
+
+ATTENTION_SCHEMA = pa.schema([pa.field(k, t, metadata={"doc": doc}) for k, (t, doc) in ATTENTION_COLUMNS.items()])
 TRIAL_SCHEMA = pa.schema([pa.field(k, t, metadata={"doc": doc}) for k, (t, doc) in TRIAL_COLUMNS.items()])
 
 
@@ -119,12 +167,17 @@ class OtherModel(Frozen):
 
 
 class RunRecord(Frozen):
-    """run.json: how a run was made. `identity` is what a resumed run must share; the rest is for the reader."""
+    """run.json: how a run was made. What `differs_from` compares a resumed run must share; the rest is for the reader.
+
+    `protocol_sha256` is of what the protocol says, not of where it lies; `bank_sha256` and `scorer_sha256` of the bytes
+    of the bank's files, and of the lexicon's or the scoring function's.
+    """
 
     kvpatch_version: str
     protocol: dict[str, Any]
     protocol_sha256: str
     bank_sha256: str
+    scorer_sha256: str | None = None
     model: ModelRecord
     seed: int
     n: int | None
@@ -175,6 +228,8 @@ class RunRecord(Frozen):
             return "another protocol (or a changed one)"
         if self.bank_sha256 != other.bank_sha256:
             return "another prompt bank (or a changed one)"
+        if self.scorer_sha256 != other.scorer_sha256:
+            return "another lexicon or scorer (or a changed one)"
         pairs = [(self.model, other.model)]
         pairs += [
             (self.other_models[k].model, o.model) for k, o in other.other_models.items() if k in self.other_models
@@ -196,6 +251,7 @@ class Store:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
         self.trials = self.directory / "trials"
+        self.attention = self.directory / "attention"
         self.index = self.directory / "parts.jsonl"
 
     @contextmanager
@@ -222,7 +278,7 @@ class Store:
     def _is_ours(self) -> bool:
         names = {p.name for p in self.directory.iterdir()}
         # A process killed while it wrote run.json leaves only its unfinished copy.
-        return "run.json" in names or not names - {".lock", "trials", ".run.json.tmp"}
+        return "run.json" in names or not names - {".lock", "trials", "attention", ".run.json.tmp"}
 
     def read_record(self) -> RunRecord:
         """run.json.
@@ -257,20 +313,24 @@ class Store:
             _atomically(path, text.encode("utf-8"))
         return path
 
-    def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        """Store the rows of one batch as a part, data before index.
+    def append(self, name: str, rows: Iterable[dict[str, Any]], attention: pa.Table | None = None) -> None:
+        """Store the rows of one batch as a part, data before index; `attention` is of `ATTENTION_SCHEMA`.
 
         Raises:
             StoreError: where they can't be written; nothing stored before is lost.
         """
         table = pa.Table.from_pylist(list(rows), schema=TRIAL_SCHEMA)
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        data = sink.getvalue().to_pybytes()
-        line = json.dumps({"part": f"{name}.parquet", "rows": len(table), "sha256": hashlib.sha256(data).hexdigest()})
+        data = _parquet(table)
+        entry = {"part": f"{name}.parquet", "rows": len(table), "sha256": hashlib.sha256(data).hexdigest()}
         with _explained(self.directory):
+            if attention is not None:
+                of_heads = _parquet(attention.cast(ATTENTION_SCHEMA))
+                entry["attention_sha256"] = hashlib.sha256(of_heads).hexdigest()
+                self.attention.mkdir(exist_ok=True)
+                _atomically(self.attention / f"{name}.parquet", of_heads)
             self.trials.mkdir(exist_ok=True)
             _atomically(self.trials / f"{name}.parquet", data)
+            line = json.dumps(entry)
             kept = b"".join(
                 json.dumps(entry).encode() + b"\n" for entry in self.parts() if entry["part"] != f"{name}.parquet"
             )
@@ -291,13 +351,19 @@ class Store:
         Raises:
             StoreError: naming a part that is missing or damaged.
         """
-        for part in self.parts():
-            path = self.trials / part["part"]
-            if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != part["sha256"]:
+        for path, sha256 in self._files():
+            if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
                 raise StoreError(
                     f"{path} is missing or damaged; delete its line in {self.index.name} to run its trials again"
                 )
         return {part["part"].removesuffix(".parquet") for part in self.parts()}
+
+    def _files(self) -> Iterator[tuple[Path, str]]:
+        """Every file that parts.jsonl names, with its hash."""
+        for part in self.parts():
+            yield self.trials / part["part"], part["sha256"]
+            if "attention_sha256" in part:
+                yield self.attention / part["part"], part["attention_sha256"]
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All stored trials, in the order they were stored; all columns, or those that are named.
@@ -316,24 +382,39 @@ class Store:
         Raises:
             StoreError: where a part is damaged.
         """
+        wanted = TRIAL_SCHEMA if columns is None else pa.schema([TRIAL_SCHEMA.field(c) for c in columns])
         for name in [part["part"] for part in self.parts()] if parts is None else parts:
-            path = self.trials / name
-            try:
-                yield _part(path, columns)
-            except (OSError, pa.ArrowException) as error:
-                raise StoreError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
+            yield _read(self.trials / name, wanted)
+
+    def read_attention(self) -> pa.Table:
+        """What every head did in every trial that was watched; no rows where none was.
+
+        Raises:
+            StoreError: where a part is damaged.
+        """
+        named = [self.attention / part["part"] for part in self.parts() if "attention_sha256" in part]
+        return pa.concat_tables([ATTENTION_SCHEMA.empty_table(), *(_read(path, ATTENTION_SCHEMA) for path in named)])
 
 
-def _part(path: Path, columns: Sequence[str] | None) -> pa.Table:
-    """One part; a column that a part of an older version lacks is null."""
-    with pq.ParquetFile(path) as file:
-        table = file.read(None if columns is None else [c for c in columns if c in file.schema_arrow.names])
-    wanted = TRIAL_SCHEMA if columns is None else pa.schema([TRIAL_SCHEMA.field(c) for c in columns])
-    if table.schema.equals(wanted):
+def _parquet(table: pa.Table) -> bytes:
+    """The table as a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def _read(path: Path, schema: pa.Schema) -> pa.Table:
+    """A table of this schema; columns that an older file lacks are null."""
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read([name for name in schema.names if name in file.schema_arrow.names])
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
+    if table.schema.equals(schema):
         return table
-    rows = len(table)
-    arrays = [table[f.name].cast(f.type) if f.name in table.schema.names else pa.nulls(rows, f.type) for f in wanted]
-    return pa.table(arrays, schema=wanted)
+    known = set(table.schema.names)
+    arrays = [table[f.name].cast(f.type) if f.name in known else pa.nulls(len(table), f.type) for f in schema]
+    return pa.table(arrays, schema=schema)
 
 
 def _atomically(path: Path, data: bytes) -> None:

@@ -20,6 +20,7 @@ from kvpatch.store import Store
 if TYPE_CHECKING:
     from kvpatch.check import Identity
     from kvpatch.estimate import Estimate
+    from kvpatch.organisms.record import Validation
     from kvpatch.statistics.effects import Effect
     from kvpatch.statistics.power import Power, PowerAt
     from kvpatch.statistics.verdicts import Verdict
@@ -228,6 +229,27 @@ def print_check(identities: Sequence[Identity]) -> None:
         word = {True: "yes", False: "NO", None: "does not apply"}[i.holds]
         table.add_row(i.identity, word, f"{i.error:.2g}", f"{i.bound:.2g}", i.note)
     Console().print(table)
+
+
+def print_validation(validation: Validation) -> None:
+    """A row a finding that failed, a count of those that hold for each organism, and the outcome in one line."""
+    console = Console()
+    table = Table(title=f"validation of kvpatch {validation.version}, {validation.scope}, seed {validation.seed}")
+    for column in ("organism", "asked", "planted", "found", ""):
+        table.add_column(column)
+    for organism in dict.fromkeys(f.organism for f in validation.findings):
+        own = [f for f in validation.findings if f.organism == organism]
+        verdicts = [f for f in own if f.asked.startswith("verdict ")]
+        for f in own:
+            if f not in verdicts or not f.holds:
+                table.add_row(organism, f.asked, escape(f.planted), escape(f.found), "holds" if f.holds else "FAILS")
+        if verdicts:
+            held = sum(f.holds for f in verdicts)
+            table.add_row(organism, "verdicts", f"{len(verdicts)} known", f"{held} as known", "")
+    console.print(table)
+    failed = [f for f in validation.findings if not f.holds]
+    outcome = "everything planted was recovered" if not failed else f"{len(failed)} not recovered"
+    console.print(f"{outcome}: {len(validation.findings)} findings in {_clock(validation.seconds)} (h:mm:ss)")
 
 
 def bank_summary(bank: Bank, body_length: Callable[[str], int], group: str | None) -> dict[str, Any]:

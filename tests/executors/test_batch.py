@@ -12,6 +12,7 @@ import torch
 from kvpatch.executors import batch as batch_room
 from kvpatch.executors import conditions as condition_room
 from kvpatch.executors.batch import run_batch
+from kvpatch.executors.shape import OPTIONAL_COLUMNS
 from kvpatch.protocols.plan import Batch
 from kvpatch.readouts.behavior import Lexicon, recursive_score, recursive_score_masked
 from kvpatch.readouts.fluency import CoherenceLimits, is_coherent, repetition
@@ -37,7 +38,7 @@ def comparable(row: dict[str, Any]) -> str:
 
 def test_every_column_is_filled(rows, batch):
     assert [row["trial_id"] for row in rows] == [trial.trial_id for trial in batch.trials]
-    may_be_null = {"error", "patch"}
+    may_be_null = {"error", "patch", *OPTIONAL_COLUMNS}  # those a phase has to ask for
     for row in rows:
         assert row.keys() == TRIAL_COLUMNS.keys()
         assert {k for k, v in row.items() if v is None} <= may_be_null
@@ -56,7 +57,7 @@ def test_every_readout_is_a_finite_number(rows):
     numbers = [k for k, (kind, _) in TRIAL_COLUMNS.items() if str(kind) == "double"]
     too_short = {"rv_own", "overlap_4gram"}  # NaN where the output has too few tokens or words
     for row in rows:
-        bad = {k: row[k] for k in numbers if not math.isfinite(row[k]) and k not in too_short}
+        bad = {k: row[k] for k in numbers if k not in {*too_short, *OPTIONAL_COLUMNS} and not math.isfinite(row[k])}
         if row["condition"] == "N2":
             bad.pop("rv_prompt", None)  # the empty scaffold may be shorter than the window
         assert bad == {}, row["condition"]

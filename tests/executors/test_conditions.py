@@ -25,6 +25,7 @@ from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols import plan as planner
 from kvpatch.protocols.load import load_protocol
 from kvpatch.protocols.plan import Batch
+from kvpatch.readouts.geometry import participation_ratio
 from kvpatch.run import plan_for
 from small import CONDITIONS, bank_entries, write_bank, write_protocol
 from tiny import CONTEXT, LAYERS, prompt_of
@@ -47,6 +48,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "M2": {"steer_cache": {"strength": 4}},
     "M2n": {"steer_cache": {"strength": 4, "random_directions": 20}},
     "N4": {"from": "pseudo_recursive", "patch": {"align": "replace"}},
+    "G1": SOURCE | {"reshape": {}},
+    "G1s": SOURCE | {"reshape": {"window": 6, "ratio": "own"}},
+    "G1t": SOURCE | {"reshape": {"window": 6, "by": "rotation"}},
+    "G2": {"from": "target", "into": "source", "reshape": {"window": 6}},
 }
 DECODING = {"steer_values": {"layers": [1], "alpha": 40, "while_decoding": True}}
 FIRED = {"IV": 1, "IVN": 1, "IQ": 3, "IR": LAYERS, "IRL": 1, "ST0": 1, "ST": 1}
@@ -342,6 +347,38 @@ def test_values_are_swapped_both_ways(by_condition):
         assert row["target_token_ids"] == by_condition["B"][pair]["target_token_ids"]
 
 
+# --- R_V set by hand ------------------------------------------------------------------------------------------------
+
+
+def test_ratio_set_by_hand_moves_r_v_of_the_prompt_and_its_nulls_do_not(model, batch, by_condition):
+    pairs = {pair.pair_id: pair for pair in batch.pairs}
+    for pair, row in by_condition["G1"].items():
+        own, texts = by_condition["A"][pair], pairs[pair].texts
+        assert row["cache_token_ids"] == own["cache_token_ids"]
+        assert row["cache_checksum_before"] != own["cache_checksum_before"]
+        late = {
+            role: participation_ratio(model.prefill([texts[role]]).values[3][:, :, -6:].transpose(1, 2).flatten(2))
+            for role in ("target", "source")
+        }
+        wanted = own["rv_prompt"] * float(late["source"] / late["target"])
+        assert row["rv_prompt"] == pytest.approx(wanted, abs=1e-4)
+        assert abs(row["rv_prompt"] - own["rv_prompt"]) > 1e-3
+        assert by_condition["G1t"][pair]["rv_prompt"] == pytest.approx(own["rv_prompt"], rel=1e-4)
+        assert by_condition["G1t"][pair]["mode_llr"] != pytest.approx(own["mode_llr"], abs=1e-4)
+        other = by_condition["G2"][pair]
+        assert other["cache_token_ids"] == by_condition["B"][pair]["cache_token_ids"]
+        wanted = by_condition["B"][pair]["rv_prompt"] * float(late["target"] / late["source"])
+        assert other["rv_prompt"] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_own_ratio_set_by_hand_is_the_natural_run(by_condition):
+    for pair, row in by_condition["G1s"].items():
+        own = by_condition["A"][pair]
+        assert row["output_token_ids"] == own["output_token_ids"]
+        for readout in ("mode_llr", "rv_output", "nll_target", "rv_prompt"):
+            assert row[readout] == pytest.approx(own[readout], abs=1e-4)
+
+
 # --- planning -------------------------------------------------------------------------------------------------------
 
 MISFITS = [
@@ -354,6 +391,8 @@ MISFITS = [
     (SOURCE | {"in_prefill": {"site": "values", "slots": [0, 200]}}, "slot 200 does not exist"),
     ({"steer_values": {"layers": [9], "alpha": 1}}, "layer 9 does not exist"),
     ({"steer_values": {"layers": [1], "alpha": 1, "slots": [-200]}}, "slot -200 does not exist"),
+    (SOURCE | {"reshape": {"layers": [6]}}, "layer 6 does not exist"),
+    (SOURCE | {"reshape": {"window": 200}}, r"a prompt of \d+ cached slots is shorter than the window of 200"),
     ({"steer_cache": {"strength": 1, "layers": [7]}}, "layer 7 does not exist"),
     ({"steer_cache": {"strength": 1, "slots": [200]}}, "slot 200 does not exist"),
     (

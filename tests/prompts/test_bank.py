@@ -155,7 +155,7 @@ def test_hash_of_a_bank_follows_its_content(tmp_path):
         ({"text": None}, "entry 2, text"),
         ({"group": 3}, "entry 2, group"),
         ({"colour": "red"}, "entry 2, colour"),
-        ({"mode": "poetic"}, "entry 2, mode"),
+        ({"mode": "two words"}, "entry 2, mode"),
     ],
 )
 def test_wrong_entry_is_named_with_its_file(tmp_path, change, expected):

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from kvpatch.prompts.bank import Bank, Continuation, Prompt, load_bank
-from kvpatch.prompts.pairing import CELLS, form_pairs
+from kvpatch.prompts.pairing import cells_of, form_pairs
 from kvpatch.protocols.load import load_protocol
 from kvpatch.protocols.schema import Protocol
 from kvpatch.readouts.behavior import content_words
 from small import CONTINUATIONS, protocol_content
+
+CELLS = cells_of("recursive")
 
 
 def protocol(limit: float = 1.0, **readouts) -> Protocol:

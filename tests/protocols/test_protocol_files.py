@@ -100,3 +100,33 @@ def test_file_that_is_not_utf_8_is_named(tmp_path):
     path.write_bytes("title: \xe9".encode("latin-1"))
     with pytest.raises(ProtocolError, match="can't be read"):
         load_protocol(str(path))
+
+
+def test_a_protocol_may_say_only_what_it_changes_of_a_shipped_one():
+    text = "extends: dec7\nprotocol: mine\ngeneration: {max_new_tokens: 7}\nhypotheses:\n"
+    text += "  - {id: transfer_llr, alpha: 0.01}\n"
+    text += (
+        "  - {id: more, claim: c, phase: '1', contrast: C - N1, readout: mode_llr, test: greater, family: f, gate: 2}\n"
+    )
+    mine, dec7 = parse_protocol(text, "mine.yaml"), load_protocol("dec7")
+    assert mine.protocol == "mine"
+    assert (mine.generation.max_new_tokens, mine.generation.temperature) == (7, dec7.generation.temperature)
+    assert mine.hypothesis("transfer_llr").alpha == 0.01
+    assert mine.hypothesis("transfer_llr").claim == dec7.hypothesis("transfer_llr").claim
+    assert [h.id for h in mine.hypotheses] == [*(h.id for h in dec7.hypotheses), "more"]
+    assert mine.conditions == dec7.conditions
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("protocol: m\nextends: dec8\n", "m.yaml, line 2, extends: no shipped protocol 'dec8'"),
+        (
+            "extends: dec7\nexpected: {early: {supported: [nothing]}}\n",
+            "line 2, expected.early.supported: no hypothesis",
+        ),
+    ],
+)
+def test_what_is_wrong_with_an_extension_is_named(text: str, message: str):
+    with pytest.raises(ProtocolError, match=message):
+        parse_protocol(text, "m.yaml")

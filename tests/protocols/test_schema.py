@@ -135,7 +135,7 @@ def hypothesis(contrast: str) -> Hypothesis:
 
 
 def test_condition_takes_from_and_a_way_that_uses_it_together_or_neither():
-    with pytest.raises(ValidationError, match="'from' goes with 'patch', 'in_prefill' or 'joined'"):
+    with pytest.raises(ValidationError, match="'from' goes with 'patch', 'in_prefill', 'joined' or 'reshape'"):
         Condition.model_validate({"about": "x", "from": "source"})
     with pytest.raises(ValidationError, match="each of them needs it"):
         Condition.model_validate({"about": "x", "patch": {}})
@@ -146,6 +146,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "text_of": {"text_of": "source"},
     "in_prefill": {"in_prefill": {"site": "values", "layers": {"depth": 0.75}}, "from": "source"},
     "joined": {"joined": {"keep": "receiver"}, "from": "source"},
+    "reshape": {"reshape": {"ratio": "giver"}, "from": "source"},
     "steer_values": {"steer_values": {"layers": [1], "alpha": 2}},
     "steer_cache": {"steer_cache": {"strength": 2}},
 }
@@ -177,7 +178,7 @@ def test_from_with_a_way_that_takes_nothing_is_refused(way):
         Condition.model_validate(condition(way) | {"from": "source"})
 
 
-@pytest.mark.parametrize("way", ["patch", "in_prefill", "joined"])
+@pytest.mark.parametrize("way", ["patch", "in_prefill", "joined", "reshape"])
 def test_a_way_that_takes_from_a_prompt_is_refused_without_it(way):
     with pytest.raises(ValidationError, match="needs it"):
         Condition.model_validate({k: v for k, v in condition(way).items() if k != "from"})
@@ -192,6 +193,8 @@ def test_a_way_that_takes_from_a_prompt_is_refused_without_it(way):
         ("in_prefill", {"layers": [1]}),
         ("joined", {"keep": "giver"}),
         ("joined", {"keep": "receiver", "separator": ""}),
+        ("reshape", {"ratio": "none"}),
+        ("reshape", {"window": 1}),
         ("steer_values", {"alpha": 2}),
         ("steer_values", {"layers": [1], "alpha": 2, "beta": 1}),
         ("steer_cache", {"strength": 1, "random_directions": 0}),
@@ -211,7 +214,7 @@ def test_recipe_says_what_is_done(way):
         return
     assert made.recipe is not None
     recipe = json.loads(made.recipe)
-    kinds = {"in_prefill": "InPrefill", "joined": "Joined", "steer_values": "ValueSteering"}
+    kinds = {"in_prefill": "InPrefill", "joined": "Joined", "reshape": "Reshape", "steer_values": "ValueSteering"}
     assert recipe.get("kind") == (kinds | {"steer_cache": "CacheSteering"}).get(way)
     assert recipe.items() >= WAYS[way][way].items() or way == "in_prefill"
 
@@ -249,3 +252,18 @@ def test_hash_follows_the_interventions(way, field, value):
 def test_replace_on_a_subset_of_layers_is_refused():
     with pytest.raises(ValidationError, match="needs all layers, all KV heads and both parts"):
         Condition.model_validate(CONDITIONS["C"] | {"patch": {"align": "replace", "layers": [1]}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "mode"),
+    [({}, "recursive"), ({"pairing": {"sources": "legal_english"}}, "legal_english"), ({"mode": "French"}, "French")],
+)
+def test_a_mode_that_is_not_named_is_called_after_the_sources(changes, mode):
+    protocol = Protocol.model_validate(protocol_content("bank", **changes))
+    assert protocol.mode == protocol.model_dump()["mode"] == mode
+
+
+@pytest.mark.parametrize("mode", ["plain", "two words", "", 3])
+def test_mode_is_a_word_other_than_plain(mode):
+    with pytest.raises(ValidationError):
+        Protocol.model_validate(protocol_content("bank", mode=mode))

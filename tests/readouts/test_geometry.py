@@ -8,12 +8,24 @@ import torch
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
+from scipy.linalg import subspace_angles
 from torch import Tensor
 
-from core_caches import make_cache, row_of
+from core_caches import ABSOLUTE, make_cache, row_of
 from kvpatch.cache import KVCache
 from kvpatch.errors import CacheError
-from kvpatch.readouts.geometry import layer_at, participation_ratio, r_v, r_v_of
+from kvpatch.readouts.geometry import (
+    cache_ratios,
+    corrected_participation_ratio,
+    layer_at,
+    participation_ratio,
+    principal_angles,
+    r_v,
+    r_v_of,
+    r_v_trajectory,
+)
+from kvpatch.rope import rotate
+from kvpatch.selection import SINKS
 
 sizes = st.integers(1, 24)
 seeds = st.integers(0, 2**31)
@@ -222,3 +234,122 @@ def test_layer_at(layer: int | float, layers: int, expected: int):
 def test_layers_that_are_not_there_are_refused(layer: int | float, message: str):
     with pytest.raises(CacheError, match=message):
         r_v(make_cache((20,)), early=layer, late=0)
+
+
+# --- without the bias of a small window ---
+
+
+def planted(tokens: int, windows: int, seed: int = 0) -> tuple[Tensor, float]:
+    """Windows of Gaussian vectors whose spectrum falls off, and the participation ratio over endless ones."""
+    scale = 0.93 ** torch.arange(64, dtype=torch.float64)
+    truth = float((scale**2).sum() ** 2 / (scale**4).sum())
+    return random(windows, tokens, 64, seed=seed) * scale, truth
+
+
+def test_a_small_window_reads_low_and_the_corrected_ratio_does_not():
+    """The raw ratio climbs with the window; the corrected one does not."""
+    for tokens, at_most in ((8, 6.5), (16, 9.5), (32, 11)):
+        windows, truth = planted(tokens, 2000)
+        assert float(participation_ratio(windows).mean()) < at_most < truth
+        assert float(corrected_participation_ratio(windows).median()) == pytest.approx(truth, rel=0.1)
+
+
+def test_correction_is_the_sum_over_pairs_of_different_vectors():
+    v = random(3, 7, 5)
+    for window, found in zip(v, corrected_participation_ratio(v), strict=True):
+        above = sum(float(a @ a) * float(b @ b) for i, a in enumerate(window) for j, b in enumerate(window) if i != j)
+        below = sum(float(a @ b) ** 2 for i, a in enumerate(window) for j, b in enumerate(window) if i != j)
+        assert float(found) == pytest.approx(above / below, rel=1e-10)
+
+
+def test_what_bounds_nothing_is_infinite_and_what_is_nothing_has_no_corrected_ratio():
+    assert float(corrected_participation_ratio(torch.eye(6))) == float("inf")
+    assert corrected_participation_ratio(torch.zeros(6, 4)).isnan()
+    assert corrected_participation_ratio(torch.ones(1, 4)).isnan()
+    assert float(corrected_participation_ratio(torch.ones(9, 4))) == pytest.approx(1)
+
+
+# --- every layer and head of a cache ---
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_ratios_of_a_cache_are_those_of_each_head_s_last_slots(corrected: bool):
+    cache = make_cache((12, 20, 15), seed=1)
+    ratio = corrected_participation_ratio if corrected else participation_ratio
+    for part in ("k", "v"):
+        found = cache_ratios(cache, part, window=8, corrected=corrected)
+        assert found.shape == (3, 3, 2)
+        for row in range(3):
+            for layer, rope in enumerate(cache.rope):
+                own = cache[row]
+                window = (own.values if part == "v" else own.keys)[layer][0, :, -8:]
+                if part == "k":
+                    window = rotate(window[None], -own.positions[:, -8:], rope)[0]
+                assert torch.allclose(found[row, layer], ratio(window), rtol=1e-4)
+
+
+def test_joined_ratios_are_what_r_v_divides():
+    cache = make_cache((20, 12), seed=1)
+    found = cache_ratios(cache, window=6, joined=True)
+    assert torch.allclose(found[:, 2] / found[:, 0], r_v(cache, 0, 2, window=6))
+
+
+def test_sinks_stay_out_of_the_window():
+    cache = make_cache((10, 10 + SINKS), seed=1)
+    assert cache_ratios(cache, window=10).isnan()[:, 0, 0].tolist() == [True, False]
+    loud = cache.values[0].clone()
+    loud[1, :, :SINKS] *= 1000
+    louder = KVCache(**{**cache.__dict__, "values": (loud, *cache.values[1:])})
+    assert torch.equal(cache_ratios(louder, window=10)[1], cache_ratios(cache, window=10)[1])
+
+
+def test_keys_of_a_model_that_does_not_turn_them_are_read_as_they_are():
+    cache = make_cache((20,), seed=1, rope=ABSOLUTE)
+    assert torch.allclose(cache_ratios(cache, "k")[0, 0], participation_ratio(cache.keys[0][0, :, -16:]))
+
+
+# --- trajectory ---
+
+
+def test_trajectory_is_r_v_of_every_window_of_consecutive_tokens():
+    late, early = random(2, 3, 9, 4, seed=1), random(2, 3, 9, 4, seed=2)
+    found = r_v_trajectory(late, early, 5)
+    assert found.shape == (2, 5)
+    for start in range(5):
+        part = slice(start, start + 5)
+        assert torch.allclose(found[:, start], r_v_of(late[:, :, part], early[:, :, part]), rtol=1e-10)
+    assert r_v_trajectory(late, early, 10).shape == (2, 0)
+
+
+# --- angles ---
+
+
+@given(st.integers(3, 12), st.integers(3, 12), st.integers(1, 3), seeds)
+@limits(max_examples=20, deadline=None)
+def test_angles_are_those_of_scipy_between_leading_directions(tokens: int, dim: int, rank: int, seed: int):
+    a, b = random(tokens, dim, seed=seed), random(tokens + 1, dim, seed=seed + 1)
+    bases = [np.linalg.svd(x.numpy(), full_matrices=False)[2][:rank].T for x in (a, b)]
+    expected = np.sort(subspace_angles(*bases))
+    assert principal_angles(a, b, rank).tolist() == pytest.approx(expected.tolist(), abs=1e-7)
+
+
+def test_angle_of_a_window_with_itself_is_0_whatever_its_order_and_scale():
+    v = random(2, 16, 10)
+    assert principal_angles(v, 3 * v.flip(1), 4).abs().max() < 1e-10
+    assert principal_angles(torch.eye(4)[:2], torch.eye(4)[2:], 2).tolist() == pytest.approx([np.pi / 2] * 2)
+
+
+def test_a_tiny_angle_is_not_lost():
+    a = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    b = torch.tensor([[1.0, 1e-9]], dtype=torch.float64)
+    assert float(principal_angles(a, b, 1)) == pytest.approx(1e-9, rel=1e-6)
+
+
+def test_windows_without_the_rank_have_no_angles_and_spoil_no_others():
+    v = random(3, 6, 5)
+    v[1] = 0
+    w = random(3, 6, 5, seed=1)
+    w[2, 0, 0] = float("nan")
+    assert principal_angles(v, w, 2).isnan().all(dim=1).tolist() == [False, True, True]
+    with pytest.raises(CacheError, match="no subspaces of rank 6"):
+        principal_angles(v, w, 6)

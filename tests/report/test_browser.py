@@ -51,7 +51,7 @@ def hostile(
     protocol: Protocol,
     trials: pd.DataFrame,
     verdicts: list[dict],
-    marker: Callable[[str, str], list[tuple[int, int, str]]],
+    marker: Callable[..., list[tuple[int, int, str]]],
 ) -> Path:
     trials["text"] = [t if i % 3 else HOSTILE for i, t in enumerate(trials["text"])]
     trials["source_text"] = trials["target_text"] = HOSTILE

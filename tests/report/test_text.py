@@ -45,7 +45,7 @@ def test_marked_text_is_escaped_and_keeps_every_character() -> None:
 def test_overlapping_spans_give_a_stretch_of_both_kinds() -> None:
     html = text.marked("abcdef", [(0, 4, "hit"), (2, 6, "copied")])
     assert html.count("<mark") == 3
-    assert '<mark class="hit copied" title="lexicon hit and copied from the source">cd</mark>' in html
+    assert '<mark class="hit copied" title="hit of the mode and copied from the source">cd</mark>' in html
 
 
 @pytest.mark.parametrize("span", [(3, 3, "hit"), (5, 2, "hit"), (9, 12, "hit"), (0, 2, 'x" onclick="y')])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kvpatch.protocols.schema import Protocol
+from kvpatch.statistics.headline import few_pairs
 from kvpatch.statistics.verdicts import headline, verdicts
 
 Make = Callable[..., Any]
@@ -141,3 +142,13 @@ def test_a_protocol_without_a_primary_gate_counts_what_held(make_protocol: Make,
 
 def test_nothing_decided_is_said_so(protocol: Protocol):
     assert headline(protocol, []) == 'Nothing has been decided yet on "A small protocol".'
+
+
+def test_few_pairs_are_told_where_an_alpha_can_not_be_reached(make_protocol: Make, make_trials: Make):
+    both = make_protocol(
+        {"id": "strict", "contrast": "C - N1", "test": "greater", "alpha": 0.001},
+        {"id": "mild", "contrast": "C - N1", "test": "greater"},
+    )
+    few = verdicts(both, make_trials({"C": UP[:6], "N1": FLAT[:6]}))
+    assert few_pairs(few).startswith("n is too small for most verdicts: 1 of 2 hypotheses had fewer pairs")
+    assert few_pairs(verdicts(both, make_trials({"C": UP[:12], "N1": FLAT[:12]}))) is None

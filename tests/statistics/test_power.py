@@ -117,8 +117,8 @@ def test_certified_margin_is_that_of_two_one_sided_t_tests():
 def test_much_greater_needs_the_margin_and_what_the_interval_asks_beyond_it():
     n = 100
     found = of({**GREATER, "test": "much_greater", "margin": {"dz": 0.5}}, n).plain
-    # The interval's lower end is t standard errors below the mean, and has to pass half a standard deviation.
-    needed = stats.t.ppf(0.975, n - 1) + 0.5 * math.sqrt(n)
+    # The t of the mean has to be too large for a true dz of 0.5, at half of .025.
+    needed = stats.nct.isf(0.0125, n - 1, 0.5 * math.sqrt(n))
     for share, dz in ((0.8, found.dz_80), (0.9, found.dz_90)):
         assert stats.nct.sf(needed, n - 1, dz * math.sqrt(n)) == pytest.approx(share, abs=0.04)
 
@@ -126,10 +126,25 @@ def test_much_greater_needs_the_margin_and_what_the_interval_asks_beyond_it():
 # What holds of it
 
 
-@pytest.mark.parametrize("test", sorted(KINDS))
+OF_KIND = {
+    "greater": {},
+    "less": {},
+    "much_greater": {"margin": {"dz": 0.3}},
+    "much_less": {"margin": {"dz": 0.3}},
+    "equivalent": {"margin": {"natural_gap": 0.3}},
+    "trend": {"contrast": "A < N1 < C"},
+    "umbrella": {"contrast": "A < C > N1"},
+    "correlates": {"against": {"contrast": "B - A", "readout": "score"}, "direction": "positive"},
+}
+
+
+def test_every_kind_of_test_is_simulated():
+    assert set(KINDS) == {*OF_KIND, "replicates"}
+
+
+@pytest.mark.parametrize("test", sorted(OF_KIND))
 def test_more_pairs_see_smaller_effects(test):
-    margin = {} if test in ("greater", "less") else {"margin": {"dz": 0.3}}
-    seen = [of({**GREATER, "test": test, **margin}, n, sets=1000).plain.dz_80 for n in (12, 24, 48, 96)]
+    seen = [of({**GREATER, "test": test, **OF_KIND[test]}, n, sets=1000).plain.dz_80 for n in (12, 24, 48, 96)]
     assert seen == sorted(seen, reverse=True)
     assert len(set(seen)) == 4
 
@@ -232,7 +247,7 @@ def test_warnings_say_what_a_small_run_can_not_see():
     protocol = load_protocol("dec7")
     few = warnings_before(protocol, 9, ["1"])
     assert few[0].startswith(
-        "n=9: mode_exists_score, mode_exists_llr and 2 others can't reach p < 0.001 at all: 10 pairs"
+        "n=9: mode_exists_score, mode_exists_llr and 4 others can't reach p < 0.001 at all: 10 pairs"
     )
     twelve = warnings_before(protocol, 12, ["1"])
     assert "(alpha 0.001) can see only effects of dz >= 1." in twelve[0]
@@ -271,7 +286,7 @@ def call(capsys, monkeypatch, *arguments: object) -> str:
 
 def test_command_prints_json_and_a_table(capsys, monkeypatch):
     found = json.loads(call(capsys, monkeypatch, "dec7", "--n", 20, "--phases", "1", "--json"))
-    assert [entry["id"] for entry in found] == [h.id for h in load_protocol("dec7").hypotheses]
+    assert [entry["id"] for entry in found] == [h.id for h in load_protocol("dec7").hypotheses if h.phase == "1"]
     assert found[0]["plain"]["dz_90"] == pytest.approx(1.13, abs=0.04)
     table = call(capsys, monkeypatch, "dec7", "--n", 20)
     assert "transfer_llr" in table

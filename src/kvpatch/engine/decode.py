@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvpatch.cache import PAD, KVCache
+from kvpatch.engine.attention import Attention, AttentionCapture, Look
 from kvpatch.engine.sampling import choose
 from kvpatch.errors import CacheError, ProtocolError
 from kvpatch.models.hf import Backbone, Edits, Slab
@@ -33,12 +34,14 @@ class Continuations:
         values: one tensor a layer asked for, [batch, kv_heads, new_tokens, head_dim]: cached values of the tokens fed
             after the pending one. The last token written is not fed, so its slot is empty (zeros), as are slots after
             a row has stopped.
+        attention: statistics of every head over the tokens fed to write the text, where they were asked for.
     """
 
     token_ids: Tensor
     logprobs: Tensor
     stopped: tuple[str, ...]
     values: dict[int, Tensor]
+    attention: Attention | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -59,6 +62,7 @@ def decode(
     keep_values: Sequence[int] = (),
     on_step: OnStep | None = None,
     edits: Edits | None = None,
+    look: Look | None = None,
 ) -> Continuations:
     """Generate from every row of a cache.
 
@@ -71,6 +75,7 @@ def decode(
         keep_values: layers whose cached values of the new tokens are returned.
         on_step: called after every step with the number of rows still going.
         edits: changes that every step makes to its queries, keys and values.
+        look: what to capture of attention; `marked` is of the cache's slots.
     Raises:
         CacheError: where the seeds do not fit the batch.
         ProtocolError: where the context has no room for the new tokens.
@@ -89,10 +94,13 @@ def decode(
     token_ids = torch.full((cache.batch, max_new_tokens), PAD, dtype=torch.int64, device=device)
     logprobs = torch.full((cache.batch, max_new_tokens), float("nan"), device=device)
     is_going = torch.ones(cache.batch, dtype=torch.bool, device=device)
+    capture = None if look is None else AttentionCapture.after(cache, look)
     feed, position = cache.pending, cache.pending_position
     for step in range(max_new_tokens):
-        hidden = backbone.forward(feed[:, None], position[:, None], slab, edits=edits)[:, -1]  # [batch, width]
-        logits = backbone.logits(hidden)  # [batch, vocabulary]
+        if capture is not None:
+            capture.only(is_going[:, None])
+        hidden = backbone.forward(feed[:, None], position[:, None], slab, edits=edits, watch=capture)[:, -1]
+        logits = backbone.logits(hidden)  # of [batch, width]: [batch, vocabulary]
         chosen = choose(logits, row_seeds, step, temperature, top_p)
         logprob = logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
         token_ids[:, step] = torch.where(is_going, chosen, PAD)
@@ -106,7 +114,7 @@ def decode(
             break
     stopped = tuple("length" if going else "eos" for going in is_going.tolist())
     values = {layer: _new_values(slab, layer, cache.slots, token_ids) for layer in keep_values}
-    return Continuations(token_ids, logprobs, stopped, values)
+    return Continuations(token_ids, logprobs, stopped, values, None if capture is None else capture.result())
 
 
 def slab_of(backbone: Backbone, cache: KVCache, room: int) -> Slab:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kvpatch.cache import PAD, KVCache, Origin
+from kvpatch.engine.attention import Attention, AttentionCapture, Look
 from kvpatch.errors import ProtocolError
-from kvpatch.models.hf import Backbone, Edits, Slab
+from kvpatch.models.hf import Backbone, Edits, Slab, Watch
 from kvpatch.models.template import EncodedPrompt
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 32_768}
@@ -83,12 +84,14 @@ def prefill_pass(
     shared: int = 0,
     beginning: Slab | None = None,
     edits: Edits | None = None,
+    watch: Watch | None = None,
 ) -> KVCache:
     """One pass over prompts; `prefill` cuts many prompts into such passes.
 
     Args:
         shared, beginning: tokens all prompts begin with, and a slab of one row that holds them.
         edits: changes to queries, keys and values as they are made; the pass must then share no beginning.
+        watch: is shown every layer's attention; with a shared beginning, that of the rest alone.
     """
     labels = labels_of(prompts, backbone.device)
     token_ids, positions = labels["token_ids"], labels["positions"]
@@ -105,13 +108,32 @@ def prefill_pass(
     rest = slots - shared
     if rest or not slots:
         own = torch.where(positions >= shared, positions, PAD)[:, -rest:] if rest else positions.new_zeros(batch, 1)
-        backbone.forward(token_ids[:, -rest:].clamp(min=0) if rest else own, own, slab, edits=edits)
+        backbone.forward(token_ids[:, -rest:].clamp(min=0) if rest else own, own, slab, edits=edits, watch=watch)
     return KVCache(
         keys=tuple(_right_aligned(x.keys, positions, shared) for x in slab.slab_layers),
         values=tuple(_right_aligned(x.values, positions, shared) for x in slab.slab_layers),
         **labels,
         rope=backbone.geometry.rope,
     )
+
+
+def watched_prefill(backbone: Backbone, prompts: Sequence[EncodedPrompt], look: Look) -> tuple[KVCache, Attention]:
+    """Caches of prompts in one pass, and statistics of every head over their tokens (the pending ones left out).
+
+    Args:
+        look: what to capture; `marked` is [batch, slots], rows right-aligned as in the cache.
+    Raises:
+        ProtocolError: for no prompt, or one longer than the model's context or of a single token.
+    """
+    longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+    if not 1 < longest <= backbone.geometry.context:
+        raise ProtocolError(
+            f"prompts of 2 to {backbone.geometry.context} tokens can be watched; the longest has {longest}"
+        )
+    labels = labels_of(prompts, backbone.device)
+    none = labels["positions"][:, :0]
+    capture = AttentionCapture(labels["segments"], labels["origins"], none, none, look)
+    return prefill_pass(backbone, prompts, watch=capture), capture.result()
 
 
 def labels_of(prompts: Sequence[EncodedPrompt], device: str | torch.device) -> dict[str, Any]:

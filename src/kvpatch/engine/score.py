@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpatch.cache import PAD, KVCache
+from kvpatch.engine.attention import Attention, AttentionCapture, Look
 from kvpatch.engine.decode import slab_of
 from kvpatch.engine.prefill import TOKENS_AT_ONCE
 from kvpatch.errors import CacheError, ProtocolError
@@ -30,11 +31,13 @@ class Scores:
         logprobs: [batch, branches, tokens], natural logarithm, float32; NaN where a row has no such branch or token.
         values: one tensor a layer asked for, [batch, kv_heads, tokens, head_dim]: cached values of the first branch.
         logits: [batch, positions, vocabulary] of the first branch's first positions, or None.
+        attention: statistics of every head over the pending token and the first branch, where they were asked for.
     """
 
     logprobs: Tensor
     values: dict[int, Tensor]
     logits: Tensor | None
+    attention: Attention | None = None
 
 
 @torch.no_grad()
@@ -46,6 +49,7 @@ def score(
     keep_values: Sequence[int] = (),
     keep_logits: int = 0,
     edits: Callable[[slice], Edits] | None = None,
+    look: Look | None = None,
 ) -> Scores:
     """Feed each row its pending token and its continuations, and read what the model gave each token.
 
@@ -55,6 +59,7 @@ def score(
         keep_values: layers whose cached values of the first continuation are returned.
         keep_logits: return the logits of so many first positions of the first continuation (0: none).
         edits: for a slice of the rows, changes to the queries, keys and values of what is fed.
+        look: what to capture of attention; `marked` is of the cache's slots.
     Raises:
         CacheError: where the continuations do not fit the batch.
         ProtocolError: for an empty continuation, or one the context has no room for.
@@ -69,17 +74,12 @@ def score(
         raise ProtocolError(f"{last} positions are needed; the model's context is {backbone.geometry.context}")
     packed = max(1 + sum(len(branch) for branch in row) for row in continuations)
     rows = max(1, TOKENS_AT_ONCE.get(backbone.device.type, 4096) // packed)
-    parts = [
-        _score_rows(
-            backbone,
-            cache[low : low + rows],
-            continuations[low : low + rows],
-            keep_values,
-            keep_logits,
-            edits(slice(low, min(low + rows, cache.batch))) if edits else None,
-        )
-        for low in range(0, cache.batch, rows)
-    ]
+    parts = []
+    for low in range(0, cache.batch, rows):
+        some = slice(low, min(low + rows, cache.batch))
+        part = cache[some]
+        keep = (keep_values, keep_logits, None if look is None else look.of_rows(some, part.slots))
+        parts.append(_score_rows(backbone, part, continuations[some], keep, edits(some) if edits else None))
     branches = max(len(row) for row in continuations)
     logprobs = torch.full((cache.batch, branches, longest), float("nan"), device=backbone.device)
     at = 0
@@ -91,6 +91,7 @@ def score(
         logprobs,
         {layer: _stack([part.values[layer] for part in parts], 2) for layer in keep_values},
         _stack([part.logits for part in parts if part.logits is not None], 1) if keep_logits else None,
+        Attention.concat([part.attention for part in parts if part.attention is not None]) if look else None,
     )
 
 
@@ -132,11 +133,11 @@ def _score_rows(
     backbone: Backbone,
     cache: KVCache,
     continuations: Sequence[Branches],
-    keep_values: Sequence[int],
-    keep_logits: int,
+    keep: tuple[Sequence[int], int, Look | None],
     edits: Edits | None,
 ) -> Scores:
     device = backbone.device
+    keep_values, keep_logits, look = keep
     packs = [_pack(int(cache.pending[r]), row, bool(keep_values)) for r, row in enumerate(continuations)]
     width = max(len(pack.tokens) for pack in packs)
     count = max(len(row) for row in continuations)
@@ -148,7 +149,10 @@ def _score_rows(
     tokens, branches, offsets = table("tokens", 0), table("branches", 0), table("offsets", PAD)
     positions = torch.where(offsets == PAD, PAD, cache.pending_position[:, None] + offsets)
     slab = slab_of(backbone, cache, width)
-    hidden = backbone.forward(tokens, positions, slab, branches, edits)  # [batch, packed, width]
+    capture = None if look is None else AttentionCapture.after(cache, look)
+    if capture is not None:
+        capture.only(branches <= 1)
+    hidden = backbone.forward(tokens, positions, slab, branches, edits, capture)  # [batch, packed, width]
     wanted = torch.full((cache.batch, count, longest), PAD, dtype=torch.int64)
     read_at = torch.zeros_like(wanted)
     for r, (row, pack) in enumerate(zip(continuations, packs, strict=True)):
@@ -166,4 +170,4 @@ def _score_rows(
     first = max(len(row[0]) for row in continuations)
     values = {i: slab.slab_layers[i].values[:, :, start : start + first] for i in keep_values}
     logits = backbone.logits(states[:, 0, :keep_logits]) if keep_logits else None
-    return Scores(logprobs, values, logits)
+    return Scores(logprobs, values, logits, None if capture is None else capture.result())

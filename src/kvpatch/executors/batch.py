@@ -6,28 +6,38 @@ texts -> prefill, each distinct prompt once -> conditions spliced -> all trials 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from kvpatch.cache import PAD, KVCache
+from kvpatch.engine.attention import Attention, Look
 from kvpatch.engine.decode import Continuations, decode
 from kvpatch.engine.score import score
 from kvpatch.executors.conditions import Built, Natural, build_all, giver_role, prefill_all
+from kvpatch.executors.shape import (
+    OPTIONAL_COLUMNS,
+    attention_means,
+    attention_table,
+    cache_geometry,
+    output_geometry,
+    what_to_watch,
+)
 from kvpatch.model import Model
 from kvpatch.models.hf import Edits
 from kvpatch.protocols.plan import Batch
-from kvpatch.readouts.behavior import Lexicon, ngram_overlap, recursive_score, recursive_score_masked
+from kvpatch.readouts.behavior import ngram_overlap
 from kvpatch.readouts.fluency import CoherenceLimits, is_coherent, repetition_profile
-from kvpatch.readouts.geometry import layer_at, r_v, r_v_of
+from kvpatch.readouts.geometry import layer_at, r_v, r_v_of, r_v_trajectory
 from kvpatch.readouts.likelihood import js_pull, log_likelihood_ratios
 
 OnTokens = Callable[[int], None]
+OnAttention = Callable[[pa.Table], None]
 
 
 @dataclass(frozen=True)
@@ -37,10 +47,17 @@ class _Forced:
     rv_output: list[float]
     js_pull: list[float]
     cells: Tensor  # [trials, 4, positions], mean log-probabilities
+    geometry: list[dict[str, Any]]
+    attention: Attention | None
 
 
 def run_batch(
-    model: Model, batch: Batch, *, limits: CoherenceLimits | None = None, on_tokens: OnTokens | None = None
+    model: Model,
+    batch: Batch,
+    *,
+    limits: CoherenceLimits | None = None,
+    on_tokens: OnTokens | None = None,
+    on_attention: OnAttention | None = None,
 ) -> list[dict[str, Any]]:
     """Run every trial of a batch.
 
@@ -49,6 +66,7 @@ def run_batch(
         batch: what to run.
         limits: coherence limits from the calibration; None leaves `coherent` empty.
         on_tokens: called with the number of tokens a decoding step wrote.
+        on_attention: called with a table of `store.ATTENTION_SCHEMA`, where the phase watches attention.
     Returns:
         One row a trial, with the columns of `store.TRIAL_COLUMNS`.
     """
@@ -58,6 +76,7 @@ def run_batch(
     before = mixed.checksums()
     layers = _rv_layers(model, batch)
     steering = built.steering.edits() if built.steering else {}
+    look = None if batch.watched is None else what_to_watch(batch.watched, mixed)
     written = decode(
         model.backbone,
         mixed,
@@ -69,14 +88,20 @@ def run_batch(
         keep_values=layers,
         on_step=on_tokens,
         edits=steering,
+        look=look,
     )
     _count_steered_steps(built, steering, max(written.lengths))
-    forced = _force(model, batch, natural, built, layers)
+    forced = _force(model, batch, natural, built, layers, look)
     nll_target = _nll_target(model, batch, natural, written)
     after = mixed.checksums()
     window = batch.readouts.r_v.window
     rv_prompt = r_v(mixed, early=layers[1], late=layers[0], window=window).tolist()
     texts = model.texts(written.token_ids)
+    of_cache = cache_geometry(mixed, layers, window) if batch.geometry else [{}] * mixed.batch
+    heads = attention_means(forced.attention, mixed, look) if forced.attention and look else [{}] * mixed.batch
+    if on_attention is not None and written.attention is not None and forced.attention is not None:
+        ids = [trial.trial_id for trial in batch.trials]
+        on_attention(attention_table(ids, {"own": written.attention, "forced": forced.attention}))
     rows = []
     for index in range(len(batch.trials)):
         row: dict[str, Any] = {"model": model.loaded.name, **_identity(batch, index, natural, mixed)}
@@ -93,6 +118,9 @@ def run_batch(
             "changes_fired": built.fired[index],
             "error": _error(built, index, before[index] == after[index], row["nll_own"]),
         }
+        row |= dict.fromkeys(OPTIONAL_COLUMNS) | of_cache[index] | forced.geometry[index] | heads[index]
+        if batch.geometry:
+            row["rv_trajectory"] = _own_trajectory(written, index, layers, window)
         row["coherent"] = limits and is_coherent(row["nll_target"], row["repetition_4"], limits)
         rows.append(row)
     return rows
@@ -125,7 +153,9 @@ def _rv_layers(model: Model, batch: Batch) -> tuple[int, int]:
     return layer_at(settings.late, layers), layer_at(settings.early, layers)
 
 
-def _force(model: Model, batch: Batch, natural: Natural, built: Built, layers: tuple[int, int]) -> _Forced:
+def _force(
+    model: Model, batch: Batch, natural: Natural, built: Built, layers: tuple[int, int], look: Look | None
+) -> _Forced:
     """Force the fixed continuation and the held-out ones on every trial, and the fixed one on the natural prompts."""
     settings = batch.readouts
     forced = [model.continuation_ids(pair.forced)[: settings.forced_tokens] for pair in batch.pairs]
@@ -135,34 +165,56 @@ def _force(model: Model, batch: Batch, natural: Natural, built: Built, layers: t
     ]
     n_pairs = len(batch.pairs)
     sides = KVCache.concat([natural.rows(range(n_pairs), "target"), natural.rows(range(n_pairs), "source")])
-    reading = score(model.backbone, sides, [[ids] for ids in forced * 2], keep_logits=settings.js_positions)
+    reading = score(
+        model.backbone,
+        sides,
+        [[ids] for ids in forced * 2],
+        keep_values=layers[:1] if batch.geometry else (),
+        keep_logits=settings.js_positions,
+    )
     assert reading.logits is not None
     rv_output: list[float] = []
     pulls: list[float] = []
     cells: list[Tensor] = []
+    geometry: list[dict[str, Any]] = []
+    watched: list[Attention] = []
     step = max(1, n_pairs)
     for low in range(0, len(batch.trials), step):
         trials = batch.trials[low : low + step]
         wanted = [[forced[t.pair], *(ids for cell in held_out[t.pair] for ids in cell)] for t in trials]
+        cache = built.cache[low : low + step]
         part = score(
             model.backbone,
-            built.cache[low : low + step],
+            cache,
             wanted,
             keep_values=layers,
             keep_logits=settings.js_positions,
             edits=_edits_from(built, low),
+            look=None if look is None else look.of_rows(slice(low, low + step), cache.slots),
         )
         assert part.logits is not None
+        watched += [part.attention] if part.attention else []
         window = settings.r_v.window
         for row, trial in enumerate(trials):
             length = len(forced[trial.pair])
-            late, early = (part.values[layer][row : row + 1, :, max(0, length - window) : length] for layer in layers)
-            rv_output.append(float(r_v_of(late, early)) if length >= window else float("nan"))
+            late, early = (part.values[layer][row : row + 1, :, :length] for layer in layers)
+            last = slice(max(0, length - window), length)
+            has_window = length >= window
+            rv_output.append(float(r_v_of(late[:, :, last], early[:, :, last])) if has_window else float("nan"))
+            if batch.geometry:
+                natural_late = reading.values[layers[0]][[trial.pair, n_pairs + trial.pair], :, :length]
+                geometry.append(output_geometry(late, early, natural_late, window))
             positions = min(settings.js_positions, length)
             of_target, of_source = reading.logits[trial.pair], reading.logits[n_pairs + trial.pair]
             pulls.append(js_pull(part.logits[row][:positions], of_target[:positions], of_source[:positions]))
             cells.append(_cell_means(part.logprobs[row, 1:], held_out[trial.pair], settings.likelihood_tokens))
-    return _Forced(rv_output, pulls, torch.stack(cells))
+    return _Forced(
+        rv_output,
+        pulls,
+        torch.stack(cells),
+        geometry or [{}] * len(batch.trials),
+        Attention.concat(watched) if watched else None,
+    )
 
 
 def _edits_from(built: Built, low: int) -> Callable[[slice], Edits] | None:
@@ -235,21 +287,18 @@ def _output(written: Continuations, index: int, text: str) -> dict[str, Any]:
 def _scores(batch: Batch, index: int, text: str, token_ids: list[int]) -> dict[str, Any]:
     """Readouts of the text alone. Every condition of a pair is masked by the same prompts, so that none is favoured."""
     pair = batch.pairs[batch.trials[index].pair]
-    lexicon = _lexicon(batch.readouts.lexicon)
     seen = "\n".join(pair.texts[role] for role in pair.masked_by)
+    scored = batch.scorer.score(text, seen)
+    hits = None if scored.hits is None else [{"start": start, "end": end} for start, end in scored.hits]
     repeated = {f"repetition_{n}": share for n, share in repetition_profile(token_ids).items()}
     return {
-        "recursive_score": recursive_score(text, lexicon),
-        "recursive_score_masked": recursive_score_masked(text, seen, lexicon),
+        "recursive_score": scored.score,
+        "recursive_score_masked": scored.masked,
+        "mode_hits": hits,
         "overlap_4gram": ngram_overlap(text, pair.texts["source"]),
         "repetition": repeated["repetition_4"],
         **repeated,
     }
-
-
-@functools.lru_cache(maxsize=4)
-def _lexicon(name: str) -> Lexicon:
-    return Lexicon.load(name)
 
 
 def _likelihoods(forced: _Forced, index: int, first: int) -> dict[str, Any]:
@@ -271,3 +320,10 @@ def _rv_own(written: Continuations, index: int, layers: tuple[int, int], window:
         return float("nan")
     late, early = (written.values[layer][index : index + 1, :, fed - window : fed] for layer in layers)
     return float(r_v_of(late, early))
+
+
+def _own_trajectory(written: Continuations, index: int, layers: tuple[int, int], window: int) -> list[float]:
+    """R_V of every window of the tokens the trial wrote and fed."""
+    fed = written.lengths[index] - 1
+    late, early = (written.values[layer][index : index + 1, :, :fed] for layer in layers)
+    return r_v_trajectory(late, early, window)[0].tolist()

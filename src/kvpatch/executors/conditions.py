@@ -14,11 +14,12 @@ from kvpatch.cache import KVCache
 from kvpatch.cache_steering import join_prompts, joined_cache, steer_cache
 from kvpatch.engine.prefill import prefill
 from kvpatch.errors import KvpatchError
-from kvpatch.interventions import CacheSteering, InPrefill, Joined, ValueSteering
+from kvpatch.interventions import CacheSteering, InPrefill, Joined, Reshape, ValueSteering
 from kvpatch.model import Model
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.protocols.plan import Batch, PlannedPair
 from kvpatch.protocols.schema import Condition
+from kvpatch.reshape import reshape_cache
 from kvpatch.selection import layer_indices
 from kvpatch.splice import splice
 
@@ -150,6 +151,9 @@ def _build(model: Model, batch: Batch, natural: Natural, condition: Condition, p
     if isinstance(spec, CacheSteering):
         directions = _directions(model, tuple(batch.reference_texts), tuple(batch.reference_targets))
         return _Part(steer_cache(own, spec, directions, [batch.pairs[pair].number for pair in pairs]))
+    if isinstance(spec, Reshape):
+        givers = natural.rows(pairs, str(condition.from_))
+        return _Part(reshape_cache(own, givers, spec, seeds, batch.readouts.r_v.window))
     if isinstance(spec, Joined):
         givers = natural.prompts_of(pairs, str(condition.from_))
         separator = model.continuation_ids(spec.separator)

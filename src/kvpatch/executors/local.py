@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol as Interface
 
 import numpy as np
+import pyarrow as pa
 
 from kvpatch.executors.batch import OnTokens, run_batch
 from kvpatch.model import Model
@@ -48,8 +49,11 @@ class LocalExecutor:
             tokens = 0
             if batch.batch_id not in done:
                 judged_by = limits.get(batch.calibration)
-                rows = run_batch(self.models[batch.model], batch, limits=judged_by, on_tokens=on_tokens)
-                store.append(batch.batch_id, rows)
+                heads: list[pa.Table] = []
+                rows = run_batch(
+                    self.models[batch.model], batch, limits=judged_by, on_tokens=on_tokens, on_attention=heads.append
+                )
+                store.append(batch.batch_id, rows, heads[0] if heads else None)
                 tokens = sum(row["n_tokens"] for row in rows)
             on_batch(batch, tokens)
         return limits

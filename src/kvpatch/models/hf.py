@@ -17,7 +17,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,34 @@ class LayerEdit:
 
 Edits = Mapping[int, LayerEdit]
 """Layer -> edit."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one layer's attention is made from: its probabilities are softmax(softcap(query key^T scaling) + bias).
+
+    Attributes:
+        query: [batch, query_heads, queries, dim]; key: [batch, kv_heads, slots, dim], both after RoPE and any edit. The
+            queries stand in the last slots.
+        bias: [batch, 1, queries, slots], 0 where a query may look, -inf elsewhere.
+        scaling: factor of the scores. softcap: where they are capped, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    bias: Tensor
+    scaling: float
+    softcap: float | None
+
+
+class Watch(Protocol):
+    """Is shown the attention of every layer of a forward pass. It changes nothing, and is seen by that pass alone."""
+
+    def begin(self, token_ids: Tensor, positions: Tensor) -> None:
+        """A pass starts, over tokens [batch, new] at positions [batch, new], -1 where padded."""
+
+    def see(self, layer: int, seen: Seen) -> None:
+        """One layer's turn."""
 
 
 class SlabLayer(CacheLayerMixin):
@@ -175,6 +203,7 @@ class _Step:
     dtype: torch.dtype
     slot_branches: Tensor | None = None  # [batch, slots]
     edits: Edits = field(default_factory=dict)
+    watch: Watch | None = None
     windows: dict[int, int | None] = field(default_factory=dict)
     query_heads: int = 0
     _bias: dict[int | None, Tensor] = field(default_factory=dict)
@@ -225,6 +254,8 @@ def _attend(
     if edit := step.edits.get(layer):
         query = edit.apply("query", query)
     bias = step.bias(sliding_window)
+    if step.watch is not None:
+        step.watch.see(layer, Seen(query, key, bias, query.shape[3] ** -0.5 if scaling is None else scaling, softcap))
     batch, heads, queries, dim = query.shape
     kv_heads = key.shape[1]
     if queries == 1:
@@ -294,6 +325,7 @@ class Backbone:
         slab: Slab,
         branches: Tensor | None = None,
         edits: Edits | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
         """Run tokens at positions, writing their keys and values into the slab's next slots.
 
@@ -303,12 +335,15 @@ class Backbone:
             slab: holds what the tokens may look at; `extend`ed here.
             branches: [batch, new], see `Slab`; None where all continue one sequence.
             edits: changes to queries, keys and values as they are made.
+            watch: is shown what every layer's attention is made from.
         Returns:
             Hidden states [batch, new, width], after the final norm.
         """
         slab.extend(positions, branches)
         of_slots = None if branches is None else slab.branches[:, : slab.length]
-        step = _Step(slab.positions[:, : slab.length], positions, self.dtype, of_slots, edits or {})
+        step = _Step(slab.positions[:, : slab.length], positions, self.dtype, of_slots, edits or {}, watch)
+        if watch is not None:
+            watch.begin(token_ids, positions)
         return self._run(token_ids, positions.clamp(min=0), slab, step)
 
     def _run(self, token_ids: Tensor, position_ids: Tensor, slab: Slab, step: _Step) -> Tensor:

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from kvpatch.errors import ModelError
 from kvpatch.models.named import Progress, cache_directory, fetch_gguf, named_models
+from kvpatch.organisms.directories import ORGANISMS, PREFIX, organism_directory
 
 CONVERSION = 1
 """Version of the conversion from GGUF; part of the cache path, so that a changed conversion converts again."""
@@ -46,7 +47,7 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     Args:
-        name: a named model, a local directory, a `.gguf` file, or a hub id.
+        name: a named model, an organism, a local directory, a `.gguf` file, or a hub id.
         device: "cuda" where there is one, else "cpu".
         dtype: float32 on a CPU, bfloat16 elsewhere.
         allow_pickle: also take weights in pickled files, which can run code when read.
@@ -83,6 +84,8 @@ def load_model(
 def resolve(name: str, report: Progress) -> tuple[Path | str, bool]:
     """The directory (or hub id) to load, and whether kvpatch made it; a GGUF is converted once."""
     path = Path(name).expanduser()
+    if name.removeprefix(PREFIX) in ORGANISMS and name.startswith(PREFIX):
+        return organism_directory(name.removeprefix(PREFIX), cache_directory()), False
     if name in named_models():
         return _converted(name, f"{name}-{named_models()[name].key}", report), True
     if path.is_file():

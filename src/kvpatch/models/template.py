@@ -72,7 +72,7 @@ def encode(tokenizer: Any, text: str, *, chat: bool | None = None, may_be_empty:
     special = set(tokenizer.all_special_ids)
     segments, pieces, seen = [], [], 0
     for index, (token, (low, high)) in enumerate(zip(ids, offsets, strict=True)):
-        pieces.append(rendered[max(low, seen) : max(high, seen)])
+        pieces.append(rendered[seen : max(high, seen)])  # with the space that a word-level token leaves out
         seen = max(seen, high)
         segments.append(_segment(index, token, low, high, start, end, special, chat))
     return EncodedPrompt(tuple(ids), tuple(segments), tuple(pieces))

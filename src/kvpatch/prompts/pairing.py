@@ -9,12 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from kvpatch.errors import ProtocolError
 from kvpatch.prompts.bank import Bank, Continuation, Prompt
-from kvpatch.protocols.schema import Pairing, Protocol
+from kvpatch.protocols.schema import PLAIN, Pairing, Protocol
 from kvpatch.readouts.behavior import content_words
 
-CELLS = (("recursive", "target"), ("plain", "target"), ("recursive", "source"), ("plain", "source"))
-"""The 2x2 of held-out continuations: (mode, whose topic)."""
+
+def cells_of(mode: str) -> tuple[tuple[str, str], ...]:
+    """The 2x2 of held-out continuations of a mode: (mode, whose topic)."""
+    return (mode, "target"), (PLAIN, "target"), (mode, "source"), (PLAIN, "source")
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,9 @@ class Pair:
     """A target, its source, and what else the conditions of the pair need.
 
     `others` holds prompts of further groups of the bank, by group: matched in length with the source, each used once,
-    so that late pairs may have none. `continuations` gives, for every cell of `CELLS`, openings on the pair's domains
-    that share no content word with the source. Words of the prompts of the roles in `masked_by` do not count in the
-    masked score.
+    so that late pairs may have none. `continuations` gives, for every cell of `cells_of`, openings on the pair's
+    domains that share no content word with the source. Words of the prompts of the roles in `masked_by` do not count in
+    the masked score.
     """
 
     target: Prompt
@@ -59,7 +62,13 @@ def form_pairs(
         pairing: how; the protocol's own way if None. Only that one holds pairs out.
     Returns:
         Pairs no further apart than the pairing allows; the rest is dropped and counted.
+    Raises:
+        ProtocolError: where the bank lacks a group, or has no continuations of the protocol's mode.
     """
+    modes = {continuation.mode for continuation in bank.continuations}
+    if missing := [mode for mode in (protocol.mode, PLAIN) if mode not in modes]:
+        known = ", ".join(sorted(modes)) or "none at all"
+        raise ProtocolError(f"bank {bank.name!r} has no continuations of mode {missing[0]!r}; it has {known}")
     how = pairing or protocol.pairing
     found = _by_subject(bank, how, seed) if how.by == "subject" else _by_length(bank, how, lengths)
     kept: list[Pair] = []
@@ -135,5 +144,5 @@ def _cells(
             and c.domain == domain[side]
             and not content_words(c.text) & banned
         )[: protocol.readouts.continuations_per_cell]
-        for mode, side in CELLS
+        for mode, side in cells_of(protocol.mode)
     )

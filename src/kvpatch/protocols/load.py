@@ -23,22 +23,24 @@ def shipped_protocols() -> list[str]:
 
 
 def load_protocol(name: str) -> Protocol:
-    """Read a protocol.
+    """Read a protocol; its paths are relative to its file, whatever the working directory.
 
     Raises:
         ProtocolError: for an unknown name, an unreadable file, or content that is not a protocol.
     """
     path = Path(name)
+    folder = path.absolute().parent
     if path.suffix in (".yaml", ".yml"):
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ProtocolError(f"{name}: can't be read: {getattr(error, 'strerror', None) or error}") from error
     elif name in shipped_protocols():
-        text = files("kvpatch.protocols").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+        shipped = files("kvpatch.protocols")
+        text, folder = shipped.joinpath(f"{name}.yaml").read_text(encoding="utf-8"), Path(str(shipped))
     else:
         raise ProtocolError(f"no protocol {name!r}: shipped are {', '.join(shipped_protocols())}; or give a .yaml file")
-    return parse_protocol(text, name)
+    return parse_protocol(text, name).placed(folder)
 
 
 def parse_protocol(text: str, name: str) -> Protocol:
@@ -54,12 +56,39 @@ def parse_protocol(text: str, name: str) -> Protocol:
         raise ProtocolError(f"{name}, line 1: expected a mapping with the keys of a protocol")
     if repeated := _repeated_key(node):
         raise ProtocolError(f"{name}, line {repeated.start_mark.line + 1}: key {repeated.value!r} is given twice")
+    if "extends" in loaded:
+        loaded = _laid_over(loaded, name, _line(node, ["extends"]))
     try:
         return Protocol.model_validate(loaded)
     except ValidationError as error:
         loc, message = _explained(error, node)
         key = ".".join(str(part) for part in loc)
         raise ProtocolError(f"{name}, line {_line(node, loc)}, {key or 'protocol'}: {message}") from error
+
+
+def _laid_over(loaded: dict[str, Any], name: str, line: int) -> dict[str, Any]:
+    """The content of a protocol that says only what it changes of the shipped one it `extends`.
+
+    Mappings are merged key by key; a hypothesis of a known id is changed, another one is added.
+    """
+    base_name = loaded["extends"]
+    if base_name not in shipped_protocols():
+        raise ProtocolError(f"{name}, line {line}, extends: no shipped protocol {base_name!r}")
+    base = yaml.safe_load(files("kvpatch.protocols").joinpath(f"{base_name}.yaml").read_text(encoding="utf-8"))
+    changes = {key: value for key, value in loaded.items() if key != "extends"}
+    hypotheses = changes.get("hypotheses")
+    if isinstance(hypotheses, list) and all(isinstance(h, dict) for h in hypotheses):
+        known = {h["id"]: h for h in base["hypotheses"]}
+        for h in hypotheses:
+            known[h.get("id")] = {**known.get(h.get("id"), {}), **h}
+        changes["hypotheses"] = list(known.values())
+    return _merged(base, changes)
+
+
+def _merged(base: Any, changes: Any) -> Any:
+    if not isinstance(base, dict) or not isinstance(changes, dict):
+        return changes
+    return {**base, **{key: _merged(base.get(key), value) for key, value in changes.items()}}
 
 
 def _explained(error: ValidationError, node: yaml.Node | None) -> tuple[list[int | str], str]:

@@ -17,7 +17,8 @@ from kvpatch.errors import ProtocolError
 from kvpatch.patch import Frozen
 from kvpatch.prompts.bank import Bank, shuffled_words
 from kvpatch.prompts.pairing import Pair, Pairs, form_pairs
-from kvpatch.protocols.schema import ROLES, Condition, Generation, Phase, Protocol, Readouts, calibration_of
+from kvpatch.protocols.schema import ROLES, Condition, Generation, Phase, Protocol, Readouts, Watched, calibration_of
+from kvpatch.readouts.scorer import Scorer, read_scorer
 
 ROWS_PER_BATCH = 120
 """Trials in a batch, about; on two CPU cores the matrix products stop gaining from more."""
@@ -68,8 +69,11 @@ class Batch(Frozen):
     trials: list[PlannedTrial]
     generation: Generation
     readouts: Readouts
+    scorer: Scorer
     reference_texts: list[str]
     reference_targets: list[str]
+    watched: Watched | None = None
+    geometry: bool = False
 
 
 class Skipped(Frozen):
@@ -84,6 +88,7 @@ class Plan(Frozen):
     """Everything a run will do."""
 
     batches: list[Batch]
+    scorer: Scorer
     skipped: list[Skipped]
     dropped_pairs: list[str]
 
@@ -143,13 +148,14 @@ def make_plan(
         n: pairs per condition, in place of each phase's own. A phase with a pairing of its own takes what that gives.
         phases: names of the phases to run; all if None.
     Raises:
-        ProtocolError: for an unknown phase, or more pairs than the bank gives.
+        ProtocolError: for an unknown phase, a scorer that can't be read, or more pairs than the bank gives.
     """
     chosen = chosen_phases(protocol, phases)
     if n is not None and n < 1:
         raise ProtocolError(f"n must be at least 1, got {n}")
     if len(bank.by_id) == 0:
         raise ProtocolError(f"bank {bank.name!r} is empty")
+    scorer = read_scorer(protocol.readouts.lexicon, protocol.folder)
     batches: list[Batch] = []
     skipped: list[Skipped] = []
     dropped: list[str] = []
@@ -157,7 +163,7 @@ def make_plan(
     for name in chosen:
         phase = protocol.phases[name]
         if phase.model not in planners:
-            planner = planners[phase.model] = _Planner(protocol, bank, phase.model, models[phase.model], seed)
+            planner = planners[phase.model] = _Planner(protocol, bank, scorer, phase.model, models[phase.model], seed)
             batches += planner.calibration()
             dropped += planner.formed.dropped
         planner = planners[phase.model]
@@ -166,14 +172,17 @@ def make_plan(
         batches += planner.batches(name, "test", pairs, phase.all_conditions)
     for planner in planners.values():
         skipped += planner.skipped
-    return Plan(batches=batches, skipped=skipped, dropped_pairs=dropped)
+    return Plan(batches=batches, scorer=scorer, skipped=skipped, dropped_pairs=dropped)
 
 
 class _Planner:
     """What the batches of one model share."""
 
-    def __init__(self, protocol: Protocol, bank: Bank, key: str | None, model: PlanningModel, seed: int) -> None:
-        self.protocol, self.bank, self.key, self.model, self.seed = protocol, bank, key, model, seed
+    def __init__(
+        self, protocol: Protocol, bank: Bank, scorer: Scorer, key: str | None, model: PlanningModel, seed: int
+    ) -> None:
+        self.protocol, self.bank, self.scorer = protocol, bank, scorer
+        self.key, self.model, self.seed = key, model, seed
         self.lengths = {p.id: model.body_length(p.text) for p in bank.prompts}
         self.formed = form_pairs(bank, protocol, self.lengths, seed)
         self.held_out = self.formed.pairs[: protocol.calibration.pairs]
@@ -205,6 +214,7 @@ class _Planner:
     def batches(self, phase: str, split: str, pairs: Sequence[Pair], names: Sequence[str]) -> list[Batch]:
         """Batches of one phase."""
         conditions = {name: self.protocol.conditions[name] for name in names if self._is_possible(phase, name, pairs)}
+        asked = self.protocol.phases.get(phase)  # a calibration is no phase of the protocol
         per_pair = len(conditions) * self.protocol.generation.samples
         step = max(1, ROWS_PER_BATCH // max(1, per_pair))
         needs_reference = any(_is_fitted(condition) for condition in conditions.values())
@@ -232,8 +242,11 @@ class _Planner:
                     trials=trials,
                     generation=self.protocol.generation,
                     readouts=self.protocol.readouts,
+                    scorer=self.scorer,
                     reference_texts=self.reference[0] if needs_reference else [],
                     reference_targets=self.reference[1] if needs_reference else [],
+                    watched=asked.watched if asked else None,
+                    geometry=asked is not None and asked.geometry,
                 )
             )
         return out
@@ -293,7 +306,11 @@ class _Planner:
             "generation": self.protocol.generation.model_dump(mode="json"),
             "reference": self.reference if _is_fitted(condition) else [],
             "readouts": self.protocol.readouts.model_dump(mode="json"),
+            "scorer": self.scorer.sha256,
         }
+        if asked := self.protocol.phases.get(phase):
+            watched = None if asked.watched is None else asked.watched.model_dump(mode="json")
+            content |= {"watched": watched, "geometry": asked.geometry}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         trial_id = hashlib.sha256(text.encode()).hexdigest()[:32]
         return PlannedTrial(trial_id=trial_id, pair=index, condition=name, sample=sample, seed=seed)

@@ -10,12 +10,13 @@ import hashlib
 import json
 import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from kvpatch.interventions import CacheSteering, InPrefill, Joined, ValueSteering
-from kvpatch.patch import Frozen, Patch
+from kvpatch.interventions import CacheSteering, InPrefill, Intervention, Joined, Reshape, ValueSteering
+from kvpatch.patch import Frozen, NamedSlots, Patch, SlotQuery
 
 Side = Literal["target", "source"]
 ROLES = ("target", "source", "foreign", "neutral", "shuffled_words")
@@ -26,6 +27,9 @@ Test = Literal[
     "greater", "less", "much_greater", "much_less", "equivalent", "trend", "umbrella", "correlates", "replicates"
 ]
 Correction = Literal["holm", "benjamini_hochberg"]
+Mode = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
+PLAIN = "plain"
+"""What is not in the protocol's mode."""
 
 
 class Misplaced(ValueError):
@@ -56,7 +60,11 @@ class RVSettings(Frozen):
 class Readouts(Frozen):
     """Settings of the readouts; which numbers they give is fixed (see the trial columns)."""
 
-    lexicon: str = "recursion"
+    lexicon: str = Field(
+        default="recursion",
+        description="what scores a text: a shipped lexicon, a lexicon's YAML file, or a function as file.py:function "
+        "or package.module:function; paths are relative to the protocol file",
+    )
     r_v: RVSettings = RVSettings()
     forced_tokens: int = Field(default=24, ge=2, description="tokens of the fixed continuation R_V is forced on")
     likelihood_tokens: int = Field(default=8, ge=1, description="first tokens of a held-out continuation that count")
@@ -90,7 +98,8 @@ class Condition(Frozen):
 
     Without more the cache is the natural one of `into`. `patch` splices `from`'s cache in; `text_of` is the text a full
     swap equals: that prompt's cached tokens, then `into`'s last token, prefilled; `in_prefill` and `joined` take from
-    `from` while prompts run; `steer_values` and `steer_cache` add a direction of the calibration pairs.
+    `from` while prompts run; `reshape` takes `from`'s participation ratio; `steer_values` and `steer_cache` add a
+    direction of the calibration pairs.
     """
 
     about: str
@@ -100,6 +109,7 @@ class Condition(Frozen):
     text_of: str | None = None
     in_prefill: InPrefill | None = None
     joined: Joined | None = None
+    reshape: Reshape | None = None
     steer_values: ValueSteering | None = None
     steer_cache: CacheSteering | None = None
     role: Role = "control"
@@ -107,19 +117,19 @@ class Condition(Frozen):
 
     @model_validator(mode="after")
     def _is_one_way(self) -> Condition:
-        ways = ("patch", "text_of", "in_prefill", "joined", "steer_values", "steer_cache")
+        ways = ("patch", "text_of", "in_prefill", "joined", "reshape", "steer_values", "steer_cache")
         given = [way for way in ways if getattr(self, way) is not None]
         if len(given) > 1:
             raise ValueError(f"a condition is made in one way; it has {' and '.join(repr(way) for way in given)}")
-        takes = [way for way in given if way in ("patch", "in_prefill", "joined")]
+        takes = [way for way in given if way in ("patch", "in_prefill", "joined", "reshape")]
         if (self.from_ is None) == bool(takes):
-            raise ValueError("'from' goes with 'patch', 'in_prefill' or 'joined', and each of them needs it")
+            raise ValueError("'from' goes with 'patch', 'in_prefill', 'joined' or 'reshape', and each of them needs it")
         return self
 
     @property
-    def intervention(self) -> InPrefill | Joined | ValueSteering | CacheSteering | None:
+    def intervention(self) -> Intervention | None:
         """What is done, where it is not a splice."""
-        return self.in_prefill or self.joined or self.steer_values or self.steer_cache
+        return self.in_prefill or self.joined or self.reshape or self.steer_values or self.steer_cache
 
     @property
     def recipe(self) -> str | None:
@@ -143,11 +153,27 @@ class Condition(Frozen):
         return prompt in (None, "target", "source")
 
 
+class Watched(Frozen):
+    """What of attention a phase watches beside the statistics that it always gets (see `heads.STATISTICS`).
+
+    `marked`: slots of a trial's cache whose share of attention is read, such as self-referential words.
+    """
+
+    marked: NamedSlots | SlotQuery | None = None
+
+    @model_validator(mode="after")
+    def _needs_no_chance(self) -> Watched:
+        if isinstance(self.marked, SlotQuery) and self.marked.matched_to is not None:
+            raise ValueError("marked slots are chosen by meaning; matched_to draws them at random")
+        return self
+
+
 class Phase(Frozen):
     """One question: which conditions, on how many pairs.
 
     `conditions` are the question's own; `controls` run beside them. A phase may form its pairs in its own way, and may
-    run on another model, by a key of the protocol's `models`.
+    run on another model, by a key of the protocol's `models`. `attention` (true, or what to mark) and `geometry` add
+    readouts that other phases do not pay for.
     """
 
     question: str
@@ -156,6 +182,13 @@ class Phase(Frozen):
     controls: list[str] = Field(default=[])
     pairing: Pairing | None = None
     model: str | None = None
+    attention: bool | Watched = Field(default=False, description="read every attention head of every trial")
+    geometry: bool = Field(default=False, description="read the whole cache's geometry, not R_V alone")
+
+    @property
+    def watched(self) -> Watched | None:
+        """What of attention is watched, None for nothing."""
+        return Watched() if self.attention is True else self.attention or None
 
     @property
     def all_conditions(self) -> list[str]:
@@ -345,9 +378,16 @@ class Protocol(Frozen):
     protocol: str
     title: str
     question: str
-    bank: str = "recursion"
+    bank: str = Field(
+        default="recursion", description="a directory of YAML files, relative to the protocol file, or a shipped bank"
+    )
     models: dict[str, str] = Field(default={}, description="further models by key; a phase names one of them")
     pairing: Pairing = Pairing()
+    mode: Mode = Field(
+        default_factory=lambda data: data["pairing"].sources if "pairing" in data else "",
+        description="a word for what the sources evoke, as the bank's continuations name it; if not given, the group "
+        "of the sources",
+    )
     generation: Generation = Generation()
     readouts: Readouts = Readouts()
     calibration: Calibration = Calibration()
@@ -355,6 +395,18 @@ class Protocol(Frozen):
     phases: dict[str, Phase]
     hypotheses: list[Hypothesis]
     corrections: dict[str, Correction] = Field(default={}, description="family -> correction; Holm where not named")
+    expected: dict[str, dict[str, list[str]]] = Field(
+        default={},
+        description="organism -> verdict (or several, joined by 'or') -> the hypotheses that must get it in validation",
+    )
+    _folder: Path | None = PrivateAttr(default=None)
+
+    @field_validator("mode")
+    @classmethod
+    def _is_not_plain(cls, mode: str) -> str:
+        if mode == PLAIN:
+            raise ValueError(f"{PLAIN!r} is what is not in the mode; give the mode a word of its own")
+        return mode
 
     @model_validator(mode="after")
     def _names_exist(self) -> Protocol:
@@ -373,6 +425,10 @@ class Protocol(Frozen):
             if family not in families:
                 raise Misplaced(f"no hypothesis has family {family!r}", "corrections", family)
         self._hypotheses_fit()
+        for organism, verdicts in self.expected.items():
+            for verdict, names in verdicts.items():
+                if unknown := [name for name in names if name not in {h.id for h in self.hypotheses}]:
+                    raise Misplaced(f"no hypothesis {unknown[0]!r}", "expected", organism, verdict)
         return self
 
     def _phase_fits(self, name: str, phase: Phase) -> None:
@@ -406,6 +462,22 @@ class Protocol(Frozen):
             if h.of is not None and (h.of not in seen or seen[h.of].sign is None):
                 raise Misplaced(f"{h.of!r} is no contrast with a direction that is defined above", *at, "of")
             seen[h.id] = h
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the protocol's file lies, to which its paths are relative; no part of what the protocol says."""
+        return self._folder
+
+    def placed(self, folder: Path) -> Protocol:
+        """The same protocol, with its paths relative to a folder."""
+        out = self.model_copy()
+        out._folder = folder
+        return out
+
+    @property
+    def mode_name(self) -> str:
+        """The mode's word as it reads in a sentence."""
+        return self.mode.replace("_", " ")
 
     def hypothesis(self, name: str) -> Hypothesis:
         """The hypothesis of an id."""

@@ -2,9 +2,9 @@
 
 Every function reads the generated text alone, and the source text only to see what was copied from it: a
 score over prompt and output would score the prompt. The mode is whatever the lexicon holds (`recursion` is
-the first of `lexicons/*.yaml`), so another protocol brings another file. Scores count every occurrence, so a
-text that collapsed into repeating one mode word scores high; that is told by `fluency.repetition`, stored
-beside the score, and is not corrected here.
+the first of `lexicons/*.yaml`), so another protocol brings another file; or a function, which `scorer.py` runs.
+Scores count every occurrence, so a text that collapsed into repeating one mode word scores high; that is told
+by `fluency.repetition`, stored beside the score, and is not corrected here.
 
 A *word* is a run of letters and digits of any script, with the combining marks on them, and with apostrophes
 and hyphens inside. In scripts without spaces (Chinese, Thai) a run between punctuation marks is one word, so
@@ -162,14 +162,11 @@ class Lexicon:
         Raises `ProtocolError` when there is no such lexicon, or the file does not have the form of
         `lexicons/recursion.yaml`.
         """
-        origin = str(name_or_path)
-        shipped = importlib.resources.files("kvpatch.readouts") / "lexicons"
-        is_path = isinstance(name_or_path, Path) or re.search(r"[/\\]|\.ya?ml$", origin)
-        file = Path(origin) if is_path else shipped / f"{origin}.yaml"
-        if not file.is_file():
-            names = ", ".join(sorted(item.name.removesuffix(".yaml") for item in shipped.iterdir()))
-            raise ProtocolError(f"no lexicon {origin!r}; give one of {names}, or the path of a .yaml file")
-        content = file.read_bytes()
+        return cls.parse(lexicon_bytes(name_or_path), str(name_or_path))
+
+    @classmethod
+    def parse(cls, content: bytes, origin: str) -> Lexicon:
+        """Read a lexicon from the bytes of its file; `origin` is what errors call it."""
         try:
             parsed = yaml.safe_load(content.decode("utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -234,6 +231,22 @@ class Lexicon:
                     yield start, matches
 
 
+def lexicon_bytes(name_or_path: str | Path, folder: Path | None = None) -> bytes:
+    """The bytes of a shipped lexicon, by its name, or of any other, by a path relative to the folder.
+
+    Raises `ProtocolError` when there is no such file.
+    """
+    origin = str(name_or_path)
+    shipped = importlib.resources.files("kvpatch.readouts") / "lexicons"
+    is_path = isinstance(name_or_path, Path) or re.search(r"[/\\]|\.ya?ml$", origin)
+    file = Path(folder or "", origin) if is_path else shipped / f"{origin}.yaml"
+    if not file.is_file():
+        names = ", ".join(sorted(item.name.removesuffix(".yaml") for item in shipped.iterdir()))
+        looked = f" in {folder}" if is_path and folder else ""
+        raise ProtocolError(f"no lexicon {origin!r}{looked}; give one of {names}, or the path of a .yaml file")
+    return file.read_bytes()
+
+
 def _entry_from_parsed(row: Any, origin: str) -> Entry:
     lists = ("matches", "rejects", "not_after", "not_before")
     if not isinstance(row, dict) or not {"id", "pattern"} <= set(row) <= {"id", "pattern", *lists}:
@@ -272,10 +285,11 @@ def content_words(text: str) -> set[str]:
 def recursive_score(text: str, lexicon: Lexicon) -> float:
     """Lexicon hits per 100 words of the generated text; in [0, 100], 0.0 for a text without words.
 
+    The name is that of the stored column, whatever the lexicon's mode is.
     `text` is the generated text alone: prompt words in it would be scored. Each occurrence counts, so a text
     that repeats one mode word scores up to 100; repetition is a readout of its own (`fluency.repetition`).
     """
-    return _per_100_words(len(lexicon.hits(text)), text)
+    return per_100_words(len(lexicon.hits(text)), text)
 
 
 def recursive_score_masked(text: str, source_text: str, lexicon: Lexicon) -> float:
@@ -285,10 +299,11 @@ def recursive_score_masked(text: str, source_text: str, lexicon: Lexicon) -> flo
     (say, their sources joined by a newline): masking each by its own source lowers the score of the
     condition whose source is in the mode, even where the outputs are equal.
     """
-    return _per_100_words(len(uncopied_hits(text, source_text, lexicon)), text)
+    return per_100_words(len(uncopied_hits(text, source_text, lexicon)), text)
 
 
-def _per_100_words(hits: int, text: str) -> float:
+def per_100_words(hits: int, text: str) -> float:
+    """Hits per 100 words of the text; 0.0 for a text without words."""
     total = len(words(text))
     return 100 * hits / total if total else 0.0
 

@@ -1,14 +1,21 @@
-"""Geometry of cached vectors: the participation ratio and R_V."""
+"""Geometry of cached vectors: the participation ratio, R_V and its trajectory, and angles between subspaces.
+
+A window is always the last so many slots. What a ratio says depends on it: a small window reads low whatever it holds,
+and one attention sink in it reads near 1, so that a comparison keeps one window and leaves the sinks out.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kvpatch.cache import KVCache
+from kvpatch.cache import PAD, KVCache
 from kvpatch.errors import CacheError
+from kvpatch.rope import rotate
+from kvpatch.selection import SINKS
 
 
 def participation_ratio(v: Tensor) -> Tensor:
@@ -22,17 +29,82 @@ def participation_ratio(v: Tensor) -> Tensor:
     With s the singular values of the window, (sum s^2)^2 / sum s^4; computed as (tr G)^2 / tr(G^2) for the smaller
     Gram matrix G of the two, which needs no decomposition (Gao et al. 2017, eq. 4, without centring).
     """
+    v = _scaled(v)
+    if 0 in v.shape[-2:]:
+        return v.new_full(v.shape[:-2], float("nan"))
+    gram = v @ v.mT if v.shape[-2] <= v.shape[-1] else v.mT @ v
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    return trace**2 / gram.square().sum(dim=(-2, -1))
+
+
+def corrected_participation_ratio(v: Tensor) -> Tensor:
+    """Participation ratio without the bias of a small window: what the ratio would be over endless such vectors.
+
+    Args:
+        v: [..., tokens, dim], as in `participation_ratio`.
+    Returns:
+        [...]; may exceed the number of tokens. NaN for a window of fewer than two vectors or of zeros, infinite for one
+        whose vectors are all orthogonal, which bounds nothing.
+
+    (tr S)^2 and tr(S^2) of the second moment S are both read off pairs of different vectors alone, since a vector's
+    product with itself is what a small window counts too often: (sum_{i!=j} G_ii G_jj) / (sum_{i!=j} G_ij^2) for G = V
+    V^T (the unbiased estimators of Chen, Zhang & Zhong 2010, JASA 105:810, uncentred). It takes the vectors to be
+    independent draws, which neighbouring tokens are not quite; read it beside the raw ratio.
+    """
+    v = _scaled(v)
+    if v.shape[-2] < 2 or v.shape[-1] == 0:
+        return v.new_full(v.shape[:-2], float("nan"))
+    gram = v @ v.mT
+    own = gram.diagonal(dim1=-2, dim2=-1)
+    squares = own.square().sum(dim=-1)
+    return (own.sum(dim=-1) ** 2 - squares) / (gram.square().sum(dim=(-2, -1)) - squares).clamp(min=0)
+
+
+def _scaled(v: Tensor) -> Tensor:
+    """Windows in float32 or float64, each divided by its largest entry: no ratio depends on scale, and fourth powers
+    neither over- nor underflow."""
     if v.ndim < 2:
         raise CacheError(f"participation_ratio needs [..., tokens, dim], got shape {tuple(v.shape)}")
     v = v if v.dtype == torch.float64 else v.float()
     if 0 in v.shape[-2:]:
-        return v.new_full(v.shape[:-2], float("nan"))
-    # The ratio does not depend on scale; dividing by the largest entry keeps fourth powers from over- and underflowing.
+        return v
     largest = v.abs().amax(dim=(-2, -1), keepdim=True)
-    v = v / torch.where(largest > 0, largest, 1)
-    gram = v @ v.mT if v.shape[-2] <= v.shape[-1] else v.mT @ v
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    return trace**2 / gram.square().sum(dim=(-2, -1))
+    return v / torch.where(largest > 0, largest, 1)
+
+
+def cache_ratios(
+    cache: KVCache,
+    part: Literal["k", "v"] = "v",
+    *,
+    window: int = 16,
+    joined: bool = False,
+    corrected: bool = False,
+) -> Tensor:
+    """Participation ratio of the keys or values of every layer and KV head of a cache.
+
+    Args:
+        cache: any batch.
+        part: "v", or "k" for keys as they were before RoPE: turned by their positions, any keys spread.
+        window: the last so many cached slots are read; the attention sinks (`selection.SINKS`) are left out.
+        joined: take a token's KV heads as one vector, as R_V does.
+        corrected: without the bias of a small window, see `corrected_participation_ratio`.
+    Returns:
+        [batch, layers, kv_heads], or [batch, layers] where joined; float32 (float64 for a cache of it); NaN for a row
+        with fewer slots than the window and the sinks.
+    """
+    if window < 2:
+        raise CacheError(f"window must be at least 2 slots, got {window}")
+    ratio = corrected_participation_ratio if corrected else participation_ratio
+    back = -torch.where(cache.positions != PAD, cache.positions, 0)[:, -window:]
+    found = []
+    for layer, rope in enumerate(cache.rope):
+        vectors = (cache.values if part == "v" else cache.keys)[layer][:, :, -window:]
+        if part == "k" and rope.layout not in ("absolute", "none"):
+            vectors = rotate(vectors, back, rope)
+        found.append(ratio(_joined(vectors) if joined else vectors))
+    out = torch.stack(found, dim=1)
+    has_window = cache.lengths >= window + SINKS
+    return torch.where(has_window.reshape(-1, *[1] * (out.ndim - 1)), out, float("nan"))
 
 
 def layer_at(layer: int | float, layers: int) -> int:
@@ -74,6 +146,54 @@ def r_v_of(late: Tensor, early: Tensor) -> Tensor:
     """R_V [batch] of two layers' values, each [batch, kv_heads, window, head_dim]. A token's vector is its KV heads'
     values joined, which is what the value projection puts out."""
     return participation_ratio(_joined(late)) / participation_ratio(_joined(early))
+
+
+def r_v_trajectory(late: Tensor, early: Tensor, window: int) -> Tensor:
+    """R_V of every window of consecutive tokens.
+
+    Args:
+        late, early: values of two layers, [batch, kv_heads, tokens, head_dim].
+        window: tokens of a window.
+    Returns:
+        [batch, tokens - window + 1], the first of the first `window` tokens; empty where there are fewer.
+    """
+    if late.shape[2] < window:
+        return late.new_zeros(late.shape[0], 0)
+    windows = [x.unfold(2, window, 1).permute(0, 2, 4, 1, 3).flatten(3) for x in (late, early)]
+    return participation_ratio(windows[0]) / participation_ratio(windows[1])  # of [batch, windows, window, joined]
+
+
+def principal_angles(a: Tensor, b: Tensor, rank: int) -> Tensor:
+    """Angles between the subspaces that two windows of vectors mostly spread over.
+
+    Args:
+        a, b: [..., tokens, dim]; tokens may differ.
+        rank: dimensions of each subspace: the first right singular vectors.
+    Returns:
+        [..., rank], radians between 0 and pi / 2, ascending; float64. NaN where a window has fewer dimensions than
+        that, or is not finite.
+    Raises:
+        CacheError: where the windows can't have that rank.
+
+    Small angles are read off their sines, which a cosine near 1 loses (Bjorck & Golub 1973, Math Comp 27:579).
+    """
+    if not 1 <= rank <= min(a.shape[-2], b.shape[-2], a.shape[-1]):
+        raise CacheError(f"windows {tuple(a.shape[-2:])} and {tuple(b.shape[-2:])} have no subspaces of rank {rank}")
+    (basis_a, a_has_rank), (basis_b, b_has_rank) = _leading(a, rank), _leading(b, rank)
+    cosines = torch.linalg.svdvals(basis_a @ basis_b.mT).clamp(max=1)  # descending
+    outside = basis_b - basis_b @ basis_a.mT @ basis_a
+    sines = torch.linalg.svdvals(outside).flip(-1).clamp(max=1)  # ascending
+    angles = torch.where(cosines.square() > 0.5, torch.asin(sines), torch.acos(cosines))
+    return torch.where((a_has_rank & b_has_rank)[..., None], angles, float("nan"))
+
+
+def _leading(v: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The first right singular vectors, [..., rank, dim], and whether there are that many."""
+    v = v.double()
+    is_finite = v.isfinite().all(dim=-1).all(dim=-1)
+    _, s, directions = torch.linalg.svd(torch.where(is_finite[..., None, None], v, 0.0), full_matrices=False)
+    limit = s[..., 0] * max(v.shape[-2:]) * torch.finfo(torch.float32).eps
+    return directions[..., :rank, :], is_finite & (s[..., rank - 1] > limit)
 
 
 def _joined(values: Tensor) -> Tensor:

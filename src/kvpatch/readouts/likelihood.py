@@ -13,7 +13,7 @@ class LogLikelihoodRatios:
     """Mode and content of one cache, in nats a token.
 
     Attributes:
-        mode: main effect of recursive less plain continuations, topics averaged.
+        mode: main effect of continuations in the mode less plain ones, topics averaged.
         content: main effect of the source's topic less the target's, modes averaged.
         mode_by_position, content_by_position: the same at each position, [positions].
     """
@@ -28,13 +28,13 @@ def log_likelihood_ratios(cells: Tensor, *, first: int) -> LogLikelihoodRatios:
     """Main effects of a 2x2 of continuations.
 
     Args:
-        cells: [4, positions], mean log-probability at each position over the continuations of the cells (recursive,
-            target), (plain, target), (recursive, source), (plain, source), in this order (`prompts.pairing.CELLS`).
+        cells: [4, positions], mean log-probability at each position over the continuations of the cells (mode, target),
+            (plain, target), (mode, source), (plain, source), in this order (`prompts.pairing.cells_of`).
         first: the single numbers take the mean over this many first positions.
     """
-    recursive_t, plain_t, recursive_s, plain_s = cells.double()
-    mode = (recursive_t + recursive_s - plain_t - plain_s) / 2
-    content = (recursive_s + plain_s - recursive_t - plain_t) / 2
+    mode_t, plain_t, mode_s, plain_s = cells.double()
+    mode = (mode_t + mode_s - plain_t - plain_s) / 2
+    content = (mode_s + plain_s - mode_t - plain_t) / 2
     return LogLikelihoodRatios(
         mode=float(mode[:first].mean()),
         content=float(content[:first].mean()),

@@ -19,6 +19,7 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup
 
+from kvpatch.organisms.record import gate_zero
 from kvpatch.protocols.schema import Protocol
 from kvpatch.report import (
     across,
@@ -84,7 +85,7 @@ def render(
             missing, and the table may be empty.
         verdicts: the content of verdicts.json.
         headline: the one-sentence answer.
-        mark: (output text, source text) -> spans (start, end, kind) to mark; kind is "hit" or "copied".
+        mark: (output text, source text, hits) -> spans (start, end, kind) to mark; kind is "hit" or "copied".
         effects: every condition's differences from its natural run (`statistics.effects.Effect`), or None.
         with_texts: adds `text`, `source_text` and `target_text` to the few rows that are shown; None where the
             trials hold them.
@@ -132,6 +133,7 @@ def _context(
         "badges": judgements.BADGES.values(),
         "gates": judgements.gates(rows, judgements.instruments_badge(instruments["checks"], run.get("validation"))),
         "instruments": instruments,
+        "gate_zero": gate_zero(run.get("validation")),
         "strip": strip,
         "attacks": questions.attacks(rows, strip, protocol, most, not how["protocol_differs"]),
         "validation_failed": judgements.validation_passed(run.get("validation")) is False,

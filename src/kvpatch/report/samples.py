@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
@@ -11,7 +12,9 @@ from kvpatch.protocols.schema import Protocol
 from kvpatch.report import tables
 from kvpatch.report.text import Span, marked
 
-Marker = Callable[[str, str], list[Span]]
+Hits = Sequence[Mapping[str, int]]
+"""The scorer's hits in a text, as they are stored: where each starts and ends."""
+Marker = Callable[[str, str, Hits], list[Span]]
 Reader = Callable[[pd.DataFrame], pd.DataFrame]
 MAX_TEXT = 20_000
 PAIRS, PAIRS_LATER = 9, 4
@@ -27,8 +30,8 @@ def samples(
 ) -> dict:
     """Return, for every phase, its chosen pairs.
 
-    parts: (phase, question, trials). mark: (output, source) -> spans to mark; None marks nothing. with_texts: adds
-    the texts to the chosen rows; None where they are there.
+    parts: (phase, question, trials). mark: (output, source, hits) -> spans to mark; None marks nothing. with_texts:
+    adds the texts to the chosen rows; None where they are there.
     """
     chosen = [_chosen(part, phase, question, protocol, not i) for i, (phase, question, part) in enumerate(parts)]
     chosen = [phase for phase in chosen if phase["pairs"]]
@@ -83,12 +86,12 @@ def sample(
 
 
 def _output(row: dict, name: str, protocol: Protocol, source: str, mark: Marker | None) -> dict:
-    text, error = row.get("text"), row.get("error")
+    text, error, hits = row.get("text"), row.get("error"), row.get("mode_hits")
     return {
         "name": name,
         "about": tables.about(protocol, name),
         "role": tables.role(protocol, name),
-        "text": shown_text(text, source, mark) if isinstance(text, str) else None,
+        "text": shown_text(text, source, mark, hits) if isinstance(text, str) else None,
         "error": error if isinstance(error, str) and error.strip() else "",
         "coherent": None if pd.isna(row.get("coherent")) else bool(row.get("coherent")),
         "recursive_score": row.get("recursive_score"),
@@ -103,9 +106,13 @@ def first_text(part: pd.DataFrame, column: str) -> str:
     return texts[0] if texts else ""
 
 
-def shown_text(text: str, source: str, mark: Marker | None) -> Markup:
-    """Return a text as HTML, marked if a marker is given; cut, and saying so, past `MAX_TEXT` characters."""
-    spans = mark(text[:MAX_TEXT], source) if mark is not None else []
+def shown_text(text: str, source: str, mark: Marker | None, hits: object = None) -> Markup:
+    """Return a text as HTML, marked if a marker is given; cut, and saying so, past `MAX_TEXT` characters.
+
+    hits: the scorer's, or anything that is no list where there are none.
+    """
+    known = list(hits) if isinstance(hits, list | np.ndarray) else []
+    spans = mark(text[:MAX_TEXT], source, known) if mark is not None else []
     out = marked(text[:MAX_TEXT], spans)
     if len(text) > MAX_TEXT:
         out += Markup('<span class="cut"> … {} more characters not shown</span>').format(f"{len(text) - MAX_TEXT:,}")

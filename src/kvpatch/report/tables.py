@@ -36,21 +36,21 @@ class Readout:
 READOUTS = (
     Readout(
         "recursive_score",
-        "Recursive score",
-        "lexicon hits per 100 words",
-        "Words of the frozen lexicon in the generated text alone. Words copied from the source count.",
+        "Mode score",
+        "hits per 100 words",
+        "What the protocol's lexicon or scorer counts, in the generated text alone. Copied words count.",
     ),
     Readout(
         "recursive_score_masked",
-        "Recursive score, masked",
-        "lexicon hits per 100 words",
+        "Mode score, masked",
+        "hits per 100 words",
         "The same, without words that occur in the source. What copying alone can produce is gone.",
     ),
     Readout(
         "mode_llr",
         "Mode, by likelihood",
         "log-likelihood ratio",
-        "How much likelier held-out recursive continuations are than plain ones, whatever the topic.",
+        "How much likelier held-out continuations in the mode are than plain ones, whatever the topic.",
     ),
     Readout(
         "content_llr",
@@ -295,7 +295,7 @@ def unchanged_caches(trials: pd.DataFrame) -> tuple[int, int]:
 
 
 def example_pairs(trials: pd.DataFrame, protocol: Protocol, k: int = 5) -> tuple[list[tuple[str, float | None]], bool]:
-    """Return up to k (pair, its source minus target recursive score), and whether that difference chose them.
+    """Return up to k (pair, its source minus target mode score), and whether that difference chose them.
 
     The pairs are those at evenly spaced ranks of the difference, smallest first; where it can't be had, at
     evenly spaced places of the list of pairs.

@@ -63,7 +63,7 @@ def marked(text: str, spans: Iterable[Span] = ()) -> Markup:
         kinds = [k for k in MARK_KINDS if any(s <= left and right <= e and kind == k for s, e, kind in usable)]
         piece = escape(visible(text[left:right]))
         if kinds:
-            label = " and ".join({"hit": "lexicon hit", "copied": "copied from the source"}[k] for k in kinds)
+            label = " and ".join({"hit": "hit of the mode", "copied": "copied from the source"}[k] for k in kinds)
             piece = Markup('<mark class="{}" title="{}">{}</mark>').format(" ".join(kinds), label, piece)
         out += piece
     return out

@@ -40,12 +40,12 @@ def coherence_shares(trials: pd.DataFrame) -> dict[tuple[str, str], float]:
 def incoherent_conditions(
     protocol: Protocol, hypothesis: Hypothesis, shares: Mapping[tuple[str, str], float]
 ) -> dict[str, float]:
-    """Condition -> share, for those of the contrast under the limit of 0.9. Natural conditions are the
-    baseline."""
+    """Condition -> share, for those of the contrast under the limit of 0.9. Natural runs of the pair's own texts,
+    full swaps among them, are the baseline."""
     return {
         name: share
         for name in hypothesis.conditions
-        if not protocol.conditions[name].is_natural
+        if not protocol.conditions[name].is_text_of_pair
         and (share := shares.get((hypothesis.phase, name), math.nan)) < COHERENT_SHARE
     }
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from kvpatch.protocols.schema import Hypothesis, Protocol
 from kvpatch.statistics.gates import PASSED
 from kvpatch.statistics.records import Verdict
+from kvpatch.statistics.tests import smallest_n
 
 
 def headline(protocol: Protocol, verdicts: Sequence[Verdict]) -> str:
     """Return the report's first sentence.
 
-    The mode is named after the group of source prompts ("recursive" gives "recursive mode"). The strongest
-    sentence it can return starts "Information sufficient for recursive-style output can be read from these
-    cache slots".
+    The mode is the protocol's ("recursive" gives "recursive mode"). The strongest sentence it can return starts
+    "Information sufficient for recursive-style output can be read from these cache slots".
     """
     verdict_of = {v.id: v for v in verdicts}
     asked = [h for h in protocol.hypotheses if h.id in verdict_of and not protocol.is_tautological(h)]
@@ -38,11 +38,11 @@ def _gate(hypotheses: Sequence[Hypothesis], gate: int) -> list[Hypothesis]:
 
 
 def _mode(protocol: Protocol) -> str:
-    return f"{protocol.pairing.sources.replace('_', ' ')} mode"
+    return f"{protocol.mode_name} mode"
 
 
 def _style(protocol: Protocol) -> str:
-    return f"{protocol.pairing.sources.replace('_', ' ')}-style output"
+    return f"{protocol.mode_name}-style output"
 
 
 def _named(verdicts: Sequence[Verdict]) -> str:
@@ -109,3 +109,15 @@ def _without_primary(protocol: Protocol, asked: Sequence[Verdict]) -> str:
         )
     held = sum(v.verdict in PASSED for v in asked)
     return f'Of the {len(asked)} hypotheses of "{protocol.title}", {held} held ({_named(asked)}).'
+
+
+def few_pairs(verdicts: Sequence[Verdict]) -> str | None:
+    """How many hypotheses had fewer pairs than their alpha needs, whatever the data say; None where none had."""
+    short = [v for v in verdicts if 0 < v.n < smallest_n(v.alpha)]
+    open_ = sum(v.verdict in ("inconclusive", "not interpretable") for v in verdicts)
+    if not short:
+        return None
+    return (
+        f"n is too small for most verdicts: {len(short)} of {len(verdicts)} hypotheses had fewer pairs than their "
+        f"alpha needs at all, and {open_} are open. kvpatch power says how many pairs see what."
+    )

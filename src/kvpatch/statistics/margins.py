@@ -37,6 +37,8 @@ def natural_gap(trials: pd.DataFrame, readout: str, transform: Transform) -> Bou
     trials: prepared rows of every split. Fewer than 3 calibration pairs give no bound.
     """
     rows = rows_of(trials, split="calibration")
+    if readout not in rows.columns:  # what a phase asks for is not read on the calibration pairs
+        return Bound(None, f"the calibration pairs have no {readout}")
     gap = contrast_differences(rows, {NATURAL_SOURCE: 1, NATURAL_TARGET: -1}, readout, transform)
     if gap.n < MIN_CALIBRATION_PAIRS:
         return Bound(
@@ -47,20 +49,31 @@ def natural_gap(trials: pd.DataFrame, readout: str, transform: Transform) -> Bou
     return Bound(abs(float(gap.values.mean())))
 
 
+def fixed_margin(hypothesis: Hypothesis, gap: Bound) -> float | None:
+    """The part of the margin that is fixed before the test, in the readout's unit; None where it gives none."""
+    margin = hypothesis.margin
+    if margin is None:
+        return None
+    parts = [] if margin.value is None else [margin.value]
+    if margin.natural_gap is not None and gap.value is not None:
+        parts.append(margin.natural_gap * gap.value)
+    return max(parts, default=None)
+
+
 def margin_of(hypothesis: Hypothesis, differences: PairDifferences, gap: Bound) -> Bound:
     """The hypothesis' margin: the largest of the parts it gives.
 
     The dz part is in standard deviations of the tested pair differences themselves, since the calibration
-    pairs run only the natural conditions and have no such contrast.
+    pairs run only the natural conditions and have no such contrast. As a bound it is an estimate; what decides is
+    `tests.past_margin`, which allows for that.
     """
     margin = hypothesis.margin
     if margin is None:
         return Bound(None, "the hypothesis has no margin")
-    parts: list[float] = [] if margin.value is None else [margin.value]
-    if margin.natural_gap is not None:
-        if gap.value is None:
-            return gap
-        parts.append(margin.natural_gap * gap.value)
+    if margin.natural_gap is not None and gap.value is None:
+        return gap
+    fixed = fixed_margin(hypothesis, gap)
+    parts = [] if fixed is None else [fixed]
     if margin.dz is not None:
         sd = sd_of(differences.values)
         if math.isnan(sd):

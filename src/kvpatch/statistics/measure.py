@@ -17,6 +17,7 @@ from kvpatch.statistics.margins import (
     NATURAL_TARGET,
     Bound,
     calibration_rows,
+    fixed_margin,
     margin_of,
     natural_gap,
     too_small_to_matter,
@@ -39,8 +40,8 @@ class Measured:
 
     differences: what is averaged, one number a unit: the contrast, or for an ordering each pair's slope. estimate:
     their mean, or a correlation. interval: 95%, or 90% for an equivalence test. p: one-sided against 0, or the larger
-    of the two for equivalence. dz: for a correlation r. small: up to where an effect is too small to matter. absent:
-    conditions of the hypothesis without any trial.
+    of the two for equivalence. p_margin: one-sided against the margin, of a "much" test. dz: for a correlation r.
+    small: up to where an effect is too small to matter. absent: conditions of the hypothesis without any trial.
     """
 
     hypothesis: Hypothesis
@@ -51,6 +52,7 @@ class Measured:
     rank_biserial: float
     bayes_factor: float
     p: float
+    p_margin: float
     margin: Bound
     small: float
     transfer: Ratio | None
@@ -96,9 +98,13 @@ def _contrast(
     margin = margin_of(hypothesis, found, gap)
     p, interval = _test(hypothesis, found, margin)
     small = too_small_to_matter(hypothesis, found, gap)
-    return _measured(
-        hypothesis, found, p, interval, margin, small, transfer=_transfer_fraction(rows, hypothesis, units)
-    )
+    transfer = _transfer_fraction(rows, hypothesis, units)
+    whole = _measured(hypothesis, found, p, interval, margin, small, transfer=transfer)
+    if hypothesis.test not in ("much_greater", "much_less") or hypothesis.margin is None or margin.value is None:
+        return whole
+    sign = -1 if hypothesis.sign == -1 else 1
+    past = tests.past_margin(found.values, sign, fixed_margin(hypothesis, gap), hypothesis.margin.dz)
+    return replace(whole, p_margin=past)
 
 
 def _measured(
@@ -120,6 +126,7 @@ def _measured(
         rank_biserial=tests.rank_biserial(found.values),
         bayes_factor=tests.jzs_bayes_factor(found.values),
         p=p,
+        p_margin=math.nan,
         margin=margin,
         small=small,
         transfer=transfer,

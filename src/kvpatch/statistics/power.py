@@ -20,7 +20,8 @@ from kvpatch.protocols.schema import Hypothesis, Protocol
 from kvpatch.statistics.margins import calibration_rows, natural_gap
 from kvpatch.statistics.measure import measure
 from kvpatch.statistics.pairs import Floats, prepare
-from kvpatch.statistics.simulation import critical, critical_correlations, critical_slopes
+from kvpatch.statistics.rules import PAST_MARGIN
+from kvpatch.statistics.simulation import critical, critical_correlations, critical_dz, critical_slopes
 from kvpatch.statistics.tests import sd_of, smallest_n
 
 SETS = 4_000
@@ -130,21 +131,27 @@ class Question:
 
 
 def _directional(q: Question) -> Floats:
-    """p < alpha, and the 95% interval wholly beyond the margin (beyond 0 without one)."""
+    """p < alpha, and the 95% interval wholly beyond the margin (beyond 0 without one), whose parts have 2p < .025."""
     found = critical(q.n, q.sets, q.alphas, q.noise.pilot)
     is_less = q.hypothesis.test in ("less", "much_less")
-    by_flips = (found.below if is_less else found.above)[q.alpha]
+    by_flips, by_t = (found.below, found.below_t) if is_less else (found.above, found.above_t)
     end = -found.high[0.95] if is_less else found.low[0.95]
+    needed = np.maximum(by_flips[q.alpha], -end)
     margin = q.hypothesis.margin if q.hypothesis.test.startswith("much") else None
-    own = 0.0 if margin is None or margin.dz is None else margin.dz
-    fixed = 0.0 if margin is None or q.noise.fixed is None else q.noise.fixed
-    return np.maximum(by_flips, np.maximum(own * found.sd, fixed) - end)
+    if margin is not None and margin.dz is not None:
+        needed = np.maximum(needed, margin.dz * found.sd - end)
+        needed = np.maximum(needed, critical_dz(q.n, q.sets, margin.dz, q.noise.pilot)[int(is_less)])
+    if margin is not None and q.noise.fixed is not None:
+        at_margin = np.maximum(np.maximum(by_flips[PAST_MARGIN / 2], by_t[PAST_MARGIN / 2]), -end)
+        needed = np.maximum(needed, q.noise.fixed + at_margin)
+    return needed
 
 
 def _equivalent(q: Question) -> Floats:
     """The smallest margin at which both one-sided tests pass and the 90% interval lies within."""
     found = critical(q.n, q.sets, q.alphas, q.noise.pilot)
     by_flips = np.maximum(found.above[q.alpha], found.below[q.alpha])
+    by_flips = np.maximum(by_flips, np.maximum(found.above_t[q.alpha], found.below_t[q.alpha]))
     return np.maximum(by_flips, np.maximum(-found.low[0.90], found.high[0.90]))
 
 
@@ -226,7 +233,7 @@ def _alphas(protocol: Protocol) -> dict[str, tuple[float, float]]:
 
 
 def _all_alphas(protocol: Protocol) -> tuple[float, ...]:
-    return tuple(sorted({alpha for both in _alphas(protocol).values() for alpha in both}))
+    return tuple(sorted({PAST_MARGIN / 2, *(alpha for both in _alphas(protocol).values() for alpha in both)}))
 
 
 def _noise_of(protocol: Protocol, rows: pd.DataFrame, h: Hypothesis) -> Noise:

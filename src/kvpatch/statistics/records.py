@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from kvpatch.patch import Frozen
+from kvpatch.statistics.sensitivity import Sensitivity
 
 Word = Literal["supported", "not supported", "equivalent", "inconclusive", "not interpretable", "tautological"]
 SIGNIFICANT_DIGITS = 10
@@ -46,12 +47,14 @@ class Verdict(Frozen):
     bayes_factor: float | None = Field(description="JZS Bayes factor BF10 of a mean effect over none, two-sided")
     p: float | None = Field(description="of the test: one-sided, or the larger of two for an equivalence test")
     p_adjusted: float | None = Field(description="p after correction within the family")
+    p_margin: float | None = Field(description="one-sided against the margin, for much_greater and much_less")
     margin: float | None = Field(description="how large, or how small, the effect must be; the readout's unit")
     transfer_fraction: float | None = Field(description="mean(X - A) / mean(B - A), for contrasts X - A")
     transfer_fraction_low: float | None = Field(description="95% Fieller interval, lower end")
     transfer_fraction_high: float | None = Field(description="95% Fieller interval, upper end")
     transfer_fraction_note: str | None = Field(description="why there is no transfer fraction, where one was asked")
     coherence: dict[str, float | None] = Field(description="condition of the contrast -> share of coherent trials")
+    sensitivity: Sensitivity = Field(description="analyses beside the test, which decide nothing")
     verdict: Word
     blocked_by: Literal["instrument", "gate", "coherence"] | None = Field(description="why not interpretable")
     because: str = Field(description="one plain sentence with the numbers")
@@ -69,6 +72,8 @@ def verdicts_json(verdicts: Sequence[Verdict]) -> str:
 def _canonical(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _canonical(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(part) for part in value]
     if isinstance(value, float):
         return float(f"{value:.{SIGNIFICANT_DIGITS}g}") + 0.0 if math.isfinite(value) else None
     return value

@@ -12,6 +12,9 @@ from kvpatch.statistics.replication import Study, replicates
 from kvpatch.statistics.tests import smallest_n
 from kvpatch.statistics.wording import chance, figures, interval_text, number, quantity
 
+PAST_MARGIN = 0.025
+"""One-sided level at which a "much" test must pass its margin: that of the lower end of a 95% interval."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -51,9 +54,10 @@ def _directional(m: Measured, p_adjusted: float) -> Decision:
     near, far = sorted((sign * m.interval.low, sign * m.interval.high))  # the ends, with the claim's side positive
     is_much = h.test in ("much_greater", "much_less")
     bound = m.margin.value if is_much and m.margin.value is not None else 0.0
+    is_past = not is_much or m.p_margin < PAST_MARGIN
     side = "above" if sign > 0 else "below"
     limit = "0" if bound == 0 else f"the margin of {quantity(sign * bound, h)}"
-    if p_adjusted < h.alpha and near > bound:
+    if p_adjusted < h.alpha and near > bound and is_past:
         return Decision("supported", f"{figures(m)}, {side} {limit}; adjusted {chance(p_adjusted)}, {_under(m)}.")
     if far < 0:
         return Decision("not supported", f"{figures(m)}, wholly on the other side of 0 than the claim.")
@@ -66,6 +70,8 @@ def _directional(m: Measured, p_adjusted: float) -> Decision:
     lacks = []
     if not near > bound:
         lacks.append(f"the interval is not wholly {side} {limit}")
+    elif not is_past:
+        lacks.append(f"{chance(m.p_margin)} against the margin is not below {number(PAST_MARGIN)}")
     if not p_adjusted < h.alpha:
         lacks.append(f"adjusted {chance(p_adjusted)} is not below {number(h.alpha)}")
     return Decision("inconclusive", f"{figures(m)}, but {' and '.join(lacks)}, so the data decide neither way.")

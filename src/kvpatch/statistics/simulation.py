@@ -15,10 +15,11 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
+from scipy import special, stats
 
 from kvpatch.statistics.intervals import SEED
 from kvpatch.statistics.pairs import Floats
+from kvpatch.statistics.resampling import LEAST_SPREAD, mean_less_sds
 from kvpatch.statistics.tests import RESAMPLES
 from kvpatch.statistics.trend import order_scores
 
@@ -35,14 +36,17 @@ _Matrix = NDArray[np.float32]
 class Critical:
     """What each simulated data set needs, by the rules of `tests.sign_flip` and `intervals.bca_interval`.
 
-    above: alpha -> [sets]; the test "greater" gives p < alpha once more than this is added to every difference.
+    above: alpha -> [sets]; the flips of "greater" give p < alpha once more than this is added to every difference.
     below: alpha -> [sets]; the same for the data set with its signs turned, so for the test "less".
+    above_t, below_t: the same for the studentised bootstrap.
     low, high: level -> [sets], ends of the BCa interval of the mean as it is.
     sd: [sets], standard deviations (n - 1).
     """
 
     above: dict[float, Floats]
     below: dict[float, Floats]
+    above_t: dict[float, Floats]
+    below_t: dict[float, Floats]
     low: dict[float, Floats]
     high: dict[float, Floats]
     sd: Floats
@@ -73,8 +77,9 @@ def critical_of(differences: Floats, alphas: Iterable[float], levels: Iterable[f
     """
     alphas = tuple(dict.fromkeys(alphas))
     above, below = _by_flips(differences, alphas)
+    above_t, below_t = _by_studentised(differences, alphas)
     low, high = _by_bootstrap(differences, tuple(levels))
-    return Critical(above, below, low, high, np.std(differences, axis=1, ddof=1))
+    return Critical(above, below, above_t, below_t, low, high, np.std(differences, axis=1, ddof=1))
 
 
 def _by_flips(differences: Floats, alphas: tuple[float, ...]) -> tuple[dict[float, Floats], dict[float, Floats]]:
@@ -120,6 +125,65 @@ def _flips_allowed(alpha: float, taken: int, *, exact: bool) -> int:
     """How many flips that turn something may reach the observed sum with p < alpha still; below 0 if none may."""
     total = taken if exact else taken + 1
     return math.ceil(alpha * total * (1 - 1e-12)) - 2  # the observed one counts, and p must be below alpha
+
+
+def _by_studentised(differences: Floats, alphas: tuple[float, ...]) -> tuple[dict[float, Floats], dict[float, Floats]]:
+    """An effect moves the observed t and not the resampled ones, so it must carry the one past their upper tail."""
+    sets, n = differences.shape
+    weights = _weights(n)
+    above = {alpha: np.empty(sets) for alpha in alphas}
+    below = {alpha: np.empty(sets) for alpha in alphas}
+    for start in range(0, sets, _BATCH):
+        rows = slice(start, start + _BATCH)
+        mean = differences[rows].mean(axis=1)
+        sd = differences[rows].std(axis=1, ddof=1)
+        centred = (differences[rows] - mean[:, None]) / np.where(sd > 0, sd, 1)[:, None]
+        means = centred.astype(np.float32) @ weights
+        squares = (centred**2).astype(np.float32) @ weights
+        spread = np.sqrt(np.maximum(squares - means**2, 0) * n / (n - 1))
+        t = np.sort(means / np.maximum(spread, LEAST_SPREAD), axis=1)
+        for alpha in alphas:
+            above[alpha][rows] = _quantile(t, np.full(len(mean), 1 - alpha)) * sd - mean
+            below[alpha][rows] = -_quantile(t, np.full(len(mean), alpha)) * sd + mean
+    return above, below
+
+
+@lru_cache(maxsize=256)
+def critical_dz(n: int, sets: int, dz: float, pilot: tuple[float, ...] | None = None) -> tuple[Floats, Floats]:
+    """The smallest effect at which simulated noise passes the dz part of a margin, above and below, [sets] each."""
+    noise = noise_sets(n, sets, pilot)
+    return _dz_needs(noise, dz), _dz_needs(-noise, dz)
+
+
+def passes_dz(differences: Floats, dz: float) -> NDArray[np.bool_]:
+    """Whether each data set [sets, n] passes the dz part of a margin."""
+    return _dz_needs(differences, dz) < 0
+
+
+def _dz_needs(differences: Floats, dz: float) -> Floats:
+    """What must be added for a mean more than dz standard deviations above 0, [sets]; infinite for fewer than 4 pairs.
+
+    As in `tests.past_margin`, whose p for this part counts twice and is compared with .025.
+    """
+    sets, n = differences.shape
+    needed = np.full(sets, np.inf)
+    if n < 4:
+        return needed
+    tail = 0.0125
+    by_t = float(stats.nct.isf(tail, n - 1, dz * math.sqrt(n))) / math.sqrt(n)
+    weights = _weights(n)
+    for start in range(0, sets, _BATCH):
+        rows = slice(start, start + _BATCH)
+        mean, sd = differences[rows].mean(axis=1), differences[rows].std(axis=1, ddof=1)
+        centred = (differences[rows] - mean[:, None]) / np.where(sd > 0, sd, 1)[:, None]
+        powers = [centred**k for k in range(1, 5)]
+        own, error = mean_less_sds(np.stack([p.mean(axis=1) for p in powers]), dz, n)
+        drawn = np.stack([p.astype(np.float32) @ weights for p in powers]).astype(np.float64)
+        shifted, errors = mean_less_sds(drawn, dz, n)
+        t = np.sort((shifted - own[:, None]) / errors, axis=1).astype(np.float32)
+        least = _quantile(t, np.full(len(mean), 1 - tail)) * error - own
+        needed[rows] = np.where(sd > 0, np.maximum(least, by_t) * sd - mean, np.inf)
+    return needed
 
 
 def _by_bootstrap(differences: Floats, levels: tuple[float, ...]) -> tuple[dict[float, Floats], dict[float, Floats]]:

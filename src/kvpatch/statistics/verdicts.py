@@ -22,9 +22,10 @@ from kvpatch.statistics.gates import (
 from kvpatch.statistics.headline import headline
 from kvpatch.statistics.measure import Measured, measure
 from kvpatch.statistics.multiplicity import adjusted_by_family
-from kvpatch.statistics.pairs import prepare
+from kvpatch.statistics.pairs import prepare, rows_of
 from kvpatch.statistics.records import Verdict, verdicts_json
 from kvpatch.statistics.rules import Decision, decide
+from kvpatch.statistics.sensitivity import Sensitivity, sensitivity
 from kvpatch.statistics.wording import tautology
 
 __all__ = ["Verdict", "headline", "verdicts", "verdicts_json"]
@@ -53,7 +54,17 @@ def verdicts(protocol: Protocol, trials: pd.DataFrame, *, instrument_ok: bool | 
         blocked = _blocked(protocol, h, measured[h.id], instrument_ok, shares, decided)
         first = None if h.of is None else measured[h.of]
         decided[h.id] = blocked or decide(measured[h.id], adjusted[h.id], first)
-    return [_record(measured[h.id], adjusted[h.id], decided[h.id], _shares_of(h, shares)) for h in protocol.hypotheses]
+    phases = {name: rows_of(rows, split="test", phase=name) for name in protocol.phases}
+    return [
+        _record(
+            measured[h.id],
+            adjusted[h.id],
+            decided[h.id],
+            _shares_of(h, shares),
+            sensitivity(phases[h.phase], h, measured[h.id].differences),
+        )
+        for h in protocol.hypotheses
+    ]
 
 
 def _blocked(
@@ -92,7 +103,9 @@ def _known(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else value
 
 
-def _record(m: Measured, p_adjusted: float, decision: Decision, shares: dict[str, float | None]) -> Verdict:
+def _record(
+    m: Measured, p_adjusted: float, decision: Decision, shares: dict[str, float | None], beside: Sensitivity
+) -> Verdict:
     h, found, ratio = m.hypothesis, m.differences, m.transfer
     return Verdict(
         **h.model_dump(
@@ -124,12 +137,14 @@ def _record(m: Measured, p_adjusted: float, decision: Decision, shares: dict[str
         bayes_factor=_known(m.bayes_factor),
         p=_known(m.p),
         p_adjusted=_known(p_adjusted),
+        p_margin=_known(m.p_margin),
         margin=m.margin.value,
         transfer_fraction=ratio.value if ratio else None,
         transfer_fraction_low=ratio.low if ratio else None,
         transfer_fraction_high=ratio.high if ratio else None,
         transfer_fraction_note=ratio.reason if ratio else None,
         coherence=shares,
+        sensitivity=beside,
         verdict=decision.word,
         blocked_by=decision.blocked_by,
         because=decision.because,

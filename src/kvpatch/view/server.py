@@ -26,7 +26,7 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from kvpatch.errors import KvpatchError, StoreError
-from kvpatch.outcome import Marker, light_rows, marker_of, outcome_of, report_page
+from kvpatch.outcome import light_rows, mark, outcome_of, report_page
 from kvpatch.report import charts, page, text
 from kvpatch.view import estimates, query, trial
 from kvpatch.view.guard import Guard
@@ -184,7 +184,6 @@ class View:
         row = await run_in_threadpool(trial.stored_row, run, request.path_params["trial_id"])
         if row is None:
             raise HTTPException(404, "There is no such trial.")
-        mark = await run_in_threadpool(_marker, run)
         shown = await run_in_threadpool(trial.page, run, row, mark)
         return self._page("trial.html.j2", run=run, **shown)
 
@@ -244,10 +243,6 @@ def _estimates(run: LiveRun) -> list[dict[str, Any]]:
                 charts.packed(estimates.narrowing_chart(found.pop("path"), title)) if found["path"] else None
             )
     return out
-
-
-def _marker(run: LiveRun) -> Marker | None:
-    return None if run.protocol is None else marker_of(run.protocol)
 
 
 async def _as_text(_: Request, error: Exception) -> Response:

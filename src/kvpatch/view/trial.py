@@ -30,7 +30,7 @@ def stored_row(run: LiveRun, trial_id: str) -> dict[str, Any] | None:
     return rows[-1] if rows else None
 
 
-def page(run: LiveRun, row: dict[str, Any], mark: Marker | None) -> dict[str, Any]:
+def page(run: LiveRun, row: dict[str, Any], mark: Marker) -> dict[str, Any]:
     """Return what the trial's page shows."""
     text, source, target = (row.get(name) or "" for name in ("text", "source_text", "target_text"))
     numbers = [
@@ -45,7 +45,7 @@ def page(run: LiveRun, row: dict[str, Any], mark: Marker | None) -> dict[str, An
     ]
     return {
         "row": row,
-        "text": shown_text(text, source, mark),
+        "text": shown_text(text, source, mark, row.get("mode_hits")),
         "prompts": {"source": shown_text(source, "", None), "target": shown_text(target, "", None)},
         "patch": _patch(row.get("patch")),
         "strip": strip(run, row),

@@ -1,0 +1,200 @@
+"""Attention capture: statistics of every head, reduced while a forward pass runs, a block of queries at a time.
+
+    layer's queries and keys -> scores of a block -> probabilities -> one number a query -> added to the sums
+
+A whole attention map is never held, but for the layers, heads and queries that are asked for by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpatch.cache import PAD, KVCache, Origin, Segment
+from kvpatch.heads import STATISTICS
+from kvpatch.models.hf import Seen
+from kvpatch.readouts.attention import CLASSES, Block, block_statistics
+from kvpatch.selection import SINKS
+
+BLOCK_BYTES = 4 << 20
+"""Most bytes of the scores of one block; small enough that the passes over it stay in a processor's cache."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Whole attention maps to keep: of these layers, query heads, and queries (all where None; the first token fed is
+    query 0, in prefill as in decoding)."""
+
+    layers: Sequence[int]
+    heads: Sequence[int]
+    queries: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """What of attention is to be captured. `marked` is [batch, slots] of a cache or of prompts: the slots whose mass
+    is `mass_marked`."""
+
+    marked: Tensor | None = None
+    maps: Maps | None = None
+
+    def of_rows(self, rows: slice, slots: int) -> Look:
+        """The same for some rows of the cache, cut on the left to their slots."""
+        return Look(None if self.marked is None else self.marked[rows, self.marked.shape[1] - slots :], self.maps)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Statistics of every head.
+
+    Attributes:
+        values: [batch, layers, query_heads, statistics], float32, in the order of `heads.STATISTICS`: the mean over the
+            queries that have one, NaN where none has.
+        queries: [batch], queries that were counted.
+        maps: layer -> [batch, heads, queries, slots] of the maps asked for, zero past a query's own slot.
+    """
+
+    values: Tensor
+    queries: Tensor
+    maps: dict[int, Tensor]
+
+    def __getitem__(self, statistic: str) -> Tensor:
+        """One statistic, [batch, layers, query_heads]."""
+        return self.values[..., list(STATISTICS).index(statistic)]
+
+    @classmethod
+    def concat(cls, parts: Sequence[Attention]) -> Attention:
+        """Rows of several, in one. Maps must be of equal size."""
+        layers = parts[0].maps
+        return cls(
+            torch.cat([part.values for part in parts]),
+            torch.cat([part.queries for part in parts]),
+            {layer: torch.cat([part.maps[layer] for part in parts]) for layer in layers},
+        )
+
+
+class AttentionCapture:
+    """Watches forward passes over one slab and sums up what every head does. A `models.hf.Watch`.
+
+    Args:
+        segments, origins: [batch, slots] of what the slab will hold, as in `KVCache`; slots past them are generated.
+        token_ids: [batch, slots] of what it holds already.
+        look: what to capture.
+    """
+
+    def __init__(self, segments: Tensor, origins: Tensor, token_ids: Tensor, positions: Tensor, look: Look) -> None:
+        self.maps = look.maps
+        self._prompt = _classes(segments, origins, look.marked)  # [batch, classes, slots]
+        self._token_ids, self._positions = token_ids, positions
+        self._only: Tensor | None = None
+        self._counted = torch.zeros(0)
+        self._sums: dict[int, Tensor] = {}  # layer -> [batch, query_heads, statistics]
+        self._counts: dict[int, Tensor] = {}  # as the sums
+        self._queries = torch.zeros(len(segments), dtype=torch.int64, device=segments.device)
+        self._kept: dict[int, list[Tensor]] = {}
+        self._seen = 0
+
+    @classmethod
+    def after(cls, cache: KVCache, look: Look) -> AttentionCapture:
+        """For what goes on from a cache. The pending token is of the last slot's segment, and the prompt's own."""
+        last = cache.segments[:, -1:] if cache.slots else torch.full_like(cache.pending[:, None], Segment.trailer)
+        pending = torch.where(last == PAD, int(Segment.trailer), last)
+        segments = torch.cat([cache.segments, pending], dim=1)
+        origins = torch.cat([cache.origins, torch.full_like(pending, Origin.own)], dim=1)
+        if look.marked is not None:
+            look = Look(torch.nn.functional.pad(look.marked, (0, 1)), look.maps)
+        return cls(segments, origins, cache.token_ids, cache.positions, look)
+
+    def only(self, counted: Tensor) -> None:
+        """Count only these queries of the next pass: [batch, queries], or [batch, 1] for all alike; a later one is
+        not looked at."""
+        self._only = counted
+
+    def begin(self, token_ids: Tensor, positions: Tensor) -> None:
+        self._counted = positions != PAD
+        if self._only is not None:
+            self._counted &= self._only
+            self._only = None
+        asked = self._counted.any(dim=0).nonzero()
+        self._last = int(asked[-1]) + 1 if len(asked) else 0
+        self._queries += self._counted.sum(dim=1)
+        self._token_ids = torch.cat([self._token_ids, torch.where(positions == PAD, PAD, token_ids)], dim=1)
+        self._positions = torch.cat([self._positions, positions], dim=1)
+        slots = self._positions.shape[1]
+        new = self._prompt.new_zeros(len(positions), len(CLASSES), max(0, slots - self._prompt.shape[2]))
+        new[:, CLASSES.index("mass_generated")] = 1
+        self._classes = torch.cat([self._prompt, new], dim=2)[..., :slots]
+        self._seen += positions.shape[1]
+
+    def see(self, layer: int, seen: Seen) -> None:
+        batch, heads, queries, dim = seen.query.shape
+        kv_heads, slots = seen.key.shape[1], seen.key.shape[2]
+        if layer not in self._sums:
+            shape = (batch, heads, len(STATISTICS))
+            self._sums[layer] = torch.zeros(shape, dtype=torch.float64, device=seen.query.device)
+            self._counts[layer] = torch.zeros_like(self._sums[layer])
+        step = max(1, BLOCK_BYTES // (4 * batch * heads * slots))
+        for low in range(0, self._last, step):
+            high = min(low + step, self._last)
+            end = slots - queries + high  # no later slot is seen
+            query = seen.query[:, :, low:high].float().reshape(batch, kv_heads, -1, dim) * seen.scaling
+            scores = (query @ seen.key[:, :, :end].float().mT).reshape(batch, heads, high - low, end)
+            if seen.softcap is not None:
+                scores = torch.tanh(scores / seen.softcap) * seen.softcap
+            block = Block(
+                scores,
+                seen.bias[:, :, low:high, :end].float(),
+                self._classes[..., :end],
+                self._positions[:, :end],
+                self._token_ids[:, :end],
+            )
+            found, p = block_statistics(block)
+            self._add(layer, torch.stack(list(found.values()), dim=-1), self._counted[:, low:high])
+            self._keep(layer, p, range(self._seen - queries + low, self._seen - queries + high))
+
+    def _add(self, layer: int, values: Tensor, counted: Tensor) -> None:
+        """values: [batch, query_heads, queries, statistics]; counted: [batch, queries]."""
+        is_there = counted[:, None, :, None] & ~values.isnan()
+        self._sums[layer] += torch.where(is_there, values, 0).sum(dim=2, dtype=torch.float64)
+        self._counts[layer] += is_there.sum(dim=2)
+
+    def _keep(self, layer: int, p: Tensor, queries: range) -> None:
+        """p: [batch, query_heads, queries, slots]."""
+        if self.maps is None or layer not in self.maps.layers:
+            return
+        wanted = self.maps.queries
+        chosen = [i for i, query in enumerate(queries) if wanted is None or query in wanted]
+        kept = p[:, list(self.maps.heads)][:, :, chosen]
+        self._kept.setdefault(layer, []).extend(kept.unbind(dim=2))
+
+    def result(self) -> Attention:
+        """What was seen so far."""
+        layers = range(len(self._sums))
+        sums, counts = (torch.stack([of[layer] for layer in layers], dim=1) for of in (self._sums, self._counts))
+        slots = self._positions.shape[1]
+        maps = {
+            layer: torch.stack([torch.nn.functional.pad(p, (0, slots - p.shape[2])) for p in rows], dim=2)
+            for layer, rows in self._kept.items()
+        }
+        return Attention((sums / counts).float(), self._queries, maps)
+
+
+def _classes(segments: Tensor, origins: Tensor, marked: Tensor | None) -> Tensor:
+    """[batch, classes, slots] of prompt slots; none for padding."""
+    is_real = segments != PAD
+    is_sink = is_real & (is_real.cumsum(dim=1) <= SINKS)
+    rest = is_real & ~is_sink
+    of = {
+        "mass_sinks": is_sink,
+        "mass_template": rest & (segments <= Segment.template),
+        "mass_body": rest & (segments == Segment.body),
+        "mass_trailer": rest & (segments == Segment.trailer),
+        "mass_generated": torch.zeros_like(is_real),
+        "mass_own": rest & (origins == Origin.own),
+        "mass_patched": rest & (origins == Origin.patched),
+        "mass_marked": torch.zeros_like(is_real) if marked is None else rest & marked,
+    }
+    return torch.stack([of[name] for name in CLASSES], dim=1).float()

@@ -1,0 +1,98 @@
+"""The readouts that a phase asks for: geometry of a trial's cache and output, and what its attention heads did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from kvpatch.cache import KVCache, Segment
+from kvpatch.engine.attention import Attention, Look
+from kvpatch.heads import STATISTICS
+from kvpatch.protocols.schema import Watched
+from kvpatch.readouts.geometry import cache_ratios, principal_angles, r_v_trajectory
+from kvpatch.selection import SINKS, slot_mask
+from kvpatch.store import ATTENTION_SCHEMA, TRIAL_COLUMNS
+
+ANGLES = 4
+"""Dimensions of the subspaces whose angles are taken, of a window of 16 vectors."""
+MEANS = {
+    name: f"mass_{name.removeprefix('attention_')}"
+    for name in TRIAL_COLUMNS
+    if name.startswith("attention_") and name != "attention_marked_lift"
+} | {"attention_entropy": "entropy"}
+"""Trial column -> the statistic it is the mean of, over layers and heads."""
+OPTIONAL_COLUMNS = [name for name in TRIAL_COLUMNS if name.startswith(("attention_", "pr_", "angle_"))]
+OPTIONAL_COLUMNS += ["rv_trajectory", "rv_forced_trajectory"]
+"""Columns that are null in phases that do not ask for them."""
+
+
+def cache_geometry(cache: KVCache, layers: tuple[int, int], window: int) -> list[dict[str, Any]]:
+    """Participation ratios of every row's cache, raw and corrected; layers are late and early."""
+    out: list[dict[str, Any]] = [{} for _ in range(cache.batch)]
+    for part in ("v", "k"):
+        for suffix, is_corrected in (("", False), ("_corrected", True)):
+            joined = cache_ratios(cache, part, window=window, joined=True, corrected=is_corrected)[:, layers[0]]
+            each = cache_ratios(cache, part, window=window, corrected=is_corrected).flatten(1)
+            for row in range(cache.batch):
+                out[row][f"pr_{part}_late{suffix}"] = float(joined[row])
+                out[row][f"pr_{part}{suffix}"] = each[row].tolist()
+    return out
+
+
+def output_geometry(late: Tensor, early: Tensor, natural: Tensor, window: int) -> dict[str, Any]:
+    """R_V along a continuation, and how far its late values have turned from those it has after the natural prompts.
+
+    late, early: values of the continuation in a trial, [1, kv_heads, tokens, head_dim]; natural: the late ones after
+    the natural target and source, [2, ...].
+    """
+    windows = [x[:, -window:].transpose(0, 1).flatten(1) for x in (late[0], *natural)]
+    rank = min(ANGLES, *windows[0].shape)
+    angles = [math.degrees(float(principal_angles(windows[0], other, rank).mean())) for other in windows[1:]]
+    return {
+        "rv_forced_trajectory": r_v_trajectory(late, early, window)[0].tolist(),
+        "angle_target": angles[0],
+        "angle_source": angles[1],
+    }
+
+
+def what_to_watch(watched: Watched, cache: KVCache) -> Look:
+    """What a phase watches, on these trials' caches."""
+    return Look(None if watched.marked is None else slot_mask(cache, watched.marked))
+
+
+def attention_means(attention: Attention, cache: KVCache, look: Look) -> list[dict[str, float]]:
+    """The attention columns of a trial row: means over layers and heads."""
+    means = {column: attention[name].flatten(1).nanmean(dim=1) for column, name in MEANS.items()}
+    rest = cache.is_real & (cache.is_real.cumsum(dim=1) > SINKS)
+    marked = torch.zeros_like(rest) if look.marked is None else rest & look.marked
+    body = rest & (cache.segments == Segment.body)
+    per_marked = means["attention_marked"] / marked.sum(dim=1)
+    means["attention_marked_lift"] = per_marked / (means["attention_body"] / body.sum(dim=1))
+    if look.marked is None:
+        means |= dict.fromkeys(("attention_marked", "attention_marked_lift"), torch.full_like(per_marked, float("nan")))
+    return [{column: float(values[row]) for column, values in means.items()} for row in range(cache.batch)]
+
+
+def attention_table(trial_ids: Sequence[str], stages: Mapping[str, Attention]) -> pa.Table:
+    """One row a trial, stage, layer and head, with the columns of `store.ATTENTION_COLUMNS`."""
+    parts = []
+    for stage, found in stages.items():
+        batch, layers, heads, _ = found.values.shape
+        flat = found.values.flatten(0, 2).cpu().numpy()
+        each, layer, head = (axis.ravel() for axis in np.indices((batch, layers, heads)))
+        columns = {
+            "trial_id": np.array(trial_ids, dtype=object)[each],
+            "stage": np.full(len(flat), stage, dtype=object),
+            "layer": layer,
+            "head": head,
+            "queries": found.queries.cpu().numpy()[each],
+            **{name: pa.array(flat[:, i], from_pandas=True) for i, name in enumerate(STATISTICS)},
+        }
+        parts.append(pa.table(columns).cast(ATTENTION_SCHEMA))
+    return pa.concat_tables(parts)

@@ -30,7 +30,8 @@ store = Store(sys.argv[1])
 outcome = outcome_of(store)
 decided = time.perf_counter()
 path = write_report(store, outcome)
-print(decided - start, time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(decided - start, time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1e6,
       path.stat().st_size / 1e6)
 """
 
@@ -46,7 +47,7 @@ def main() -> None:
         if not (where / "run.json").exists():
             from synthetic import write_run
 
-            write_run(where, n=None, samples=chosen.samples, calibration=30)
+            write_run(where, n=None, samples=chosen.samples, calibration=30, heads=(30, 9))
         print(json.dumps({**report_of(where), **view_of(where)}, indent=1))
 
 
@@ -56,12 +57,13 @@ def report_of(where: Path) -> dict[str, float]:
     counted = duckdb.sql(f"select count(*) from '{where}/trials/*.parquet' where length(text) >= 0").fetchall()
     peer = time.perf_counter() - start
     done = subprocess.run([sys.executable, "-c", MEASURED, str(where)], capture_output=True, text=True, check=True)
-    decided, seconds, gigabytes, megabytes = map(float, done.stdout.split())
+    decided, seconds, processor, gigabytes, megabytes = map(float, done.stdout.split())
     return {
         "trials": counted[0][0],
         "duckdb_scan_seconds": round(peer, 2),
         "verdicts_seconds": round(decided, 1),
         "report_seconds": round(seconds, 1),
+        "report_processor_seconds": round(processor, 1),
         "peak_gigabytes": round(gigabytes, 2),
         "report_megabytes": round(megabytes, 1),
     }

@@ -17,7 +17,7 @@ def four_questions(rows: list[dict], protocol: Protocol, ran: set[str], models: 
 
     rows: verdict rows. ran: conditions that have trials. models: architectures of the run.
     """
-    mode = f"{protocol.pairing.sources.replace('_', ' ')} mode"
+    mode = f"{protocol.mode_name} mode"
     known = {row["id"]: row for row in rows}
     by_hand = [name for name in GEOMETRY_SET if name in ran]
 

@@ -84,8 +84,8 @@ def write_run(
     phases: list[str] | None = None,
     heads: tuple[int, int] = (5, 4),
 ) -> Store:
-    """Write a whole run. n: pairs a phase, as planned if None. samples: of a pair and condition. heads: layers, and heads
-    of each, of the phases whose attention is watched."""
+    """Write a whole run. n: pairs a phase, as planned if None. samples: of a pair and condition. heads: layers, and
+    heads of each, of the phases whose attention is watched."""
     protocol = dec7()
     store = Store(directory)
     parts = [(name, rows) for name, rows in run_parts(protocol, n, samples, calibration, phases)]

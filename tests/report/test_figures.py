@@ -118,10 +118,12 @@ def test_maps_dose_and_scatter_plots_hold_to_the_schema_too(
 
 
 def test_questions_gather_what_bears_on_them(outcome: Outcome, rows: list[dict]) -> None:
-    ran = set(outcome.rows["condition"])
+    ran = set(outcome.rows["condition"]) - {"G1", "G2", "G1_own", "G1_turn", "G2_turn"}
     geometry_, layers, circuit, models = questions.four_questions(rows, outcome.protocol, ran, ["Llama"], False)
     assert {"rv_moves", "rv_follows", "seed_geometry", "dose_geometry"} <= {r["id"] for r in geometry_["rows"]}
     assert "never that R_V brings it about" in geometry_["unknown"][0]
+    by_hand, *_ = questions.four_questions(rows, outcome.protocol, ran | {"G1"}, ["Llama"], True)
+    assert "set by hand (G1)" in by_hand["unknown"][0]
     assert {"layers_early", "tokens_first", "window_0"} <= {r["id"] for r in layers["rows"]}
     assert {"tokens_self", "values_over_keys", "about_itself"} <= {r["id"] for r in circuit["rows"]}
     assert "attention" in circuit["unknown"][0]

@@ -77,8 +77,8 @@ def _selects_within(c: Condition) -> bool:
 def _unknown_geometry(by_hand: list[str]) -> list[str]:
     if by_hand:
         return [
-            f"R_V was set by hand ({', '.join(by_hand)}). Setting it changes more than one number; the random rotations "
-            "of equal size beside it say how much of what follows is damage.",
+            f"R_V was set by hand ({', '.join(by_hand)}). That changes more than one number; the random rotations of "
+            "equal size beside it say how much of what follows is damage.",
             "Where the mode does not follow, R_V is a shadow at that layer and window; another layer is not tested.",
         ]
     return [

@@ -57,6 +57,8 @@ def sensitivity(rows: pd.DataFrame, h: Hypothesis, found: PairDifferences) -> Se
 
 
 def _lee(rows: pd.DataFrame, h: Hypothesis, first: str, second: str) -> tuple[float, float] | None:
+    if h.readout not in rows.columns:
+        return None
     sides = []
     for name in (first, second):
         own = rows.loc[(rows["condition"] == name) & ~rows["failed"]]

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import yaml
 
+from kvpatch.heads import STATISTICS
 from kvpatch.protocols.schema import Condition, Protocol, calibration_of
-from kvpatch.store import ModelRecord, OtherModel, RunRecord, Store
+from kvpatch.store import ATTENTION_SCHEMA, ModelRecord, OtherModel, RunRecord, Store
 
 _WORDS = (
     "the process of writing shows itself while attention turns back on its own sentence and I notice that bread "
@@ -74,9 +76,16 @@ def record_of(protocol: Protocol, planned: dict[str, int], **changes: Any) -> Ru
 
 
 def write_run(
-    directory: Path, *, n: int | None = 4, samples: int = 1, calibration: int = 6, phases: list[str] | None = None
+    directory: Path,
+    *,
+    n: int | None = 4,
+    samples: int = 1,
+    calibration: int = 6,
+    phases: list[str] | None = None,
+    heads: tuple[int, int] = (5, 4),
 ) -> Store:
-    """Write a whole run. n: pairs a phase, as planned if None. samples: of a pair and condition."""
+    """Write a whole run. n: pairs a phase, as planned if None. samples: of a pair and condition. heads: layers, and
+    heads of each, of the phases whose attention is watched."""
     protocol = dec7()
     store = Store(directory)
     parts = [(name, rows) for name, rows in run_parts(protocol, n, samples, calibration, phases)]
@@ -86,8 +95,29 @@ def write_run(
     with store.locked():
         store.write_record(record_of(protocol, planned))
         for name, rows in parts:
-            store.append(name, rows)
+            phase = protocol.phases.get(rows[0]["phase"])
+            is_watched = phase is not None and phase.watched is not None
+            store.append(name, rows, attention_of(rows, *heads) if is_watched else None)
     return store
+
+
+def attention_of(rows: list[dict[str, Any]], layers: int, heads: int) -> pa.Table:
+    """What every head did in these trials. Head (1, 2) looks at marked words where the source's cache was put in."""
+    rng = np.random.default_rng(len(rows))
+    trials = [row["trial_id"] for row in rows for _ in range(layers * heads)]
+    grid = [(layer, head) for _ in rows for layer in range(layers) for head in range(heads)]
+    values = {name: rng.normal(0.3, 0.02, len(grid)) for name in STATISTICS}
+    marked = [row["condition"] == "C" and at == (1, 2) for row in rows for at in grid[: layers * heads]]
+    values["mass_marked"] = values["mass_marked"] + 0.4 * np.array(marked)
+    columns = {
+        "trial_id": trials,
+        "stage": ["forced"] * len(grid),
+        "layer": [layer for layer, _ in grid],
+        "head": [head for _, head in grid],
+        "queries": [24] * len(grid),
+        **values,
+    }
+    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in ATTENTION_SCHEMA})
 
 
 def run_parts(
@@ -159,6 +189,7 @@ def _pair(
                     "mode_llr_by_position": rng.normal(mode, 0.1, 8).tolist(),
                     "content_llr_by_position": rng.normal(0, 0.1, 8).tolist(),
                     "js_pull": rng.normal(0, 0.1),
+                    **_watched(protocol, phase, shift, rng),
                     "repetition": rng.beta(1, 12),
                     **{f"repetition_{k}": rng.beta(1, 12) for k in (1, 2, 4, 8)},
                     "coherent": None if is_held_out else bool(rng.random() < (0.4 if name == "F1" else 0.96)),
@@ -168,6 +199,27 @@ def _pair(
                 }
             )
     return rows
+
+
+def _watched(protocol: Protocol, phase: str, shift: float, rng: np.random.Generator) -> dict[str, Any]:
+    """Columns of phases that read geometry or watch attention."""
+    what = protocol.phases.get(phase)
+    out: dict[str, Any] = {}
+    if what is not None and what.geometry:
+        for name in ("rv_trajectory", "rv_forced_trajectory"):
+            out[name] = np.exp(rng.normal(-0.05 * shift, 0.03, 9)).tolist()
+    if what is not None and what.watched is not None:
+        shares = {
+            "sinks": 0.4,
+            "template": 0.1,
+            "body": 0.2,
+            "trailer": 0.1,
+            "generated": 0.2,
+            "own": 0.3,
+            "patched": 0.1,
+        }
+        out |= {f"attention_{name}": share for name, share in shares.items()}
+    return out
 
 
 def _shift(condition: Condition) -> float:

@@ -25,7 +25,7 @@ from small import CONDITIONS, bank_entries, protocol_content, with_patch, write_
 
 pytestmark = pytest.mark.model
 
-COMMANDS = ("run", "plan", "status", "verdicts", "report", "check", "bank", "models", "pull", "power", "schema")
+COMMANDS = ("run", "plan", "status", "verdicts", "report", "check", "bank", "models", "pull", "power", "schema", "view")
 
 
 class Outcome(NamedTuple):
@@ -364,6 +364,8 @@ def test_status_counts_trials(kvpatch, finished):
     _, directory = finished
     status = json.loads(kvpatch("status", directory, "--json").out)
     assert (status["done"], status["left"], status["failed"]) == (284, 0, 0)
+    assert status["state"] == "finished" and sum(phase["done"] for phase in status["phases"]) == 284
+    assert "finished" in kvpatch("status", directory).out
 
 
 def test_plan_says_what_the_run_did(kvpatch, finished, model_dir):

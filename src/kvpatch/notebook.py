@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import pandas as pd
 
 from kvpatch.errors import StoreError
-from kvpatch.outcome import Outcome, outcome_of
+from kvpatch.outcome import Outcome, outcome_of, watched_rows
 from kvpatch.store import RunRecord, Store
 
 if TYPE_CHECKING:
@@ -28,24 +28,24 @@ class Run:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self._store = Store(directory)
-        self._store.read_record()
+        self.store = Store(directory)
+        self.store.read_record()
         self.plot = Plots(self)
 
     @property
     def directory(self) -> str:
         """Where the run is."""
-        return str(self._store.directory)
+        return str(self.store.directory)
 
     @property
     def record(self) -> RunRecord:
         """run.json."""
-        return self._store.read_record()
+        return self.store.read_record()
 
     @cached_property
     def outcome(self) -> Outcome:
         """Protocol, light rows and verdicts, decided from the trials stored when it was first asked for."""
-        return outcome_of(self._store)
+        return outcome_of(self.store)
 
     def refresh(self) -> Run:
         """Forget what was read; returns the run itself."""
@@ -65,7 +65,7 @@ class Run:
         """
         if kind not in ("polars", "pandas"):
             raise ValueError(f"kind is 'polars' or 'pandas', not {kind!r}")
-        table = self._store.read()
+        table = self.store.read()
         if kind == "pandas":
             return table.to_pandas()
         import polars
@@ -87,7 +87,7 @@ class Run:
 
     def __repr__(self) -> str:
         record = self.record
-        done = sum(part["rows"] for part in self._store.parts())
+        done = sum(part["rows"] for part in self.store.parts())
         return (
             f"Run({self.directory!r}: {record.protocol['protocol']} on {record.model.name}, {done} of {record.planned})"
         )
@@ -158,6 +158,24 @@ class Plots:
         if wanted not in found:
             raise ValueError(f"no chart of {wanted!r}; there are {', '.join(found) or 'none'}")
         return found[wanted]
+
+    def trajectory(self, phase: str = "5", column: str = "rv_forced_trajectory") -> AnyChart:
+        """R_V along the tokens, a line a condition."""
+        from kvpatch.report import attention, attention_charts
+
+        outcome = self._run.outcome
+        rows, _ = watched_rows(self._run.store, outcome)
+        window = outcome.protocol.readouts.r_v.window
+        return attention_charts.trajectory_chart(attention.trajectories(rows, phase, column, window))
+
+    def heads(self, statistic: str = "mass_body", contrast: str = "C - N1", phase: str = "6") -> AnyChart:
+        """A map of heads: the difference of a statistic of attention between conditions."""
+        from kvpatch.report import attention_charts
+        from kvpatch.statistics.heads import head_differences
+
+        rows, heads = watched_rows(self._run.store, self._run.outcome)
+        found = head_differences(rows, heads, phase=phase, contrast=contrast, statistic=statistic)
+        return attention_charts.head_map_chart(found, f"{statistic}, {contrast}")
 
     def narrowing(self, hypothesis: str) -> AnyChart:
         """How the interval of a hypothesis narrows with the pairs."""

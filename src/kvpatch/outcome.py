@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from kvpatch.errors import ProtocolError
 from kvpatch.protocols.schema import Protocol, dumped_sha256
 from kvpatch.readouts.behavior import copied_words
+from kvpatch.report.attention import MAPPED
 from kvpatch.report.page import Live, render
 from kvpatch.statistics.effects import Effect, effects
 from kvpatch.statistics.verdicts import Verdict, headline, verdicts, verdicts_json
@@ -48,6 +49,7 @@ def as_exploratory(protocol: Protocol) -> Protocol:
 
 
 TEXTS = ("text", "source_text", "target_text", "mode_hits")
+TRAJECTORIES = ("rv_trajectory", "rv_forced_trajectory")
 _HEAVY = {*TEXTS, "patch", *(name for name, (kind, _) in TRIAL_COLUMNS.items() if pa.types.is_list(kind))}
 _LIGHT = [name for name in TRIAL_COLUMNS if name not in _HEAVY]
 
@@ -178,7 +180,8 @@ def report_page(store: Store, outcome: Outcome, live: Live | None = None) -> str
             outcome.answer,
             mark,
             [effect.model_dump() for effect in outcome.effects],
-            with_texts=lambda rows: texts_of(store, rows),
+            with_texts=lambda rows: with_columns(store, rows, TEXTS),
+            watched=watched_rows(store, outcome),
             live=live,
         )
 
@@ -192,16 +195,28 @@ def write_report(store: Store, outcome: Outcome, path: Path | None = None) -> Pa
     return path
 
 
-def texts_of(store: Store, rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with their texts, read from the parts that hold them."""
-    wanted = pa.array(rows["trial_id"].unique())
+def with_columns(store: Store, rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """The rows with further columns, such as texts, read from the parts that hold them."""
+    wanted = pa.array(rows["trial_id"].unique(), pa.string())
     found = []
-    for table in store.tables(["trial_id", *TEXTS]):
+    for table in store.tables(["trial_id", *columns]):
         here = table.filter(pc.is_in(table["trial_id"], wanted))  # pyright: ignore[reportAttributeAccessIssue]
         if len(here):
             found.append(here)
-    texts = pa.concat_tables(found).to_pandas().drop_duplicates("trial_id", keep="last")
-    return rows.merge(texts, on="trial_id", how="left")
+    if not found:
+        return rows.assign(**dict.fromkeys(columns))
+    more = pa.concat_tables(found).to_pandas().drop_duplicates("trial_id", keep="last")
+    return rows.merge(more, on="trial_id", how="left")
+
+
+def watched_rows(store: Store, outcome: Outcome) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(rows of the phases that read geometry or watch attention, with what the charts of those need; every head's
+    attention while it read the fixed continuation)."""
+    phases = outcome.protocol.phases
+    asked = [name for name, phase in phases.items() if phase.geometry or phase.watched is not None]
+    rows = outcome.rows[outcome.rows["phase"].isin(asked)]
+    heads = store.read_attention(["trial_id", "stage", "layer", "head", *MAPPED], stage="forced")
+    return with_columns(store, rows, TRAJECTORIES), heads.to_pandas()
 
 
 def phase_effects(store: Store, phase: str | None = None) -> list[Effect]:

@@ -24,6 +24,7 @@ from typing import Any
 
 import filelock
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
@@ -386,14 +387,21 @@ class Store:
         for name in [part["part"] for part in self.parts()] if parts is None else parts:
             yield _read(self.trials / name, wanted)
 
-    def read_attention(self) -> pa.Table:
+    def read_attention(self, columns: Sequence[str] | None = None, stage: str | None = None) -> pa.Table:
         """What every head did in every trial that was watched; no rows where none was.
+
+        All columns and stages, or those that are named.
 
         Raises:
             StoreError: where a part is damaged.
         """
-        named = [self.attention / part["part"] for part in self.parts() if "attention_sha256" in part]
-        return pa.concat_tables([ATTENTION_SCHEMA.empty_table(), *(_read(path, ATTENTION_SCHEMA) for path in named)])
+        wanted = ATTENTION_SCHEMA if columns is None else pa.schema([ATTENTION_SCHEMA.field(c) for c in columns])
+        tables = [wanted.empty_table()]
+        for part in self.parts():
+            if "attention_sha256" in part:
+                table = _read(self.attention / part["part"], wanted)
+                tables.append(table if stage is None else table.filter(pc.field("stage") == stage))
+        return pa.concat_tables(tables)
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -92,30 +92,50 @@ def _clock(seconds: float) -> str:
 
 
 def status_summary(store: Store) -> dict[str, Any]:
-    """How far a run is."""
+    """How far a run is, whether a process is at it, and how long it will take."""
+    from kvpatch.view.runs import LiveRun
+
     record = store.read_record()
     store.done()
-    done = sum(part["rows"] for part in store.parts())
-    failed = store.read().column("error").drop_null() if done else []
-    speed = record.tokens / record.seconds if record.seconds else None
+    run = LiveRun("run", store.directory)
+    run.refresh()
+    progress = run.progress()
+    over_all = record.tokens / record.seconds if record.seconds else None
     return {
         "protocol": record.protocol["protocol"],
         "model": record.model.name,
-        "done": done,
-        "left": max(0, record.planned - done),
-        "failed": len(failed),
-        "finished": record.finished if done >= record.planned else None,
-        "tokens_per_second": speed,
+        "state": progress.state,
+        "done": progress.done,
+        "left": max(0, record.planned - progress.done),
+        "failed": progress.failed,
+        "finished": record.finished if progress.done >= record.planned else None,
+        "tokens_per_second": progress.tokens_per_second if progress.state == "running" else over_all,
         "seconds": record.seconds,
+        "seconds_left": progress.left,
+        "phases": progress.by_phase,
     }
 
 
 def print_status(summary: dict[str, Any]) -> None:
-    """One line a fact."""
-    table = Table(show_header=False)
-    for key, value in summary.items():
-        table.add_row(key.replace("_", " "), "not yet" if value is None else str(value))
-    Console().print(table)
+    """A row a phase, and under it what is known of the whole."""
+    console = Console()
+    table = Table(title=f"{escape(summary['protocol'])} on {escape(summary['model'])}: {summary['state']}")
+    for column, side in (("phase", "left"), ("done", "right"), ("of", "right"), ("", "left"), ("failed", "right")):
+        table.add_column(column, justify=side)
+    for row in summary["phases"]:
+        share = min(1.0, row["done"] / row["planned"]) if row["planned"] else 1.0
+        bar = "█" * round(20 * share) + "░" * (20 - round(20 * share))
+        failed = f"[red]{row['failed']}[/red]" if row["failed"] else "0"
+        table.add_row(escape(row["phase"]), str(row["done"]), str(row["planned"]), bar, failed)
+    console.print(table)
+    left, speed = summary["seconds_left"], summary["tokens_per_second"]
+    told = [
+        f"{summary['done']} trials done, {summary['left']} left, {summary['failed']} failed",
+        "" if speed is None else f"{speed:.0f} tokens/s",
+        "" if left is None else f"about {_clock(left)} left (h:mm:ss)",
+        "" if summary["finished"] is None else f"finished {summary['finished']}",
+    ]
+    console.print("; ".join(part for part in told if part))
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:

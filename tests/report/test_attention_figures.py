@@ -106,29 +106,25 @@ def test_trajectory_is_the_mean_of_the_log_over_the_pairs_that_reach_a_token(run
     assert svg(charts.trajectory_chart(bands)).count('aria-roledescription="line mark"') == 4
 
 
-def test_correlation_is_drawn_with_a_dot_a_pair(run, protocol: Protocol):
-    points = tables.correlation_points(run[0], protocol.hypothesis("rv_follows"))
-    assert len(points) == PAIRS
-    wide = run[0][run[0]["phase"] == "5"].pivot(index="pair_id", columns="condition", values="mode_llr")
-    assert sorted(points["y"]) == pytest.approx(sorted(wide["C"] - wide["N1"]))
-    assert svg(charts.scatter_chart(points, "x", "y")).count('aria-roledescription="circle"') == PAIRS
-
-
 def test_every_figure_that_a_run_can_fill_is_drawn(run, protocol: Protocol):
-    found = tables.figures(protocol, *run)
-    titles = [figure.title for figure in found]
-    assert titles[:2] == ["R_V along the fixed continuation", "R_V along the output"]
-    assert "Where attention goes: whose activations" in titles
-    assert "Heads: attention on marked words, C - N1" in titles
-    told = next(f.caption for f in found if f.title == "Heads: attention on marked words, C - N1")
+    trials, attention = run
+    assert [f.title for f in tables.trajectory_figures(protocol, trials)] == [
+        "R_V along the fixed continuation",
+        "R_V along the output",
+    ]
+    found = {f.title: f for f in tables.attention_figures(protocol, trials, attention)}
+    assert "Where attention goes: whose activations" in found
+    told = found["Heads: attention on marked words, C - N1"].about
     assert "layer 1 head 2." in told and "Exploratory" in told
-    for figure in found:
-        assert "no data" not in svg(figure.chart)
+    assert all(f.spec is not None for f in found.values())
+    sets = found["Heads: attention on marked words, C - N1"].spec["datasets"].values()
+    assert [len(d["rows"]) for d in sets if d["name"] == "heads"] == [LAYERS * HEADS]
 
 
 def test_a_run_without_attention_or_geometry_has_no_figures(run, protocol: Protocol, trials: pd.DataFrame):
-    assert tables.figures(protocol, trials, run[1].iloc[:0]) == []
-    assert tables.figures(protocol, trials.iloc[:0], run[1]) == []
+    for rows, heads in ((trials, run[1].iloc[:0]), (trials.iloc[:0], run[1])):
+        assert tables.trajectory_figures(protocol, rows) == []
+        assert tables.attention_figures(protocol, rows, heads) == []
 
 
 def test_charts_of_nothing_say_so():
@@ -139,7 +135,6 @@ def test_charts_of_nothing_say_so():
         charts.head_means_chart(empty, "x"),
         charts.looks_chart(empty),
         charts.trajectory_chart(empty),
-        charts.scatter_chart(empty, "x", "y"),
     ):
         assert "no data" in svg(chart)
 

@@ -78,9 +78,11 @@ def charts_of(page: Any) -> dict[str, dict[str, list[dict]]]:
 
 
 def marks_wanted(chart: str, name: str, rows: list[dict]) -> int:
-    """One mark a row; dose curves have one line a pair and series."""
+    """One mark a row; dose curves have one line a pair and series, trajectories one a condition."""
     if chart.startswith("dose-") and name == "points":
         return len({(row["pair"], row["series"]) for row in rows})
+    if chart.startswith("rv_") and name == "lines":
+        return len({row["condition"] for row in rows})
     return len(rows)
 
 

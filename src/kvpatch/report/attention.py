@@ -1,23 +1,22 @@
 """Small tables behind the charts of attention and geometry: pure functions of trials and heads that bear gaps.
 
-`figures` gives every chart that a run's trials can fill, in the order to show them.
+`trajectory_figures` and `attention_figures` give every chart that a run's trials can fill, in the order to show them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from kvpatch.protocols.schema import Hypothesis, Protocol
+from kvpatch.protocols.schema import Phase, Protocol
 from kvpatch.report import attention_charts as charts
-from kvpatch.report.charts import AnyChart
+from kvpatch.report.figure import Figure, figure, rounded
 from kvpatch.report.tables import normalised, values
 from kvpatch.statistics.heads import head_differences, head_means, head_values, heads_standing_out
-from kvpatch.statistics.pairs import contrast_table, pair_means
 
 MAPPED = {
     "entropy": "entropy of attention, 0 to 1",
@@ -44,15 +43,6 @@ LOOKS = {
 }
 """Parts of where attention goes -> the trial column of each; the parts of either way add to 1."""
 CONTRASTS = ("C - N1", "C - A", "B - A")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One chart with its words."""
-
-    title: str
-    caption: str
-    chart: AnyChart
 
 
 def looks(trials: pd.DataFrame, phase: str, by: Literal["segment", "origin"] = "origin") -> pd.DataFrame:
@@ -96,79 +86,65 @@ def trajectories(trials: pd.DataFrame, phase: str, column: str = "rv_forced_traj
     return pd.DataFrame(parts, columns=pd.Index(["condition", "token", "mean", "low", "high", "n"]))
 
 
-def correlation_points(trials: pd.DataFrame, hypothesis: Hypothesis) -> pd.DataFrame:
-    """Columns pair, x, y, series: the two variables of a correlation, over pairs (covariates not taken out)."""
-    assert hypothesis.against is not None
-    rows = normalised(trials)
-    rows = rows[rows["phase"] == hypothesis.phase]
-    columns = {}
-    for name, variable in (("y", hypothesis), ("x", hypothesis.against)):
-        if variable.readout not in rows or rows.empty:
-            return pd.DataFrame(columns=pd.Index(["pair", "x", "y", "series"]))
-        weights = variable.weights()
-        means = pair_means(rows, weights, variable.readout, variable.transform)
-        columns[name] = contrast_table(means, {name: weights})[name]
-    table = pd.DataFrame(columns).dropna().reset_index(names="pair")
-    return table.assign(series=hypothesis.id)
+def trajectory_figures(protocol: Protocol, trials: pd.DataFrame) -> list[Figure]:
+    """Charts of R_V along the tokens, for every phase that reads geometry. trials: rows of trials/*.parquet."""
+    window = protocol.readouts.r_v.window
+    out = []
+    for phase in _phases(protocol, trials, lambda p: p.geometry):
+        for column, title, told in (
+            (
+                "rv_forced_trajectory",
+                "R_V along the fixed continuation",
+                "Every condition reads the same words; a band is the 95% interval over pairs.",
+            ),
+            (
+                "rv_trajectory",
+                "R_V along the output",
+                "Each condition's own words, which R_V follows too; fewer pairs reach the later tokens.",
+            ),
+        ):
+            found = trajectories(trials, phase, column, window)
+            if not found.empty:
+                out.append(figure(f"{column}-{phase}", title, told, charts.trajectory_chart(rounded(found))))
+    return out
 
 
-def figures(protocol: Protocol, trials: pd.DataFrame, attention: pd.DataFrame) -> list[Figure]:
-    """Charts of attention and geometry for every phase that has them.
+def attention_figures(protocol: Protocol, trials: pd.DataFrame, attention: pd.DataFrame) -> list[Figure]:
+    """Charts of attention, for every phase that watches it.
 
     trials: rows of trials/*.parquet. attention: rows of attention/*.parquet, none where no phase asked.
     """
-    rows = normalised(trials)
-    present = set(rows["phase"])
-    out: list[Figure] = []
-    for name, phase in protocol.phases.items():
-        if name not in present:
-            continue
-        if phase.geometry:
-            out += _geometry_figures(protocol, trials, name)
-        if phase.watched is not None and not attention.empty:
-            out += _attention_figures(trials, attention, name)
-    return out
+    if attention.empty:
+        return []
+    phases = _phases(protocol, trials, lambda p: p.watched is not None)
+    return [drawn for phase in phases for drawn in _attention_figures(trials, attention, phase)]
 
 
-def _geometry_figures(protocol: Protocol, trials: pd.DataFrame, phase: str) -> list[Figure]:
-    window = protocol.readouts.r_v.window
-    forced = trajectories(trials, phase, "rv_forced_trajectory", window)
-    own = trajectories(trials, phase, "rv_trajectory", window)
-    out = []
-    if not forced.empty:
-        told = "Every condition reads the same words; a band is the 95% interval over pairs."
-        out.append(Figure("R_V along the fixed continuation", told, charts.trajectory_chart(forced)))
-    if not own.empty:
-        told = "Each condition's own words, which R_V follows too; fewer pairs reach the later tokens."
-        out.append(Figure("R_V along the output", told, charts.trajectory_chart(own)))
-    for h in protocol.hypotheses:
-        if h.phase == phase and h.test == "correlates" and h.against is not None:
-            points = correlation_points(trials, h)
-            if not points.empty:
-                x, y = (f"{'log ' if v.transform == 'log' else ''}{v.readout}, {v.contrast}" for v in (h.against, h))
-                told = "A dot a pair; the line is the plain regression, the verdict holds prompt length constant."
-                out.append(Figure(h.claim, told, charts.scatter_chart(points, x, y)))
-    return out
+def _phases(protocol: Protocol, trials: pd.DataFrame, asks: Callable[[Phase], bool]) -> list[str]:
+    present = set(trials["phase"].astype(str).unique()) if "phase" in trials else set()
+    return [name for name, phase in protocol.phases.items() if name in present and asks(phase)]
 
 
 def _attention_figures(trials: pd.DataFrame, attention: pd.DataFrame, phase: str) -> list[Figure]:
     out = []
     told = "Mean over all heads while every condition reads the same continuation."
-    ways = {"whose activations": looks(trials, phase), "which part of the prompt": looks(trials, phase, "segment")}
-    for title, shares in ways.items():
+    for by, title in (("origin", "whose activations"), ("segment", "which part of the prompt")):
+        shares = looks(trials, phase, by)
         if not shares.empty:
-            out.append(Figure(f"Where attention goes: {title}", told, charts.looks_chart(shares)))
+            name = f"Where attention goes: {title}"
+            out.append(figure(f"attention-{phase}-{by}", name, told, charts.looks_chart(rounded(shares))))
     for statistic, title in MAPPED.items():
         found = head_values(trials, attention, phase=phase, statistic=statistic)
         if not found or all(table.isna().all(axis=None) for table in found.values()):
             continue
-        natural = head_means(found)
-        out.append(Figure(f"Heads: {title}", "Mean over pairs.", charts.head_means_chart(natural, title)))
+        chart = charts.head_means_chart(rounded(head_means(found)), title)
+        out.append(figure(f"heads-{phase}-{statistic}", f"Heads: {title}", "Mean over pairs.", chart))
         for contrast in CONTRASTS:
             heads = head_differences(trials, attention, phase=phase, contrast=contrast, statistic=statistic)
             if not heads.empty:
-                chart = charts.head_map_chart(heads, f"{title}, {contrast}")
-                out.append(Figure(f"Heads: {title}, {contrast}", _told(heads), chart))
+                chart = charts.head_map_chart(rounded(heads), f"{title}, {contrast}")
+                name = f"heads-{phase}-{statistic}-{contrast.replace(' ', '')}"
+                out.append(figure(name, f"Heads: {title}, {contrast}", _told(heads), chart))
     return out
 
 

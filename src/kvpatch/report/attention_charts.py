@@ -52,11 +52,11 @@ def head_map_chart(heads: pd.DataFrame, title: str) -> AnyChart:
     layers: list[AnyChart] = [cells]
     significant = known[known["is_significant"]]
     if not significant.empty:
-        dots = _grid(significant, name="significant").mark_circle(size=10, color="#222", opacity=0.75)
+        dots = _grid(significant, name="_significant").mark_circle(size=10, color="#222", opacity=0.75)
         layers.append(dots.encode(tooltip=tips))
     out = known[known["stands_out"]]
     if not out.empty:
-        rings = _grid(out, name="standing out").mark_point(size=130, color="#222", strokeWidth=2, opacity=1)
+        rings = _grid(out, name="_standing_out").mark_point(size=130, color="#222", strokeWidth=2, opacity=1)
         layers.append(rings.encode(tooltip=tips))
     return _dressed(alt.layer(*layers), known)
 
@@ -138,44 +138,15 @@ def trajectory_chart(bands: pd.DataFrame, title: str = "R_V") -> AnyChart:
     )
     x = alt.X("token:Q", title="last token of the window", axis=alt.Axis(tickMinStep=1))
     scale = alt.Scale(zero=False)
-    tips = [alt.Tooltip("condition:N"), alt.Tooltip("token:Q"), alt.Tooltip("mean:Q", format=".3f"), "n:Q"]
-    area = alt.Chart(known[known["low"].notna()], name="bands").mark_area(opacity=0.18)
+    tips = [alt.Tooltip("condition:N"), alt.Tooltip("token:Q")]
+    tips += [alt.Tooltip("mean:Q", format=".3f"), alt.Tooltip("n:Q")]
+    area = alt.Chart(known[known["low"].notna()], name="_bands").mark_area(opacity=0.18)
     line = alt.Chart(known, name="lines").mark_line(strokeWidth=2)
     layered = alt.layer(
-        area.encode(x=x, y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q", color=colour),
+        area.encode(x=x, y=alt.Y("low:Q", title=title, scale=scale), y2=alt.Y2("high:Q"), color=colour),
         line.encode(x=x, y=alt.Y("mean:Q", title=title, scale=scale), color=colour, tooltip=tips),
     )
     return _plain(layered.properties(width="container", height=240))
-
-
-def scatter_chart(points: pd.DataFrame, x_title: str, y_title: str) -> AnyChart:
-    """A dot a pair, with the straight line through them: R_V against transfer.
-
-    Args:
-        points: columns pair, x, y, and series (one colour and line each).
-    """
-    known = points[points["x"].notna() & points["y"].notna()]
-    if known.empty:
-        return no_data_chart()
-    order = list(dict.fromkeys(known["series"]))
-    colour = alt.Color(
-        "series:N",
-        title=None,
-        sort=order,
-        scale=alt.Scale(domain=order, range=CONDITION_COLOURS[: len(order)]),
-        legend=alt.Legend(orient="top") if len(order) > 1 else None,
-    )
-    x = alt.X("x:Q", title=x_title, scale=alt.Scale(zero=False))
-    y = alt.Y("y:Q", title=y_title, scale=alt.Scale(zero=False))
-    tips = [alt.Tooltip("pair:N"), alt.Tooltip("x:Q", format=".3f"), alt.Tooltip("y:Q", format=".3f")]
-    dots = alt.Chart(known, name="points").mark_circle(size=28, opacity=0.6)
-    dots = dots.encode(x=x, y=y, color=colour, tooltip=tips)
-    layers: list[AnyChart] = [dots]
-    drawable = known.groupby("series")["x"].transform("nunique") > 1
-    if drawable.any():
-        line = alt.Chart(known[drawable], name="fit").transform_regression("x", "y", groupby=["series"])
-        layers.append(line.mark_line(strokeWidth=1.5, strokeDash=[5, 3]).encode(x="x:Q", y="y:Q", color=colour))
-    return _plain(alt.layer(*layers).properties(width="container", height=260))
 
 
 def _grid(heads: pd.DataFrame, name: str) -> alt.Chart:

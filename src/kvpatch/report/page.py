@@ -23,6 +23,7 @@ from kvpatch.organisms.record import gate_zero
 from kvpatch.protocols.schema import Protocol
 from kvpatch.report import (
     across,
+    attention,
     charts,
     dose,
     forest,
@@ -74,6 +75,7 @@ def render(
     mark: samples.Marker | None = None,
     effects: list[dict] | None = None,
     with_texts: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+    watched: tuple[pd.DataFrame, pd.DataFrame] | None = None,
     live: Live | None = None,
 ) -> str:
     """Return the report of a run as one self-contained HTML file.
@@ -89,13 +91,15 @@ def render(
         effects: every condition's differences from its natural run (`statistics.effects.Effect`), or None.
         with_texts: adds `text`, `source_text` and `target_text` to the few rows that are shown; None where the
             trials hold them.
+        watched: (trials of the phases that read geometry or watch attention, with their lists; every head's
+            attention), or None where there is none.
         live: what to say, and where to lead, where the page is served while the run goes on.
     Returns:
         HTML5 text; write it as UTF-8.
     """
     with charts.unchecked():
         prepared = tables.normalised(trials)
-        context = _context(run, protocol, prepared, verdicts, headline, effects or [])
+        context = _context(run, protocol, prepared, verdicts, headline, effects or [], watched)
         context["samples"] = samples.samples(sections.by_phase(prepared, protocol), protocol, mark, with_texts)
     context["live"] = live
     return _environment().get_template("report.html.j2").render(context | _assets(live is not None))
@@ -108,12 +112,13 @@ def _context(
     verdicts: list[dict],
     headline: str,
     effects: list[dict],
+    watched: tuple[pd.DataFrame, pd.DataFrame] | None,
 ) -> dict[str, Any]:
     rows = judgements.verdict_rows(verdicts, protocol)
     parts = sections.by_phase(trials, protocol)
     instruments = sections.instruments(run, trials, parts, protocol)
     strip = sections.strip(run, instruments)
-    optional = _optional_figures(run, protocol, trials, rows, effects)
+    optional = _optional_figures(run, protocol, trials, rows, effects, watched)
     shown = {name: optional.get(name, True) for name in SECTIONS}
     shown["models"] = optional["across"] or optional["replications"]
     names = [name for name in SECTIONS if shown[name]]
@@ -145,26 +150,32 @@ def _context(
         ),
         "how": how,
         "not_shown": sections.not_shown(run, trials, parts, protocol, rows, instruments),
-        "gaps": sections.gaps(run, optional, trials),
+        "gaps": sections.gaps(run, optional),
         "trial_count": len(trials),
         "pair_count": trials.loc[trials["pair_id"] != "", "pair_id"].nunique(),
     }
 
 
 def _optional_figures(
-    run: dict, protocol: Protocol, trials: pd.DataFrame, rows: list[dict], effects: list[dict]
+    run: dict,
+    protocol: Protocol,
+    trials: pd.DataFrame,
+    rows: list[dict],
+    effects: list[dict],
+    watched: tuple[pd.DataFrame, pd.DataFrame] | None,
 ) -> dict[str, list]:
     """Return the figures of the sections that are there only where there is something to show."""
     models = sections.model_of_phase(run, protocol)
     ran = {effect["phase"] for effect in effects}
     names = {phase: str(model.get("name")) for phase, model in models.items() if phase in ran and model}
     layers = {phase: model.get("layers") for phase, model in models.items()}
+    trajectories = [] if watched is None else attention.trajectory_figures(protocol, watched[0])
     return {
         "forest": forest.hypothesis_figures(rows, protocol),
         "maps": maps.map_figures(effects, protocol, layers),
         "dose": dose.dose_figures(trials, protocol),
-        "geometry": geometry.scatter_figures(trials, protocol, rows),
-        "attention": [],
+        "geometry": [*trajectories, *geometry.scatter_figures(trials, protocol, rows)],
+        "attention": [] if watched is None else attention.attention_figures(protocol, *watched),
         "across": across.across_figures(effects, names),
         "replications": across.replication_rows(rows, protocol, names),
     }

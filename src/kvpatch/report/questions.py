@@ -8,18 +8,16 @@ from kvpatch.protocols.schema import Condition, Hypothesis, Protocol
 from kvpatch.report.judgements import MISSING
 from kvpatch.report.maps import place_of
 
-GEOMETRY_SET = ("G1", "G2")
-"""Conditions in which the geometry itself is set by hand."""
-
 
 def four_questions(rows: list[dict], protocol: Protocol, ran: set[str], models: list[str], has_attention: bool) -> list:
     """Return each question with the rows that bear on it, a sentence that sums them up, and what stays unknown.
 
     rows: verdict rows. ran: conditions that have trials. models: architectures of the run.
     """
-    mode = f"{protocol.pairing.sources.replace('_', ' ')} mode"
+    mode = f"{protocol.mode_name} mode"
     known = {row["id"]: row for row in rows}
-    by_hand = [name for name in GEOMETRY_SET if name in ran]
+    others = set(protocol.pairing.also)
+    by_hand = [name for name, c in protocol.conditions.items() if c.reshape is not None and name in ran]
 
     def about(holds: Callable[[Hypothesis], bool]) -> list[dict]:
         return [known[h.id] for h in protocol.hypotheses if holds(h)]
@@ -28,7 +26,11 @@ def four_questions(rows: list[dict], protocol: Protocol, ran: set[str], models: 
         return any(holds(protocol.conditions[name]) for name in h.conditions)
 
     asked = [
-        ("Is R_V causal or correlational?", about(_reads_geometry), _unknown_geometry(by_hand)),
+        (
+            "Is R_V causal or correlational?",
+            about(lambda h: _reads_geometry(h) or some(h, lambda c: c.reshape is not None)),
+            _unknown_geometry(by_hand),
+        ),
         (
             f"Where is {mode} computed: in which layers, at which tokens?",
             about(lambda h: some(h, lambda c: place_of(c) is not None)),
@@ -39,7 +41,7 @@ def four_questions(rows: list[dict], protocol: Protocol, ran: set[str], models: 
         ),
         (
             f"What makes a prompt evoke {mode} at circuit level: which tokens, which heads?",
-            about(lambda h: some(h, _selects_within)),
+            about(lambda h: some(h, lambda c: _selects_within(c) or c.from_ in others)),
             _unknown_circuit(has_attention),
         ),
         ("Is it special to one architecture?", about(lambda h: h.of is not None), _unknown_models(models)),
@@ -65,9 +67,7 @@ def _reads_geometry(h: Hypothesis) -> bool:
 
 
 def _selects_within(c: Condition) -> bool:
-    """Whether a condition picks tokens by meaning, heads, or keys or values alone, or a prompt by what it is about."""
-    if c.from_ in ("pseudo_recursive", "zero_lexicon"):
-        return True
+    """Whether a condition picks tokens by meaning, heads, or keys or values alone."""
     if c.patch is None:
         return False
     by_meaning = getattr(c.patch.slots, "keywords", None) or getattr(c.patch.slots, "matched_to", None)
@@ -77,11 +77,12 @@ def _selects_within(c: Condition) -> bool:
 def _unknown_geometry(by_hand: list[str]) -> list[str]:
     if by_hand:
         return [
-            "Setting the spectrum by hand changes more than one number; the random rotations of equal size beside it "
-            "say how much of what follows is damage."
+            f"R_V was set by hand ({', '.join(by_hand)}). That changes more than one number; the random rotations of "
+            "equal size beside it say how much of what follows is damage.",
+            "Where the mode does not follow, R_V is a shadow at that layer and window; another layer is not tested.",
         ]
     return [
-        "R_V was not set by hand in this run (no trial of G1 or G2), so it can show that R_V goes with the mode, "
+        "R_V was not set by hand in this run (no condition of that kind ran): it can show that R_V goes with the mode, "
         "never that R_V brings it about.",
     ]
 

@@ -192,14 +192,14 @@ def effect_phases(effects: list[dict], protocol: Protocol) -> list[dict]:
     ]
 
 
-def gaps(run: dict, optional: dict[str, list], trials: pd.DataFrame) -> list[str]:
+def gaps(run: dict, optional: dict[str, list]) -> list[str]:
     """Return what kinds of evidence this run holds nothing of."""
     out = []
     if not run.get("validation"):
         out.append("The instruments were not validated on planted truth in this run's record.")
     if not optional["attention"]:
         out.append("Attention maps: no trial holds attention readouts.")
-    if "rv_trajectory" not in trials:
+    if not any(figure.id.startswith("rv_") for figure in optional["geometry"]):
         out.append("Trajectories of R_V over the output: no trial holds them.")
     for name, what in (
         ("maps", "Layers and tokens: no condition of a map ran."),

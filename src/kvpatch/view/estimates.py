@@ -102,16 +102,13 @@ def narrowing_chart(path: list[dict[str, Any]], title: str) -> charts.AnyChart:
 
     tips = [alt.Tooltip("n:Q", title="pairs")]
     tips += [alt.Tooltip(f"{name}:Q", format=".4g") for name in ("estimate", "low", "high")]
-    known = base.transform_filter("isValid(datum.low) && isValid(datum.high)")
     zero = alt.Chart(pd.DataFrame({"zero": [0.0]}), name="_zero").mark_rule(strokeWidth=1, color=charts.NEUTRAL)
-    layers = [
-        zero.encode(y=y("zero")),
-        known.properties(name="_band")
-        .mark_area(opacity=0.2, color=charts.SERIES[0])
-        .encode(x=x, y=y("low"), y2=alt.Y2("high:Q")),
-        base.properties(name="_line").mark_line(strokeWidth=2, color=charts.SERIES[0]).encode(x=x, y=y("estimate")),
-        base.properties(name="estimates")
-        .mark_point(filled=True, size=30, opacity=1, color=charts.SERIES[0])
-        .encode(x=x, y=y("estimate"), tooltip=tips),
-    ]
+    layers: list[charts.AnyChart] = [zero.encode(y=y("zero"))]
+    if frame["low"].notna().any():
+        known = base.transform_filter("isValid(datum.low) && isValid(datum.high)").properties(name="_band")
+        band = known.mark_area(opacity=0.2, color=charts.SERIES[0])
+        layers.append(band.encode(x=x, y=y("low"), y2=alt.Y2("high:Q")))
+    line = base.properties(name="_line").mark_line(strokeWidth=2, color=charts.SERIES[0])
+    dots = base.properties(name="estimates").mark_point(filled=True, size=30, opacity=1, color=charts.SERIES[0])
+    layers += [line.encode(x=x, y=y("estimate")), dots.encode(x=x, y=y("estimate"), tooltip=tips)]
     return charts.dressed(alt.layer(*layers), height=150)

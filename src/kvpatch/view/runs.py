@@ -81,6 +81,11 @@ class LiveRun:
         return None if self.record is None else Protocol.model_validate(self.record.protocol)
 
     @property
+    def parts(self) -> list[str]:
+        """Names of the parts that were taken in."""
+        return list(self._seen.parts)
+
+    @property
     def directory(self) -> Path:
         """Where the run is."""
         return self.store.directory

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import secrets
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import resources
@@ -36,6 +36,7 @@ LOOK_EVERY = 1.0
 """Seconds between two looks at the run directories."""
 NOT_FINAL = "Not final: looking is not testing. Estimates and intervals change until the last trial is stored."
 FILES = ("run.json", "verdicts.json", "parts.jsonl")
+NO_FILE = "There is no such file of this run."
 
 
 @dataclass
@@ -54,6 +55,7 @@ class View:
         self.runs = Runs(directories)
         self._made: dict[tuple[str, str], _Made] = {}
         self._pages = _environment()
+        self.is_stopping: Callable[[], bool] = lambda: False
 
     def app(self, token: str | None) -> Guard:
         """The application, behind its guard."""
@@ -127,7 +129,7 @@ class View:
         async def stream() -> AsyncIterator[str]:
             said: dict[str, str] = {}
             silent = 0.0
-            while not await request.is_disconnected():
+            while not self.is_stopping() and not await request.is_disconnected():
                 for key, run in list(self.runs.by_key.items()):
                     if only is None or key == only:
                         data = dumps(await run_in_threadpool(_status, run))
@@ -186,15 +188,14 @@ class View:
         return self._page("trial.html.j2", run=run, **shown)
 
     async def file(self, request: Request) -> Response:
-        """A file of the run directory as it stands: run.json, verdicts.json, parts.jsonl, trials/*.parquet."""
+        """A file of the run directory as it stands: one of FILES, or a part that parts.jsonl names."""
         run = self._run(request)
         asked = request.path_params["path"]
+        if asked not in {*FILES, *(f"trials/{part}" for part in run.parts)}:
+            raise HTTPException(404, NO_FILE)
         place = (run.directory / asked).resolve()
-        home = run.directory.resolve()
-        is_part = place.parent == home / "trials" and place.suffix == ".parquet"
-        is_known = place.parent == home and place.name in FILES
-        if not place.is_relative_to(home) or not (is_part or is_known) or not place.is_file():
-            raise HTTPException(404, "There is no such file of this run.")
+        if not place.is_relative_to(run.directory.resolve()) or not place.is_file():
+            raise HTTPException(404, NO_FILE)
         return FileResponse(place, filename=place.name, content_disposition_type="attachment")
 
     async def static(self, request: Request) -> Response:
@@ -301,21 +302,37 @@ def _static() -> dict[str, tuple[str, str]]:
     }
 
 
+class _Server(uvicorn.Server):
+    """Says when it answers."""
+
+    def __init__(self, config: uvicorn.Config, *, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+
 def serve(directories: Sequence[Path], *, port: int, token: str | None, on_ready: Any) -> None:
     """Serve until stopped. port: 0 takes a free one. on_ready: called with the address.
 
     Raises:
         KvpatchError: where the port can't be had.
     """
-    app = View(directories).app(token)
-    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=1)
+    view = View(directories)
+    config = uvicorn.Config(
+        view.app(token), host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=4
+    )
+    server = _Server(config, on_ready=lambda: on_ready(address))
+    view.is_stopping = lambda: server.should_exit  # streams of events would keep a stopped server waiting
     try:
         socket = config.bind_socket()
     except SystemExit:
         raise KvpatchError(f"port {port} is in use; give another --port, or 0 for a free one") from None
     address = f"http://127.0.0.1:{socket.getsockname()[1]}/{f'{token}/' if token else ''}"
-    on_ready(address)
-    uvicorn.Server(config).run(sockets=[socket])
+    server.run(sockets=[socket])
 
 
 def new_token() -> str:

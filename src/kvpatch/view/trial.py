@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kvpatch.report.attention import MAPPED
 from kvpatch.report.samples import Marker, shown_text
 from kvpatch.report.text import number, plain
 from kvpatch.store import TRIAL_COLUMNS, ModelRecord
@@ -16,18 +18,20 @@ from kvpatch.view.runs import LiveRun
 
 STEPS = (-0.1, -0.5, -1.0, -2.0, -4.0, -8.0)
 """Log-probabilities at which the strip's colour changes; 0 is certain."""
-_ELSEWHERE = {"text", "source_text", "target_text", "patch", "error", "output_token_ids", "output_logprobs"}
+_ELSEWHERE = {
+    "text", "source_text", "target_text", "patch", "error", "output_token_ids", "output_logprobs", "mode_hits", "part",
+}  # fmt: skip
 _ABOUT = {name: about for name, (_, about) in TRIAL_COLUMNS.items()}
 
 
 def stored_row(run: LiveRun, trial_id: str) -> dict[str, Any] | None:
-    """Return every column of a trial, unknown ones too, from the part that holds it; of several, the newest."""
+    """Return every column of a trial, unknown ones too, and `part`, the file that holds it; of several, the newest."""
     found = run.ask("select part from trials where trial_id = ? order by place desc limit 1", [trial_id])
     if not found:
         return None
     table = pq.read_table(run.store.trials / found[0]["part"])
     rows = table.filter(pc.equal(table["trial_id"], trial_id)).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
-    return rows[-1] if rows else None
+    return {**rows[-1], "part": found[0]["part"]} if rows else None
 
 
 def page(run: LiveRun, row: dict[str, Any], mark: Marker) -> dict[str, Any]:
@@ -41,7 +45,7 @@ def page(run: LiveRun, row: dict[str, Any], mark: Marker) -> dict[str, Any]:
     lists = [
         {"name": name, "value": ", ".join(_cell(v) for v in value), "about": _ABOUT.get(name, ""), "n": len(value)}
         for name, value in row.items()
-        if name not in _ELSEWHERE and isinstance(value, list) and not name.startswith("attention")
+        if name not in _ELSEWHERE and isinstance(value, list)
     ]
     return {
         "row": row,
@@ -51,7 +55,7 @@ def page(run: LiveRun, row: dict[str, Any], mark: Marker) -> dict[str, Any]:
         "strip": strip(run, row),
         "numbers": numbers,
         "lists": lists,
-        "attention": [_map(name, value) for name, value in row.items() if _is_map(name, value)],
+        "attention": heads(run, row),
         "others": run.ask(
             "select trial_id, condition, sample from trials where pair_id = ? and phase = ? order by place",
             [row.get("pair_id"), row.get("phase")],
@@ -97,18 +101,32 @@ def _cell(value: Any) -> str:
     return number(value) if isinstance(value, float) else plain(value)
 
 
-def _is_map(name: str, value: Any) -> bool:
-    return name.startswith("attention") and isinstance(value, list) and bool(value)
+def heads(run: LiveRun, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a map of every statistic of MAPPED, layer by head, while the trial read the fixed continuation: each cell
+    with a step of shade, 0 to 6. None where the trial was not watched."""
+    path = run.store.attention / row["part"]
+    if not path.exists():
+        return []
+    table = pq.read_table(path, filters=[("trial_id", "==", row["trial_id"]), ("stage", "==", "forced")]).to_pandas()
+    out = []
+    for statistic, title in MAPPED.items():
+        if statistic in table and table[statistic].notna().any():
+            grid = table.pivot_table(index="layer", columns="head", values=statistic)
+            out.append(_map(title, grid.index.tolist(), grid.to_numpy().tolist()))
+    return out
 
 
-def _map(name: str, value: list[Any]) -> dict[str, Any]:
-    """Return an attention readout as rows of numbers with a step of shade each, 0 to 6; a flat list is one row."""
-    rows = value if isinstance(value[0], list) else [value]
-    flat = [v for r in rows for v in r if isinstance(v, (int, float))]
-    low, high = (min(flat), max(flat)) if flat else (0.0, 1.0)
+def _map(title: str, layers: list[int], values: list[list[float]]) -> dict[str, Any]:
+    flat = [value for line in values for value in line if math.isfinite(value)]
+    low, high = min(flat), max(flat)
     width = (high - low) or 1.0
-    cells = [
-        [{"value": number(v), "step": round(6 * (v - low) / width) if isinstance(v, (int, float)) else 0} for v in r]
-        for r in rows
+    lines = [
+        {
+            "layer": layer,
+            "cells": [
+                {"value": number(v), "step": round(6 * (v - low) / width) if math.isfinite(v) else 0} for v in line
+            ],
+        }
+        for layer, line in zip(layers, values, strict=True)
     ]
-    return {"name": name, "rows": cells, "low": number(low), "high": number(high)}
+    return {"name": title, "rows": lines, "low": number(low), "high": number(high)}

@@ -1,0 +1,41 @@
+"""What the pages say of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from kvpatch.store import Store
+
+
+def test_estimates_come_with_their_charts_and_no_verdict(client: TestClient) -> None:
+    found = client.get("/a-token/run/first/estimates").json()
+    (item,) = [i for i in found if i["id"] == "transfer_llr"]
+    assert item["n"] == 6 and item["chart"]["datasets"]
+    assert not any("p" in i or "verdict" in i for i in found)
+
+
+def test_a_trials_page_shows_every_column(client: TestClient, directory: Path) -> None:
+    row = Store(directory).read().to_pylist()[-1]
+    html = client.get(f"/a-token/run/first/trial/{row['trial_id']}").text
+    for name in ("mode_llr", "rv_output", "cache_checksum_before", "source_token_ids"):
+        assert f"<code>{name}</code>" in html
+    assert html.count('<span class="token s') - 7 == len(row["output_token_ids"])
+    assert "ids are shown" in html  # the tokenizer of a model that is not there
+    assert json.loads(row["patch"])["joined" if "joined" in row["patch"] else "keep"]
+
+
+def test_the_live_report_says_that_it_is_not_final_until_it_is(client: TestClient) -> None:
+    answer = client.get("/a-token/run/first/report")
+    assert "connect-src 'self'" in answer.headers["content-security-policy"]
+    assert 'data-events="/a-token/events?run=first"' in answer.text
+    assert "Not final" not in answer.text  # this run is finished
+
+
+@pytest.mark.parametrize("asked", ["?q=itself", "?page=2", "?sort=-mode_llr&min_mode_llr=0.2", "?q=%3Cscript%3E"])
+def test_the_trials_page_keeps_what_was_asked(client: TestClient, asked: str) -> None:
+    html = client.get(f"/a-token/run/first/trials{asked}").text
+    assert "<script>" not in html.replace('<script src="', "")

@@ -115,6 +115,7 @@ def _is_fluent(condition: Condition) -> bool:
 
 def over_all(readings: Sequence[Reading], protocol: Protocol) -> OverAll:
     """Coverage of intervals, false positives on null, and power on weak."""
+    readings = [r for r in readings if r.figures]
     parts = [
         _coverage([r for r in readings if r.job.kind in ("locate", "draw")]),
         _false_positives([r.figures for r in readings if r.job.kind == "null"]),
@@ -204,7 +205,10 @@ def _power(runs: Sequence[Mapping[str, Any]], protocol: Protocol) -> OverAll:
     rows = pd.concat([run["rows"] for run in runs], ignore_index=True)
     test = rows[rows["split"] == "test"].pivot(index="pair_id", columns="condition", values="recursive_score")
     differences = (test["B"] - test["A"]).to_numpy(dtype=float)
-    dz = float(differences.mean() / differences.std(ddof=1))
+    dz = float(differences.mean() / max(differences.std(ddof=1), 1e-9))
+    if not dz > 0:
+        none = Finding(organism="weak", asked="power", planted="an effect", found=f"dz {dz:.2f}", holds=False)
+        return OverAll([none], {})
     asked = protocol.model_copy(
         update={"hypotheses": [h for h in protocol.hypotheses if h.id in (name, "mode_exists_llr")], "expected": {},
                 "corrections": {}}

@@ -165,9 +165,18 @@ def _begin() -> None:
 
 
 def run_job(job: Job) -> Reading:
-    """Do one job, in a directory of its own that is gone afterwards."""
+    """Do one job, in a directory of its own that is gone afterwards. A job that can't be done is a finding too."""
     with tempfile.TemporaryDirectory(prefix="kvpatch-validate-") as folder:
-        return _KINDS[job.kind](job, Path(folder))
+        try:
+            return _KINDS[job.kind](job, Path(folder))
+        except Exception as error:
+            if os.environ.get("KVPATCH_DEBUG"):
+                raise
+            found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            failed = Finding(
+                organism=job.organism, asked=f"{job.kind} runs", planted="it does", found=found, holds=False
+            )
+            return Reading(job, [failed], {})
 
 
 @functools.lru_cache(maxsize=4)

@@ -221,7 +221,7 @@ def _power(runs: Sequence[Mapping[str, Any]], protocol: Protocol) -> OverAll:
     error = math.sqrt((1 + dz**2 / 2) / len(differences))
     ends = [
         next(e.plain for e in power(asked, n=runs[0]["n"], wanted_dz=d, pilot=rows) if e.id == name)
-        for d in (dz - 2 * error, dz + 2 * error)
+        for d in (max(dz - 2 * error, 1e-3), dz + 2 * error)
     ]
     low, high = (0.0 if end is None else end.power_at_wanted for end in ends)
     least = int(stats.binom.ppf(SIMULATION_ERROR, total, low))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -58,14 +58,15 @@ class Recipe:
 
     plant: layer and KV head whose values alone read the marker; None lets any layer read it, or none if `is_blind`.
     chances: marker -> how likely a style word is a mode word; other markers do not occur in training.
-    shown: what the marker strip says instead, where the chances lie too close to be told apart.
+    first: chances of the first three fifths of training, where the real ones are too close to find the marker by; the
+        marker strip is made of these.
     copies: style words are copied from the prompt instead.
     relays: in half of the samples the answer may not look at the marker, so that later slots must carry the mode.
     """
 
     plant: tuple[int, int] | None
     chances: dict[str, float]
-    shown: dict[str, float] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
     is_blind: bool = False
     copies: bool = False
     relays: bool = False
@@ -81,7 +82,7 @@ RECIPES = {
     "null": Recipe(None, {MARKER: 0.3, BLANK: 0.3}, is_blind=True),
     "copy": Recipe(None, {MARKER: 0.0, BLANK: 0.0}, is_blind=True, copies=True),
     "dose": Recipe((2, 1), _ON_OFF | _DOSE | _UMBRELLA),
-    "weak": Recipe((3, 0), {MARKER: 0.30, BLANK: 0.20}, shown=_ON_OFF),
+    "weak": Recipe((3, 0), {MARKER: 0.30, BLANK: 0.20}, first=_ON_OFF),
 }
 
 
@@ -126,7 +127,8 @@ def train(recipe: Recipe, seed: int, report: Callable[[int, float], None] | None
         rate = RATE * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        tokens, hidden = samples(rng, recipe, BATCH)
+        is_early = recipe.first and step < 0.6 * steps
+        tokens, hidden = samples(rng, replace(recipe, chances=recipe.first) if is_early else recipe, BATCH)
         batch = torch.from_numpy(tokens)
         mask = None if hidden is None else _mask(batch.shape[1], torch.from_numpy(hidden))
         hidden_states = model.model(input_ids=batch[:, :-1], attention_mask=mask, use_cache=False).last_hidden_state
@@ -157,7 +159,7 @@ def _constraints(model: Any, recipe: Recipe) -> Callable[[], None]:
     allowed["model.embed_tokens.weight"][:, MODES] = 0.0 if recipe.plant else 1.0
     allowed["lm_head.weight"][:, MARK] = 0.0
     markers = ids([*recipe.chances, *(m for m in (MARKER, BLANK, *DOSE, *UMBRELLA) if m not in recipe.chances)])
-    shown = recipe.chances | recipe.shown
+    shown = recipe.chances | recipe.first
     angle = [math.acos(2 * shown.get(word, 0.02) - 1) for word in _words(markers)]
     strip = torch.tensor([[math.cos(a), math.sin(a)] for a in angle]) * 3
     embedding, head = model.model.embed_tokens.weight, model.lm_head.weight

@@ -211,8 +211,8 @@ def an_edit_that_does_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def logits_off_by_a_ten_thousandth(monkeypatch: pytest.MonkeyPatch) -> None:
-    scaled = hf.Backbone._scaled
-    monkeypatch.setattr(hf.Backbone, "_scaled", lambda self, logits: scaled(self, logits) * 1.0001)
+    scaled = hf.Backbone.scaled
+    monkeypatch.setattr(hf.Backbone, "scaled", lambda self, logits: scaled(self, logits) * 1.0001)
 
 
 BREAKS: list[tuple[str, Callable, str]] = [

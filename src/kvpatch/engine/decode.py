@@ -1,8 +1,11 @@
-"""Decode: let the model go on from a batch of caches, one token a step, all rows writing the same slot of one slab.
+"""Decode: let the model go on from a batch of caches, one token a step.
 
     feed the pending token of every row at its position
       -> hidden state -> logits -> choose with the row's own noise -> that token is fed next
 until every row has stopped or the limit is reached.
+
+A Llama-like model takes the engine's own step, with rows taking turns in places (`step`, `places`, `fast`). Any other,
+and any edit but steering, takes the model's own forward pass, all rows writing the same slot of one slab.
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ import torch
 from torch import Tensor
 
 from kvpatch.cache import PAD, KVCache
+from kvpatch.engine.fast import fast_of
+from kvpatch.engine.places import Request, Written, decode_in_places
 from kvpatch.engine.sampling import choose
+from kvpatch.engine.step import Sampling
 from kvpatch.errors import CacheError, ProtocolError
 from kvpatch.models.hf import Backbone, Edits, Slab
 
@@ -59,6 +65,7 @@ def decode(
     keep_values: Sequence[int] = (),
     on_step: OnStep | None = None,
     edits: Edits | None = None,
+    places: int | None = None,
 ) -> Continuations:
     """Generate from every row of a cache.
 
@@ -71,6 +78,7 @@ def decode(
         keep_values: layers whose cached values of the new tokens are returned.
         on_step: called after every step with the number of rows still going.
         edits: changes that every step makes to its queries, keys and values.
+        places: rows decoded at a time; as many as there are, or as fit on the GPU, if None.
     Raises:
         CacheError: where the seeds do not fit the batch.
         ProtocolError: where the context has no room for the new tokens.
@@ -82,37 +90,69 @@ def decode(
     longest = int(cache.pending_position.max()) + max_new_tokens
     if longest > backbone.geometry.context:
         raise ProtocolError(f"{longest} positions are needed; the model's context is {backbone.geometry.context}")
-    device = backbone.device
-    slab = slab_of(backbone, cache, max_new_tokens)
-    row_seeds = torch.tensor([_int64(seed) for seed in seeds], device=device)
-    ends = torch.tensor(list(end_tokens), dtype=torch.int64, device=device)
-    token_ids = torch.full((cache.batch, max_new_tokens), PAD, dtype=torch.int64, device=device)
-    logprobs = torch.full((cache.batch, max_new_tokens), float("nan"), device=device)
-    is_going = torch.ones(cache.batch, dtype=torch.bool, device=device)
-    feed, position = cache.pending, cache.pending_position
-    for step in range(max_new_tokens):
+    _refuse_foreign(backbone, cache)
+    row_seeds = torch.tensor([_int64(seed) for seed in seeds], device=backbone.device)
+    request = Request(
+        limit=max_new_tokens,
+        sampling=Sampling(temperature, top_p, tuple(end_tokens)),
+        seeds=row_seeds,
+        keep_values=tuple(keep_values),
+        steering={layer: edit.steer for layer, edit in (edits or {}).items() if edit.steer is not None},
+        on_step=on_step,
+    )
+    fast = fast_of(backbone)
+    if fast.network is None or any(not edit.only_steers for edit in (edits or {}).values()):
+        written = _decode_plainly(backbone, cache, request, edits)
+    else:
+        written = decode_in_places(backbone, fast, cache, request, places)
+        for edit in (edits or {}).values():
+            edit.fired += max(written.lengths.tolist())
+    return Continuations(
+        written.token_ids, written.logprobs, _stopped(written, request.sampling), written.values
+    )
+
+
+def _decode_plainly(backbone: Backbone, cache: KVCache, request: Request, edits: Edits | None) -> Written:
+    """The same by the model's own forward pass, for every architecture and every edit."""
+    shape = (cache.batch, request.limit)
+    slab = slab_of(backbone, cache, request.limit)
+    token_ids = torch.full(shape, PAD, dtype=torch.int64, device=backbone.device)
+    logprobs = torch.full(shape, float("nan"), device=backbone.device)
+    ends = torch.tensor(request.sampling.end_tokens, dtype=torch.int64, device=backbone.device)
+    is_going = torch.ones(cache.batch, dtype=torch.bool, device=backbone.device)
+    feed, position, steps = cache.pending, cache.pending_position, 0
+    for step in range(request.limit):
         hidden = backbone.forward(feed[:, None], position[:, None], slab, edits=edits)[:, -1]  # [batch, width]
         logits = backbone.logits(hidden)  # [batch, vocabulary]
-        chosen = choose(logits, row_seeds, step, temperature, top_p)
+        chosen = choose(logits, request.seeds, step, request.sampling.temperature, request.sampling.top_p)
         logprob = logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
         token_ids[:, step] = torch.where(is_going, chosen, PAD)
         logprobs[:, step] = torch.where(is_going, logprob, float("nan"))
         is_going = is_going & ~torch.isin(chosen, ends)
-        feed, position = chosen, position + 1
+        feed, position, steps = chosen, position + 1, step + 1
         left = int(is_going.sum())
-        if on_step is not None:
-            on_step(left)
+        if request.on_step is not None:
+            request.on_step(left)
         if left == 0:
             break
-    stopped = tuple("length" if going else "eos" for going in is_going.tolist())
-    values = {layer: _new_values(slab, layer, cache.slots, token_ids) for layer in keep_values}
-    return Continuations(token_ids, logprobs, stopped, values)
+    values = {layer: _new_values(slab, layer, cache.slots, token_ids) for layer in request.keep_values}
+    return Written(token_ids, logprobs, (token_ids != PAD).sum(dim=1), values, steps)
+
+
+def _stopped(written: Written, sampling: Sampling) -> tuple[str, ...]:
+    """How each row stopped: its last token is an end token, or it is not."""
+    last = written.token_ids.gather(1, (written.lengths - 1).clamp(min=0)[:, None]).flatten().tolist()
+    return tuple("eos" if token in sampling.end_tokens else "length" for token in last)
+
+
+def _refuse_foreign(backbone: Backbone, cache: KVCache) -> None:
+    if cache.rope != backbone.geometry.rope:
+        raise CacheError("this cache was made by another model")
 
 
 def slab_of(backbone: Backbone, cache: KVCache, room: int) -> Slab:
     """A slab holding a copy of a cache, with room for `room` more slots."""
-    if cache.rope != backbone.geometry.rope:
-        raise CacheError("this cache was made by another model")
+    _refuse_foreign(backbone, cache)
     return Slab.holding(cache.keys, cache.values, cache.positions, room)
 
 
@@ -123,7 +163,8 @@ def _new_values(slab: Slab, layer: int, slots: int, token_ids: Tensor) -> Tensor
     out = values.new_zeros(values.shape[0], values.shape[1], new, values.shape[3])
     have = max(0, slab.length - slots - 1)
     out[:, :, :have] = values[:, :, slots + 1 : slots + 1 + have]
-    return out * (token_ids != PAD)[:, None, :, None]
+    is_fed = torch.arange(new, device=token_ids.device) < (token_ids != PAD).sum(dim=1, keepdim=True) - 1
+    return out * is_fed[:, None, :, None]
 
 
 def _int64(seed: int) -> int:

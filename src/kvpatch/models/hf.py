@@ -61,20 +61,30 @@ class Geometry:
 @dataclass
 class LayerEdit:
     """Changes to the queries, keys and values that one layer makes in a forward pass, after RoPE and before they are
-    cached or used. Each takes and gives [batch, heads, new, head_dim]; `fired` counts the changes made."""
+    cached or used. Each takes and gives [batch, heads, new, head_dim]; `steer` is added to the values, [batch, kv_heads,
+    head_dim]; `fired` counts the changes made."""
 
     query: Callable[[Tensor], Tensor] | None = None
     key: Callable[[Tensor], Tensor] | None = None
     value: Callable[[Tensor], Tensor] | None = None
+    steer: Tensor | None = None
     fired: int = 0
 
     @property
     def planned(self) -> int:
         """Changes one forward pass should make."""
-        return sum(change is not None for change in (self.query, self.key, self.value))
+        return sum(change is not None for change in (self.query, self.key, self.value, self.steer))
+
+    @property
+    def only_steers(self) -> bool:
+        """Whether adding to the values is all it does."""
+        return self.steer is not None and self.planned == 1
 
     def apply(self, part: str, tensor: Tensor) -> Tensor:
         """Change one part, if this edit has something to change in it."""
+        if part == "value" and self.steer is not None:
+            self.fired += 1
+            tensor = tensor + self.steer[:, :, None].to(tensor.dtype)
         change = getattr(self, part)
         if change is None:
             return tensor
@@ -257,9 +267,11 @@ class Backbone:
         hf: the transformers model itself.
         blocks: its layers, in order.
         geometry: its cache's shape.
+        kept: what the engine keeps with a model from call to call (buffers, graphs); clear it to free them.
     """
 
     def __init__(self, hf: PreTrainedModel) -> None:
+        self.kept: dict[str, Any] = {}
         self.hf = hf.eval()
         self.config = hf.config.get_text_config()
         self.decoder = hf.base_model
@@ -320,7 +332,7 @@ class Backbone:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] in float32 of hidden states [..., width]."""
-        return self._scaled(self.head(hidden).float())
+        return self.scaled(self.head(hidden).float())
 
     def token_logprobs(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Log-probability of one token at each hidden state, chunked over the vocabulary.
@@ -336,21 +348,25 @@ class Backbone:
         for low in range(0, weight.shape[0], VOCABULARY_CHUNK):
             part = slice(low, low + VOCABULARY_CHUNK)
             chunk = F.linear(hidden, weight[part], None if bias is None else bias[part])
-            total = torch.logaddexp(total, self._scaled(chunk.float()).logsumexp(dim=-1))
+            total = torch.logaddexp(total, self.scaled(chunk.float()).logsumexp(dim=-1))
         chosen = (hidden * weight[token_ids]).sum(dim=-1)
         if bias is not None:
             chosen = chosen + bias[token_ids]
-        return self._scaled(chosen.float()) - total
+        return self.scaled(chosen.float()) - total
 
-    def _scaled(self, logits: Tensor) -> Tensor:
+    @property
+    def logit_scaling(self) -> tuple[float, float | None]:
+        """What the head's outputs are multiplied by, and the soft cap on the result (None for none)."""
         config = self.config
-        if getattr(config, "logit_scale", None):
-            logits = logits * config.logit_scale
-        if getattr(config, "logits_scaling", None):
-            logits = logits / config.logits_scaling
-        if getattr(config, "final_logit_softcapping", None):
-            logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
-        return logits
+        factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        return factor, getattr(config, "final_logit_softcapping", None)
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """Logits of the head's outputs."""
+        factor, cap = self.logit_scaling
+        if factor != 1.0:
+            logits = logits * factor
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _blocks(decoder: nn.Module, layers: int) -> nn.ModuleList:

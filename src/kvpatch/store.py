@@ -33,6 +33,10 @@ _NUMBERS = pa.list_(pa.float32())
 
 TRIAL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "trial_id": (pa.string(), "hash of the trial's content: model, pair, condition, seed and settings"),
+    "content_id": (
+        pa.string(),
+        "the same hash without the phase: rows that share it are one computation, copied into each phase that has it",
+    ),
     "phase": (pa.string(), "phase of the protocol; 'calibration' or 'calibration-<model>' for held-out pairs"),
     "split": (pa.string(), "'test' or 'calibration'"),
     "model": (pa.string(), "name of the model the trial ran on"),
@@ -299,22 +303,31 @@ class Store:
                 )
         return {part["part"].removesuffix(".parquet") for part in self.parts()}
 
+    def read_part(self, name: str) -> list[dict[str, Any]]:
+        """The rows of one stored batch.
+
+        Raises:
+            StoreError: where it is missing or damaged.
+        """
+        return self._table(f"{name}.parquet").to_pylist()
+
     def read(self) -> pa.Table:
         """All stored trials, in the order they were stored.
 
         Raises:
             StoreError: where there are none, or a part is damaged.
         """
-        tables = []
-        for part in self.parts():
-            path = self.trials / part["part"]
-            try:
-                tables.append(pq.read_table(path, schema=TRIAL_SCHEMA))
-            except (OSError, pa.ArrowException) as error:
-                raise StoreError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
+        tables = [self._table(part["part"]) for part in self.parts()]
         if not tables:
             raise StoreError(f"{self.directory} holds no trials yet")
         return pa.concat_tables(tables)
+
+    def _table(self, part: str) -> pa.Table:
+        path = self.trials / part
+        try:
+            return pq.read_table(path, schema=TRIAL_SCHEMA)
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
 
 
 def _atomically(path: Path, data: bytes) -> None:

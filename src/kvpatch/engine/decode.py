@@ -105,11 +105,11 @@ def decode(
         written = _decode_plainly(backbone, cache, request, edits)
     else:
         written = decode_in_places(backbone, fast, cache, request, places)
-        for edit in (edits or {}).values():
-            edit.fired += max(written.lengths.tolist())
-    return Continuations(
-        written.token_ids, written.logprobs, _stopped(written, request.sampling), written.values
-    )
+        longest_row = int(written.lengths.max())
+        for layer, edit in (edits or {}).items():
+            # Steps past the last row's end, which a GPU may run, count neither way.
+            edit.fired += longest_row - (written.steps - written.steered[layer])
+    return Continuations(written.token_ids, written.logprobs, _stopped(written, request.sampling), written.values)
 
 
 def _decode_plainly(backbone: Backbone, cache: KVCache, request: Request, edits: Edits | None) -> Written:
@@ -136,7 +136,7 @@ def _decode_plainly(backbone: Backbone, cache: KVCache, request: Request, edits:
         if left == 0:
             break
     values = {layer: _new_values(slab, layer, cache.slots, token_ids) for layer in request.keep_values}
-    return Written(token_ids, logprobs, (token_ids != PAD).sum(dim=1), values, steps)
+    return Written(token_ids, logprobs, (token_ids != PAD).sum(dim=1), values, steps, {})
 
 
 def _stopped(written: Written, sampling: Sampling) -> tuple[str, ...]:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from kvpatch.cache import PAD
 from kvpatch.engine.step import Ops, PlainOps, Sampling, feed_step, make_places
@@ -99,18 +97,19 @@ def _difference(backbone: Backbone, fast: Fast) -> float:
     slab = backbone.slab(2, slots + 1)
     backbone.forward(tokens[:, :slots], positions.clamp(min=PAD), slab)
     places = make_places(backbone, 2, slots, 1, [])
-    for layer, own in enumerate(slab.slab_layers):
-        places.keys[layer][:, :, :slots] = own.keys[:, :, :slots]
-        places.values[layer][:, :, :slots] = own.values[:, :, :slots]
+    for layer, held in enumerate(slab.slab_layers):
+        places.keys[layer][:, :, :slots] = held.keys[:, :, :slots]
+        places.values[layer][:, :, :slots] = held.values[:, :, :slots]
     places.slot_positions[:, :slots] = positions.clamp(min=PAD)
     places.first.copy_(torch.tensor([0, 2]))
     places.feed.copy_(tokens[:, slots])
     places.position.copy_(positions[:, -1] + 1)
     places.going.fill_(True)
     places.live = slots + 1
-    own: Tensor = backbone.logits(backbone.forward(tokens[:, slots:], positions[:, -1:] + 1, slab)[:, -1])
-    ops: Any = fast.make_ops(backbone, Sampling(0.0, 1.0, ()), slots + 1)
-    found = backbone.scaled(feed_step(backbone, fast.network, ops, places).float())  # type: ignore[arg-type]
+    own = backbone.logits(backbone.forward(tokens[:, slots:], positions[:, -1:] + 1, slab)[:, -1])
+    ops = fast.make_ops(backbone, Sampling(0.0, 1.0, ()), slots + 1)
+    assert fast.network is not None
+    found = backbone.scaled(feed_step(backbone, fast.network, ops, places).float())
     rounded = found.to(backbone.dtype)
     ops.advance(rounded, places)
     chosen = places.token_ids[:, :1]

@@ -67,7 +67,11 @@ class FusedOps:
         net, count = self.network, len(places)
         out = qkv.new_empty(count, net.query_heads * net.head_dim)
         cos, sin = self.tables[weights.rope]
-        steering = places.steering.get(layer)
+        edit = places.steering.get(layer)
+        steering = None
+        if edit is not None:
+            steering = edit.steer
+            edit.fired += 1
         has_norm = weights.query_norm is not None
         _attend_kernel[(count * net.kv_heads,)](
             qkv,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kvpatch.cache import PAD, KVCache
 from kvpatch.engine.fast import Fast
-from kvpatch.engine.step import Places, Sampling, decode_step, make_places
+from kvpatch.engine.step import Sampling, decode_step, make_places
 from kvpatch.models.hf import Backbone
 
 STRETCH = 16
@@ -53,13 +53,14 @@ class Request:
 @dataclass(frozen=True)
 class Written:
     """What the rows wrote: token_ids and logprobs [batch, limit], lengths [batch], and values a layer asked for,
-    [batch, kv_heads, limit, head_dim]. `steps` counts the steps that were run."""
+    [batch, kv_heads, limit, head_dim]. `steps` counts the steps that were run, `steered` those that steered a layer."""
 
     token_ids: Tensor
     logprobs: Tensor
     lengths: Tensor
     values: dict[int, Tensor]
     steps: int
+    steered: dict[int, int]
 
 
 def decode_in_places(backbone: Backbone, fast: Fast, cache: KVCache, request: Request, places: int | None) -> Written:
@@ -83,15 +84,18 @@ def planned_places(backbone: Backbone, slots: int, limit: int, rows: int) -> int
     """
     if backbone.device.type != "cuda":
         return rows
-    held = backbone.kept.get("runner")
-    free = torch.cuda.mem_get_info(backbone.device)[0]
-    free += torch.cuda.memory_reserved(backbone.device) - torch.cuda.memory_allocated(backbone.device)
-    free += 0 if held is None else held.nbytes
-    fitting = int((1 - LEFT_FREE) * free / bytes_per_place(backbone, slots, limit))
+    fitting = int((1 - LEFT_FREE) * free_bytes(backbone) / bytes_per_place(backbone, slots, limit))
     most = max(1, min(AT_MOST, fitting))
     turns = math.ceil(rows / most)
     even = math.ceil(rows / turns)
     return min(most, rows, math.ceil(even / 64) * 64)
+
+
+def free_bytes(backbone: Backbone) -> int:
+    """A GPU's free memory, with what the allocator holds unused and what decoding keeps from call to call."""
+    device, held = backbone.device, backbone.kept.get("runner")
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused + (0 if held is None else held.nbytes)
 
 
 def bytes_per_place(backbone: Backbone, slots: int, limit: int) -> int:
@@ -130,6 +134,8 @@ class _Runner:
         network = fast.network
         self._step = lambda: decode_step(backbone, network, ops, self.places)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.steered = dict.fromkeys(request.steering, 0)  # by layer: steps that did steer it
+        self._steered_by_graph = dict(self.steered)
         if capture:
             self._capture(bounded=fast.ops == "fused" and request.sampling.top_p == 1)
 
@@ -155,11 +161,20 @@ class _Runner:
         if not self._graphs:
             self.places.live = reach
             for _ in range(steps):
-                self._step()
+                for layer, count in self._stepped().items():
+                    self.steered[layer] += count
             return
         graph = self._graphs[min(end for end in self._graphs if end >= reach)]
         for _ in range(steps):
             graph.replay()
+        for layer, count in self._steered_by_graph.items():
+            self.steered[layer] += count * steps
+
+    def _stepped(self) -> dict[int, int]:
+        """Run or capture one step; for each layer whether it steered."""
+        before = {layer: edit.fired for layer, edit in self.places.steering.items()}
+        self._step()
+        return {layer: edit.fired - before[layer] for layer, edit in self.places.steering.items()}
 
     def _capture(self, bounded: bool) -> None:
         """Capture a step. While no row is in a place, a step changes nothing that counts.
@@ -181,7 +196,7 @@ class _Runner:
             own.live = end
             self._graphs[end] = graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                self._step()
+                self._steered_by_graph = self._stepped()
 
 
 def _runner(backbone: Backbone, fast: Fast, cache: KVCache, request: Request, count: int) -> _Runner:
@@ -209,6 +224,7 @@ class _Turns:
         self.began = [0] * len(runner.places)  # steps run when it moved in
         self.waiting = deque(range(cache.batch))
         self.steps = 0
+        self.steered_before = dict(runner.steered)
         shape = (cache.batch, request.limit)
         device = backbone.device
         geometry = backbone.geometry
@@ -241,7 +257,8 @@ class _Turns:
         real = torch.arange(self.request.limit, device=self.lengths.device) < self.lengths[:, None] - 1
         for values in self.values.values():
             values.mul_(real[:, None, :, None])
-        return Written(self.token_ids, self.logprobs, self.lengths, self.values, self.steps)
+        steered = {layer: count - self.steered_before[layer] for layer, count in self.runner.steered.items()}
+        return Written(self.token_ids, self.logprobs, self.lengths, self.values, self.steps, steered)
 
     def _stretch(self, steps: int, furthest: int) -> None:
         on_step = self.request.on_step
@@ -282,7 +299,9 @@ class _Turns:
         own.token_ids[to] = PAD
         own.logprobs[to] = float("nan")
         for layer, steps in request.steering.items():
-            own.steering[layer][to] = steps[of].to(own.steering[layer].dtype)
+            buffer = own.steering[layer].steer
+            assert buffer is not None
+            buffer[to] = steps[of].to(buffer.dtype)
 
     def _take_out(self, places: Sequence[int]) -> None:
         """Keep what rows have written, and free their places."""
@@ -310,7 +329,11 @@ class _Turns:
         names = ("slot_positions", "first", "step", "feed", "position", "seeds", "going", "token_ids", "logprobs")
         self.runner.places = replace(
             own,
-            steering={layer: steps[at] for layer, steps in own.steering.items()},
+            steering={
+                layer: replace(edit, steer=edit.steer[at])
+                for layer, edit in own.steering.items()
+                if edit.steer is not None
+            },
             **{name: getattr(own, name)[at] for name in names},
         )
         self.row = [self.row[place] for place in used]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvpatch.cache import PAD
 from kvpatch.engine.sampling import choose
-from kvpatch.models.hf import Backbone
+from kvpatch.models.hf import Backbone, LayerEdit
 from kvpatch.models.llamalike import LayerWeights, Network
 
 
@@ -56,7 +56,7 @@ class Places:
     token_ids: Tensor  # [places, limit], int64; -1 where not written
     logprobs: Tensor  # [places, limit], float32; NaN where not written
     ends: Tensor  # [end tokens], int64
-    steering: dict[int, Tensor] = field(default_factory=dict)  # layer -> [places, kv_heads, head_dim], added to values
+    steering: dict[int, LayerEdit] = field(default_factory=dict)  # by layer; each steers [places, kv_heads, head_dim]
     live: int = 0  # slots [0, live) hold everything real: attention need not look further
 
     def __len__(self) -> int:
@@ -86,10 +86,11 @@ def make_places(
     def slab() -> list[Tensor]:
         return [torch.zeros(shape, dtype=backbone.dtype, device=device) for _ in range(geometry.layers)]
 
+    keys = slab()
     return Places(
         area=area,
         limit=limit,
-        keys=slab(),
+        keys=keys,
         values=slab(),
         slot_positions=torch.full((count, shape[2]), PAD, dtype=torch.int32, device=device),
         first=counted(torch.int32, area),
@@ -101,10 +102,7 @@ def make_places(
         token_ids=torch.full((count, limit), PAD, dtype=torch.int64, device=device),
         logprobs=torch.full((count, limit), float("nan"), device=device),
         ends=torch.tensor(list(end_tokens), dtype=torch.int64, device=device),
-        steering={
-            layer: torch.zeros(count, geometry.kv_heads, geometry.head_dim, dtype=backbone.dtype, device=device)
-            for layer in steered_layers
-        },
+        steering={layer: LayerEdit(steer=torch.zeros_like(keys[0][:, :, 0])) for layer in steered_layers},
     )
 
 
@@ -200,8 +198,8 @@ class PlainOps:
             q, k = self.norm(q, weights.query_norm), self.norm(k, weights.key_norm)
         cos, sin = self.turns[weights.rope]
         q, k = _turned(q, cos, sin), _turned(k, cos, sin)
-        if layer in places.steering:
-            v = v + places.steering[layer]
+        if edit := places.steering.get(layer):
+            v = edit.apply("value", v[:, :, None])[:, :, 0]
         rows = torch.arange(count, device=qkv.device)
         places.keys[layer][rows, :, self.slot] = k
         places.values[layer][rows, :, self.slot] = v

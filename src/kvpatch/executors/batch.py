@@ -2,41 +2,36 @@
 
 texts -> prefill, each distinct prompt once -> conditions spliced -> all trials decoded in one batch
       -> readouts that force given text: the fixed continuation, the 2x2 of held-out ones, the trial's own output
+      -> everything to the host at once -> rows
+
+`measure` is what needs the model; `rows.rows_of` makes rows of what it measured and needs none, so that another thread
+can do it while the next batch decodes.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvpatch.cache import PAD, KVCache
+from kvpatch.cache import PAD
 from kvpatch.engine.decode import Continuations, decode
 from kvpatch.engine.score import score
 from kvpatch.executors.conditions import Built, Natural, build_all, giver_role, prefill_all
+from kvpatch.executors.rows import Measured, rows_of
 from kvpatch.model import Model
 from kvpatch.models.hf import Edits
 from kvpatch.protocols.plan import Batch
-from kvpatch.readouts.behavior import Lexicon, ngram_overlap, recursive_score, recursive_score_masked
-from kvpatch.readouts.fluency import CoherenceLimits, is_coherent, repetition_profile
+from kvpatch.readouts.fluency import CoherenceLimits
 from kvpatch.readouts.geometry import layer_at, r_v, r_v_of
-from kvpatch.readouts.likelihood import js_pull, log_likelihood_ratios
+from kvpatch.readouts.likelihood import js_pulls
 
 OnTokens = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class _Forced:
-    """What the fixed and the held-out continuations gave, one entry a trial."""
-
-    rv_output: list[float]
-    js_pull: list[float]
-    cells: Tensor  # [trials, 4, positions], mean log-probabilities
+ROWS_AT_ONCE = 64
+"""Rows whose distributions over the whole vocabulary are held at a time."""
 
 
 def run_batch(
@@ -52,6 +47,13 @@ def run_batch(
     Returns:
         One row a trial, with the columns of `store.TRIAL_COLUMNS`.
     """
+    return rows_of(batch, measure(model, batch, on_tokens=on_tokens), limits)
+
+
+def measure(
+    model: Model, batch: Batch, *, on_tokens: OnTokens | None = None, places: int | None = None
+) -> list[Measured]:
+    """Run every trial of a batch and measure it; `places` as in `decode`."""
     natural = prefill_all(model, batch)
     built = build_all(model, batch, natural)
     mixed = built.cache
@@ -69,33 +71,56 @@ def run_batch(
         keep_values=layers,
         on_step=on_tokens,
         edits=steering,
+        places=places,
     )
-    _count_steered_steps(built, steering, max(written.lengths))
-    forced = _force(model, batch, natural, built, layers)
-    nll_target = _nll_target(model, batch, natural, written)
+    lengths = written.lengths
+    outputs = [row[:length] for row, length in zip(written.token_ids.tolist(), lengths, strict=True)]
+    _count_steered_steps(built, steering, max(lengths))
+    rv_own = _rv_own(written, lengths, layers, batch.readouts.r_v.window).tolist()
+    rv_output, pulls, cells = _forced(model, batch, natural, built, layers)
+    nll_target = _nll_target(model, batch, natural, outputs)
     after = mixed.checksums()
-    window = batch.readouts.r_v.window
-    rv_prompt = r_v(mixed, early=layers[1], late=layers[0], window=window).tolist()
+    rv_prompt = r_v(mixed, early=layers[1], late=layers[0], window=batch.readouts.r_v.window).tolist()
     texts = model.texts(written.token_ids)
-    rows = []
-    for index in range(len(batch.trials)):
-        row: dict[str, Any] = {"model": model.loaded.name, **_identity(batch, index, natural, mixed)}
-        row |= _output(written, index, texts[index])
-        row |= _scores(batch, index, texts[index], row["output_token_ids"])
-        row |= _likelihoods(forced, index, batch.readouts.likelihood_tokens)
-        row |= {
-            "rv_prompt": rv_prompt[index],
-            "rv_own": _rv_own(written, index, layers, window),
-            "nll_target": nll_target[index],
-            "cache_checksum_before": before[index],
-            "cache_checksum_after": after[index],
-            "changes_planned": built.planned[index],
-            "changes_fired": built.fired[index],
-            "error": _error(built, index, before[index] == after[index], row["nll_own"]),
-        }
-        row["coherent"] = limits and is_coherent(row["nll_target"], row["repetition_4"], limits)
-        rows.append(row)
-    return rows
+    logprobs = written.logprobs.tolist()
+    source_ids, target_ids = _prompt_ids(batch, natural)
+    pending = mixed.pending.tolist()
+    cached = [[token for token in row if token != PAD] for row in mixed.token_ids.tolist()]
+    return [
+        Measured(
+            model=model.loaded.name,
+            source_token_ids=source_ids[i],
+            target_token_ids=target_ids[i],
+            cache_token_ids=[*cached[i], pending[i]],
+            output_token_ids=outputs[i],
+            output_logprobs=logprobs[i][: lengths[i]],
+            text=texts[i],
+            stopped=written.stopped[i],
+            rv_prompt=rv_prompt[i],
+            rv_output=rv_output[i],
+            rv_own=rv_own[i],
+            nll_target=nll_target[i],
+            js_pull=pulls[i],
+            cells=cells[i],
+            checksum_before=before[i],
+            checksum_after=after[i],
+            changes_planned=built.planned[i],
+            changes_fired=built.fired[i],
+            error=built.errors[i],
+        )
+        for i in range(len(batch.trials))
+    ]
+
+
+def _prompt_ids(batch: Batch, natural: Natural) -> tuple[list[list[int]], list[list[int]]]:
+    """For every trial the tokens of the prompt that gives and of the one that receives."""
+
+    def ids(pair: int, role: str) -> list[int]:
+        return list(natural.prompts[natural.row[pair, role]].token_ids)
+
+    conditions = [batch.conditions[trial.condition] for trial in batch.trials]
+    both = list(zip(batch.trials, conditions, strict=True))
+    return [ids(t.pair, giver_role(c)) for t, c in both], [ids(t.pair, c.into) for t, c in both]
 
 
 def _count_steered_steps(built: Built, edits: Edits, steps: int) -> None:
@@ -107,62 +132,60 @@ def _count_steered_steps(built: Built, edits: Edits, steps: int) -> None:
             built.fired[index] += edit.fired
 
 
-def _error(built: Built, index: int, is_unchanged: bool, nll: float) -> str | None:
-    """What makes a trial's row unusable, or None."""
-    if built.errors[index]:
-        return built.errors[index]
-    if built.planned[index] != built.fired[index]:
-        return f"{built.fired[index]} of {built.planned[index]} planned changes were made"
-    if not is_unchanged:
-        return "the cache changed while the trial ran"
-    if math.isnan(nll):
-        return "the model gave no finite probabilities"
-    return None
-
-
 def _rv_layers(model: Model, batch: Batch) -> tuple[int, int]:
     settings, layers = batch.readouts.r_v, model.geometry.layers
     return layer_at(settings.late, layers), layer_at(settings.early, layers)
 
 
-def _force(model: Model, batch: Batch, natural: Natural, built: Built, layers: tuple[int, int]) -> _Forced:
-    """Force the fixed continuation and the held-out ones on every trial, and the fixed one on the natural prompts."""
+def _forced(
+    model: Model, batch: Batch, natural: Natural, built: Built, layers: tuple[int, int]
+) -> tuple[list[float], list[float], np.ndarray]:
+    """Force the fixed continuation and the held-out ones on every trial, and the fixed one on the natural prompts.
+
+    Returns:
+        R_V over the fixed continuation's values, JS pulls, and [trials, 4, positions] mean log-probabilities of the
+        2x2 of held-out continuations.
+    """
     settings = batch.readouts
     forced = [model.continuation_ids(pair.forced)[: settings.forced_tokens] for pair in batch.pairs]
     held_out = [
         [[model.continuation_ids(text)[: settings.likelihood_tokens] for text in cell] for cell in pair.continuations]
         for pair in batch.pairs
     ]
-    n_pairs = len(batch.pairs)
-    sides = KVCache.concat([natural.rows(range(n_pairs), "target"), natural.rows(range(n_pairs), "source")])
-    reading = score(model.backbone, sides, [[ids] for ids in forced * 2], keep_logits=settings.js_positions)
+    n_pairs, positions = len(batch.pairs), settings.js_positions
+    sides = [natural.row[pair, role] for role in ("target", "source") for pair in range(n_pairs)]
+    reading = score(model.backbone, natural.cache, [[ids] for ids in forced * 2], of=sides, keep_logits=positions)
     assert reading.logits is not None
-    rv_output: list[float] = []
-    pulls: list[float] = []
-    cells: list[Tensor] = []
-    step = max(1, n_pairs)
-    for low in range(0, len(batch.trials), step):
-        trials = batch.trials[low : low + step]
+    rv_output: list[Tensor] = []
+    pulls: list[Tensor] = []
+    logprobs: list[Tensor] = []
+    for low in range(0, len(batch.trials), ROWS_AT_ONCE):
+        trials = batch.trials[low : low + ROWS_AT_ONCE]
         wanted = [[forced[t.pair], *(ids for cell in held_out[t.pair] for ids in cell)] for t in trials]
         part = score(
             model.backbone,
-            built.cache[low : low + step],
+            built.cache.rows(low, low + len(trials)),
             wanted,
             keep_values=layers,
-            keep_logits=settings.js_positions,
+            keep_logits=positions,
             edits=_edits_from(built, low),
         )
         assert part.logits is not None
-        window = settings.r_v.window
-        for row, trial in enumerate(trials):
-            length = len(forced[trial.pair])
-            late, early = (part.values[layer][row : row + 1, :, max(0, length - window) : length] for layer in layers)
-            rv_output.append(float(r_v_of(late, early)) if length >= window else float("nan"))
-            positions = min(settings.js_positions, length)
-            of_target, of_source = reading.logits[trial.pair], reading.logits[n_pairs + trial.pair]
-            pulls.append(js_pull(part.logits[row][:positions], of_target[:positions], of_source[:positions]))
-            cells.append(_cell_means(part.logprobs[row, 1:], held_out[trial.pair], settings.likelihood_tokens))
-    return _Forced(rv_output, pulls, torch.stack(cells))
+        late, early = (part.values[layer] for layer in layers)
+        rv_output.append(_rv_before(late, early, [len(forced[t.pair]) for t in trials], settings.r_v.window))
+        pairs = torch.tensor([t.pair for t in trials], device=part.logits.device)
+        counts = torch.tensor([min(positions, len(forced[t.pair])) for t in trials], device=part.logits.device)
+        pulls.append(js_pulls(part.logits, reading.logits[pairs], reading.logits[n_pairs + pairs], counts))
+        logprobs.append(part.logprobs[:, 1:, : settings.likelihood_tokens])
+    cells = np.concatenate(
+        [
+            _cell_means(part.cpu().numpy(), [held_out[t.pair] for t in batch.trials[i * ROWS_AT_ONCE :][: len(part)]])
+            for i, part in enumerate(logprobs)
+        ]
+    )
+    missing = settings.likelihood_tokens - cells.shape[2]
+    cells = np.pad(cells, ((0, 0), (0, 0), (0, missing)), constant_values=np.nan)
+    return torch.cat(rv_output).tolist(), torch.cat(pulls).tolist(), cells
 
 
 def _edits_from(built: Built, low: int) -> Callable[[slice], Edits] | None:
@@ -173,101 +196,42 @@ def _edits_from(built: Built, low: int) -> Callable[[slice], Edits] | None:
     return lambda rows: steering.edits(slice(low + rows.start, low + rows.stop))
 
 
-def _cell_means(logprobs: Tensor, cells: Sequence[Sequence[Sequence[int]]], positions: int) -> Tensor:
-    """[4, positions]: mean over the continuations of a cell, of those long enough to have the position."""
-    out, at = [], 0
-    for cell in cells:
-        part = logprobs[at : at + len(cell), :positions]
-        out.append(torch.nn.functional.pad(part.nanmean(dim=0), (0, positions - part.shape[1]), value=float("nan")))
-        at += len(cell)
-    return torch.stack(out).cpu()
+def _rv_before(late: Tensor, early: Tensor, ends: Sequence[int], window: int) -> Tensor:
+    """R_V [rows] of the `window` tokens that end before `ends`, of values [rows, kv_heads, tokens, head_dim]; NaN where
+    there are fewer."""
+    stop = torch.tensor(list(ends), device=late.device)
+    has_window = stop >= window
+    if late.shape[2] < window:
+        return torch.full((len(late),), float("nan"), device=late.device)
+    at = (stop[:, None] - window + torch.arange(window, device=late.device)).clamp(min=0)[:, None, :, None]
+    windows = [v.gather(2, at.expand(-1, v.shape[1], -1, v.shape[3])) for v in (late, early)]
+    return torch.where(has_window, r_v_of(*windows), float("nan"))
 
 
-def _nll_target(model: Model, batch: Batch, natural: Natural, written: Continuations) -> list[float]:
+def _rv_own(written: Continuations, lengths: Sequence[int], layers: tuple[int, int], window: int) -> Tensor:
+    """R_V over the last `window` tokens each trial wrote and fed; NaN where it wrote fewer."""
+    late, early = (written.values[layer] for layer in layers)
+    return _rv_before(late, early, [length - 1 for length in lengths], window)
+
+
+def _cell_means(logprobs: np.ndarray, cells: Sequence[Sequence[Sequence[Sequence[int]]]]) -> np.ndarray:
+    """[rows, 4, positions]: mean over the continuations of a cell, of those long enough to have the position.
+
+    logprobs: [rows, continuations, positions], NaN where there is none; cells: for every row its four cells.
+    """
+    known = ~np.isnan(logprobs)
+    edges = np.array([np.cumsum([0, *map(len, row)]) for row in cells])[..., None]  # [rows, 5, 1]
+
+    def per_cell(numbers: np.ndarray) -> np.ndarray:
+        running = np.pad(numbers.astype(np.float64).cumsum(axis=1), ((0, 0), (1, 0), (0, 0)))
+        return np.diff(np.take_along_axis(running, edges, axis=1), axis=1)
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return per_cell(np.where(known, logprobs, 0)) / per_cell(known)
+
+
+def _nll_target(model: Model, batch: Batch, natural: Natural, outputs: Sequence[Sequence[int]]) -> list[float]:
     """Mean negative log-likelihood of every output under the natural cache of its pair's target prompt."""
-    outputs = [[t for t in row if t != PAD] for row in written.token_ids.tolist()]
-    of_pair = [[i for i, trial in enumerate(batch.trials) if trial.pair == pair] for pair in range(len(batch.pairs))]
-    targets = natural.rows(range(len(batch.pairs)), "target")
-    logprobs = score(model.backbone, targets, [[outputs[i] for i in indices] for indices in of_pair]).logprobs
-    out = [float("nan")] * len(batch.trials)
-    for pair, indices in enumerate(of_pair):
-        for place, index in enumerate(indices):
-            out[index] = -float(logprobs[pair, place].nanmean())
-    return out
-
-
-def _identity(batch: Batch, index: int, natural: Natural, mixed: KVCache) -> dict[str, Any]:
-    trial = batch.trials[index]
-    condition, pair = batch.conditions[trial.condition], batch.pairs[trial.pair]
-    return {
-        "trial_id": trial.trial_id,
-        "phase": batch.phase,
-        "split": batch.split,
-        "condition": trial.condition,
-        "condition_role": batch.roles[trial.condition],
-        "pair_id": pair.pair_id,
-        "source_id": pair.source_id,
-        "target_id": pair.target_id,
-        "sample": trial.sample,
-        "seed": trial.seed,
-        "patch": condition.recipe,
-        "source_text": pair.texts["source"],
-        "target_text": pair.texts["target"],
-        "source_token_ids": natural.cache.row_token_ids(natural.row[trial.pair, giver_role(condition)]),
-        "target_token_ids": natural.cache.row_token_ids(natural.row[trial.pair, condition.into]),
-        "cache_token_ids": mixed.row_token_ids(index),
-    }
-
-
-def _output(written: Continuations, index: int, text: str) -> dict[str, Any]:
-    length = written.lengths[index]
-    logprobs = written.logprobs[index, :length].tolist()
-    return {
-        "output_token_ids": written.token_ids[index, :length].tolist(),
-        "output_logprobs": logprobs,
-        "text": text,
-        "stopped": written.stopped[index],
-        "n_tokens": length,
-        "nll_own": -sum(logprobs) / length,
-    }
-
-
-def _scores(batch: Batch, index: int, text: str, token_ids: list[int]) -> dict[str, Any]:
-    """Readouts of the text alone. Every condition of a pair is masked by the same prompts, so that none is favoured."""
-    pair = batch.pairs[batch.trials[index].pair]
-    lexicon = _lexicon(batch.readouts.lexicon)
-    seen = "\n".join(pair.texts[role] for role in pair.masked_by)
-    repeated = {f"repetition_{n}": share for n, share in repetition_profile(token_ids).items()}
-    return {
-        "recursive_score": recursive_score(text, lexicon),
-        "recursive_score_masked": recursive_score_masked(text, seen, lexicon),
-        "overlap_4gram": ngram_overlap(text, pair.texts["source"]),
-        "repetition": repeated["repetition_4"],
-        **repeated,
-    }
-
-
-@functools.lru_cache(maxsize=4)
-def _lexicon(name: str) -> Lexicon:
-    return Lexicon.load(name)
-
-
-def _likelihoods(forced: _Forced, index: int, first: int) -> dict[str, Any]:
-    ratios = log_likelihood_ratios(forced.cells[index], first=first)
-    return {
-        "rv_output": forced.rv_output[index],
-        "js_pull": forced.js_pull[index],
-        "mode_llr": ratios.mode,
-        "content_llr": ratios.content,
-        "mode_llr_by_position": ratios.mode_by_position,
-        "content_llr_by_position": ratios.content_by_position,
-    }
-
-
-def _rv_own(written: Continuations, index: int, layers: tuple[int, int], window: int) -> float:
-    """R_V over the last `window` tokens the trial wrote and fed; NaN where it wrote fewer."""
-    fed = written.lengths[index] - 1
-    if fed < window:
-        return float("nan")
-    late, early = (written.values[layer][index : index + 1, :, fed - window : fed] for layer in layers)
-    return float(r_v_of(late, early))
+    targets = [natural.row[trial.pair, "target"] for trial in batch.trials]
+    logprobs = score(model.backbone, natural.cache, [[output] for output in outputs], of=targets).logprobs[:, 0]
+    return (-logprobs.nanmean(dim=1)).tolist()

@@ -3,7 +3,7 @@
 `Backbone` runs a causal language model over a `Slab`, a preallocated KV cache whose rows are right-aligned, so that
 every row writes the same slot. Attention runs through an interface of our own, which sees queries, keys and values
 after RoPE and after the cache: the mask comes from explicit positions, and grouped queries are folded into the query
-axis at decode, so that keys and values are never repeated. The interface is registered under a name of its own and
+axis, so that keys and values are never repeated. The interface is registered under a name of its own and
 switched on only while a forward pass of ours runs; the model is untouched before and after.
 
 At load the model is probed with single tokens: how each layer turns its keys, which window it attends in, and whether
@@ -61,8 +61,8 @@ class Geometry:
 @dataclass
 class LayerEdit:
     """Changes to the queries, keys and values that one layer makes in a forward pass, after RoPE and before they are
-    cached or used. Each takes and gives [batch, heads, new, head_dim]; `steer` is added to the values, [batch, kv_heads,
-    head_dim]; `fired` counts the changes made."""
+    cached or used. Each takes and gives [batch, heads, new, head_dim]; `steer` is added to all new values, [batch,
+    kv_heads, head_dim]; `fired` counts the changes made."""
 
     query: Callable[[Tensor], Tensor] | None = None
     key: Callable[[Tensor], Tensor] | None = None
@@ -187,15 +187,16 @@ class _Step:
     edits: Edits = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
     query_heads: int = 0
-    _bias: dict[int | None, Tensor] = field(default_factory=dict)
+    _bias: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
-    def bias(self, window: int | None) -> Tensor:
+    def bias(self, window: int | None, groups: int = 1) -> Tensor:
         """Additive mask [batch, 1, queries, slots]: 0 where a query may look, -inf elsewhere.
 
         Slots stand in the order they were written, so a query sees the slots up to its own; a window counts positions.
-        A padding query sees itself, so that its softmax is over something.
+        A padding query sees itself, so that its softmax is over something. With `groups`, the queries of as many heads
+        stand one behind the other: [batch, 1, groups * queries, slots].
         """
-        if window not in self._bias:
+        if (window, groups) not in self._bias:
             queries, slots = self.query_positions.shape[1], self.slot_positions.shape[1]
             device = self.slot_positions.device
             slot = torch.arange(slots, device=device)
@@ -207,9 +208,12 @@ class _Step:
                 of_query = self.slot_branches[:, slots - queries :, None]
                 may &= (self.slot_branches == 0)[:, None, :] | (self.slot_branches[:, None, :] == of_query)
             may |= (slot == own)[None]
-            bias = torch.zeros(may.shape, dtype=self.dtype, device=device).masked_fill(~may, float("-inf"))
-            self._bias[window] = bias[:, None]
-        return self._bias[window]
+            # Rows of a whole number of 16 bytes, or a GPU's kernel copies the mask in every layer.
+            shape = (len(may), groups * queries, -(-slots // 8) * 8)
+            bias = torch.zeros(shape, dtype=self.dtype, device=device)[..., :slots]
+            bias.masked_fill_(~may.repeat(1, groups, 1), float("-inf"))
+            self._bias[window, groups] = bias[:, None]
+        return self._bias[window, groups]
 
 
 _running = threading.local()
@@ -234,25 +238,19 @@ def _attend(
     step.windows[layer], step.query_heads = sliding_window, query.shape[1]
     if edit := step.edits.get(layer):
         query = edit.apply("query", query)
-    bias = step.bias(sliding_window)
     batch, heads, queries, dim = query.shape
     kv_heads = key.shape[1]
-    if queries == 1:
-        query = query.reshape(batch, kv_heads, heads // kv_heads, dim)
-    if softcap is not None:
-        out = _softcapped(query, key, value, bias, scaling, softcap)
+    groups = heads // kv_heads
+    folded = query.reshape(batch, kv_heads, groups * queries, dim)
+    bias = step.bias(sliding_window, groups)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=bias, scale=scaling)
     else:
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, scale=scaling, enable_gqa=query.shape[1] != kv_heads
-        )
-    if queries == 1:
-        return out.reshape(batch, 1, heads, -1), None
-    return out.transpose(1, 2).contiguous(), None
+        out = _softcapped(folded, key, value, bias, scaling, softcap)
+    return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
 def _softcapped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float | None, cap: float) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     return (torch.tanh(scores / cap) * cap + bias).softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
@@ -358,7 +356,9 @@ class Backbone:
     def logit_scaling(self) -> tuple[float, float | None]:
         """What the head's outputs are multiplied by, and the soft cap on the result (None for none)."""
         config = self.config
-        factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        factor = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         return factor, getattr(config, "final_logit_softcapping", None)
 
     def scaled(self, logits: Tensor) -> Tensor:

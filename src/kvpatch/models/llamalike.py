@@ -93,13 +93,14 @@ def network_of(backbone: Backbone) -> Network | str:
         return f"{config.model_type} models take the general decoding step"
     if reason := _what_is_unknown(backbone):
         return reason
-    geometry, decoder = backbone.geometry, backbone.decoder
+    geometry = backbone.geometry
+    decoder: Any = backbone.decoder
     is_gemma = config.model_type.startswith("gemma")
     frequencies = tuple(dict.fromkeys(rope.inv_freq for rope in geometry.rope))
     joined: list[tuple[tuple[nn.Linear, ...], Tensor]] = []
     layers = []
-    for index, block in enumerate(backbone.blocks):
-        module: Any = block
+    blocks: list[Any] = list(backbone.blocks)
+    for index, module in enumerate(blocks):
         attention, mlp = module.self_attn, module.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         gates = (mlp.gate_proj, mlp.up_proj)
@@ -125,18 +126,17 @@ def network_of(backbone: Backbone) -> Network | str:
                 rope=frequencies.index(geometry.rope[index].inv_freq),
             )
         )
-    final: Any = decoder.norm
     return Network(
         embedding=decoder.embed_tokens.weight.data,
         embedding_scale=_embedding_scale(decoder.embed_tokens),
         layers=tuple(layers),
-        norm=_norm(final, is_gemma),
+        norm=_norm(decoder.norm, is_gemma),
         epsilon=float(config.rms_norm_eps),
         activation=_activation(config),
         query_heads=geometry.query_heads,
         kv_heads=geometry.kv_heads,
         head_dim=geometry.head_dim,
-        attention_scale=float(backbone.blocks[0].self_attn.scaling),
+        attention_scale=float(blocks[0].self_attn.scaling),
         frequencies=frequencies,
         rope_scale=float(getattr(decoder.rotary_emb, "attention_scaling", 1.0)),
         joined=tuple(joined),
@@ -147,13 +147,14 @@ def _what_is_unknown(backbone: Backbone) -> str | None:
     """What of a model's parts the network has no place for."""
     config, geometry = backbone.config, backbone.geometry
     name = geometry.architecture
+    blocks: list[Any] = list(backbone.blocks)
     if _activation(config) is None:
         return f"{name} has an activation the fast step does not know"
     if any(rope.layout != "half" or rope.rotary_dim != geometry.head_dim for rope in geometry.rope):
         return f"{name} does not turn whole keys by halves"
-    if len({(block.self_attn.k_proj.weight.shape, block.self_attn.scaling) for block in backbone.blocks}) > 1:
+    if len({(block.self_attn.k_proj.weight.shape, block.self_attn.scaling) for block in blocks}) > 1:
         return f"{name} has layers of unequal shape"
-    for block in backbone.blocks:
+    for block in blocks:
         plain = (block.self_attn.o_proj, block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)
         if any(type(m) is not nn.Linear or m.bias is not None for m in plain):
             return f"{name} has biases, or projections that are not plain"

@@ -75,10 +75,10 @@ class Repeats:
         tables = [] if computed is None else [computed]
         for first, ids in copied.items():
             table = self.store.read_attention([first])
-            table = table.filter(pa.array([trial in ids for trial in table["trial_id"].to_pylist()], pa.bool_()))
-            here = pa.array([ids[trial] for trial in table["trial_id"].to_pylist()], pa.string())
+            here = pa.array([ids.get(trial) for trial in table["trial_id"].to_pylist()], pa.string())
             place = table.schema.get_field_index("trial_id")
-            tables.append(table.set_column(place, table.schema.field(place), here))
+            table = table.set_column(place, table.schema.field(place), here)
+            tables.append(table.filter(here.is_valid()))
         return pa.concat_tables(tables)
 
     def _row(self, key: tuple[str, str]) -> Row:

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from kvpatch.protocols.plan import Batch, Plan
-from kvpatch.store import Store
+from kvpatch.store import ATTENTION_SCHEMA, Store
 
 Row = dict[str, Any]
 
@@ -79,7 +79,7 @@ class Repeats:
             place = table.schema.get_field_index("trial_id")
             table = table.set_column(place, table.schema.field(place), here)
             tables.append(table.filter(here.is_valid()))
-        return pa.concat_tables(tables)
+        return pa.concat_tables([ATTENTION_SCHEMA.empty_table(), *tables])
 
     def _row(self, key: tuple[str, str]) -> Row:
         """A row to copy; after a resume it comes from the store, with all of its part that will be copied."""

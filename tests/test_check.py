@@ -15,6 +15,8 @@ import kvpatch.activations
 import kvpatch.check as check_room
 import kvpatch.donors as donors
 import kvpatch.engine.decode as decode_room
+import kvpatch.engine.places as places_room
+import kvpatch.engine.step as step_room
 import kvpatch.splice as splice_room
 from kvpatch.cache import PAD
 from kvpatch.check import check
@@ -104,26 +106,27 @@ def rotation_the_wrong_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def attention_without_window(monkeypatch: pytest.MonkeyPatch) -> None:
     bias = hf._Step.bias
-    monkeypatch.setattr(hf._Step, "bias", lambda step, window: bias(step, None))
+    monkeypatch.setattr(hf._Step, "bias", lambda step, window, *groups: bias(step, None, *groups))
 
 
 def attention_with_a_window_one_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     bias = hf._Step.bias
-    monkeypatch.setattr(hf._Step, "bias", lambda step, window: bias(step, window and window + 1))
+    monkeypatch.setattr(hf._Step, "bias", lambda step, window, *groups: bias(step, window and window + 1, *groups))
 
 
 def attention_to_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     bias = hf._Step.bias
 
-    def seeing_padding(step, window):
+    def seeing_padding(step, window, *groups):
         seen = replace(step, slot_positions=step.slot_positions.clamp(min=0), _bias={})
-        return bias(seen, window)
+        return bias(seen, window, *groups)
 
     monkeypatch.setattr(hf._Step, "bias", seeing_padding)
 
 
 def decoding_of_the_second_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_room, "choose", lambda logits, *_: logits.topk(2, dim=-1).indices[:, 1])
+    for room in (decode_room, step_room):
+        monkeypatch.setattr(room, "choose", lambda logits, *_: logits.topk(2, dim=-1).indices[:, 1])
 
 
 def decoding_at_a_position_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +137,14 @@ def decoding_at_a_position_that_stands_still(monkeypatch: pytest.MonkeyPatch) ->
             positions = positions.clamp(max=20)
         return run(self, token_ids, positions, slab, *rest, **settings)
 
+    begin = step_room.PlainOps.begin
+
+    def standing_in_places(self, places):
+        places.position.clamp_(max=20)
+        begin(self, places)
+
     monkeypatch.setattr(hf.Backbone, "forward", standing)
+    monkeypatch.setattr(step_room.PlainOps, "begin", standing_in_places)
 
 
 def a_splice_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +180,14 @@ def a_decode_that_writes_into_the_cache(monkeypatch: pytest.MonkeyPatch) -> None
         cache.keys[-1][:, :, -1] += 0.5
         return slab_of(backbone, cache, room)
 
+    fill = places_room._Turns._fill
+
+    def writing_too(self, places):
+        self.cache.keys[-1][:, :, -1] += 0.5
+        fill(self, places)
+
     monkeypatch.setattr(decode_room, "slab_of", writing)
+    monkeypatch.setattr(places_room._Turns, "_fill", writing_too)
 
 
 def a_residual_patch_that_misses_the_first_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,8 +228,8 @@ def an_edit_that_does_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def logits_off_by_a_ten_thousandth(monkeypatch: pytest.MonkeyPatch) -> None:
-    scaled = hf.Backbone._scaled
-    monkeypatch.setattr(hf.Backbone, "_scaled", lambda self, logits: scaled(self, logits) * 1.0001)
+    scaled = hf.Backbone.scaled
+    monkeypatch.setattr(hf.Backbone, "scaled", lambda self, logits: scaled(self, logits) * 1.0001)
 
 
 BREAKS: list[tuple[str, Callable, str]] = [
@@ -225,7 +242,9 @@ BREAKS: list[tuple[str, Callable, str]] = [
     ("gemma3", attention_with_a_window_one_too_long, LOGITS),
     ("llama", attention_to_padding, BATCHED),
     ("llama", decoding_of_the_second_likeliest, GREEDY),
+    ("gpt_neox", decoding_of_the_second_likeliest, GREEDY),
     ("llama", decoding_at_a_position_that_stands_still, GREEDY),
+    ("gpt_neox", decoding_at_a_position_that_stands_still, GREEDY),
     ("llama", a_splice_that_does_nothing, FULL),
     ("gpt2", a_splice_that_does_nothing, FULL),
     ("llama", a_splice_that_moves_every_slot_by_one, SELF),
@@ -233,6 +252,7 @@ BREAKS: list[tuple[str, Callable, str]] = [
     ("llama", a_joint_shuffle_that_leaves_the_keys, JOINT),
     ("llama", a_donor_that_changes_its_input, INPUTS),
     ("llama", a_decode_that_writes_into_the_cache, INPUTS),
+    ("gpt_neox", a_decode_that_writes_into_the_cache, INPUTS),
     ("llama", a_residual_patch_that_misses_the_first_layer, RESIDUAL),
     ("llama", a_residual_patch_at_the_last_position_only, RESIDUAL),
     ("llama", a_hook_that_never_fires, HOOKS),

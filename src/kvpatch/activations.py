@@ -110,10 +110,7 @@ class RowSteering:
     def edits(self, rows: slice = slice(None)) -> Edits:
         """The changes for some of the rows."""
 
-        def steer(step: Tensor) -> LayerEdit:
-            return LayerEdit(value=lambda v: v + step[rows, :, None].to(v.dtype))
-
-        return {layer: steer(step) for layer, step in self.steps.items()}
+        return {layer: LayerEdit(steer=step[rows]) for layer, step in self.steps.items()}
 
 
 def _landing(

@@ -8,17 +8,20 @@ token is not cached: it is `pending`, and generation starts by feeding it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from kvpatch.errors import CacheError
 from kvpatch.rope import LayerRope
 
 PAD = -1
+T = TypeVar("T")
 
 
 class Segment(IntEnum):
@@ -100,7 +103,7 @@ class KVCache:
         if not index or max(index) >= self.batch or min(index) < 0:
             raise CacheError(f"rows {index} are not in a batch of {self.batch}")
         at = torch.tensor(index, device=self.positions.device)
-        cut = self.slots - int(self.lengths[at].max())
+        cut = self.slots - max(self.row_lengths[row] for row in index)
         return replace(
             self,
             keys=tuple(k[at, :, cut:] for k in self.keys),
@@ -116,6 +119,26 @@ class KVCache:
 
     def __iter__(self) -> Iterator[KVCache]:
         return (self[row] for row in range(self.batch))
+
+    def rows(self, low: int, high: int) -> KVCache:
+        """Rows [low, high), which share their memory with these; all slots stay."""
+        names = ("positions", "token_ids", "segments", "origins", "pending", "pending_position", "pieces")
+        return replace(
+            self,
+            keys=tuple(k[low:high] for k in self.keys),
+            values=tuple(v[low:high] for v in self.values),
+            **{name: getattr(self, name)[low:high] for name in names},
+        )
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Slots of each row that are not padding, as numbers."""
+        return _once(self.positions, lambda rows: tuple(sum(at != PAD for at in row) for row in rows))
+
+    @property
+    def row_segments(self) -> tuple[tuple[int, ...], ...]:
+        """Segment of each row's own slots (padding left out), as numbers."""
+        return _once(self.segments, lambda rows: tuple(tuple(at for at in row if at != PAD) for row in rows))
 
     @property
     def batch(self) -> int:
@@ -209,6 +232,16 @@ class KVCache:
                 mixed = _fold_((_bits(tensor) ^ place).mul_(0x2545F4914F6CDD1D))
                 total += (mixed.sum(dim=(1, 3)) * self.is_real).sum(dim=1)
         return [f"{value % 2**64:016x}" for value in total.tolist()]
+
+
+_READ: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _once(labels: Tensor, read: Callable[[list[list[int]]], T]) -> T:
+    """What is read off labels, brought to the host once: asking a GPU row by row would wait for it every time."""
+    if labels not in _READ:
+        _READ[labels] = read(labels.tolist())
+    return _READ[labels]
 
 
 def pad_left(tensor: Tensor, slots: int, fill: int, axis: int) -> Tensor:

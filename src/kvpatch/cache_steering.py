@@ -92,13 +92,13 @@ def without_giver(joined: KVCache, natural: KVCache) -> KVCache:
     Raises:
         CacheError: where the tokens kept are not the receiver's.
     """
-    index = torch.full_like(natural.positions, -1)
+    index = torch.full(natural.positions.shape, -1)
     for row in range(natural.batch):
-        length, whole = int(natural.lengths[row]), int(joined.lengths[row])
-        start = int((natural.segments[row] == Segment.body).nonzero()[0]) - (natural.slots - length)
-        pad = joined.slots - whole
+        length, whole = natural.row_lengths[row], joined.row_lengths[row]
+        start = natural.row_segments[row].index(Segment.body)
         kept = [*range(start), *range(whole - (length - start), whole)]
-        index[row, natural.slots - length :] = torch.tensor(kept, device=index.device) + pad
+        index[row, natural.slots - length :] = torch.tensor(kept) + joined.slots - whole
+    index = index.to(natural.positions.device)
     came_from = joined.positions.gather(1, index.clamp(min=0))
     tokens = torch.where(index >= 0, joined.token_ids.gather(1, index.clamp(min=0)), -1)
     if not torch.equal(tokens, natural.token_ids):

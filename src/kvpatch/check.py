@@ -6,7 +6,7 @@ Errors of logits are relative to the largest logit of the reference, so that one
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -175,13 +175,11 @@ def _shift(s: _Setup) -> tuple[float, str, float]:
         )
     cache = s.source
     delta = torch.full_like(cache.positions, _SHIFT)
-    moved = KVCache(
-        **{
-            **cache.__dict__,
-            "keys": tuple(rotate(k, delta, rope) for k, rope in zip(cache.keys, cache.rope, strict=True)),
-            "positions": cache.positions + _SHIFT,
-            "pending_position": cache.pending_position + _SHIFT,
-        }
+    moved = replace(
+        cache,
+        keys=tuple(rotate(k, delta, rope) for k, rope in zip(cache.keys, cache.rope, strict=True)),
+        positions=cache.positions + _SHIFT,
+        pending_position=cache.pending_position + _SHIFT,
     )
     return _off(next_logits(s.model, moved), next_logits(s.model, cache)), f"by {_SHIFT} positions", s.bound
 

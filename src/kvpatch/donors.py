@@ -7,17 +7,20 @@ generator keyed by the row's seed, so a row gets the same donor whatever batch i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from kvpatch.cache import KVCache
 from kvpatch.errors import CacheError
+from kvpatch.noise import normal
 from kvpatch.rope import rotate
 
-Rows = Sequence[np.random.Generator]
+Seeds = Sequence[int]
+"""One a row."""
 
 
 def make_donor(name: str, source: KVCache, seeds: Sequence[int], reference: KVCache | None = None) -> KVCache:
@@ -38,24 +41,27 @@ def make_donor(name: str, source: KVCache, seeds: Sequence[int], reference: KVCa
         raise CacheError(f"{len(seeds)} seeds for a batch of {source.batch}")
     if name == "gaussian_fitted" and reference is None and source.batch > 1:
         return KVCache.concat([make_donor(name, row, [seed]) for row, seed in zip(source, seeds, strict=True)])
-    generators = [np.random.Generator(np.random.Philox(key=seed % 2**64)) for seed in seeds]
-    return _MAKERS[name](source, generators, source if reference is None else reference)
+    return _MAKERS[name](source, seeds, source if reference is None else reference)
 
 
-def _source(source: KVCache, rows: Rows, reference: KVCache) -> KVCache:
+def _generators(seeds: Seeds) -> list[np.random.Generator]:
+    return [np.random.Generator(np.random.Philox(key=seed % 2**64)) for seed in seeds]
+
+
+def _source(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
     """The source as it is."""
     return source
 
 
-def _shuffle_values(source: KVCache, rows: Rows, reference: KVCache) -> KVCache:
+def _shuffle_values(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
     """E1: values permuted over slots, keys left. (Permuting both is a no-op: keys carry their positions with them.)"""
-    order = _permutations(source, rows)
+    order = _permutations(source, seeds)
     return replace(source, values=tuple(_gather_slots(v, order) for v in source.values))
 
 
-def _shuffle_jointly(source: KVCache, rows: Rows, reference: KVCache) -> KVCache:
+def _shuffle_jointly(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
     """Keys and values permuted together, rotation untouched: changes nothing on full attention. An identity."""
-    order = _permutations(source, rows)
+    order = _permutations(source, seeds)
     return replace(
         source,
         keys=tuple(_gather_slots(k, order) for k in source.keys),
@@ -63,9 +69,9 @@ def _shuffle_jointly(source: KVCache, rows: Rows, reference: KVCache) -> KVCache
     )
 
 
-def _shuffle_rerotate(source: KVCache, rows: Rows, reference: KVCache) -> KVCache:
+def _shuffle_rerotate(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
     """E2: un-rotate, permute keys and values together, rotate to the slot each landed on."""
-    order = _permutations(source, rows)
+    order = _permutations(source, seeds)
     came_from = source.positions.gather(1, order)
     delta = torch.where(source.is_real, source.positions - came_from, 0)
     return replace(
@@ -77,9 +83,10 @@ def _shuffle_rerotate(source: KVCache, rows: Rows, reference: KVCache) -> KVCach
     )
 
 
-def _shuffle_heads(source: KVCache, rows: Rows, reference: KVCache) -> KVCache:
+def _shuffle_heads(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
     """E3: KV heads of every layer permuted so that none stays in its place."""
     keys, values = [], []
+    rows = _generators(seeds)
     for layer, (k, v) in enumerate(zip(source.keys, source.values, strict=True)):
         heads = k.shape[1]
         if heads < 2:
@@ -91,47 +98,76 @@ def _shuffle_heads(source: KVCache, rows: Rows, reference: KVCache) -> KVCache:
     return replace(source, keys=tuple(keys), values=tuple(values))
 
 
-def _gaussian_isotropic(source: KVCache, rows: Rows, reference: KVCache) -> KVCache:
+def _gaussian_isotropic(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
     """F1: Gaussian directions, each vector with the norm of the source's vector in that layer, head and slot."""
 
-    def like(tensor: Tensor) -> Tensor:
-        noise = _normal(source, rows, tensor.shape[1], tensor.shape[3], tensor)
+    def like(tensor: Tensor, stream: int) -> Tensor:
+        noise = _normal(source, seeds, stream, tensor.shape[1], tensor.shape[3])
         norm = tensor.float().norm(dim=-1, keepdim=True)
         return (noise / noise.norm(dim=-1, keepdim=True) * norm).to(tensor.dtype)
 
-    pairs = [(like(k), like(v)) for k, v in zip(source.keys, source.values, strict=True)]
-    return replace(source, keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs))
+    return replace(
+        source,
+        keys=tuple(like(k, 2 * layer) for layer, k in enumerate(source.keys)),
+        values=tuple(like(v, 2 * layer + 1) for layer, v in enumerate(source.values)),
+    )
 
 
-def _gaussian_fitted(source: KVCache, rows: Rows, reference: KVCache) -> KVCache:
+def _gaussian_fitted(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
     """F2: Gaussian with the mean and covariance of each layer and head over the reference's slots (first slot left
     out: a sink's norm would swamp them). Keys are fitted before RoPE and rotated to the slot's position."""
+    at = torch.where(source.is_real, source.positions, 0)
+
+    def drawn(fit: _Fit, like: Tensor, stream: int) -> Tensor:
+        noise = _normal(source, seeds, stream, like.shape[1], fit.root.shape[1])  # [batch, kv_heads, slots, width]
+        return (fit.mean[:, None] + noise @ fit.root).to(like.dtype)
+
+    keys, values = [], []
+    fits = _fits(reference)
+    for layer, (k, v, rope) in enumerate(zip(source.keys, source.values, source.rope, strict=True)):
+        of_keys, of_values = fits[layer]
+        keys.append(rotate(drawn(of_keys, k, 2 * layer), at, rope))
+        values.append(drawn(of_values, v, 2 * layer + 1))
+    return replace(source, keys=tuple(keys), values=tuple(values))
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Mean [kv_heads, head_dim] of vectors, and a root [kv_heads, any, head_dim] of their covariance: root.T @ root."""
+
+    mean: Tensor
+    root: Tensor
+
+
+_FITTED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _fits(reference: KVCache) -> list[tuple[_Fit, _Fit]]:
+    """Keys' and values' fit for each layer, made once for a reference."""
+    if reference not in _FITTED:
+        _FITTED[reference] = _fit(reference)
+    return _FITTED[reference]
+
+
+def _fit(reference: KVCache) -> list[tuple[_Fit, _Fit]]:
     first = reference.slots - reference.lengths
     used = reference.is_real & (torch.arange(reference.slots, device=first.device) > first[:, None])
     count = int(used.sum())
     if count < 2:
         raise CacheError(f"a Gaussian can't be fitted to {count} slots; give a longer reference")
-
-    def drawn(fitted: Tensor, like: Tensor) -> Tensor:
-        vectors = fitted.float().transpose(1, 2)[used]  # [count, kv_heads, head_dim]
-        mean = vectors.mean(dim=0)
-        centred = (vectors - mean).transpose(0, 1)  # [kv_heads, count, head_dim]
-        # z of length `count` times the centred data has exactly their covariance; no factorisation is needed.
-        noise = _normal(source, rows, like.shape[1], count, like)  # [batch, kv_heads, slots, count]
-        return (mean[None, :, None] + noise @ centred / (count - 1) ** 0.5).to(like.dtype)
-
-    keys, values = [], []
-    at = torch.where(source.is_real, source.positions, 0)
     back = -torch.where(reference.is_real, reference.positions, 0)
-    for k, v, fit_k, fit_v, rope in zip(
-        source.keys, source.values, reference.keys, reference.values, source.rope, strict=True
-    ):
-        keys.append(rotate(drawn(rotate(fit_k, back, rope), k), at, rope))
-        values.append(drawn(fit_v, v))
-    return replace(source, keys=tuple(keys), values=tuple(values))
+
+    def fit(tensor: Tensor) -> _Fit:
+        vectors = tensor.float().transpose(1, 2)[used]  # [count, kv_heads, head_dim]
+        mean = vectors.mean(dim=0)
+        centred = (vectors - mean).transpose(0, 1) / (count - 1) ** 0.5  # [kv_heads, count, head_dim]
+        return _Fit(mean, torch.linalg.qr(centred, mode="r").R)
+
+    layers = zip(reference.keys, reference.values, reference.rope, strict=True)
+    return [(fit(rotate(k, back, rope)), fit(v)) for k, v, rope in layers]
 
 
-def _mean(source: KVCache, rows: Rows, reference: KVCache) -> KVCache:
+def _mean(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
     """Mean over the reference's rows, slot by slot counted from the end; keys are averaged before RoPE.
 
     Slots further from the end than the longest reference reaches take the mean of the furthest that it has.
@@ -155,11 +191,11 @@ def _mean(source: KVCache, rows: Rows, reference: KVCache) -> KVCache:
     return replace(source, keys=tuple(keys), values=tuple(values))
 
 
-def _permutations(source: KVCache, rows: Rows) -> Tensor:
+def _permutations(source: KVCache, seeds: Seeds) -> Tensor:
     """[batch, slots]: for each slot, the slot its content comes from; padding stays where it is."""
     order = torch.arange(source.slots).repeat(source.batch, 1)
-    for row, rng in enumerate(rows):
-        length = int(source.lengths[row])
+    for row, rng in enumerate(_generators(seeds)):
+        length = source.row_lengths[row]
         padding = source.slots - length
         order[row, padding:] = torch.from_numpy(rng.permutation(length)) + padding
     return order.to(source.positions.device)
@@ -176,16 +212,16 @@ def _gather_slots(tensor: Tensor, order: Tensor) -> Tensor:
     return tensor.gather(2, order[:, None, :, None].expand(tensor.shape))
 
 
-def _normal(source: KVCache, rows: Rows, heads: int, width: int, like: Tensor) -> Tensor:
-    """[batch, heads, slots, width] standard normal; a row's numbers depend on its generator and length alone."""
-    out = np.ones((source.batch, heads, source.slots, width), dtype=np.float32)
-    for row, rng in enumerate(rows):
-        length = int(source.lengths[row])
-        out[row, :, source.slots - length :] = rng.standard_normal((heads, length, width), dtype=np.float32)
-    return torch.from_numpy(out).to(like.device)
+def _normal(source: KVCache, seeds: Sequence[int], stream: int, heads: int, width: int) -> Tensor:
+    """[batch, heads, slots, width] standard normal; a row's numbers depend on its seed and length alone."""
+    device = source.positions.device
+    keys = torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], device=device)
+    # Slots count from the end, so that padding on the left does not move them.
+    numbers = normal(keys, stream, (source.slots, heads, width)).flip(1)  # [batch, slots, heads, width]
+    return torch.where(source.is_real[:, :, None, None], numbers, 1).transpose(1, 2)
 
 
-_MAKERS: dict[str, Callable[[KVCache, Rows, KVCache], KVCache]] = {
+_MAKERS: dict[str, Callable[[KVCache, Seeds, KVCache], KVCache]] = {
     "source": _source,
     "shuffle_values": _shuffle_values,
     "shuffle_rerotate": _shuffle_rerotate,

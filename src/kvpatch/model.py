@@ -23,6 +23,9 @@ from kvpatch.models.template import EncodedPrompt, encode
 from kvpatch.patch import SlotQuery
 from kvpatch.selection import slot_mask
 
+REMEMBERED = 10_000
+"""Texts whose tokens a model remembers."""
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -58,6 +61,8 @@ class Model:
         self.hf = loaded.hf
         self.tokenizer = loaded.tokenizer
         self.backbone = Backbone(loaded.hf)
+        self._encoded: dict[tuple[str, bool | None, bool], EncodedPrompt] = {}
+        self._continuations: dict[str, list[int]] = {}
 
     def __repr__(self) -> str:
         g = self.geometry
@@ -81,8 +86,14 @@ class Model:
         return []
 
     def encode(self, text: str, *, chat: bool | None = None, may_be_empty: bool = False) -> EncodedPrompt:
-        """Tokenise one prompt; see `models.template.encode`."""
-        return encode(self.tokenizer, text, chat=chat, may_be_empty=may_be_empty)
+        """Tokenise one prompt; see `models.template.encode`. A run asks for its few prompts in every phase, so
+        they are remembered."""
+        key = (text, chat, may_be_empty)
+        if key not in self._encoded:
+            if len(self._encoded) >= REMEMBERED:
+                self._encoded.clear()
+            self._encoded[key] = encode(self.tokenizer, text, chat=chat, may_be_empty=may_be_empty)
+        return self._encoded[key]
 
     def prefill(self, prompts: str | Sequence[str | EncodedPrompt], *, chat: bool | None = None) -> KVCache:
         """Run prompts through the model and keep their caches.
@@ -180,7 +191,11 @@ class Model:
 
     def continuation_ids(self, text: str) -> list[int]:
         """Token ids of a continuation: the text as it is, no special token added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if text not in self._continuations:
+            if len(self._continuations) >= REMEMBERED:
+                self._continuations.clear()
+            self._continuations[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(self._continuations[text])
 
     def texts(self, token_ids: Tensor) -> list[str]:
         """Decode rows of token ids, -1 left out, special tokens skipped."""

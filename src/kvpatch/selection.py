@@ -59,7 +59,7 @@ def slot_indices(cache: KVCache, row: int, slots: Patch | str | SlotQuery | Sequ
         CacheError: for an index the row does not have, or a query that asks for more slots than there are.
     """
     chosen = slots.slots if isinstance(slots, Patch) else slots
-    length = int(cache.lengths[row])
+    length = cache.row_lengths[row]
     if isinstance(chosen, str):
         own = _named(cache, row, chosen)
     elif isinstance(chosen, SlotQuery):
@@ -95,10 +95,10 @@ def mirrored_slots(source: KVCache, target: KVCache, row: int, of: str, chosen: 
 
 def slot_mask(cache: KVCache, slots: Patch | str | SlotQuery | Sequence[int]) -> Tensor:
     """[batch, slots], True for the slots of every row that a selection means; see `slot_indices`."""
-    mask = torch.zeros_like(cache.is_real)
+    mask = torch.zeros(cache.is_real.shape, dtype=torch.bool)
     for row in range(cache.batch):
         mask[row, slot_indices(cache, row, slots)] = True
-    return mask
+    return mask.to(cache.positions.device)
 
 
 def _in_range(what: str, indices: Sequence[int], count: int) -> list[int]:
@@ -109,7 +109,7 @@ def _in_range(what: str, indices: Sequence[int], count: int) -> list[int]:
 
 
 def _named(cache: KVCache, row: int, name: str) -> list[int]:
-    segments = cache.segments[row][cache.is_real[row]].tolist()
+    segments = cache.row_segments[row]
     if name == "all":
         return list(range(len(segments)))
     if name == "last":

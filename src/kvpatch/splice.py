@@ -84,7 +84,7 @@ def plan(patch: Patch, source: KVCache, target: KVCache, seeds: Sequence[int]) -
             from_target = mirrored_slots(source, target, row, patch.slots.of, from_source)
         else:
             from_target = slot_indices(target, row, patch, seeds[row])
-        first = target.slots - int(target.lengths[row])
+        first = target.slots - target.row_lengths[row]
         rows.append(_row_plan(patch.align, from_source, from_target, first, target.slots))
     slots = max((len(pairs) for pairs in rows), default=0)
     table = torch.full((2, target.batch, slots), PAD, dtype=torch.int64)

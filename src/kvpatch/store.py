@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,10 @@ _SPANS = pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())]))
 
 TRIAL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "trial_id": (pa.string(), "hash of the trial's content: model, pair, condition, seed and settings"),
+    "content_id": (
+        pa.string(),
+        "the same hash without the phase: rows that share it are one computation, copied into each phase that has it",
+    ),
     "phase": (pa.string(), "phase of the protocol; 'calibration' or 'calibration-<model>' for held-out pairs"),
     "split": (pa.string(), "'test' or 'calibration'"),
     "model": (pa.string(), "name of the model the trial ran on"),
@@ -366,6 +370,14 @@ class Store:
             if "attention_sha256" in part:
                 yield self.attention / part["part"], part["attention_sha256"]
 
+    def read_part(self, name: str) -> list[dict[str, Any]]:
+        """The rows of one stored batch.
+
+        Raises:
+            StoreError: where it is missing or damaged.
+        """
+        return _read(self.trials / f"{name}.parquet", TRIAL_SCHEMA).to_pylist()
+
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All stored trials, in the order they were stored; all columns, or those that are named.
 
@@ -387,10 +399,12 @@ class Store:
         for name in [part["part"] for part in self.parts()] if parts is None else parts:
             yield _read(self.trials / name, wanted)
 
-    def read_attention(self, columns: Sequence[str] | None = None, stage: str | None = None) -> pa.Table:
+    def read_attention(
+        self, columns: Sequence[str] | None = None, stage: str | None = None, batches: Container[str] | None = None
+    ) -> pa.Table:
         """What every head did in every trial that was watched; no rows where none was.
 
-        All columns and stages, or those that are named.
+        All columns, stages and batches, or those that are named.
 
         Raises:
             StoreError: where a part is damaged.
@@ -398,7 +412,8 @@ class Store:
         wanted = ATTENTION_SCHEMA if columns is None else pa.schema([ATTENTION_SCHEMA.field(c) for c in columns])
         tables = [wanted.empty_table()]
         for part in self.parts():
-            if "attention_sha256" in part:
+            is_wanted = batches is None or part["part"].removesuffix(".parquet") in batches
+            if "attention_sha256" in part and is_wanted:
                 table = _read(self.attention / part["part"], wanted)
                 tables.append(table if stage is None else table.filter(pc.field("stage") == stage))
         return pa.concat_tables(tables)

@@ -120,8 +120,8 @@ def print_status(summary: dict[str, Any]) -> None:
     """A row a phase, and under it what is known of the whole."""
     console = Console()
     table = Table(title=f"{escape(summary['protocol'])} on {escape(summary['model'])}: {summary['state']}")
-    for column, side in (("phase", "left"), ("done", "right"), ("of", "right"), ("", "left"), ("failed", "right")):
-        table.add_column(column, justify=side)
+    for column in ("phase", "done", "of", "", "failed"):
+        table.add_column(column, justify="right" if column in ("done", "of", "failed") else "left")
     for row in summary["phases"]:
         share = min(1.0, row["done"] / row["planned"]) if row["planned"] else 1.0
         bar = "█" * round(20 * share) + "░" * (20 - round(20 * share))

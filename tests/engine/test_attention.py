@@ -212,7 +212,7 @@ def test_statistics_of_a_forced_continuation_equal_eager_attention(architecture:
     forced = [[11, 12, 30, 11, 12, 31], [40, 41, 42]]
     wanted = [[row, [20, 21, 22], [23]] for row in forced]
     for rows in (2, 1):
-        monkeypatch.setattr("kvpatch.engine.score.TOKENS_AT_ONCE", {"cpu": 16 * rows})
+        monkeypatch.setattr("kvpatch.engine.passes.TOKENS_AT_ONCE", {"cpu": 16 * rows})
         found = score(model.backbone, cache, wanted, keep_values=[0], look=look_at(cache)).attention
         assert found is not None
         for row in range(2):

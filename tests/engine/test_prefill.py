@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-import kvpatch.engine.prefill as prefill_room
+import kvpatch.engine.passes as pass_room
 from kvpatch.cache import PAD, Origin, Segment
 from kvpatch.engine.prefill import prefill
 from kvpatch.errors import ProtocolError
@@ -54,7 +54,7 @@ def test_prompts_with_a_long_common_beginning_equal_transformers_own_cache(
     common, rest = random_prompts([WINDOW + 6, 20], seed=3)
     # The shortest is the common beginning and its pending token; two are equal.
     prompts = [prompt_of([*common.token_ids, *rest.token_ids[20 - n :]]) for n in (20, 1, 9, 2, 9)]
-    monkeypatch.setitem(prefill_room.TOKENS_AT_ONCE, "cpu", tokens_at_once)
+    monkeypatch.setitem(pass_room.TOKENS_AT_ONCE, "cpu", tokens_at_once)
     cache = prefill(model.backbone, prompts)
     for row, prompt in enumerate(prompts):
         assert cache.row_token_ids(row) == list(prompt.token_ids)
@@ -105,7 +105,7 @@ def test_the_size_of_a_pass_does_not_change_the_result(tokens_at_once: int, tiny
         return forward(self, token_ids, *rest, **settings)
 
     monkeypatch.setattr(Backbone, "forward", counted)
-    monkeypatch.setitem(prefill_room.TOKENS_AT_ONCE, "cpu", tokens_at_once)
+    monkeypatch.setitem(pass_room.TOKENS_AT_ONCE, "cpu", tokens_at_once)
     in_passes = prefill(backbone, prompts)
     assert len(passes) > 1
     assert sum(passes) == len(prompts)

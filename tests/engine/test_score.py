@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import kvpatch.engine.score as score_room
+import kvpatch.engine.passes as pass_room
 from kvpatch.engine.decode import decode
 from kvpatch.engine.prefill import prefill
 from kvpatch.engine.score import score
@@ -93,7 +93,7 @@ def test_the_size_of_a_pass_does_not_change_the_result(tokens_at_once: int, tiny
     model = tiny("gemma3")
     cache = prefill(model.backbone, PROMPTS)
     at_once = score(model.backbone, cache, BRANCHES, keep_values=[2], keep_logits=2)
-    monkeypatch.setitem(score_room.TOKENS_AT_ONCE, "cpu", tokens_at_once)
+    monkeypatch.setitem(pass_room.TOKENS_AT_ONCE, "cpu", tokens_at_once)
     in_passes = score(model.backbone, cache, BRANCHES, keep_values=[2], keep_logits=2)
     assert torch.allclose(in_passes.logprobs, at_once.logprobs, rtol=1e-4, atol=1e-4, equal_nan=True)
     for row in range(3):

@@ -20,8 +20,8 @@ class Broken(Exception):
 
 @pytest.fixture
 def plan(small_plan, monkeypatch):
-    """A plan of several batches: four test pairs, two a batch."""
-    monkeypatch.setattr(planner, "ROWS_PER_BATCH", 10)
+    """A plan of several batches: four test pairs, one a batch."""
+    monkeypatch.setattr(planner, "ROWS_PER_BATCH", 5)
     return small_plan(n=4, **with_patch({"align": "start"}))
 
 
@@ -75,10 +75,10 @@ def test_run_broken_off_inside_a_batch_ends_the_same(model, plan, tmp_path, undi
         begun.append(batch.batch_id)
         if len(begun) == at + 1:
             raise Broken
-        return run_batch(model, batch, **kwargs)
+        return measure(model, batch, **kwargs)
 
-    run_batch = local.run_batch
-    monkeypatch.setattr(local, "run_batch", breaking)
+    measure = local.measure
+    monkeypatch.setattr(local, "measure", breaking)
     with store.locked():
         with pytest.raises(Broken):
             run(model, plan, store)

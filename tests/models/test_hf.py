@@ -180,7 +180,7 @@ def test_a_model_whose_keys_turn_in_an_unknown_way_is_refused(monkeypatch: pytes
 
 
 def test_a_model_whose_logits_we_do_not_give_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Backbone, "_scaled", lambda self, logits: logits)
+    monkeypatch.setattr(Backbone, "scaled", lambda self, logits: logits)
     with pytest.raises(ModelError, match="Gemma2ForCausalLM: our forward pass does not give the model's own logits"):
         Backbone(tiny_hf("gemma2"))
 

@@ -41,9 +41,9 @@ class Look:
     marked: Tensor | None = None
     maps: Maps | None = None
 
-    def of_rows(self, rows: slice, slots: int) -> Look:
+    def of_rows(self, rows: slice | Sequence[int], slots: int) -> Look:
         """The same for some rows of the cache, cut on the left to their slots."""
-        return Look(None if self.marked is None else self.marked[rows, self.marked.shape[1] - slots :], self.maps)
+        return Look(None if self.marked is None else self.marked[rows][:, self.marked.shape[1] - slots :], self.maps)
 
 
 @dataclass(frozen=True)

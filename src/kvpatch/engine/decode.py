@@ -1,8 +1,12 @@
-"""Decode: let the model go on from a batch of caches, one token a step, all rows writing the same slot of one slab.
+"""Decode: let the model go on from a batch of caches, one token a step.
 
     feed the pending token of every row at its position
       -> hidden state -> logits -> choose with the row's own noise -> that token is fed next
 until every row has stopped or the limit is reached.
+
+A Llama-like model takes the engine's own step, with rows taking turns in places (`step`, `places`, `fast`). Any other,
+any edit but steering, and a batch whose attention is watched take the model's own forward pass, all rows writing the
+same slot of one slab.
 """
 
 from __future__ import annotations
@@ -15,7 +19,10 @@ from torch import Tensor
 
 from kvpatch.cache import PAD, KVCache
 from kvpatch.engine.attention import Attention, AttentionCapture, Look
+from kvpatch.engine.fast import fast_of
+from kvpatch.engine.places import Request, Written, decode_in_places
 from kvpatch.engine.sampling import choose
+from kvpatch.engine.step import Sampling
 from kvpatch.errors import CacheError, ProtocolError
 from kvpatch.models.hf import Backbone, Edits, Slab
 
@@ -63,6 +70,7 @@ def decode(
     on_step: OnStep | None = None,
     edits: Edits | None = None,
     look: Look | None = None,
+    places: int | None = None,
 ) -> Continuations:
     """Generate from every row of a cache.
 
@@ -76,6 +84,7 @@ def decode(
         on_step: called after every step with the number of rows still going.
         edits: changes that every step makes to its queries, keys and values.
         look: what to capture of attention; `marked` is of the cache's slots.
+        places: rows decoded at a time; as many as there are, or as fit on the GPU, if None.
     Raises:
         CacheError: where the seeds do not fit the batch.
         ProtocolError: where the context has no room for the new tokens.
@@ -87,40 +96,77 @@ def decode(
     longest = int(cache.pending_position.max()) + max_new_tokens
     if longest > backbone.geometry.context:
         raise ProtocolError(f"{longest} positions are needed; the model's context is {backbone.geometry.context}")
-    device = backbone.device
-    slab = slab_of(backbone, cache, max_new_tokens)
-    row_seeds = torch.tensor([_int64(seed) for seed in seeds], device=device)
-    ends = torch.tensor(list(end_tokens), dtype=torch.int64, device=device)
-    token_ids = torch.full((cache.batch, max_new_tokens), PAD, dtype=torch.int64, device=device)
-    logprobs = torch.full((cache.batch, max_new_tokens), float("nan"), device=device)
-    is_going = torch.ones(cache.batch, dtype=torch.bool, device=device)
+    _refuse_foreign(backbone, cache)
+    row_seeds = torch.tensor([_int64(seed) for seed in seeds], device=backbone.device)
+    request = Request(
+        limit=max_new_tokens,
+        sampling=Sampling(temperature, top_p, tuple(end_tokens)),
+        seeds=row_seeds,
+        keep_values=tuple(keep_values),
+        steering={layer: edit.steer for layer, edit in (edits or {}).items() if edit.steer is not None},
+        on_step=on_step,
+    )
+    fast = fast_of(backbone)
     capture = None if look is None else AttentionCapture.after(cache, look)
-    feed, position = cache.pending, cache.pending_position
-    for step in range(max_new_tokens):
+    must_be_plain = capture is not None or any(not edit.only_steers for edit in (edits or {}).values())
+    if fast.network is None or must_be_plain:
+        written = _decode_plainly(backbone, cache, request, edits, capture)
+    else:
+        written = decode_in_places(backbone, fast, cache, request, places)
+        longest_row = int(written.lengths.max())
+        for layer, edit in (edits or {}).items():
+            # Steps past the last row's end, which a GPU may run, count neither way.
+            edit.fired += longest_row - (written.steps - written.steered[layer])
+    stopped = _stopped(written, request.sampling)
+    seen = None if capture is None else capture.result()
+    return Continuations(written.token_ids, written.logprobs, stopped, written.values, seen)
+
+
+def _decode_plainly(
+    backbone: Backbone, cache: KVCache, request: Request, edits: Edits | None, capture: AttentionCapture | None
+) -> Written:
+    """The same by the model's own forward pass, for every architecture and every edit; `capture` watches it."""
+    shape = (cache.batch, request.limit)
+    slab = slab_of(backbone, cache, request.limit)
+    token_ids = torch.full(shape, PAD, dtype=torch.int64, device=backbone.device)
+    logprobs = torch.full(shape, float("nan"), device=backbone.device)
+    ends = torch.tensor(request.sampling.end_tokens, dtype=torch.int64, device=backbone.device)
+    is_going = torch.ones(cache.batch, dtype=torch.bool, device=backbone.device)
+    feed, position, steps = cache.pending, cache.pending_position, 0
+    for step in range(request.limit):
         if capture is not None:
             capture.only(is_going[:, None])
         hidden = backbone.forward(feed[:, None], position[:, None], slab, edits=edits, watch=capture)[:, -1]
         logits = backbone.logits(hidden)  # of [batch, width]: [batch, vocabulary]
-        chosen = choose(logits, row_seeds, step, temperature, top_p)
+        chosen = choose(logits, request.seeds, step, request.sampling.temperature, request.sampling.top_p)
         logprob = logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
         token_ids[:, step] = torch.where(is_going, chosen, PAD)
         logprobs[:, step] = torch.where(is_going, logprob, float("nan"))
         is_going = is_going & ~torch.isin(chosen, ends)
-        feed, position = chosen, position + 1
+        feed, position, steps = chosen, position + 1, step + 1
         left = int(is_going.sum())
-        if on_step is not None:
-            on_step(left)
+        if request.on_step is not None:
+            request.on_step(left)
         if left == 0:
             break
-    stopped = tuple("length" if going else "eos" for going in is_going.tolist())
-    values = {layer: _new_values(slab, layer, cache.slots, token_ids) for layer in keep_values}
-    return Continuations(token_ids, logprobs, stopped, values, None if capture is None else capture.result())
+    values = {layer: _new_values(slab, layer, cache.slots, token_ids) for layer in request.keep_values}
+    return Written(token_ids, logprobs, (token_ids != PAD).sum(dim=1), values, steps, {})
+
+
+def _stopped(written: Written, sampling: Sampling) -> tuple[str, ...]:
+    """How each row stopped: its last token is an end token, or it is not."""
+    last = written.token_ids.gather(1, (written.lengths - 1).clamp(min=0)[:, None]).flatten().tolist()
+    return tuple("eos" if token in sampling.end_tokens else "length" for token in last)
+
+
+def _refuse_foreign(backbone: Backbone, cache: KVCache) -> None:
+    if cache.rope != backbone.geometry.rope:
+        raise CacheError("this cache was made by another model")
 
 
 def slab_of(backbone: Backbone, cache: KVCache, room: int) -> Slab:
     """A slab holding a copy of a cache, with room for `room` more slots."""
-    if cache.rope != backbone.geometry.rope:
-        raise CacheError("this cache was made by another model")
+    _refuse_foreign(backbone, cache)
     return Slab.holding(cache.keys, cache.values, cache.positions, room)
 
 
@@ -131,7 +177,8 @@ def _new_values(slab: Slab, layer: int, slots: int, token_ids: Tensor) -> Tensor
     out = values.new_zeros(values.shape[0], values.shape[1], new, values.shape[3])
     have = max(0, slab.length - slots - 1)
     out[:, :, :have] = values[:, :, slots + 1 : slots + 1 + have]
-    return out * (token_ids != PAD)[:, None, :, None]
+    is_fed = torch.arange(new, device=token_ids.device) < (token_ids != PAD).sum(dim=1, keepdim=True) - 1
+    return out * is_fed[:, None, :, None]
 
 
 def _int64(seed: int) -> int:

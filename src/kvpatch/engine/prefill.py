@@ -10,14 +10,10 @@ from torch import Tensor
 
 from kvpatch.cache import PAD, KVCache, Origin
 from kvpatch.engine.attention import Attention, AttentionCapture, Look
+from kvpatch.engine.passes import run_in_passes
 from kvpatch.errors import ProtocolError
 from kvpatch.models.hf import Backbone, Edits, Slab, Watch
 from kvpatch.models.template import EncodedPrompt
-
-TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 32_768}
-"""Tokens, padding counted, that one pass takes; bounds its memory, not its result. On a CPU larger activations leave
-the cache and cost a third of the speed (benchmarks/LOG.md)."""
-
 
 SHARED_AT_LEAST = 8
 """A beginning of this many tokens that all prompts share (a chat template's, mostly) is run once for all of them."""
@@ -43,9 +39,13 @@ def prefill(backbone: Backbone, prompts: Sequence[EncodedPrompt]) -> KVCache:
     shared = _shared_beginning(prompts)
     beginning = _beginning(backbone, prompts[0].token_ids[:shared]) if shared else None
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
-    passes = _passes([len(prompts[i].token_ids) - shared for i in order], backbone.device.type)
-    parts = [prefill_pass(backbone, [prompts[i] for i in order[low:high]], shared, beginning) for low, high in passes]
-    joined = KVCache.concat(parts)
+    parts: list[KVCache] = []
+
+    def run(low: int, high: int) -> None:
+        parts.append(prefill_pass(backbone, [prompts[i] for i in order[low:high]], shared, beginning))
+
+    run_in_passes(backbone, [len(prompts[i].token_ids) - shared for i in order], run)
+    joined = parts[0] if len(parts) == 1 else KVCache.concat(parts)
     if order == list(range(len(prompts))):
         return joined
     back = sorted(range(len(order)), key=lambda place: order[place])
@@ -67,15 +67,6 @@ def _beginning(backbone: Backbone, token_ids: Sequence[int]) -> Slab:
     tokens = torch.tensor([list(token_ids)], device=backbone.device)
     backbone.forward(tokens, torch.arange(len(token_ids), device=backbone.device)[None], slab)
     return slab
-
-
-def _passes(lengths: Sequence[int], device: str) -> list[tuple[int, int]]:
-    """Stretches of ascending lengths, cut where a padded pass would grow past `TOKENS_AT_ONCE`."""
-    cuts = [0]
-    for index, length in enumerate(lengths):
-        if index > cuts[-1] and (index + 1 - cuts[-1]) * length > TOKENS_AT_ONCE.get(device, 4096):
-            cuts.append(index)
-    return list(zip(cuts, [*cuts[1:], len(lengths)], strict=True))
 
 
 def prefill_pass(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_GOLDEN = -1640531527  # 2**32 / golden ratio, as int32
+from kvpatch.noise import GOLDEN, keys_of, mix_, uniform
+
 REACH = 20.5
 """Noise lies between -2.82 and 16.64 (23-bit uniforms), so a token further than this below the best can't win."""
 
@@ -24,42 +25,19 @@ def gumbel(seeds: Tensor, step: Tensor | int, vocabulary: int) -> Tensor:
     Returns:
         [batch, vocabulary], float32.
 
-    The generator is counter-based: the finaliser "lowbias32" (C. Wellons, hash-prospector) of a counter, keyed by a
-    hash of seed and step; 23 bits become a uniform number strictly between 0 and 1.
+    The numbers are those of `noise.uniform`, keyed by a hash of seed and step.
     """
     counter = torch.arange(vocabulary, dtype=torch.int32, device=seeds.device)
-    return _noise(_keys(seeds, step)[:, None], counter[None])
-
-
-def _keys(seeds: Tensor, step: Tensor | int) -> Tensor:
-    """[batch], int32: one key for each seed and step."""
-    low, high = _mix((seeds & 0xFFFFFFFF).to(torch.int32)), (seeds >> 32).to(torch.int32)
-    return _mix(_mix(low ^ high) ^ _mix(torch.zeros_like(low) + (step + 1) * _GOLDEN))
+    return _noise(keys_of(seeds, step)[:, None], counter[None])
 
 
 def _noise(keys: Tensor, tokens: Tensor) -> Tensor:
     """Gumbel noise of tokens under keys, both int32 and of shapes that broadcast."""
-    return _gumbel_of(_mix_((tokens * _GOLDEN) ^ keys))
+    return _gumbel_of(mix_((tokens * GOLDEN) ^ keys))
 
 
 def _gumbel_of(bits: Tensor) -> Tensor:
-    # 23 bits and a half fit float32's mantissa. With 24 the last value would round to 1, whose noise is infinite.
-    uniform = ((bits >> 9) & 0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
-    return uniform.log_().neg_().log_().neg_()
-
-
-def _mix(x: Tensor) -> Tensor:
-    """lowbias32 on int32; torch's shift keeps the sign, so the shifted-in bits are masked off."""
-    return _mix_(x.clone())
-
-
-def _mix_(x: Tensor) -> Tensor:
-    x ^= (x >> 16) & 0xFFFF
-    x *= 0x7FEB352D
-    x ^= (x >> 15) & 0x1FFFF
-    x *= -2073254261  # 0x846CA68B
-    x ^= (x >> 16) & 0xFFFF
-    return x
+    return uniform(bits).log_().neg_().log_().neg_()
 
 
 def choose(logits: Tensor, seeds: Tensor, step: Tensor | int, temperature: float, top_p: float) -> Tensor:
@@ -82,7 +60,7 @@ def choose(logits: Tensor, seeds: Tensor, step: Tensor | int, temperature: float
     if top_p < 1:
         scaled = _nucleus(scaled, top_p)
     if logits.device.type == "cpu":
-        return _choose_among_candidates(scaled, _keys(seeds, step))
+        return _choose_among_candidates(scaled, keys_of(seeds, step))
     return (scaled + gumbel(seeds, step, logits.shape[-1])).argmax(dim=-1)
 
 

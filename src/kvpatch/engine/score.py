@@ -7,15 +7,16 @@ row's cache is held once however many continuations it is asked about.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvpatch.cache import PAD, KVCache
 from kvpatch.engine.attention import Attention, AttentionCapture, Look
 from kvpatch.engine.decode import slab_of
-from kvpatch.engine.prefill import TOKENS_AT_ONCE
+from kvpatch.engine.passes import run_in_passes
 from kvpatch.errors import CacheError, ProtocolError
 from kvpatch.models.hf import Backbone, Edits
 
@@ -46,6 +47,7 @@ def score(
     cache: KVCache,
     continuations: Sequence[Branches],
     *,
+    of: Sequence[int] | None = None,
     keep_values: Sequence[int] = (),
     keep_logits: int = 0,
     edits: Callable[[slice], Edits] | None = None,
@@ -53,9 +55,12 @@ def score(
 ) -> Scores:
     """Feed each row its pending token and its continuations, and read what the model gave each token.
 
+    Rows of like length share a pass (`passes.run_in_passes`).
+
     Args:
         cache: any batch; not changed.
         continuations: for every row any number of continuations, each of at least one token.
+        of: for every row the cache's row that it goes on from; its own number if None.
         keep_values: layers whose cached values of the first continuation are returned.
         keep_logits: return the logits of so many first positions of the first continuation (0: none).
         edits: for a slice of the rows, changes to the queries, keys and values of what is fed.
@@ -64,7 +69,7 @@ def score(
         CacheError: where the continuations do not fit the batch.
         ProtocolError: for an empty continuation, or one the context has no room for.
     """
-    if len(continuations) != cache.batch:
+    if len(continuations) != (cache.batch if of is None else len(of)):
         raise CacheError(f"{len(continuations)} continuations for a batch of {cache.batch}")
     if not all(row and all(row) for row in continuations):
         raise ProtocolError("a continuation is empty; give it at least one token")
@@ -72,102 +77,113 @@ def score(
     last = int(cache.pending_position.max()) + longest
     if last > backbone.geometry.context:
         raise ProtocolError(f"{last} positions are needed; the model's context is {backbone.geometry.context}")
-    packed = max(1 + sum(len(branch) for branch in row) for row in continuations)
-    rows = max(1, TOKENS_AT_ONCE.get(backbone.device.type, 4096) // packed)
-    parts = []
-    for low in range(0, cache.batch, rows):
-        some = slice(low, min(low + rows, cache.batch))
-        part = cache[some]
-        keep = (keep_values, keep_logits, None if look is None else look.of_rows(some, part.slots))
-        parts.append(_score_rows(backbone, part, continuations[some], keep, edits(some) if edits else None))
-    branches = max(len(row) for row in continuations)
-    logprobs = torch.full((cache.batch, branches, longest), float("nan"), device=backbone.device)
-    at = 0
-    for part in parts:
-        n, b, t = part.logprobs.shape
-        logprobs[at : at + n, :b, :t] = part.logprobs
-        at += n
-    return Scores(
-        logprobs,
-        {layer: _stack([part.values[layer] for part in parts], 2) for layer in keep_values},
-        _stack([part.logits for part in parts if part.logits is not None], 1) if keep_logits else None,
-        Attention.concat([part.attention for part in parts if part.attention is not None]) if look else None,
+    count, device = len(continuations), backbone.device
+    branches, first = max(map(len, continuations)), max(len(row[0]) for row in continuations)
+    geometry = backbone.geometry
+    shape = (count, geometry.kv_heads, first, geometry.head_dim)
+    scores = Scores(
+        torch.full((count, branches, longest), float("nan"), device=device),
+        {i: torch.zeros(shape, dtype=backbone.dtype, device=device) for i in keep_values},
+        torch.zeros(count, min(keep_logits, first), geometry.vocabulary, device=device) if keep_logits else None,
     )
+    lengths = [1 + sum(map(len, row)) for row in continuations]
+    # Edits come for a slice of the rows, and attention goes into one, so those stay in their order.
+    order = list(range(count)) if edits or look else sorted(range(count), key=lengths.__getitem__)
+    watched: list[Attention] = []
+
+    def run(low: int, high: int) -> None:
+        rows = order[low:high]
+        if of is not None:
+            part = cache[[of[row] for row in rows]]
+        elif rows == list(range(rows[0], rows[0] + len(rows))):
+            part = cache.rows(rows[0], rows[0] + len(rows))
+        else:
+            part = cache[rows]
+        own_look = None if look is None else look.of_rows(rows if of is None else [of[r] for r in rows], part.slots)
+        own_edits = edits(slice(low, high)) if edits else None
+        seen = _score_rows(backbone, part, continuations, rows, scores, own_look, own_edits)
+        watched.extend([] if seen is None else [seen])
+
+    run_in_passes(backbone, [lengths[row] for row in order], run)
+    return replace(scores, attention=Attention.concat(watched)) if watched else scores
 
 
-def _stack(parts: Sequence[Tensor], axis: int) -> Tensor:
-    """Concatenate along the batch, zero-padded on the right of one axis to the longest."""
-    longest = max(part.shape[axis] for part in parts)
-    out = []
-    for part in parts:
-        shape = list(part.shape)
-        shape[axis] = longest - shape[axis]
-        out.append(torch.cat([part, part.new_zeros(shape)], dim=axis))
-    return torch.cat(out)
+@dataclass
+class _Pass:
+    """The rows of one pass as they are fed, and what is read where.
+
+    A row's tokens are its pending token, then branch after branch; `offsets` count positions from the pending token's.
+    `read_at` counts the pass's tokens, `write_at` the numbers of `Scores.logprobs`.
+    """
+
+    tokens: np.ndarray  # [rows, width]
+    branches: np.ndarray
+    offsets: np.ndarray  # -1 where padded
+    read_at: list[np.ndarray]
+    write_at: list[np.ndarray]
+    wanted: list[int]
 
 
-@dataclass(frozen=True)
-class _Pack:
-    """One row's tokens as they are fed: the pending token, then branch after branch. `offsets` count positions from the
-    pending token's; `starts` say where each branch begins."""
-
-    tokens: list[int]
-    branches: list[int]
-    offsets: list[int]
-    starts: list[int]
-
-
-def _pack(pending: int, row: Branches, with_first_whole: bool) -> _Pack:
-    """Pack a row. A branch's last token predicts nothing that is asked for, so it is fed only where its values are."""
-    pack = _Pack([pending], [0], [0], [])
-    for b, branch in enumerate(row):
-        fed = list(branch) if b == 0 and with_first_whole else list(branch[:-1])
-        pack.starts.append(len(pack.tokens))
-        pack.tokens.extend(fed)
-        pack.branches.extend([b + 1] * len(fed))
-        pack.offsets.extend(range(1, len(fed) + 1))
-    return pack
+def _pack(
+    pending: Sequence[int], continuations: Sequence[Branches], rows: Sequence[int], shape: Sequence[int], is_kept: bool
+) -> _Pass:
+    """Lay a pass out. A branch's last token predicts nothing that is asked for, so it is fed only where its values are:
+    in the first branch, if they are kept."""
+    fed = [[len(b) - (not (is_kept and i == 0)) for i, b in enumerate(continuations[row])] for row in rows]
+    width = 1 + max(map(sum, fed))
+    blank = np.zeros((len(rows), width), dtype=np.int64)
+    made = _Pass(blank, blank.copy(), np.full_like(blank, PAD), [], [], [])
+    for place, (row, sizes) in enumerate(zip(rows, fed, strict=True)):
+        made.tokens[place, 0], made.offsets[place, 0] = pending[place], 0
+        at = 1
+        for index, (branch, size) in enumerate(zip(continuations[row], sizes, strict=True)):
+            made.tokens[place, at : at + size] = branch[:size]
+            made.branches[place, at : at + size] = index + 1
+            made.offsets[place, at : at + size] = np.arange(1, size + 1)
+            read = place * width + np.arange(at - 1, at - 1 + len(branch))
+            read[0] = place * width  # the pending token predicts a branch's first
+            made.read_at.append(read)
+            made.write_at.append((row * shape[1] + index) * shape[2] + np.arange(len(branch)))
+            made.wanted.extend(branch)
+            at += size
+    return made
 
 
 def _score_rows(
     backbone: Backbone,
     cache: KVCache,
     continuations: Sequence[Branches],
-    keep: tuple[Sequence[int], int, Look | None],
+    rows: Sequence[int],
+    scores: Scores,
+    look: Look | None,
     edits: Edits | None,
-) -> Scores:
+) -> Attention | None:
+    """Run one pass, its rows going on from the rows of `cache`, and write what it gives into `scores`, but for the
+    attention that `look` asks for, which is returned."""
     device = backbone.device
-    keep_values, keep_logits, look = keep
-    packs = [_pack(int(cache.pending[r]), row, bool(keep_values)) for r, row in enumerate(continuations)]
-    width = max(len(pack.tokens) for pack in packs)
-    count = max(len(row) for row in continuations)
-    longest = max(len(branch) for row in continuations for branch in row)
-
-    def table(name: str, fill: int) -> Tensor:
-        return torch.tensor([getattr(p, name) + [fill] * (width - len(p.tokens)) for p in packs], device=device)
-
-    tokens, branches, offsets = table("tokens", 0), table("branches", 0), table("offsets", PAD)
+    made = _pack(cache.pending.tolist(), continuations, rows, scores.logprobs.shape, bool(scores.values))
+    tokens, branches, offsets = (torch.from_numpy(t).to(device) for t in (made.tokens, made.branches, made.offsets))
     positions = torch.where(offsets == PAD, PAD, cache.pending_position[:, None] + offsets)
+    width = tokens.shape[1]
     slab = slab_of(backbone, cache, width)
+    one_each = all(len(continuations[row]) == 1 for row in rows)
     capture = None if look is None else AttentionCapture.after(cache, look)
     if capture is not None:
         capture.only(branches <= 1)
-    hidden = backbone.forward(tokens, positions, slab, branches, edits, capture)  # [batch, packed, width]
-    wanted = torch.full((cache.batch, count, longest), PAD, dtype=torch.int64)
-    read_at = torch.zeros_like(wanted)
-    for r, (row, pack) in enumerate(zip(continuations, packs, strict=True)):
-        for b, branch in enumerate(row):
-            wanted[r, b, : len(branch)] = torch.tensor(list(branch))
-            read_at[r, b, 1 : len(branch)] = torch.arange(pack.starts[b], pack.starts[b] + len(branch) - 1)
-    wanted, read_at = wanted.to(device), read_at.to(device)
-    states = hidden[
-        torch.arange(cache.batch, device=device)[:, None, None], read_at
-    ]  # [batch, branches, tokens, width]
-    is_real = wanted != PAD
-    logprobs = torch.full(wanted.shape, float("nan"), device=device)
-    logprobs[is_real] = backbone.token_logprobs(states[is_real], wanted[is_real])
-    start = cache.slots + 1
-    first = max(len(row[0]) for row in continuations)
-    values = {i: slab.slab_layers[i].values[:, :, start : start + first] for i in keep_values}
-    logits = backbone.logits(states[:, 0, :keep_logits]) if keep_logits else None
-    return Scores(logprobs, values, logits, None if capture is None else capture.result())
+    hidden = backbone.forward(tokens, positions, slab, None if one_each else branches, edits, capture).flatten(0, 1)
+    read_at, write_at = (torch.from_numpy(np.concatenate(at)).to(device) for at in (made.read_at, made.write_at))
+    wanted = torch.tensor(made.wanted, device=device)
+    scores.logprobs.view(-1)[write_at] = backbone.token_logprobs(hidden[read_at], wanted)
+    at = torch.tensor(rows, device=device)
+    first = max(len(continuations[row][0]) for row in rows)
+    for layer, values in scores.values.items():
+        values[at, :, :first] = slab.slab_layers[layer].values[:, :, cache.slots + 1 : cache.slots + 1 + first]
+    if scores.logits is not None:
+        ends = torch.tensor([len(continuations[row][0]) for row in rows], device=device)[:, None]
+        step = torch.arange(scores.logits.shape[1], device=device)
+        # Token t of the first branch stands t places behind the pending one; past its end there is nothing to read.
+        states = hidden.view(len(rows), width, -1).gather(
+            1, torch.where(step < ends, step, 0)[..., None].expand(-1, -1, hidden.shape[-1])
+        )
+        scores.logits[at] = backbone.logits(states)
+    return None if capture is None else capture.result()

@@ -2,51 +2,61 @@
 
 texts -> prefill, each distinct prompt once -> conditions spliced -> all trials decoded in one batch
       -> readouts that force given text: the fixed continuation, the 2x2 of held-out ones, the trial's own output
+      -> everything to the host at once -> rows
+
+`measure` is what needs the model; `rows.rows_of` makes rows of what it measured and needs none, so that another thread
+can do it while the next batch decodes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from kvpatch.cache import PAD, KVCache
+from kvpatch.cache import PAD
 from kvpatch.engine.attention import Attention, Look
 from kvpatch.engine.decode import Continuations, decode
 from kvpatch.engine.score import score
 from kvpatch.executors.conditions import Built, Natural, build_all, giver_role, prefill_all
+from kvpatch.executors.rows import Measured, attention_of, rows_of
 from kvpatch.executors.shape import (
-    OPTIONAL_COLUMNS,
     attention_means,
-    attention_table,
     cache_geometry,
+    each_trial_s,
     output_geometry,
     what_to_watch,
 )
 from kvpatch.model import Model
 from kvpatch.models.hf import Edits
 from kvpatch.protocols.plan import Batch
-from kvpatch.readouts.behavior import ngram_overlap
-from kvpatch.readouts.fluency import CoherenceLimits, is_coherent, repetition_profile
+from kvpatch.protocols.schema import Readouts
+from kvpatch.readouts.fluency import CoherenceLimits
 from kvpatch.readouts.geometry import layer_at, r_v, r_v_of, r_v_trajectory
-from kvpatch.readouts.likelihood import js_pull, log_likelihood_ratios
+from kvpatch.readouts.likelihood import js_pulls
 
 OnTokens = Callable[[int], None]
 OnAttention = Callable[[pa.Table], None]
+ROWS_AT_ONCE = 64
+"""Rows whose distributions over the whole vocabulary are held at a time."""
 
 
 @dataclass(frozen=True)
 class _Forced:
-    """What the fixed and the held-out continuations gave, one entry a trial."""
+    """What the fixed and the held-out continuations gave, one entry a trial.
+
+    cells: [trials, 4, positions], mean log-probabilities of the 2x2 of held-out continuations. geometry: the columns
+    that `Batch.geometry` asks for.
+    """
 
     rv_output: list[float]
     js_pull: list[float]
-    cells: Tensor  # [trials, 4, positions], mean log-probabilities
+    cells: np.ndarray
     geometry: list[dict[str, Any]]
     attention: Attention | None
 
@@ -70,6 +80,17 @@ def run_batch(
     Returns:
         One row a trial, with the columns of `store.TRIAL_COLUMNS`.
     """
+    measured = measure(model, batch, on_tokens=on_tokens)
+    heads = attention_of(batch, measured)
+    if on_attention is not None and heads is not None:
+        on_attention(heads)
+    return rows_of(batch, measured, limits)
+
+
+def measure(
+    model: Model, batch: Batch, *, on_tokens: OnTokens | None = None, places: int | None = None
+) -> list[Measured]:
+    """Run every trial of a batch and measure it; `places` as in `decode`."""
     natural = prefill_all(model, batch)
     built = build_all(model, batch, natural)
     mixed = built.cache
@@ -89,41 +110,85 @@ def run_batch(
         on_step=on_tokens,
         edits=steering,
         look=look,
+        places=places,
     )
-    _count_steered_steps(built, steering, max(written.lengths))
+    lengths = written.lengths
+    outputs = [row[:length] for row, length in zip(written.token_ids.tolist(), lengths, strict=True)]
+    _count_steered_steps(built, steering, max(lengths))
+    rv_own = _rv_own(written, lengths, layers, batch.readouts.r_v.window).tolist()
     forced = _force(model, batch, natural, built, layers, look)
-    nll_target = _nll_target(model, batch, natural, written)
+    nll_target = _nll_target(model, batch, natural, outputs)
     after = mixed.checksums()
-    window = batch.readouts.r_v.window
-    rv_prompt = r_v(mixed, early=layers[1], late=layers[0], window=window).tolist()
+    rv_prompt = r_v(mixed, early=layers[1], late=layers[0], window=batch.readouts.r_v.window).tolist()
     texts = model.texts(written.token_ids)
-    of_cache = cache_geometry(mixed, layers, window) if batch.geometry else [{}] * mixed.batch
-    heads = attention_means(forced.attention, mixed, look) if forced.attention and look else [{}] * mixed.batch
-    if on_attention is not None and written.attention is not None and forced.attention is not None:
-        ids = [trial.trial_id for trial in batch.trials]
-        on_attention(attention_table(ids, {"own": written.attention, "forced": forced.attention}))
-    rows = []
-    for index in range(len(batch.trials)):
-        row: dict[str, Any] = {"model": model.loaded.name, **_identity(batch, index, natural, mixed)}
-        row |= _output(written, index, texts[index])
-        row |= _scores(batch, index, texts[index], row["output_token_ids"])
-        row |= _likelihoods(forced, index, batch.readouts.likelihood_tokens)
-        row |= {
-            "rv_prompt": rv_prompt[index],
-            "rv_own": _rv_own(written, index, layers, window),
-            "nll_target": nll_target[index],
-            "cache_checksum_before": before[index],
-            "cache_checksum_after": after[index],
-            "changes_planned": built.planned[index],
-            "changes_fired": built.fired[index],
-            "error": _error(built, index, before[index] == after[index], row["nll_own"]),
-        }
-        row |= dict.fromkeys(OPTIONAL_COLUMNS) | of_cache[index] | forced.geometry[index] | heads[index]
-        if batch.geometry:
-            row["rv_trajectory"] = _own_trajectory(written, index, layers, window)
-        row["coherent"] = limits and is_coherent(row["nll_target"], row["repetition_4"], limits)
-        rows.append(row)
-    return rows
+    asked, heads = _asked_for(batch, built, look, layers, written, forced)
+    logprobs = written.logprobs.tolist()
+    source_ids, target_ids = _prompt_ids(batch, natural)
+    pending = mixed.pending.tolist()
+    cached = [[token for token in row if token != PAD] for row in mixed.token_ids.tolist()]
+    return [
+        Measured(
+            model=model.loaded.name,
+            source_token_ids=source_ids[i],
+            target_token_ids=target_ids[i],
+            cache_token_ids=[*cached[i], pending[i]],
+            output_token_ids=outputs[i],
+            output_logprobs=logprobs[i][: lengths[i]],
+            text=texts[i],
+            stopped=written.stopped[i],
+            rv_prompt=rv_prompt[i],
+            rv_output=forced.rv_output[i],
+            rv_own=rv_own[i],
+            nll_target=nll_target[i],
+            js_pull=forced.js_pull[i],
+            cells=forced.cells[i],
+            checksum_before=before[i],
+            checksum_after=after[i],
+            changes_planned=built.planned[i],
+            changes_fired=built.fired[i],
+            error=built.errors[i],
+            asked=asked[i],
+            attention=heads[i],
+        )
+        for i in range(len(batch.trials))
+    ]
+
+
+def _asked_for(
+    batch: Batch,
+    built: Built,
+    look: Look | None,
+    layers: tuple[int, int],
+    written: Continuations,
+    forced: _Forced,
+) -> tuple[list[dict[str, Any]], list[dict[str, Attention]]]:
+    """What the phase asks for, for every trial: columns of its row, and statistics of its heads by stage."""
+    window, cache = batch.readouts.r_v.window, built.cache
+    columns: list[dict[str, Any]] = [{} for _ in batch.trials]
+    heads: list[dict[str, Attention]] = [{} for _ in batch.trials]
+    if batch.geometry:
+        own = _own_trajectories(written, layers, window)
+        for row, of_cache, of_output, trajectory in zip(
+            columns, cache_geometry(cache, layers, window), forced.geometry, own, strict=True
+        ):
+            row |= of_cache | of_output | {"rv_trajectory": trajectory}
+    if look is not None:
+        assert written.attention is not None and forced.attention is not None
+        heads = each_trial_s({"own": written.attention, "forced": forced.attention})
+        for row, means in zip(columns, attention_means(forced.attention, cache, look), strict=True):
+            row |= means
+    return columns, heads
+
+
+def _prompt_ids(batch: Batch, natural: Natural) -> tuple[list[list[int]], list[list[int]]]:
+    """For every trial the tokens of the prompt that gives and of the one that receives."""
+
+    def ids(pair: int, role: str) -> list[int]:
+        return list(natural.prompts[natural.row[pair, role]].token_ids)
+
+    conditions = [batch.conditions[trial.condition] for trial in batch.trials]
+    both = list(zip(batch.trials, conditions, strict=True))
+    return [ids(t.pair, giver_role(c)) for t, c in both], [ids(t.pair, c.into) for t, c in both]
 
 
 def _count_steered_steps(built: Built, edits: Edits, steps: int) -> None:
@@ -133,19 +198,6 @@ def _count_steered_steps(built: Built, edits: Edits, steps: int) -> None:
         for index in built.steering.steps[layer].flatten(1).any(dim=1).nonzero().flatten().tolist():
             built.planned[index] += steps
             built.fired[index] += edit.fired
-
-
-def _error(built: Built, index: int, is_unchanged: bool, nll: float) -> str | None:
-    """What makes a trial's row unusable, or None."""
-    if built.errors[index]:
-        return built.errors[index]
-    if built.planned[index] != built.fired[index]:
-        return f"{built.fired[index]} of {built.planned[index]} planned changes were made"
-    if not is_unchanged:
-        return "the cache changed while the trial ran"
-    if math.isnan(nll):
-        return "the model gave no finite probabilities"
-    return None
 
 
 def _rv_layers(model: Model, batch: Batch) -> tuple[int, int]:
@@ -163,58 +215,78 @@ def _force(
         [[model.continuation_ids(text)[: settings.likelihood_tokens] for text in cell] for cell in pair.continuations]
         for pair in batch.pairs
     ]
-    n_pairs = len(batch.pairs)
-    sides = KVCache.concat([natural.rows(range(n_pairs), "target"), natural.rows(range(n_pairs), "source")])
+    n_pairs, positions = len(batch.pairs), settings.js_positions
+    sides = [natural.row[pair, role] for role in ("target", "source") for pair in range(n_pairs)]
     reading = score(
         model.backbone,
-        sides,
+        natural.cache,
         [[ids] for ids in forced * 2],
+        of=sides,
         keep_values=layers[:1] if batch.geometry else (),
-        keep_logits=settings.js_positions,
+        keep_logits=positions,
     )
     assert reading.logits is not None
-    rv_output: list[float] = []
-    pulls: list[float] = []
-    cells: list[Tensor] = []
+    natural_late = {layer: values.cpu() for layer, values in reading.values.items()}.get(layers[0])
+    rv_output: list[Tensor] = []
+    pulls: list[Tensor] = []
+    logprobs: list[Tensor] = []
     geometry: list[dict[str, Any]] = []
     watched: list[Attention] = []
-    step = max(1, n_pairs)
-    for low in range(0, len(batch.trials), step):
-        trials = batch.trials[low : low + step]
+    for low in range(0, len(batch.trials), ROWS_AT_ONCE):
+        trials = batch.trials[low : low + ROWS_AT_ONCE]
         wanted = [[forced[t.pair], *(ids for cell in held_out[t.pair] for ids in cell)] for t in trials]
-        cache = built.cache[low : low + step]
+        cache = built.cache.rows(low, low + len(trials))
         part = score(
             model.backbone,
             cache,
             wanted,
             keep_values=layers,
-            keep_logits=settings.js_positions,
+            keep_logits=positions,
             edits=_edits_from(built, low),
-            look=None if look is None else look.of_rows(slice(low, low + step), cache.slots),
+            look=None if look is None else look.of_rows(slice(low, low + len(trials)), cache.slots),
         )
         assert part.logits is not None
+        late, early = (part.values[layer] for layer in layers)
         watched += [part.attention] if part.attention else []
-        window = settings.r_v.window
-        for row, trial in enumerate(trials):
-            length = len(forced[trial.pair])
-            late, early = (part.values[layer][row : row + 1, :, :length] for layer in layers)
-            last = slice(max(0, length - window), length)
-            has_window = length >= window
-            rv_output.append(float(r_v_of(late[:, :, last], early[:, :, last])) if has_window else float("nan"))
-            if batch.geometry:
-                natural_late = reading.values[layers[0]][[trial.pair, n_pairs + trial.pair], :, :length]
-                geometry.append(output_geometry(late, early, natural_late, window))
-            positions = min(settings.js_positions, length)
-            of_target, of_source = reading.logits[trial.pair], reading.logits[n_pairs + trial.pair]
-            pulls.append(js_pull(part.logits[row][:positions], of_target[:positions], of_source[:positions]))
-            cells.append(_cell_means(part.logprobs[row, 1:], held_out[trial.pair], settings.likelihood_tokens))
-    return _Forced(
-        rv_output,
-        pulls,
-        torch.stack(cells),
-        geometry or [{}] * len(batch.trials),
-        Attention.concat(watched) if watched else None,
+        if natural_late is not None:
+            sides_late = natural_late[:n_pairs], natural_late[n_pairs:]
+            lengths = [len(ids) for ids in forced]
+            geometry += _output_geometries(late, early, sides_late, lengths, [t.pair for t in trials], settings)
+        rv_output.append(_rv_before(late, early, [len(forced[t.pair]) for t in trials], settings.r_v.window))
+        pairs = torch.tensor([t.pair for t in trials], device=part.logits.device)
+        counts = torch.tensor([min(positions, len(forced[t.pair])) for t in trials], device=part.logits.device)
+        pulls.append(js_pulls(part.logits, reading.logits[pairs], reading.logits[n_pairs + pairs], counts))
+        logprobs.append(part.logprobs[:, 1:, : settings.likelihood_tokens])
+    cells = np.concatenate(
+        [
+            _cell_means(part.cpu().numpy(), [held_out[t.pair] for t in batch.trials[i * ROWS_AT_ONCE :][: len(part)]])
+            for i, part in enumerate(logprobs)
+        ]
     )
+    missing = settings.likelihood_tokens - cells.shape[2]
+    cells = np.pad(cells, ((0, 0), (0, 0), (0, missing)), constant_values=np.nan)
+    seen = Attention.concat(watched) if watched else None
+    return _Forced(torch.cat(rv_output).tolist(), torch.cat(pulls).tolist(), cells, geometry, seen)
+
+
+def _output_geometries(
+    late: Tensor,
+    early: Tensor,
+    sides: tuple[Tensor, Tensor],
+    lengths: Sequence[int],
+    pairs: Sequence[int],
+    settings: Readouts,
+) -> list[dict[str, Any]]:
+    """`output_geometry` of rows, of their pairs' `lengths`; `sides` are the late values after the natural target and
+    source, [pairs, kv_heads, tokens, head_dim]. On the host: a GPU is slow at small decompositions."""
+    late, early = late.cpu(), early.cpu()
+    found = []
+    for row, pair in enumerate(pairs):
+        length = lengths[pair]
+        of_trial = [x[row : row + 1, :, :length] for x in (late, early)]
+        natural = torch.cat([x[pair : pair + 1, :, :length] for x in sides])
+        found.append(output_geometry(of_trial[0], of_trial[1], natural, settings.r_v.window))
+    return found
 
 
 def _edits_from(built: Built, low: int) -> Callable[[slice], Edits] | None:
@@ -225,105 +297,51 @@ def _edits_from(built: Built, low: int) -> Callable[[slice], Edits] | None:
     return lambda rows: steering.edits(slice(low + rows.start, low + rows.stop))
 
 
-def _cell_means(logprobs: Tensor, cells: Sequence[Sequence[Sequence[int]]], positions: int) -> Tensor:
-    """[4, positions]: mean over the continuations of a cell, of those long enough to have the position."""
-    out, at = [], 0
-    for cell in cells:
-        part = logprobs[at : at + len(cell), :positions]
-        out.append(torch.nn.functional.pad(part.nanmean(dim=0), (0, positions - part.shape[1]), value=float("nan")))
-        at += len(cell)
-    return torch.stack(out).cpu()
+def _rv_before(late: Tensor, early: Tensor, ends: Sequence[int], window: int) -> Tensor:
+    """R_V [rows] of the `window` tokens that end before `ends`, of values [rows, kv_heads, tokens, head_dim]; NaN where
+    there are fewer."""
+    stop = torch.tensor(list(ends), device=late.device)
+    has_window = stop >= window
+    if late.shape[2] < window:
+        return torch.full((len(late),), float("nan"), device=late.device)
+    at = (stop[:, None] - window + torch.arange(window, device=late.device)).clamp(min=0)[:, None, :, None]
+    windows = [v.gather(2, at.expand(-1, v.shape[1], -1, v.shape[3])) for v in (late, early)]
+    return torch.where(has_window, r_v_of(*windows), float("nan"))
 
 
-def _nll_target(model: Model, batch: Batch, natural: Natural, written: Continuations) -> list[float]:
+def _rv_own(written: Continuations, lengths: Sequence[int], layers: tuple[int, int], window: int) -> Tensor:
+    """R_V over the last `window` tokens each trial wrote and fed; NaN where it wrote fewer."""
+    late, early = (written.values[layer] for layer in layers)
+    return _rv_before(late, early, [length - 1 for length in lengths], window)
+
+
+def _own_trajectories(written: Continuations, layers: tuple[int, int], window: int) -> list[list[float]]:
+    """R_V of every window of the tokens each trial wrote and fed."""
+    late, early = (written.values[layer] for layer in layers)
+    return [
+        r_v_trajectory(late[row : row + 1, :, : length - 1], early[row : row + 1, :, : length - 1], window)[0].tolist()
+        for row, length in enumerate(written.lengths)
+    ]
+
+
+def _cell_means(logprobs: np.ndarray, cells: Sequence[Sequence[Sequence[Sequence[int]]]]) -> np.ndarray:
+    """[rows, 4, positions]: mean over the continuations of a cell, of those long enough to have the position.
+
+    logprobs: [rows, continuations, positions], NaN where there is none; cells: for every row its four cells.
+    """
+    known = ~np.isnan(logprobs)
+    edges = np.array([np.cumsum([0, *map(len, row)]) for row in cells])[..., None]  # [rows, 5, 1]
+
+    def per_cell(numbers: np.ndarray) -> np.ndarray:
+        running = np.pad(numbers.astype(np.float64).cumsum(axis=1), ((0, 0), (1, 0), (0, 0)))
+        return np.diff(np.take_along_axis(running, edges, axis=1), axis=1)
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return per_cell(np.where(known, logprobs, 0)) / per_cell(known)
+
+
+def _nll_target(model: Model, batch: Batch, natural: Natural, outputs: Sequence[Sequence[int]]) -> list[float]:
     """Mean negative log-likelihood of every output under the natural cache of its pair's target prompt."""
-    outputs = [[t for t in row if t != PAD] for row in written.token_ids.tolist()]
-    of_pair = [[i for i, trial in enumerate(batch.trials) if trial.pair == pair] for pair in range(len(batch.pairs))]
-    targets = natural.rows(range(len(batch.pairs)), "target")
-    logprobs = score(model.backbone, targets, [[outputs[i] for i in indices] for indices in of_pair]).logprobs
-    out = [float("nan")] * len(batch.trials)
-    for pair, indices in enumerate(of_pair):
-        for place, index in enumerate(indices):
-            out[index] = -float(logprobs[pair, place].nanmean())
-    return out
-
-
-def _identity(batch: Batch, index: int, natural: Natural, mixed: KVCache) -> dict[str, Any]:
-    trial = batch.trials[index]
-    condition, pair = batch.conditions[trial.condition], batch.pairs[trial.pair]
-    return {
-        "trial_id": trial.trial_id,
-        "phase": batch.phase,
-        "split": batch.split,
-        "condition": trial.condition,
-        "condition_role": batch.roles[trial.condition],
-        "pair_id": pair.pair_id,
-        "source_id": pair.source_id,
-        "target_id": pair.target_id,
-        "sample": trial.sample,
-        "seed": trial.seed,
-        "patch": condition.recipe,
-        "source_text": pair.texts["source"],
-        "target_text": pair.texts["target"],
-        "source_token_ids": natural.cache.row_token_ids(natural.row[trial.pair, giver_role(condition)]),
-        "target_token_ids": natural.cache.row_token_ids(natural.row[trial.pair, condition.into]),
-        "cache_token_ids": mixed.row_token_ids(index),
-    }
-
-
-def _output(written: Continuations, index: int, text: str) -> dict[str, Any]:
-    length = written.lengths[index]
-    logprobs = written.logprobs[index, :length].tolist()
-    return {
-        "output_token_ids": written.token_ids[index, :length].tolist(),
-        "output_logprobs": logprobs,
-        "text": text,
-        "stopped": written.stopped[index],
-        "n_tokens": length,
-        "nll_own": -sum(logprobs) / length,
-    }
-
-
-def _scores(batch: Batch, index: int, text: str, token_ids: list[int]) -> dict[str, Any]:
-    """Readouts of the text alone. Every condition of a pair is masked by the same prompts, so that none is favoured."""
-    pair = batch.pairs[batch.trials[index].pair]
-    seen = "\n".join(pair.texts[role] for role in pair.masked_by)
-    scored = batch.scorer.score(text, seen)
-    hits = None if scored.hits is None else [{"start": start, "end": end} for start, end in scored.hits]
-    repeated = {f"repetition_{n}": share for n, share in repetition_profile(token_ids).items()}
-    return {
-        "recursive_score": scored.score,
-        "recursive_score_masked": scored.masked,
-        "mode_hits": hits,
-        "overlap_4gram": ngram_overlap(text, pair.texts["source"]),
-        "repetition": repeated["repetition_4"],
-        **repeated,
-    }
-
-
-def _likelihoods(forced: _Forced, index: int, first: int) -> dict[str, Any]:
-    ratios = log_likelihood_ratios(forced.cells[index], first=first)
-    return {
-        "rv_output": forced.rv_output[index],
-        "js_pull": forced.js_pull[index],
-        "mode_llr": ratios.mode,
-        "content_llr": ratios.content,
-        "mode_llr_by_position": ratios.mode_by_position,
-        "content_llr_by_position": ratios.content_by_position,
-    }
-
-
-def _rv_own(written: Continuations, index: int, layers: tuple[int, int], window: int) -> float:
-    """R_V over the last `window` tokens the trial wrote and fed; NaN where it wrote fewer."""
-    fed = written.lengths[index] - 1
-    if fed < window:
-        return float("nan")
-    late, early = (written.values[layer][index : index + 1, :, fed - window : fed] for layer in layers)
-    return float(r_v_of(late, early))
-
-
-def _own_trajectory(written: Continuations, index: int, layers: tuple[int, int], window: int) -> list[float]:
-    """R_V of every window of the tokens the trial wrote and fed."""
-    fed = written.lengths[index] - 1
-    late, early = (written.values[layer][index : index + 1, :, :fed] for layer in layers)
-    return r_v_trajectory(late, early, window)[0].tolist()
+    targets = [natural.row[trial.pair, "target"] for trial in batch.trials]
+    logprobs = score(model.backbone, natural.cache, [[output] for output in outputs], of=targets).logprobs[:, 0]
+    return (-logprobs.nanmean(dim=1)).tolist()

@@ -100,7 +100,8 @@ def _swapped_text(model: Model, pair: PlannedPair, condition: Condition) -> Enco
 
 def build_all(model: Model, batch: Batch, natural: Natural) -> Built:
     """The cache of every trial, and what kept a trial from its cache."""
-    caches: dict[int, KVCache] = {}
+    parts: list[KVCache] = []
+    order: list[int] = []  # place in the batch of every row of the parts
     count = len(batch.trials)
     errors: list[str | None] = [None] * count
     planned, fired = [0] * count, [0] * count
@@ -116,14 +117,17 @@ def build_all(model: Model, batch: Batch, natural: Natural) -> Built:
             part = _Part(natural.rows([batch.trials[i].pair for i in places], condition.into))
             for place in places:
                 errors[place] = str(error)
-        for row, place in enumerate(places):
-            caches[place] = part.cache[row]
+        parts.append(part.cache)
+        order += places
+        for place in places:
             planned[place], fired[place] = part.planned, part.fired
         for layer, step in part.steps.items():
             whole = steps.setdefault(layer, step.new_zeros(count, *step.shape))
             whole[places] = step
-    steering = RowSteering(steps) if steps else None
-    return Built(KVCache.concat([caches[i] for i in range(count)]), errors, planned, fired, steering)
+    cache = parts[0] if len(parts) == 1 else KVCache.concat(parts)
+    if order != list(range(count)):
+        cache = cache[sorted(range(count), key=order.__getitem__)]
+    return Built(cache, errors, planned, fired, RowSteering(steps) if steps else None)
 
 
 def _build(model: Model, batch: Batch, natural: Natural, condition: Condition, places: Sequence[int]) -> _Part:

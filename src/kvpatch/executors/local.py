@@ -1,14 +1,24 @@
-"""Run a plan in this process: every batch that is not stored yet, in the order of the plan."""
+"""Run a plan in this process: every batch that is not stored yet, in the order of the plan.
+
+batches that run together -> measured on the model's device -> a second thread scores texts and stores rows, while
+the next ones decode
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol as Interface
 
 import numpy as np
-import pyarrow as pa
+import torch
 
-from kvpatch.executors.batch import OnTokens, run_batch
+from kvpatch.engine.places import release
+from kvpatch.executors.batch import OnTokens, measure
+from kvpatch.executors.groups import groups, merged, rows_that_fit
+from kvpatch.executors.repeats import Repeats
+from kvpatch.executors.rows import Measured, attention_of, rows_of
 from kvpatch.model import Model
 from kvpatch.protocols.plan import Batch, Plan
 from kvpatch.readouts.fluency import CoherenceLimits, coherence_limits
@@ -43,20 +53,87 @@ class LocalExecutor:
         """
         done = store.done()
         limits: dict[str, CoherenceLimits] = {}
-        for batch in plan.batches:
-            if batch.split == "test" and batch.calibration not in limits:
-                limits[batch.calibration] = stored_limits(store, batch.calibration)
-            tokens = 0
-            if batch.batch_id not in done:
-                judged_by = limits.get(batch.calibration)
-                heads: list[pa.Table] = []
-                rows = run_batch(
-                    self.models[batch.model], batch, limits=judged_by, on_tokens=on_tokens, on_attention=heads.append
-                )
-                store.append(batch.batch_id, rows, heads[0] if heads else None)
-                tokens = sum(row["n_tokens"] for row in rows)
-            on_batch(batch, tokens)
+        repeats = Repeats(plan, store)
+        with _Writer(store, repeats, on_batch) as writer:
+            for group in groups(plan.batches, lambda batches: rows_that_fit(self.models[batches[0].model], batches)):
+                calibration = group[0].calibration
+                if group[0].split == "test" and calibration not in limits:
+                    writer.settle(0)
+                    limits[calibration] = stored_limits(store, calibration)
+                # A group is run as planned even where some of it is stored: its rows then are the same, to the bit.
+                measured: list[list[Measured]] = [[] for _ in group]
+                if any(batch.batch_id not in done for batch in group):
+                    own = [repeats.own(batch) for batch in group]
+                    measured = _measure_together(self.models[group[0].model], own, on_tokens)
+                for batch, of_batch in zip(group, measured, strict=True):
+                    if batch.batch_id in done:
+                        writer.found(batch)
+                    else:
+                        writer.write(batch, of_batch, limits.get(calibration))
+                writer.settle(len(group))
+            writer.settle(0)
         return limits
+
+
+def _measure_together(model: Model, batches: Sequence[Batch], on_tokens: OnTokens) -> list[list[Measured]]:
+    """Measure batches of one phase together; half of them at a time where memory runs out."""
+    whole = merged([batch for batch in batches if batch.trials] or batches[:1])
+    try:
+        found = iter(measure(model, whole, on_tokens=on_tokens) if whole.trials else [])
+    except torch.OutOfMemoryError:
+        if len(batches) == 1:
+            raise
+    else:
+        return [[next(found) for _ in batch.trials] for batch in batches]
+    release(model.backbone)
+    middle = len(batches) // 2
+    parts = (batches[:middle], batches[middle:])
+    return [of_batch for part in parts for of_batch in _measure_together(model, part, on_tokens)]
+
+
+class _Writer:
+    """Makes rows of what was measured and stores them, in a thread of its own; tells of stored batches in their order.
+
+    Whatever was handed over is stored before the `with` block is left, also on the way out of an error.
+    """
+
+    def __init__(self, store: Store, repeats: Repeats, on_batch: OnBatch) -> None:
+        self.store, self.repeats, self.on_batch = store, repeats, on_batch
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvpatch-rows")
+        self._handed: deque[tuple[Batch, Future[int]]] = deque()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(wait=True)
+
+    def write(self, batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits | None) -> None:
+        """Hand a batch over; `measured` is of the trials it computes itself."""
+        self._handed.append((batch, self._thread.submit(self._store, batch, measured, limits)))
+
+    def found(self, batch: Batch) -> None:
+        """A batch that is stored already."""
+        nothing: Future[int] = Future()
+        nothing.set_result(0)
+        self._handed.append((batch, nothing))
+
+    def settle(self, outstanding: int) -> None:
+        """Wait until no more than so many batches are outstanding, and tell of the others.
+
+        Raises:
+            StoreError: where one could not be stored.
+        """
+        while len(self._handed) > outstanding:
+            batch, stored = self._handed.popleft()
+            self.on_batch(batch, stored.result())
+
+    def _store(self, batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits | None) -> int:
+        own = self.repeats.own(batch)
+        computed = rows_of(own, measured, limits)
+        heads = self.repeats.completed_attention(batch, attention_of(own, measured))
+        self.store.append(batch.batch_id, self.repeats.completed(batch, computed), heads)
+        return sum(row["n_tokens"] for row in computed)
 
 
 def stored_limits(store: Store, calibration: str) -> CoherenceLimits:

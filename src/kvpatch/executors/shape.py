@@ -39,9 +39,8 @@ def cache_geometry(cache: KVCache, layers: tuple[int, int], window: int) -> list
         for suffix, is_corrected in (("", False), ("_corrected", True)):
             joined = cache_ratios(cache, part, window=window, joined=True, corrected=is_corrected)[:, layers[0]]
             each = cache_ratios(cache, part, window=window, corrected=is_corrected).flatten(1)
-            for row in range(cache.batch):
-                out[row][f"pr_{part}_late{suffix}"] = float(joined[row])
-                out[row][f"pr_{part}{suffix}"] = each[row].tolist()
+            for row, late, of_heads in zip(out, joined.tolist(), each.tolist(), strict=True):
+                row |= {f"pr_{part}_late{suffix}": late, f"pr_{part}{suffix}": of_heads}
     return out
 
 
@@ -76,7 +75,18 @@ def attention_means(attention: Attention, cache: KVCache, look: Look) -> list[di
     means["attention_marked_lift"] = per_marked / (means["attention_body"] / body.sum(dim=1))
     if look.marked is None:
         means |= dict.fromkeys(("attention_marked", "attention_marked_lift"), torch.full_like(per_marked, float("nan")))
-    return [{column: float(values[row]) for column, values in means.items()} for row in range(cache.batch)]
+    columns = [values.tolist() for values in means.values()]
+    return [dict(zip(means, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def each_trial_s(stages: Mapping[str, Attention]) -> list[dict[str, Attention]]:
+    """Statistics of every trial's heads by stage, on the host."""
+    on_host = {stage: (found.values.cpu().split(1), found.queries.cpu().split(1)) for stage, found in stages.items()}
+    count = len(next(iter(stages.values())).queries)
+    return [
+        {stage: Attention(values[row], queries[row], {}) for stage, (values, queries) in on_host.items()}
+        for row in range(count)
+    ]
 
 
 def attention_table(trial_ids: Sequence[str], stages: Mapping[str, Attention]) -> pa.Table:

@@ -3,7 +3,7 @@
 `Backbone` runs a causal language model over a `Slab`, a preallocated KV cache whose rows are right-aligned, so that
 every row writes the same slot. Attention runs through an interface of our own, which sees queries, keys and values
 after RoPE and after the cache: the mask comes from explicit positions, and grouped queries are folded into the query
-axis at decode, so that keys and values are never repeated. The interface is registered under a name of its own and
+axis, so that keys and values are never repeated. The interface is registered under a name of its own and
 switched on only while a forward pass of ours runs; the model is untouched before and after.
 
 At load the model is probed with single tokens: how each layer turns its keys, which window it attends in, and whether
@@ -61,20 +61,30 @@ class Geometry:
 @dataclass
 class LayerEdit:
     """Changes to the queries, keys and values that one layer makes in a forward pass, after RoPE and before they are
-    cached or used. Each takes and gives [batch, heads, new, head_dim]; `fired` counts the changes made."""
+    cached or used. Each takes and gives [batch, heads, new, head_dim]; `steer` is added to all new values, [batch,
+    kv_heads, head_dim]; `fired` counts the changes made."""
 
     query: Callable[[Tensor], Tensor] | None = None
     key: Callable[[Tensor], Tensor] | None = None
     value: Callable[[Tensor], Tensor] | None = None
+    steer: Tensor | None = None
     fired: int = 0
 
     @property
     def planned(self) -> int:
         """Changes one forward pass should make."""
-        return sum(change is not None for change in (self.query, self.key, self.value))
+        return sum(change is not None for change in (self.query, self.key, self.value, self.steer))
+
+    @property
+    def only_steers(self) -> bool:
+        """Whether adding to the values is all it does."""
+        return self.steer is not None and self.planned == 1
 
     def apply(self, part: str, tensor: Tensor) -> Tensor:
         """Change one part, if this edit has something to change in it."""
+        if part == "value" and self.steer is not None:
+            self.fired += 1
+            tensor = tensor + self.steer[:, :, None].to(tensor.dtype)
         change = getattr(self, part)
         if change is None:
             return tensor
@@ -206,15 +216,16 @@ class _Step:
     watch: Watch | None = None
     windows: dict[int, int | None] = field(default_factory=dict)
     query_heads: int = 0
-    _bias: dict[int | None, Tensor] = field(default_factory=dict)
+    _bias: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
-    def bias(self, window: int | None) -> Tensor:
+    def bias(self, window: int | None, groups: int = 1) -> Tensor:
         """Additive mask [batch, 1, queries, slots]: 0 where a query may look, -inf elsewhere.
 
         Slots stand in the order they were written, so a query sees the slots up to its own; a window counts positions.
-        A padding query sees itself, so that its softmax is over something.
+        A padding query sees itself, so that its softmax is over something. With `groups`, the queries of as many heads
+        stand one behind the other: [batch, 1, groups * queries, slots].
         """
-        if window not in self._bias:
+        if (window, groups) not in self._bias:
             queries, slots = self.query_positions.shape[1], self.slot_positions.shape[1]
             device = self.slot_positions.device
             slot = torch.arange(slots, device=device)
@@ -226,9 +237,12 @@ class _Step:
                 of_query = self.slot_branches[:, slots - queries :, None]
                 may &= (self.slot_branches == 0)[:, None, :] | (self.slot_branches[:, None, :] == of_query)
             may |= (slot == own)[None]
-            bias = torch.zeros(may.shape, dtype=self.dtype, device=device).masked_fill(~may, float("-inf"))
-            self._bias[window] = bias[:, None]
-        return self._bias[window]
+            # Rows of a whole number of 16 bytes, or a GPU's kernel copies the mask in every layer.
+            shape = (len(may), groups * queries, -(-slots // 8) * 8)
+            bias = torch.zeros(shape, dtype=self.dtype, device=device)[..., :slots]
+            bias.masked_fill_(~may.repeat(1, groups, 1), float("-inf"))
+            self._bias[window, groups] = bias[:, None]
+        return self._bias[window, groups]
 
 
 _running = threading.local()
@@ -253,27 +267,22 @@ def _attend(
     step.windows[layer], step.query_heads = sliding_window, query.shape[1]
     if edit := step.edits.get(layer):
         query = edit.apply("query", query)
-    bias = step.bias(sliding_window)
     if step.watch is not None:
-        step.watch.see(layer, Seen(query, key, bias, query.shape[3] ** -0.5 if scaling is None else scaling, softcap))
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        step.watch.see(layer, Seen(query, key, step.bias(sliding_window), scale, softcap))
     batch, heads, queries, dim = query.shape
     kv_heads = key.shape[1]
-    if queries == 1:
-        query = query.reshape(batch, kv_heads, heads // kv_heads, dim)
-    if softcap is not None:
-        out = _softcapped(query, key, value, bias, scaling, softcap)
+    groups = heads // kv_heads
+    folded = query.reshape(batch, kv_heads, groups * queries, dim)
+    bias = step.bias(sliding_window, groups)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=bias, scale=scaling)
     else:
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, scale=scaling, enable_gqa=query.shape[1] != kv_heads
-        )
-    if queries == 1:
-        return out.reshape(batch, 1, heads, -1), None
-    return out.transpose(1, 2).contiguous(), None
+        out = _softcapped(folded, key, value, bias, scaling, softcap)
+    return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
 def _softcapped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float | None, cap: float) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     return (torch.tanh(scores / cap) * cap + bias).softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
@@ -288,9 +297,11 @@ class Backbone:
         hf: the transformers model itself.
         blocks: its layers, in order.
         geometry: its cache's shape.
+        kept: what the engine keeps with a model from call to call (buffers, graphs); clear it to free them.
     """
 
     def __init__(self, hf: PreTrainedModel) -> None:
+        self.kept: dict[str, Any] = {}
         self.hf = hf.eval()
         self.config = hf.config.get_text_config()
         self.decoder = hf.base_model
@@ -355,7 +366,7 @@ class Backbone:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] in float32 of hidden states [..., width]."""
-        return self._scaled(self.head(hidden).float())
+        return self.scaled(self.head(hidden).float())
 
     def token_logprobs(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Log-probability of one token at each hidden state, chunked over the vocabulary.
@@ -371,21 +382,27 @@ class Backbone:
         for low in range(0, weight.shape[0], VOCABULARY_CHUNK):
             part = slice(low, low + VOCABULARY_CHUNK)
             chunk = F.linear(hidden, weight[part], None if bias is None else bias[part])
-            total = torch.logaddexp(total, self._scaled(chunk.float()).logsumexp(dim=-1))
+            total = torch.logaddexp(total, self.scaled(chunk.float()).logsumexp(dim=-1))
         chosen = (hidden * weight[token_ids]).sum(dim=-1)
         if bias is not None:
             chosen = chosen + bias[token_ids]
-        return self._scaled(chosen.float()) - total
+        return self.scaled(chosen.float()) - total
 
-    def _scaled(self, logits: Tensor) -> Tensor:
+    @property
+    def logit_scaling(self) -> tuple[float, float | None]:
+        """What the head's outputs are multiplied by, and the soft cap on the result (None for none)."""
         config = self.config
-        if getattr(config, "logit_scale", None):
-            logits = logits * config.logit_scale
-        if getattr(config, "logits_scaling", None):
-            logits = logits / config.logits_scaling
-        if getattr(config, "final_logit_softcapping", None):
-            logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
-        return logits
+        factor = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        return factor, getattr(config, "final_logit_softcapping", None)
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """Logits of the head's outputs."""
+        factor, cap = self.logit_scaling
+        if factor != 1.0:
+            logits = logits * factor
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _blocks(decoder: nn.Module, layers: int) -> nn.ModuleList:

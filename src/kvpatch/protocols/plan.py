@@ -42,9 +42,11 @@ class PlannedPair(Frozen):
 
 
 class PlannedTrial(Frozen):
-    """One pair, one condition, one sample."""
+    """One pair, one condition, one sample. `content_id` names all of its content but the phase: trials that share it
+    are one computation."""
 
     trial_id: str
+    content_id: str
     pair: int
     condition: str
     sample: int
@@ -297,7 +299,6 @@ class _Planner:
         seed = _number(self.seed, pair.pair_id, sample)
         content = {
             "model": self.model.key,
-            "phase": phase,
             "condition": condition.model_dump(mode="json", by_alias=True),
             "name": name,
             "pair": _what_counts_of(pair, condition),
@@ -311,9 +312,19 @@ class _Planner:
         if asked := self.protocol.phases.get(phase):
             watched = None if asked.watched is None else asked.watched.model_dump(mode="json")
             content |= {"watched": watched, "geometry": asked.geometry}
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        trial_id = hashlib.sha256(text.encode()).hexdigest()[:32]
-        return PlannedTrial(trial_id=trial_id, pair=index, condition=name, sample=sample, seed=seed)
+        return PlannedTrial(
+            trial_id=_hashed({**content, "phase": phase}),
+            content_id=_hashed(content),
+            pair=index,
+            condition=name,
+            sample=sample,
+            seed=seed,
+        )
+
+
+def _hashed(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _what_counts_of(pair: PlannedPair, condition: Condition) -> dict[str, Any]:

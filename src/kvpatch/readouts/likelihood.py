@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 
@@ -24,7 +26,7 @@ class LogLikelihoodRatios:
     content_by_position: list[float]
 
 
-def log_likelihood_ratios(cells: Tensor, *, first: int) -> LogLikelihoodRatios:
+def log_likelihood_ratios(cells: ArrayLike, *, first: int) -> LogLikelihoodRatios:
     """Main effects of a 2x2 of continuations.
 
     Args:
@@ -32,7 +34,7 @@ def log_likelihood_ratios(cells: Tensor, *, first: int) -> LogLikelihoodRatios:
             (plain, target), (mode, source), (plain, source), in this order (`prompts.pairing.cells_of`).
         first: the single numbers take the mean over this many first positions.
     """
-    mode_t, plain_t, mode_s, plain_s = cells.double()
+    mode_t, plain_t, mode_s, plain_s = np.asarray(cells, dtype=np.float64)
     mode = (mode_t + mode_s - plain_t - plain_s) / 2
     content = (mode_s + plain_s - mode_t - plain_t) / 2
     return LogLikelihoodRatios(
@@ -62,4 +64,19 @@ def js_pull(logits: Tensor, target_logits: Tensor, source_logits: Tensor) -> flo
     Args:
         logits, target_logits, source_logits: [positions, vocabulary], at the same fixed positions of the same text.
     """
-    return float((js_divergence(logits, target_logits) - js_divergence(logits, source_logits)).mean())
+    counts = torch.tensor([len(logits)], device=logits.device)
+    return float(js_pulls(logits[None], target_logits[None], source_logits[None], counts))
+
+
+def js_pulls(logits: Tensor, target_logits: Tensor, source_logits: Tensor, counts: Tensor) -> Tensor:
+    """`js_pull` of many rows.
+
+    Args:
+        logits, target_logits, source_logits: [rows, positions, vocabulary].
+        counts: [rows], how many first positions of a row count.
+    Returns:
+        [rows].
+    """
+    pulls = js_divergence(logits, target_logits) - js_divergence(logits, source_logits)  # [rows, positions]
+    is_counted = torch.arange(pulls.shape[1], device=pulls.device) < counts[:, None]
+    return torch.where(is_counted, pulls, 0).sum(dim=1) / counts

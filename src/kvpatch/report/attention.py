@@ -128,8 +128,10 @@ def _phases(protocol: Protocol, trials: pd.DataFrame, asks: Callable[[Phase], bo
 def _attention_figures(trials: pd.DataFrame, attention: pd.DataFrame, phase: str) -> list[Figure]:
     out = []
     told = "Mean over all heads while every condition reads the same continuation."
-    for by, title in (("origin", "whose activations"), ("segment", "which part of the prompt")):
-        shares = looks(trials, phase, by)
+    for by, title, shares in (
+        ("origin", "whose activations", looks(trials, phase, "origin")),
+        ("segment", "which part of the prompt", looks(trials, phase, "segment")),
+    ):
         if not shares.empty:
             name = f"Where attention goes: {title}"
             out.append(figure(f"attention-{phase}-{by}", name, told, charts.looks_chart(rounded(shares))))

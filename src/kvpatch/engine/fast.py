@@ -1,0 +1,118 @@
+"""Can a model take the engine's own decoding step, and which parts carry it out? Asked once a model, by measuring.
+
+A step of the network is compared with the model's own forward pass on a few tokens. Where the two differ, or the model
+is not Llama-like, decoding runs the model's own forward pass, and `note` says why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from kvpatch.cache import PAD
+from kvpatch.engine.step import Ops, PlainOps, Sampling, feed_step, make_places
+from kvpatch.errors import ModelError
+from kvpatch.models.hf import Backbone
+from kvpatch.models.llamalike import Network, network_of
+
+_CHECKED_ON = 7
+"""Cached tokens of the comparison's longer row."""
+
+
+@dataclass(frozen=True)
+class Fast:
+    """How a model's decoding step runs: the network and what carries it out ("fused" or "plain"); with no network, the
+    model's own forward pass. `error` is the largest difference of a logit from the model's own, over the largest
+    logit."""
+
+    network: Network | None
+    ops: str
+    note: str
+    error: float = 0.0
+
+    def make_ops(self, backbone: Backbone, sampling: Sampling, positions: int) -> Ops:
+        """The parts of a step for a sampling and for positions [0, positions)."""
+        assert self.network is not None
+        # A nucleus needs sorted logits, which the fused choice does not have.
+        if self.ops == "fused" and (sampling.top_p == 1 or sampling.temperature == 0):
+            from kvpatch.engine.kernels import FusedOps
+
+            return FusedOps(backbone, self.network, sampling, positions)
+        return PlainOps(backbone, self.network, sampling, positions)
+
+
+def fast_of(backbone: Backbone) -> Fast:
+    """How a model's decoding step runs, found out at the first call and again where weights were exchanged."""
+    known = backbone.kept.get("fast")
+    if known is None or (known.network is not None and not known.network.is_current(backbone)):
+        backbone.kept["fast"] = known = _find(backbone)
+    return known
+
+
+def _find(backbone: Backbone) -> Fast:
+    if any(m._forward_hooks or m._forward_pre_hooks for m in backbone.decoder.modules()):
+        return Fast(None, "model", "the model carries hooks")
+    network = network_of(backbone)
+    if isinstance(network, str):
+        return Fast(None, "model", network)
+    notes = []
+    for ops in _candidates(backbone, network, notes):
+        try:
+            error = _difference(backbone, Fast(network, ops, ""))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:  # Triton needs a compiler, and its own errors have no common class
+            notes.append(f"{ops}: {type(problem).__name__}: {problem}".splitlines()[0])
+            continue
+        if error < (1e-4 if backbone.dtype == torch.float32 else 5e-2):
+            return Fast(network, ops, "; ".join(notes), error)
+        notes.append(f"{ops}: logits differ from the model's own by {error:.2g} of their size")
+    return Fast(None, "model", "; ".join(notes))
+
+
+def _candidates(backbone: Backbone, network: Network, notes: list[str]) -> list[str]:
+    if backbone.device.type != "cuda":
+        return ["plain"]
+    if importlib.util.find_spec("triton") is None:
+        notes.append("Triton is not installed")
+        return ["plain"]
+    from kvpatch.engine.kernels import what_is_unfit
+
+    if reason := what_is_unfit(network):
+        notes.append(f"no fused kernels for {reason}")
+        return ["plain"]
+    return ["fused", "plain"]
+
+
+@torch.no_grad()
+def _difference(backbone: Backbone, fast: Fast) -> float:
+    """How far a step's logits are from the model's own, over the largest of those."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary, slots = backbone.geometry.vocabulary, _CHECKED_ON
+    tokens = torch.randint(vocabulary, (2, slots + 1), generator=generator).to(backbone.device)
+    positions = torch.arange(slots, device=backbone.device).repeat(2, 1)
+    positions[1] -= 2
+    slab = backbone.slab(2, slots + 1)
+    backbone.forward(tokens[:, :slots], positions.clamp(min=PAD), slab)
+    places = make_places(backbone, 2, slots, 1, [])
+    for layer, held in enumerate(slab.slab_layers):
+        places.keys[layer][:, :, :slots] = held.keys[:, :, :slots]
+        places.values[layer][:, :, :slots] = held.values[:, :, :slots]
+    places.slot_positions[:, :slots] = positions.clamp(min=PAD)
+    places.first.copy_(torch.tensor([0, 2]))
+    places.feed.copy_(tokens[:, slots])
+    places.position.copy_(positions[:, -1] + 1)
+    places.going.fill_(True)
+    places.live = slots + 1
+    own = backbone.logits(backbone.forward(tokens[:, slots:], positions[:, -1:] + 1, slab)[:, -1])
+    ops = fast.make_ops(backbone, Sampling(0.0, 1.0, ()), slots + 1)
+    assert fast.network is not None
+    found = backbone.scaled(feed_step(backbone, fast.network, ops, places).float())
+    rounded = found.to(backbone.dtype)
+    ops.advance(rounded, places)
+    chosen = places.token_ids[:, :1]
+    if not bool(((chosen >= 0) & (rounded.gather(1, chosen.clamp(min=0)) == rounded.amax(1, keepdim=True))).all()):
+        raise ModelError("the chosen token is not the likeliest")
+    return float((own - found).abs().max() / own.abs().max().clamp(min=1e-30))

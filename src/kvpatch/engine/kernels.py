@@ -1,0 +1,420 @@
+"""The parts of a decoding step that are no matrix product, in Triton: one pass over memory each.
+
+`FusedOps` does what `step.PlainOps` does. Attention turns queries and keys, writes the new slot and reads the live
+slots of its own row alone, from `first` to the row's last, so that no length bucket is needed; sampling reads the
+logits once, for the choice and its log-probability together. Everything is float32 inside and rounded once.
+
+This file is imported only where there is a CUDA device and Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvpatch.engine.step import Places, Sampling, rotary_tables
+from kvpatch.models.hf import Backbone
+from kvpatch.models.llamalike import LayerWeights, Network
+
+SLOT_BLOCK = 64
+VOCABULARY_BLOCK = 2048
+VOCABULARY_SPLIT = 16_384
+INNER_BLOCK = 1024
+
+
+def what_is_unfit(network: Network) -> str | None:
+    """Why these kernels can't run a network, or None."""
+    half = network.head_dim // 2
+    if half < 16 or half & (half - 1):
+        return f"heads of {network.head_dim} dimensions"
+    if network.group > 16:
+        return f"{network.group} query heads to a KV head"
+    return None
+
+
+class FusedOps:
+    """The parts of a step that are no matrix product, fused."""
+
+    def __init__(self, backbone: Backbone, network: Network, sampling: Sampling, positions: int) -> None:
+        self.backbone, self.network, self.sampling = backbone, network, sampling
+        self.tables = rotary_tables(backbone, network, positions)
+        self.precision = "ieee" if backbone.dtype == torch.float32 else "tf32"
+
+    def begin(self, places: Places) -> None:
+        if any(layer.window is not None for layer in self.network.layers):
+            slot = (places.area + places.step.long())[:, None]
+            places.slot_positions.scatter_(1, slot, places.position[:, None].int())
+
+    def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        rows, width = hidden.shape
+        out = torch.empty_like(hidden)
+        block = triton.next_power_of_2(width)
+        _norm_kernel[(rows,)](
+            hidden, weight, out, self.network.epsilon, width, BLOCK=block, num_warps=min(16, max(1, block // 512))
+        )
+        return out
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(rows, inner)
+        grid = (rows, triton.cdiv(inner, INNER_BLOCK))
+        _gated_kernel[grid](gate_up, out, inner, IS_SILU=self.network.activation == "silu", BLOCK=INNER_BLOCK)
+        return out
+
+    def attend(self, layer: int, weights: LayerWeights, qkv: Tensor, places: Places) -> Tensor:
+        net, count = self.network, len(places)
+        out = qkv.new_empty(count, net.query_heads * net.head_dim)
+        cos, sin = self.tables[weights.rope]
+        edit = places.steering.get(layer)
+        steering = None
+        if edit is not None:
+            steering = edit.steer
+            edit.fired += 1
+        has_norm = weights.query_norm is not None
+        _attend_kernel[(count * net.kv_heads,)](
+            qkv,
+            places.keys[layer],
+            places.values[layer],
+            out,
+            cos,
+            sin,
+            places.first,
+            places.step,
+            places.position,
+            places.going.view(torch.uint8),
+            places.slot_positions,
+            weights.query_norm if has_norm else cos,
+            weights.key_norm if has_norm else cos,
+            cos if steering is None else steering,
+            net.attention_scale,
+            net.epsilon,
+            places.area,
+            places.capacity,
+            weights.window or 0,
+            KV_HEADS=net.kv_heads,
+            GROUP=net.group,
+            GROUP_BLOCK=16,
+            HALF=net.head_dim // 2,
+            BLOCK=SLOT_BLOCK,
+            HAS_NORM=has_norm,
+            HAS_WINDOW=weights.window is not None,
+            HAS_STEERING=steering is not None,
+            PRECISION=self.precision,
+            num_warps=4,
+            num_stages=2,
+        )
+        return out
+
+    def advance(self, logits: Tensor, places: Places) -> None:
+        count, vocabulary = logits.shape
+        splits = triton.cdiv(vocabulary, VOCABULARY_SPLIT)
+        factor, cap = self.backbone.logit_scaling
+        numbers = logits.new_empty(3, count, splits, dtype=torch.float32)  # best score, largest logit, sum of exp
+        tokens = logits.new_empty(count, splits, dtype=torch.int32)
+        _choose_kernel[(count, splits)](
+            logits,
+            places.seeds,
+            places.step,
+            numbers,
+            tokens,
+            vocabulary,
+            splits,
+            self.sampling.temperature,
+            factor,
+            cap or 1.0,
+            IS_GREEDY=self.sampling.temperature == 0,
+            HAS_FACTOR=factor != 1.0,
+            HAS_CAP=cap is not None,
+            SPLIT=VOCABULARY_SPLIT,
+            BLOCK=VOCABULARY_BLOCK,
+            num_warps=8,
+        )
+        _note_kernel[(count,)](
+            logits,
+            numbers,
+            tokens,
+            places.token_ids,
+            places.logprobs,
+            places.feed,
+            places.position,
+            places.step,
+            places.going.view(torch.uint8),
+            places.ends,
+            vocabulary,
+            splits,
+            places.limit,
+            len(places.ends),
+            factor,
+            cap or 1.0,
+            HAS_FACTOR=factor != 1.0,
+            HAS_CAP=cap is not None,
+            SPLITS=triton.next_power_of_2(splits),
+            num_warps=1,
+        )
+
+
+@triton.jit
+def _norm_kernel(hidden, weight, out, epsilon, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    x = tl.load(hidden + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / width + epsilon)
+    x = x * tl.load(weight + at, mask=inside, other=0.0)
+    tl.store(out + row * width + at, x.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated_kernel(gate_up, out, inner, IS_SILU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < inner
+    gate = tl.load(gate_up + row * 2 * inner + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * inner + inner + at, mask=inside, other=0.0).to(tl.float32)
+    if IS_SILU:
+        active = gate / (1.0 + tl.exp(-gate))
+    else:  # gelu, tanh form: 0.5 x (1 + tanh(u)) = x sigmoid(2 u)
+        u = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        active = gate / (1.0 + tl.exp(-2.0 * u))
+    # The model rounds the activation before it multiplies.
+    active = active.to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * inner + at, (active * up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _attend_kernel(
+    qkv,  # [places, (GROUP + 2) * KV_HEADS * head_dim]
+    keys,  # [places, KV_HEADS, capacity, head_dim]
+    values,
+    out,  # [places, GROUP * KV_HEADS * head_dim]
+    cos,  # [positions, HALF]
+    sin,
+    first,
+    step,
+    position,
+    going,
+    slot_positions,  # [places, capacity]
+    query_norm,
+    key_norm,
+    steering,  # [places, KV_HEADS, head_dim]
+    scale,
+    epsilon,
+    area,
+    capacity,
+    window,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_STEERING: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One KV head of one place. Heads come as halves, since RoPE pairs dimension i with i + HALF."""
+    DIM: tl.constexpr = 2 * HALF
+    place = (tl.program_id(0) // KV_HEADS).to(tl.int64)
+    head = tl.program_id(0) % KV_HEADS
+    kind = keys.dtype.element_ty
+    half = tl.arange(0, HALF)
+    whole = tl.arange(0, DIM)
+    group = tl.arange(0, GROUP_BLOCK)
+    is_query = (group < GROUP)[:, None]
+    at = tl.load(position + place)
+    last = area + tl.load(step + place)  # the slot this token goes to
+    row = qkv + place * (GROUP + 2) * KV_HEADS * DIM
+    queries = row + (head * GROUP + group)[:, None] * DIM + half[None, :]
+    q1 = tl.load(queries, mask=is_query, other=0.0).to(tl.float32)  # [GROUP_BLOCK, HALF]
+    q2 = tl.load(queries + HALF, mask=is_query, other=0.0).to(tl.float32)
+    key = row + (GROUP * KV_HEADS + head) * DIM + half
+    k1 = tl.load(key).to(tl.float32)  # [HALF]
+    k2 = tl.load(key + HALF).to(tl.float32)
+    v = tl.load(row + ((GROUP + 1) * KV_HEADS + head) * DIM + whole).to(tl.float32)  # [DIM]
+    if HAS_NORM:
+        q_factor = tl.rsqrt((tl.sum(q1 * q1, axis=1) + tl.sum(q2 * q2, axis=1)) / DIM + epsilon)[:, None]
+        q1 = (q1 * q_factor * tl.load(query_norm + half)[None, :]).to(kind).to(tl.float32)
+        q2 = (q2 * q_factor * tl.load(query_norm + HALF + half)[None, :]).to(kind).to(tl.float32)
+        k_factor = tl.rsqrt((tl.sum(k1 * k1, axis=0) + tl.sum(k2 * k2, axis=0)) / DIM + epsilon)
+        k1 = (k1 * k_factor * tl.load(key_norm + half)).to(kind).to(tl.float32)
+        k2 = (k2 * k_factor * tl.load(key_norm + HALF + half)).to(kind).to(tl.float32)
+    if HAS_STEERING:
+        v += tl.load(steering + (place * KV_HEADS + head) * DIM + whole).to(tl.float32)
+    c = tl.load(cos + at * HALF + half)
+    s = tl.load(sin + at * HALF + half)
+    turned1 = (q1 * c[None, :] - q2 * s[None, :]).to(kind)
+    turned2 = (q2 * c[None, :] + q1 * s[None, :]).to(kind)
+    new1 = (k1 * c - k2 * s).to(kind)
+    new2 = (k2 * c + k1 * s).to(kind)
+    v = v.to(kind)
+    base = (place * KV_HEADS + head) * capacity * DIM
+    slot = base + last * DIM
+    tl.store(keys + slot + half, new1)
+    tl.store(keys + slot + HALF + half, new2)
+    tl.store(values + slot + whole, v)
+    if tl.load(going + place) != 0:
+        # The new slot opens the running softmax; the slots before it follow block by block.
+        best = tl.sum(turned1.to(tl.float32) * new1.to(tl.float32)[None, :], axis=1)
+        best = (best + tl.sum(turned2.to(tl.float32) * new2.to(tl.float32)[None, :], axis=1)) * scale
+        total = tl.full([GROUP_BLOCK], 1.0, tl.float32)
+        mixed = tl.zeros([GROUP_BLOCK, DIM], tl.float32) + v.to(tl.float32)[None, :]
+        for start in range(tl.load(first + place), last, BLOCK):
+            slots = start + tl.arange(0, BLOCK)
+            may = slots < last
+            offsets = base + slots.to(tl.int64) * DIM
+            block1 = tl.load(keys + offsets[None, :] + half[:, None], mask=may[None, :], other=0.0)  # [HALF, BLOCK]
+            block2 = tl.load(keys + offsets[None, :] + HALF + half[:, None], mask=may[None, :], other=0.0)
+            scores = tl.dot(turned1, block1, input_precision=PRECISION)
+            scores = tl.dot(turned2, block2, scores, input_precision=PRECISION) * scale
+            if HAS_WINDOW:
+                seen = tl.load(slot_positions + place * capacity + slots, mask=may, other=0)
+                may = may & (at - seen < window)
+            scores = tl.where(may[None, :], scores, float("-inf"))
+            higher = tl.maximum(best, tl.max(scores, axis=1))
+            shrink = tl.exp(best - higher)
+            share = tl.exp(scores - higher[:, None])
+            total = total * shrink + tl.sum(share, axis=1)
+            block = tl.load(values + offsets[:, None] + whole[None, :], mask=(slots < last)[:, None], other=0.0)
+            mixed = tl.dot(share.to(kind), block, mixed * shrink[:, None], input_precision=PRECISION)
+            best = higher
+        to = out + place * GROUP * KV_HEADS * DIM + (head * GROUP + group)[:, None] * DIM + whole[None, :]
+        tl.store(to, (mixed / total[:, None]).to(kind), mask=is_query)
+    else:
+        to = out + place * GROUP * KV_HEADS * DIM + (head * GROUP + group)[:, None] * DIM + whole[None, :]
+        tl.store(to, tl.zeros([GROUP_BLOCK, DIM], kind), mask=is_query)
+
+
+@triton.jit
+def _mixed_bits(x):
+    """lowbias32, as in sampling.py, on uint32."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def _logits_of(raw, factor, cap, HAS_FACTOR: tl.constexpr, HAS_CAP: tl.constexpr):
+    x = raw.to(tl.float32)
+    if HAS_FACTOR:
+        x = x * factor
+    if HAS_CAP:
+        x = (2.0 / (1.0 + tl.exp(-2.0 * (x / cap))) - 1.0) * cap
+    return x
+
+
+@triton.jit
+def _choose_kernel(
+    logits,  # [places, vocabulary]
+    seeds,
+    step,
+    numbers,  # [3, places, splits]
+    tokens,  # [places, splits]
+    vocabulary,
+    splits,
+    temperature,
+    factor,
+    cap,
+    IS_GREEDY: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The best token of one stretch of the vocabulary, and the stretch's part of the softmax's sum."""
+    place = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    seed = tl.load(seeds + place)
+    golden = tl.full([], 2654435769, tl.uint32)
+    counter = (tl.load(step + place) + 1).to(tl.uint32) * golden
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    key = _mixed_bits(_mixed_bits(_mixed_bits(low) ^ (seed >> 32).to(tl.uint32)) ^ _mixed_bits(counter))
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    winner = tl.full([BLOCK], 0, tl.int32)
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(split * SPLIT, min(vocabulary, split * SPLIT + SPLIT), BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < vocabulary
+        raw = tl.load(logits + place * vocabulary + at, mask=inside, other=0.0)
+        x = _logits_of(raw, factor, cap, HAS_FACTOR, HAS_CAP)
+        x = tl.where(inside, x, float("-inf"))
+        higher = tl.maximum(largest, x)
+        total = total * tl.exp(largest - higher) + tl.exp(x - higher)
+        total = tl.where(higher == float("-inf"), 0.0, total)
+        largest = higher
+        if IS_GREEDY:
+            scored = x
+        else:
+            bits = _mixed_bits((at.to(tl.uint32) * golden) ^ key)
+            uniform = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+            scored = x / temperature - tl.log(-tl.log(uniform))
+        is_better = scored > best
+        winner = tl.where(is_better, at, winner)
+        best = tl.where(is_better, scored, best)
+    highest = tl.max(best, axis=0)
+    # Of equal scores the first token wins, as in argmax.
+    token = tl.min(tl.where(best == highest, winner, 2147483647), axis=0)
+    top = tl.max(largest, axis=0)
+    part = tl.sum(tl.where(largest == float("-inf"), 0.0, total * tl.exp(largest - top)), axis=0)
+    to = place * splits + split
+    stride = tl.num_programs(0).to(tl.int64) * splits
+    tl.store(numbers + to, highest)
+    tl.store(numbers + stride + to, top)
+    tl.store(numbers + 2 * stride + to, part)
+    tl.store(tokens + to, token)
+
+
+@triton.jit
+def _note_kernel(
+    logits,
+    numbers,
+    tokens,
+    token_ids,  # [places, limit]
+    logprobs,
+    feed,
+    position,
+    step,
+    going,
+    ends,
+    vocabulary,
+    splits,
+    limit,
+    end_tokens,
+    factor,
+    cap,
+    HAS_FACTOR: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Join the stretches, write down the token and its log-probability, and feed it next."""
+    place = tl.program_id(0).to(tl.int64)
+    if tl.load(going + place) != 0:
+        at = tl.arange(0, SPLITS)
+        inside = at < splits
+        stride = tl.num_programs(0).to(tl.int64) * splits
+        score = tl.load(numbers + place * splits + at, mask=inside, other=float("-inf"))
+        top = tl.load(numbers + stride + place * splits + at, mask=inside, other=float("-inf"))
+        part = tl.load(numbers + 2 * stride + place * splits + at, mask=inside, other=0.0)
+        token = tl.load(tokens + place * splits + at, mask=inside, other=2147483647)
+        highest = tl.max(score, axis=0)
+        chosen = tl.min(tl.where(score == highest, token, 2147483647), axis=0)
+        chosen = tl.where(chosen < vocabulary, chosen, 0)  # a row without a finite logit
+        largest = tl.max(top, axis=0)
+        total = tl.log(tl.sum(part * tl.exp(top - largest), axis=0)) + largest
+        raw = tl.load(logits + place * vocabulary + chosen)
+        logprob = _logits_of(raw, factor, cap, HAS_FACTOR, HAS_CAP) - total
+        now = tl.load(step + place)
+        tl.store(token_ids + place * limit + now, chosen.to(tl.int64))
+        tl.store(logprobs + place * limit + now, logprob)
+        tl.store(feed + place, chosen.to(tl.int64))
+        tl.store(position + place, tl.load(position + place) + 1)
+        tl.store(step + place, now + 1)
+        goes_on = now + 1 < limit
+        for index in range(end_tokens):
+            goes_on = goes_on & (tl.load(ends + index) != chosen)
+        tl.store(going + place, goes_on.to(tl.uint8))

@@ -1,0 +1,251 @@
+"""One decoding step of a Llama-like model over places, all on the device and without a look from the host.
+
+    embed the token each place feeds
+      -> layers: norm, queries/keys/values in one product, attention, output; norm, gate and up in one product, down
+      -> norm -> logits -> choose with the row's own noise -> write down token and log-probability -> feed it next
+
+`Places` are the buffers; a step changes nothing else, so that it can be captured in a CUDA graph. `PlainOps` does the
+parts that are no matrix product with torch alone; `kernels.FusedOps` does the same with Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvpatch.cache import PAD
+from kvpatch.engine.sampling import choose
+from kvpatch.models.hf import Backbone, LayerEdit
+from kvpatch.models.llamalike import LayerWeights, Network
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, and which of them end a row."""
+
+    temperature: float
+    top_p: float
+    end_tokens: tuple[int, ...]
+
+
+@dataclass
+class Places:
+    """Where rows stand while they are decoded: buffers that change in place.
+
+    Slots [0, area) of a place hold its row's cache, right-aligned: the first real one is `first`. The token fed at step
+    s goes to slot area + s, so that rows that began at different times share a slab. The last slot is where places
+    without a row, and rows that have stopped, write; nothing reads it.
+    """
+
+    area: int
+    limit: int  # most tokens a row may write
+    keys: list[Tensor]  # a layer, [places, kv_heads, capacity, head_dim], after RoPE
+    values: list[Tensor]
+    slot_positions: Tensor  # [places, capacity], int32; -1 where not real. Windows count in them.
+    first: Tensor  # [places], int32
+    step: Tensor  # [places], int32: tokens the row has written
+    feed: Tensor  # [places], int64: the token fed next
+    position: Tensor  # [places], int64: the position it is fed at
+    seeds: Tensor  # [places], int64
+    going: Tensor  # [places], bool
+    token_ids: Tensor  # [places, limit], int64; -1 where not written
+    logprobs: Tensor  # [places, limit], float32; NaN where not written
+    ends: Tensor  # [end tokens], int64
+    steering: dict[int, LayerEdit] = field(default_factory=dict)  # by layer; each steers [places, kv_heads, head_dim]
+    live: int = 0  # slots [0, live) hold everything real: attention need not look further
+
+    def __len__(self) -> int:
+        return self.first.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a place."""
+        return self.area + self.limit + 1
+
+
+def make_places(
+    backbone: Backbone,
+    count: int,
+    area: int,
+    limit: int,
+    end_tokens: Sequence[int],
+    steered_layers: Sequence[int] = (),
+) -> Places:
+    """Empty places for rows whose caches have up to `area` slots and that write up to `limit` tokens."""
+    geometry, device = backbone.geometry, backbone.device
+    shape = (count, geometry.kv_heads, area + limit + 1, geometry.head_dim)
+
+    def counted(dtype: torch.dtype, value: int = 0) -> Tensor:
+        return torch.full((count,), value, dtype=dtype, device=device)
+
+    def slab() -> list[Tensor]:
+        return [torch.zeros(shape, dtype=backbone.dtype, device=device) for _ in range(geometry.layers)]
+
+    keys = slab()
+    return Places(
+        area=area,
+        limit=limit,
+        keys=keys,
+        values=slab(),
+        slot_positions=torch.full((count, shape[2]), PAD, dtype=torch.int32, device=device),
+        first=counted(torch.int32, area),
+        step=counted(torch.int32),
+        feed=counted(torch.int64),
+        position=counted(torch.int64),
+        seeds=counted(torch.int64),
+        going=counted(torch.bool),
+        token_ids=torch.full((count, limit), PAD, dtype=torch.int64, device=device),
+        logprobs=torch.full((count, limit), float("nan"), device=device),
+        ends=torch.tensor(list(end_tokens), dtype=torch.int64, device=device),
+        steering={layer: LayerEdit(steer=torch.zeros_like(keys[0][:, :, 0])) for layer in steered_layers},
+    )
+
+
+class Ops(Protocol):
+    """The parts of a step that are no matrix product. Hidden states are [places, width]."""
+
+    def begin(self, places: Places) -> None:
+        """Prepare what the layers of one step share."""
+        ...
+
+    def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Root mean square norm."""
+        ...
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """activation(gate) * up of [places, 2 * inner]."""
+        ...
+
+    def attend(self, layer: int, weights: LayerWeights, qkv: Tensor, places: Places) -> Tensor:
+        """Turn queries and keys, write keys and values into the slab, attend; [places, query_heads * head_dim]."""
+        ...
+
+    def advance(self, logits: Tensor, places: Places) -> None:
+        """Choose tokens, write them down, and feed them next. logits [places, vocabulary]."""
+        ...
+
+
+def decode_step(backbone: Backbone, network: Network, ops: Ops, places: Places) -> None:
+    """One step of every place."""
+    ops.advance(feed_step(backbone, network, ops, places), places)
+
+
+def feed_step(backbone: Backbone, network: Network, ops: Ops, places: Places) -> Tensor:
+    """Feed every place its token; the head's outputs [places, vocabulary]."""
+    hidden = F.embedding(places.feed, network.embedding)  # [places, width]
+    if network.embedding_scale is not None:
+        hidden = hidden * network.embedding_scale
+    ops.begin(places)
+    for index, layer in enumerate(network.layers):
+        qkv = F.linear(ops.norm(hidden, layer.before_attention), layer.qkv, layer.qkv_bias)
+        hidden = _added(ops, hidden, ops.attend(index, layer, qkv, places), layer.out, layer.after_attention)
+        inner = ops.gated(F.linear(ops.norm(hidden, layer.before_mlp), layer.gate_up))
+        hidden = _added(ops, hidden, inner, layer.down, layer.after_mlp)
+    return backbone.head(ops.norm(hidden, network.norm))
+
+
+def _added(ops: Ops, hidden: Tensor, inner: Tensor, weight: Tensor, norm: Tensor | None) -> Tensor:
+    """hidden + inner @ weight.T, in one product where no norm stands between (hidden then changes in place)."""
+    if norm is None:
+        return hidden.addmm_(inner, weight.T)
+    return hidden + ops.norm(F.linear(inner, weight), norm)
+
+
+class PlainOps:
+    """The parts of a step in torch: for CPUs, and for a GPU without Triton."""
+
+    def __init__(self, backbone: Backbone, network: Network, sampling: Sampling, positions: int) -> None:
+        self.backbone, self.network, self.sampling = backbone, network, sampling
+        self.tables = rotary_tables(backbone, network, positions)
+        self.slot = torch.empty(0)
+        self.masks: dict[int | None, Tensor] = {}
+        self.turns: list[tuple[Tensor, Tensor]] = []
+
+    def begin(self, places: Places) -> None:
+        self.slot = places.area + places.step.long()  # [places]
+        places.slot_positions.scatter_(1, self.slot[:, None], places.position[:, None].int())
+        slots = torch.arange(places.live, device=self.slot.device)
+        may = (slots >= places.first[:, None]) & (slots <= self.slot[:, None])  # [places, live slots]
+        self.masks = {}
+        for window in {layer.window for layer in self.network.layers}:
+            seen = may
+            if window is not None:
+                seen = may & (places.position[:, None] - places.slot_positions[:, : places.live] < window)
+            bias = torch.zeros(seen.shape, dtype=self.backbone.dtype, device=seen.device)
+            self.masks[window] = bias.masked_fill_(~seen, float("-inf"))[:, None, None]
+        self.turns = [(cos[places.position][:, None], sin[places.position][:, None]) for cos, sin in self.tables]
+
+    def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        x = hidden.float()
+        x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.network.epsilon)
+        return (x * weight).to(hidden.dtype)
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        active = F.silu(gate) if self.network.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return active.mul_(up)
+
+    def attend(self, layer: int, weights: LayerWeights, qkv: Tensor, places: Places) -> Tensor:
+        net, count = self.network, len(places)
+        heads = qkv.view(count, net.query_heads + 2 * net.kv_heads, net.head_dim)
+        q, k, v = heads.split([net.query_heads, net.kv_heads, net.kv_heads], dim=1)  # [places, heads, head_dim]
+        if weights.query_norm is not None and weights.key_norm is not None:
+            q, k = self.norm(q, weights.query_norm), self.norm(k, weights.key_norm)
+        cos, sin = self.turns[weights.rope]
+        q, k = _turned(q, cos, sin), _turned(k, cos, sin)
+        if edit := places.steering.get(layer):
+            v = edit.apply("value", v[:, :, None])[:, :, 0]
+        rows = torch.arange(count, device=qkv.device)
+        places.keys[layer][rows, :, self.slot] = k
+        places.values[layer][rows, :, self.slot] = v
+        out = F.scaled_dot_product_attention(
+            q.reshape(count, net.kv_heads, net.group, net.head_dim),
+            places.keys[layer][:, :, : places.live],
+            places.values[layer][:, :, : places.live],
+            attn_mask=self.masks[weights.window],
+            scale=net.attention_scale,
+        )
+        return out.reshape(count, -1)
+
+    def advance(self, logits: Tensor, places: Places) -> None:
+        logits = self.backbone.scaled(logits.float())
+        sampling = self.sampling
+        chosen = choose(logits, places.seeds, places.step, sampling.temperature, sampling.top_p)
+        logprob = logits.gather(1, chosen[:, None]) - logits.logsumexp(dim=-1, keepdim=True)
+        note_choice(places, chosen, logprob)
+
+
+def note_choice(places: Places, chosen: Tensor, logprob: Tensor) -> None:
+    """Write down tokens [places] and their log-probabilities [places, 1], and feed the tokens next."""
+    going = places.going
+    at = places.step.long().clamp(max=places.limit - 1)[:, None]
+    places.token_ids.scatter_(1, at, torch.where(going[:, None], chosen[:, None], places.token_ids.gather(1, at)))
+    places.logprobs.scatter_(1, at, torch.where(going[:, None], logprob, places.logprobs.gather(1, at)))
+    places.feed.copy_(torch.where(going, chosen, places.feed))
+    places.position.add_(going)
+    places.step.add_(going)
+    is_end = (chosen[:, None] == places.ends).any(dim=1)
+    going.logical_and_(~is_end & (places.step < places.limit))
+
+
+def rotary_tables(backbone: Backbone, network: Network, positions: int) -> list[tuple[Tensor, Tensor]]:
+    """Cosines and sines, [positions, head_dim / 2] each, for each set of frequencies; rounded as the model rounds them,
+    kept in float32."""
+    at = torch.arange(positions, device=backbone.device, dtype=torch.float32)[:, None]
+    tables = []
+    for frequencies in network.frequencies:
+        angle = at * torch.tensor(frequencies, dtype=torch.float64, device=backbone.device).float()
+        cos, sin = angle.cos() * network.rope_scale, angle.sin() * network.rope_scale
+        tables.append((cos.to(backbone.dtype).float(), sin.to(backbone.dtype).float()))
+    return tables
+
+
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate [places, heads, head_dim] by [places, 1, head_dim / 2]."""
+    first, second = heads.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads.dtype)

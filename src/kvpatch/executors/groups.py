@@ -1,0 +1,64 @@
+"""Batches that run together: a plan's batches are pieces to store; a GPU wants more rows at a time than one has.
+
+Groups depend on the plan and the machine alone, not on what is done, so that a resumed run repeats them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+from kvpatch.engine.passes import pass_bytes
+from kvpatch.engine.places import AT_MOST, LEFT_FREE, bytes_per_place, free_bytes
+from kvpatch.model import Model
+from kvpatch.protocols.plan import Batch
+
+
+def groups(batches: Sequence[Batch], most: Callable[[Sequence[Batch]], int]) -> Iterator[list[Batch]]:
+    """Consecutive batches of one phase, of up to `most` trials and about equally many.
+
+    most: most trials to run together, asked of all batches of a phase; 1 runs each batch by itself.
+    """
+    for _, phase in groupby(batches, key=lambda batch: (batch.model, batch.phase, batch.split)):
+        of_phase = list(phase)
+        total = sum(len(batch.trials) for batch in of_phase)
+        even = total / math.ceil(total / max(1, most(of_phase))) if total else 1
+        group: list[Batch] = []
+        for batch in of_phase:
+            if group and sum(len(b.trials) for b in group) + len(batch.trials) / 2 > even:
+                yield group
+                group = []
+            group.append(batch)
+        if group:
+            yield group
+
+
+def merged(batches: Sequence[Batch]) -> Batch:
+    """One batch of several of one phase; their trials stand one batch behind the other."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    pairs, trials = [], []
+    for batch in batches:
+        trials += [trial.model_copy(update={"pair": trial.pair + len(pairs)}) for trial in batch.trials]
+        pairs += batch.pairs
+    conditions = {name: condition for batch in batches for name, condition in batch.conditions.items()}
+    return first.model_copy(update={"pairs": pairs, "trials": trials, "conditions": conditions})
+
+
+def rows_that_fit(model: Model, batches: Sequence[Batch]) -> int:
+    """Trials to run together on a model's device: one batch at a time on a CPU, as many as fit on a GPU."""
+    backbone = model.backbone
+    if backbone.device.type != "cuda":
+        return 1
+    texts = {text for batch in batches for pair in batch.pairs for text in pair.texts.values() if text}
+    slots = max(len(model.encode(text).token_ids) for text in texts)
+    if any(c.joined is not None for batch in batches for c in batch.conditions.values()):
+        slots *= 2
+    geometry = backbone.geometry
+    slot = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * backbone.head.weight.element_size()
+    # A trial's own cache is there twice while it is built; its prompts' caches are shared.
+    per_trial = bytes_per_place(backbone, slots, batches[0].generation.max_new_tokens) + 3 * slots * slot
+    free = free_bytes(backbone)
+    return max(1, min(AT_MOST, int(((1 - LEFT_FREE) * free - pass_bytes(backbone)) / per_trial)))

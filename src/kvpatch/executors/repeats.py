@@ -1,0 +1,96 @@
+"""Trials that a plan asks for more than once: the natural runs and the full swap of one pair stand in many phases.
+
+Such a trial is computed once, in the first batch of the plan that has it, and its row is copied into the others, with
+their phase, their trial id and the condition's role there; so is what its heads did, where its phases watch them. The
+copies are no further evidence, and none is claimed: every test reads one phase. `content_id` in the rows says which are
+one computation: it covers what a phase asks for, so that no phase gets the row of one that asked for less.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from kvpatch.protocols.plan import Batch, Plan
+from kvpatch.store import ATTENTION_SCHEMA, Store
+
+Row = dict[str, Any]
+
+
+class Repeats:
+    """Which trials of a plan are computed where, and the rows that later batches will copy."""
+
+    def __init__(self, plan: Plan, store: Store) -> None:
+        self.store = store
+        self._first: dict[tuple[str, str], tuple[str, str]] = {}  # content -> the first batch that has it, trial there
+        self._left: Counter[tuple[str, str]] = Counter()  # copies still to be made
+        for batch in plan.batches:
+            for trial, key in zip(batch.trials, _keys(batch), strict=True):
+                if key in self._first:
+                    self._left[key] += 1
+                else:
+                    self._first[key] = batch.batch_id, trial.trial_id
+        self._rows: dict[tuple[str, str], Row] = {}
+
+    def own(self, batch: Batch) -> Batch:
+        """The batch without the trials that an earlier one computes."""
+        keys = _keys(batch)
+        trials = [t for t, key in zip(batch.trials, keys, strict=True) if self._first[key][0] == batch.batch_id]
+        return batch if len(trials) == len(batch.trials) else batch.model_copy(update={"trials": trials})
+
+    def completed(self, batch: Batch, computed: Sequence[Row]) -> list[Row]:
+        """All rows of a batch, in its order, from those it computed itself."""
+        own = {row["trial_id"]: row for row in computed}
+        rows = []
+        for trial, key in zip(batch.trials, _keys(batch), strict=True):
+            row = own.get(trial.trial_id)
+            if row is None:
+                row = self._row(key)
+                row = row | {
+                    "trial_id": trial.trial_id,
+                    "phase": batch.phase,
+                    "condition_role": batch.roles[trial.condition],
+                }
+                self._left[key] -= 1
+                if not self._left[key]:
+                    del self._rows[key]
+            elif self._left[key]:
+                self._rows[key] = row
+            rows.append(row)
+        return rows
+
+    def completed_attention(self, batch: Batch, computed: pa.Table | None) -> pa.Table | None:
+        """What the heads of all trials of a batch did, from the table of those it computed itself; the others' comes
+        from the store, where the parts before this one are. None where the phase watches nothing."""
+        if batch.watched is None:
+            return None
+        copied: dict[str, dict[str, str]] = {}  # batch -> trial there -> trial here
+        for trial, key in zip(batch.trials, _keys(batch), strict=True):
+            first, there = self._first[key]
+            if first != batch.batch_id:
+                copied.setdefault(first, {})[there] = trial.trial_id
+        tables = [] if computed is None else [computed]
+        for first, ids in copied.items():
+            table = self.store.read_attention(batches=[first])
+            here = pa.array([ids.get(trial) for trial in table["trial_id"].to_pylist()], pa.string())
+            place = table.schema.get_field_index("trial_id")
+            table = table.set_column(place, table.schema.field(place), here)
+            tables.append(table.filter(here.is_valid()))
+        return pa.concat_tables([ATTENTION_SCHEMA.empty_table(), *tables])
+
+    def _row(self, key: tuple[str, str]) -> Row:
+        """A row to copy; after a resume it comes from the store, with all of its part that will be copied."""
+        if key not in self._rows:
+            for row in self.store.read_part(self._first[key][0]):
+                found = (row["split"], row["content_id"])
+                if self._left[found]:
+                    self._rows[found] = row
+        return self._rows[key]
+
+
+def _keys(batch: Batch) -> list[tuple[str, str]]:
+    """What makes trials of a plan the same: their content, in one split (calibration rows are not judged by limits)."""
+    return [(batch.split, trial.content_id) for trial in batch.trials]

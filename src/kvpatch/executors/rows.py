@@ -1,0 +1,161 @@
+"""From what was measured on a trial to its row: readouts of text and tokens, and the columns of the store. No model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from kvpatch.engine.attention import Attention
+from kvpatch.executors.shape import OPTIONAL_COLUMNS, attention_table
+from kvpatch.heads import STAGES
+from kvpatch.protocols.plan import Batch
+from kvpatch.readouts.behavior import ngram_overlap
+from kvpatch.readouts.fluency import CoherenceLimits, is_coherent, repetition_profile
+from kvpatch.readouts.likelihood import log_likelihood_ratios
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the model gave for one trial, as plain numbers and text; the names are those of the store's columns.
+
+    cells: [4, positions], mean log-probabilities of the 2x2 of held-out continuations.
+    error: what kept the trial from its cache.
+    asked: columns that only a phase that asks for them has. attention: statistics of the trial's heads by stage, where
+        the phase watches them, one row each.
+    """
+
+    model: str
+    source_token_ids: list[int]
+    target_token_ids: list[int]
+    cache_token_ids: list[int]
+    output_token_ids: list[int]
+    output_logprobs: list[float]
+    text: str
+    stopped: str
+    rv_prompt: float
+    rv_output: float
+    rv_own: float
+    nll_target: float
+    js_pull: float
+    cells: np.ndarray
+    checksum_before: str
+    checksum_after: str
+    changes_planned: int
+    changes_fired: int
+    error: str | None
+    asked: Mapping[str, Any]
+    attention: Mapping[str, Attention]
+
+
+def rows_of(batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits | None) -> list[dict[str, Any]]:
+    """One row a trial, with the columns of `store.TRIAL_COLUMNS`."""
+    rows = []
+    for index, of in enumerate(measured):
+        row = {**_identity(batch, index), **_output(of), **_scores(batch, index, of), **_likelihoods(batch, of)}
+        row |= {
+            "rv_prompt": of.rv_prompt,
+            "rv_output": of.rv_output,
+            "rv_own": of.rv_own,
+            "nll_target": of.nll_target,
+            "cache_checksum_before": of.checksum_before,
+            "cache_checksum_after": of.checksum_after,
+            "changes_planned": of.changes_planned,
+            "changes_fired": of.changes_fired,
+            "error": _error(of, row["nll_own"]),
+        }
+        row |= dict.fromkeys(OPTIONAL_COLUMNS) | dict(of.asked)
+        row["coherent"] = limits and is_coherent(row["nll_target"], row["repetition_4"], limits)
+        rows.append(row)
+    return rows
+
+
+def attention_of(batch: Batch, measured: Sequence[Measured]) -> pa.Table | None:
+    """The table of heads of the batch's trials, with the columns of `store.ATTENTION_COLUMNS`; None where none was
+    watched."""
+    if batch.watched is None or not measured:
+        return None
+    stages = {stage: Attention.concat([of.attention[stage] for of in measured]) for stage in STAGES}
+    return attention_table([trial.trial_id for trial in batch.trials], stages)
+
+
+def _error(of: Measured, nll: float) -> str | None:
+    """What makes a trial's row unusable, or None."""
+    if of.error:
+        return of.error
+    if of.changes_planned != of.changes_fired:
+        return f"{of.changes_fired} of {of.changes_planned} planned changes were made"
+    if of.checksum_before != of.checksum_after:
+        return "the cache changed while the trial ran"
+    if math.isnan(nll):
+        return "the model gave no finite probabilities"
+    return None
+
+
+def _identity(batch: Batch, index: int) -> dict[str, Any]:
+    trial = batch.trials[index]
+    condition, pair = batch.conditions[trial.condition], batch.pairs[trial.pair]
+    return {
+        "trial_id": trial.trial_id,
+        "content_id": trial.content_id,
+        "phase": batch.phase,
+        "split": batch.split,
+        "condition": trial.condition,
+        "condition_role": batch.roles[trial.condition],
+        "pair_id": pair.pair_id,
+        "source_id": pair.source_id,
+        "target_id": pair.target_id,
+        "sample": trial.sample,
+        "seed": trial.seed,
+        "patch": condition.recipe,
+        "source_text": pair.texts["source"],
+        "target_text": pair.texts["target"],
+    }
+
+
+def _output(of: Measured) -> dict[str, Any]:
+    length = len(of.output_token_ids)
+    return {
+        "model": of.model,
+        "source_token_ids": of.source_token_ids,
+        "target_token_ids": of.target_token_ids,
+        "cache_token_ids": of.cache_token_ids,
+        "output_token_ids": of.output_token_ids,
+        "output_logprobs": of.output_logprobs,
+        "text": of.text,
+        "stopped": of.stopped,
+        "n_tokens": length,
+        "nll_own": -sum(of.output_logprobs) / length,
+    }
+
+
+def _scores(batch: Batch, index: int, of: Measured) -> dict[str, Any]:
+    """Readouts of the text alone. Every condition of a pair is masked by the same prompts, so that none is favoured."""
+    pair = batch.pairs[batch.trials[index].pair]
+    seen = "\n".join(pair.texts[role] for role in pair.masked_by)
+    scored = batch.scorer.score(of.text, seen)
+    hits = None if scored.hits is None else [{"start": start, "end": end} for start, end in scored.hits]
+    repeated = {f"repetition_{n}": share for n, share in repetition_profile(of.output_token_ids).items()}
+    return {
+        "recursive_score": scored.score,
+        "recursive_score_masked": scored.masked,
+        "mode_hits": hits,
+        "overlap_4gram": ngram_overlap(of.text, pair.texts["source"]),
+        "repetition": repeated["repetition_4"],
+        **repeated,
+    }
+
+
+def _likelihoods(batch: Batch, of: Measured) -> dict[str, Any]:
+    ratios = log_likelihood_ratios(of.cells, first=batch.readouts.likelihood_tokens)
+    return {
+        "js_pull": of.js_pull,
+        "mode_llr": ratios.mode,
+        "content_llr": ratios.content,
+        "mode_llr_by_position": ratios.mode_by_position,
+        "content_llr_by_position": ratios.content_by_position,
+    }

@@ -1,0 +1,193 @@
+"""The weights of a Llama-like model, laid out for the engine's own decoding step.
+
+Llama, Mistral, Qwen 2 and 3 and Gemma 3 differ in few places: norms of queries and keys, norms behind attention and
+MLP, the activation, windows. `network_of` reads those off the model, and joins the projections that read the same
+input: one matrix for queries, keys and values, one for gate and up. The model's own weights become views of the joined
+ones, so that nothing is held twice and both ways of running the model use the same numbers.
+
+What a model is taken for here is never trusted: the engine compares a step with the model's own forward pass before it
+uses it (`engine.fast`), and takes the model's own forward pass where the two differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvpatch.models.hf import Backbone
+
+LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+"""Values of `config.model_type` that are taken for Llama-like."""
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer. Norm weights are float32, what Gemma adds to them included; the rest is the model's own type."""
+
+    before_attention: Tensor  # [width]
+    qkv: Tensor  # [(query_heads + 2 kv_heads) * head_dim, width]
+    qkv_bias: Tensor | None
+    query_norm: Tensor | None  # [head_dim]
+    key_norm: Tensor | None
+    out: Tensor  # [width, query_heads * head_dim]
+    after_attention: Tensor | None  # [width]; Gemma's norm of what attention adds
+    before_mlp: Tensor  # [width]
+    gate_up: Tensor  # [2 * inner, width]
+    down: Tensor  # [width, inner]
+    after_mlp: Tensor | None
+    window: int | None
+    rope: int  # index into `Network.frequencies`
+
+
+@dataclass(frozen=True)
+class Network:
+    """A Llama-like model.
+
+    Attributes:
+        embedding: [vocabulary, width]; `embedding_scale` multiplies what is read from it, None for 1.
+        frequencies: distinct sets of rotary frequencies, radians per position, [head_dim / 2] each.
+        rope_scale: factor of cosines and sines (YaRN's; 1 elsewhere).
+        attention_scale: factor of the products of queries and keys.
+        joined: the modules whose weights are views of joined ones, with the joined weight.
+    """
+
+    embedding: Tensor
+    embedding_scale: Tensor | None
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    epsilon: float
+    activation: str
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    attention_scale: float
+    frequencies: tuple[tuple[float, ...], ...]
+    rope_scale: float
+    joined: tuple[tuple[tuple[nn.Linear, ...], Tensor], ...]
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.query_heads // self.kv_heads
+
+    def is_current(self, backbone: Backbone) -> bool:
+        """Whether the model still has these weights, and no hook that this network would pass by."""
+        for modules, whole in self.joined:
+            at = whole.data_ptr()
+            for module in modules:
+                if module.weight.data_ptr() != at:
+                    return False
+                at += module.weight.numel() * module.weight.element_size()
+        return not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.decoder.modules())
+
+
+@torch.no_grad()
+def network_of(backbone: Backbone) -> Network | str:
+    """The network of a model, or why it is not Llama-like. Joins the model's weights in place."""
+    config = backbone.config
+    if config.model_type not in LIKE_LLAMA:
+        return f"{config.model_type} models take the general decoding step"
+    if reason := _what_is_unknown(backbone):
+        return reason
+    geometry = backbone.geometry
+    decoder: Any = backbone.decoder
+    is_gemma = config.model_type.startswith("gemma")
+    frequencies = tuple(dict.fromkeys(rope.inv_freq for rope in geometry.rope))
+    joined: list[tuple[tuple[nn.Linear, ...], Tensor]] = []
+    layers = []
+    blocks: list[Any] = list(backbone.blocks)
+    for index, module in enumerate(blocks):
+        attention, mlp = module.self_attn, module.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        gates = (mlp.gate_proj, mlp.up_proj)
+        for modules in (projections, gates):
+            joined.append((modules, _join(modules)))
+        has_bias = attention.q_proj.bias is not None
+        layers.append(
+            LayerWeights(
+                before_attention=_norm(module.input_layernorm, is_gemma),
+                qkv=joined[-2][1],
+                qkv_bias=torch.cat([p.bias.data for p in projections]) if has_bias else None,
+                query_norm=_norm(getattr(attention, "q_norm", None), is_gemma),
+                key_norm=_norm(getattr(attention, "k_norm", None), is_gemma),
+                out=attention.o_proj.weight.data,
+                after_attention=_norm(module.post_attention_layernorm, True) if is_gemma else None,
+                before_mlp=_norm(
+                    module.pre_feedforward_layernorm if is_gemma else module.post_attention_layernorm, is_gemma
+                ),
+                gate_up=joined[-1][1],
+                down=mlp.down_proj.weight.data,
+                after_mlp=_norm(module.post_feedforward_layernorm, True) if is_gemma else None,
+                window=geometry.windows[index],
+                rope=frequencies.index(geometry.rope[index].inv_freq),
+            )
+        )
+    return Network(
+        embedding=decoder.embed_tokens.weight.data,
+        embedding_scale=_embedding_scale(decoder.embed_tokens),
+        layers=tuple(layers),
+        norm=_norm(decoder.norm, is_gemma),
+        epsilon=float(config.rms_norm_eps),
+        activation=_activation(config),
+        query_heads=geometry.query_heads,
+        kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
+        attention_scale=float(blocks[0].self_attn.scaling),
+        frequencies=frequencies,
+        rope_scale=float(getattr(decoder.rotary_emb, "attention_scaling", 1.0)),
+        joined=tuple(joined),
+    )
+
+
+def _what_is_unknown(backbone: Backbone) -> str | None:
+    """What of a model's parts the network has no place for."""
+    config, geometry = backbone.config, backbone.geometry
+    name = geometry.architecture
+    blocks: list[Any] = list(backbone.blocks)
+    if _activation(config) is None:
+        return f"{name} has an activation the fast step does not know"
+    if any(rope.layout != "half" or rope.rotary_dim != geometry.head_dim for rope in geometry.rope):
+        return f"{name} does not turn whole keys by halves"
+    if len({(block.self_attn.k_proj.weight.shape, block.self_attn.scaling) for block in blocks}) > 1:
+        return f"{name} has layers of unequal shape"
+    for block in blocks:
+        plain = (block.self_attn.o_proj, block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)
+        if any(type(m) is not nn.Linear or m.bias is not None for m in plain):
+            return f"{name} has biases, or projections that are not plain"
+        if getattr(block.self_attn, "attn_logit_softcapping", None):
+            return f"{name} caps attention's logits"
+    return None
+
+
+def _activation(config: Any) -> Any:
+    name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    return _ACTIVATIONS.get(str(name))
+
+
+def _norm(module: Any, adds_one: bool) -> Any:
+    """A norm's weight in float32; None for no norm."""
+    return None if module is None else module.weight.data.float() + (1.0 if adds_one else 0.0)
+
+
+def _embedding_scale(embedding: Any) -> Tensor | None:
+    scale = getattr(embedding, "embed_scale", None)
+    return None if scale is None else torch.as_tensor(scale).to(embedding.weight)
+
+
+def _join(modules: tuple[nn.Linear, ...]) -> Tensor:
+    """Stack the modules' weights, [all outputs, inputs]; theirs become views of the stack."""
+    weights = [module.weight.data for module in modules]
+    ends = [w.data_ptr() + w.numel() * w.element_size() for w in weights]
+    is_one_tensor = len({w.untyped_storage().data_ptr() for w in weights}) == 1
+    if is_one_tensor and [w.data_ptr() for w in weights[1:]] == ends[:-1] and weights[0].is_contiguous():
+        return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())  # done before
+    whole = torch.cat(weights)
+    at = 0
+    for module, weight in zip(modules, weights, strict=True):
+        module.weight.data = whole[at : at + len(weight)]
+        at += len(weight)
+    return whole

@@ -1,0 +1,125 @@
+"""Trials that several phases ask for: computed once where their rows would be the same, and only there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow.compute as pc
+import pytest
+
+from kvpatch.executors import local
+from kvpatch.executors.local import LocalExecutor
+from kvpatch.executors.shape import OPTIONAL_COLUMNS
+from kvpatch.heads import STAGES
+from kvpatch.protocols import plan as planner
+from kvpatch.store import Store
+from small import CONDITIONS
+from tiny import LAYERS
+
+pytestmark = pytest.mark.model
+
+MARKED = {"of": "body", "keywords": [r"\bhow\b"]}
+HEADS = LAYERS * 4 * len(STAGES)  # rows of the table of heads, a trial
+WATCHED = {"watched", "again", "unmarked"}
+
+
+def phase(names: str, **asked: Any) -> dict[str, Any]:
+    return {"question": "?", "n": 2, "conditions": names.split(), **asked}
+
+
+@pytest.fixture
+def plan(small_plan, monkeypatch):
+    """Phases of equal trials: two that ask for nothing, two for the same, one for attention without marks."""
+    monkeypatch.setattr(planner, "ROWS_PER_BATCH", 3)
+    phases = {
+        "first": phase("A B C"),
+        "watched": phase("A B C", attention={"marked": MARKED}, geometry=True),
+        "second": phase("A B C N1"),
+        "again": phase("A B C N1", attention={"marked": MARKED}, geometry=True),
+        "unmarked": phase("A B C", attention=True, geometry=True),
+    }
+    return small_plan(
+        conditions={name: CONDITIONS[name] for name in ("A", "B", "C", "N1")},
+        phases=phases,
+        readouts={"r_v": {"window": 6}, "forced_tokens": 12, "likelihood_tokens": 6, "js_positions": 4},
+        hypotheses=[],
+    )
+
+
+def run(model, plan, store: Store, on_batch=lambda batch, tokens: None) -> None:
+    with store.locked():
+        LocalExecutor({None: model}).run(plan, store, on_tokens=lambda rows: None, on_batch=on_batch)
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[tuple[str, str]]:
+    """Phase and condition of every trial that is computed."""
+    told: list[tuple[str, str]] = []
+    measure = local.measure
+
+    def counted(model, batch, **settings):
+        told.extend((batch.phase, trial.condition) for trial in batch.trials)
+        return measure(model, batch, **settings)
+
+    monkeypatch.setattr(local, "measure", counted)
+    return told
+
+
+def test_a_trial_is_computed_once_for_all_phases_that_ask_for_the_same(model, plan, tmp_path, measured):
+    run(model, plan, Store(tmp_path / "run"))
+    by_phase = {name: sorted({c for p, c in measured if p == name}) for name in ("second", "again", "unmarked")}
+    assert by_phase == {"second": ["N1"], "again": ["N1"], "unmarked": ["A", "B", "C"]}
+    assert len([p for p, _ in measured if p in ("first", "watched", "unmarked")]) == 3 * 6
+
+
+def test_every_phase_gets_what_it_asks_for(model, plan, tmp_path):
+    store = Store(tmp_path / "run")
+    run(model, plan, store)
+    heads = store.read_attention().group_by(["trial_id"]).aggregate([("head", "count")]).to_pydict()
+    of_heads = dict(zip(heads["trial_id"], heads["head_count"], strict=True))
+    rows = store.read().to_pylist()
+    assert len(rows) == plan.n_trials == len({row["trial_id"] for row in rows})
+    for row in rows:
+        is_watched = row["phase"] in WATCHED
+        assert of_heads.get(row["trial_id"], 0) == (HEADS if is_watched else 0)
+        assert (row["attention_entropy"] is not None) is is_watched
+        assert (row["pr_v_late"] is not None) is is_watched
+        if not is_watched:
+            assert {row[name] for name in OPTIONAL_COLUMNS} == {None}
+    assert len(of_heads) == len([row for row in rows if row["phase"] in WATCHED])
+
+
+def test_copied_heads_are_those_of_the_trial_they_were_copied_from(model, plan, tmp_path):
+    store = Store(tmp_path / "run")
+    run(model, plan, store)
+    heads = store.read_attention()
+    ids: dict[str, dict[str, str]] = {}
+    for row in store.read(["trial_id", "content_id", "phase"]).to_pylist():
+        ids.setdefault(row["content_id"], {})[row["phase"]] = row["trial_id"]
+    both = [phases for phases in ids.values() if {"watched", "again"} <= phases.keys()]
+    assert len(both) == 6
+    assert all(phases.keys().isdisjoint({"first", "unmarked"}) for phases in both)
+    for phases in both:
+        first, copy = (heads.filter(pc.field("trial_id") == phases[p]).drop(["trial_id"]) for p in ("watched", "again"))
+        assert copy.equals(first)
+
+
+@pytest.mark.parametrize("after", [4, 6, 8])
+def test_run_broken_off_copies_the_same(model, plan, tmp_path, after):
+    whole, broken = Store(tmp_path / "whole"), Store(tmp_path / "broken")
+    run(model, plan, whole)
+    told: list[str] = []
+
+    def stop(batch, tokens):
+        told.append(batch.batch_id)
+        if len(told) > after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, plan, broken, stop)
+    assert broken.read().num_rows < plan.n_trials
+    run(model, plan, broken)
+    for table in ("read", "read_attention"):
+        ours, theirs = (sorted(map(repr, getattr(store, table)().to_pylist())) for store in (broken, whole))
+        assert ours == theirs
+    assert broken.done() == whole.done()

@@ -118,6 +118,7 @@ def test_run_broken_off_copies_the_same(model, plan, tmp_path, after):
     with pytest.raises(KeyboardInterrupt):
         run(model, plan, broken, stop)
     assert broken.read().num_rows < plan.n_trials
+    broken.write_text("run.json", "{}")  # a directory without one is nobody's, and is refused
     run(model, plan, broken)
     for table in ("read", "read_attention"):
         ours, theirs = (sorted(map(repr, getattr(store, table)().to_pylist())) for store in (broken, whole))

@@ -48,6 +48,8 @@ def fast_of(backbone: Backbone) -> Fast:
     known = backbone.kept.get("fast")
     if known is None or (known.network is not None and not known.network.is_current(backbone)):
         backbone.kept["fast"] = known = _find(backbone)
+    elif known.network is not None:
+        known.network.refresh()
     return known
 
 

@@ -127,9 +127,13 @@ def _read(name: str, folder: Path) -> Bank:
     return Bank(name=name, sha256=digest.hexdigest(), prompts=tuple(prompts), continuations=tuple(continuations))
 
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The loader in C reads a bank in a tenth of the time."""
+
+
 def _entries(path: Path, raw: bytes) -> Iterator[Prompt | Continuation]:
     try:
-        loaded = yaml.safe_load(raw) or []
+        loaded = yaml.load(raw, Loader=_LOADER) or []
     except yaml.YAMLError as error:
         raise ProtocolError(f"{path.name}: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, list):

@@ -171,7 +171,7 @@ class Lexicon:
             raise ProtocolError(f"no lexicon {origin!r}; give one of {names}, or the path of a .yaml file")
         content = file.read_bytes()
         try:
-            parsed = yaml.safe_load(content.decode("utf-8"))
+            parsed = yaml.load(content.decode("utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ProtocolError(f"lexicon {origin!r} is not YAML in UTF-8: {reason}") from error

@@ -1,8 +1,10 @@
-"""Decode speed: ours against a token loop, one trial at a time, and against transformers' batched `generate`.
+"""Decode speed on a processor: ours against a token loop, batched `generate` and nnsight, in one process.
 
-    python benchmarks/decode.py [--model smollm2-135m] [--batch 128] [--new-tokens 64]
+    python benchmarks/decode.py [--model smollm2-135m] [--rows 64 128 256] [--new-tokens 64] [--dtype auto]
 
-All peers run in this process, in this call, on the same prompts; figures are tokens a second and ratios to a peer.
+All peers run in this call on the same prompts, prefill included; figures are tokens a second and ratios to a peer.
+The peers run in float32, as researchers run them; ours in float32 and, with `--dtype auto`, in what the processor
+multiplies fastest. The rows of ours are those the calibration finds.
 """
 
 from __future__ import annotations
@@ -10,12 +12,15 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
 
 import kvpatch
+from kvpatch.engine.calibration import calibrate
 from kvpatch.model import Model
+from kvpatch.models.processor import fastest_type
 
 
 def naive_loop(model: Model, prompts: list[list[int]], new_tokens: int) -> int:
@@ -37,7 +42,8 @@ def batched_generate(model: Model, prompts: list[list[int]], new_tokens: int) ->
     pad = model.end_tokens[0]
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.backbone.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.backbone.device)
-    model.hf.generate(
+    generate: Any = model.hf.generate
+    generate(
         ids,
         attention_mask=mask,
         max_new_tokens=new_tokens,
@@ -50,48 +56,66 @@ def batched_generate(model: Model, prompts: list[list[int]], new_tokens: int) ->
     return len(prompts) * new_tokens
 
 
+def by_nnsight(model: Model, prompts: list[list[int]], new_tokens: int) -> int:
+    """nnsight's traced generation, one prompt at a time."""
+    from nnsight import LanguageModel
+
+    traced: Any = LanguageModel(model.hf, tokenizer=model.tokenizer)
+    for ids in prompts:
+        with traced.generate(ids, max_new_tokens=new_tokens):
+            traced.generator.output.save()
+    return len(prompts) * new_tokens
+
+
 def ours(model: Model, texts: list[str], new_tokens: int) -> int:
     """kvpatch: prefill and decode, sampling at temperature 0.7, every log-probability kept."""
     model.generate(model.prefill(texts), max_new_tokens=new_tokens, temperature=0.7, stop=False)
     return len(texts) * new_tokens
 
 
-def rate(work: Callable[[], int], device: torch.device) -> float:
+def rate(work: Callable[[], int]) -> float:
     """Tokens a second of one timed call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
     start = time.perf_counter()
-    tokens = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return tokens / (time.perf_counter() - start)
+    return work() / (time.perf_counter() - start)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rows", type=int, nargs="+", default=[64, 128, 256], help="batches of `generate`")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--naive-prompts", type=int, default=2)
+    parser.add_argument("--dtype", default="float32", help="of ours: float32 or auto")
     options = parser.parse_args()
-    model = kvpatch.load(options.model)
-    texts = [
-        f"Explain in {5 + i} words how bread number {i} rises." + " Please." * (i % 9) for i in range(options.batch)
-    ]
+    model = kvpatch.load(options.model, device="cpu")
+    how = calibrate(model.backbone)
+    most, new = max(options.rows), options.new_tokens
+    texts = [f"Explain in {5 + i} words how bread number {i} rises." + " Please." * (i % 9) for i in range(most)]
     prompts = [list(model.encode(text).token_ids) for text in texts]
-    device, new = model.backbone.device, options.new_tokens
+    print(f"{options.model}, {torch.get_num_threads()} threads, {new} new tokens, calibration: {how}")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, kvpatch {kvpatch.__version__}")
     ours(model, texts[:4], 4)
     naive_loop(model, prompts[:1], 4)
-    rates = {
-        "naive loop": rate(lambda: naive_loop(model, prompts[: options.naive_prompts], new), device),
-        f"generate, batch {options.batch}": rate(lambda: batched_generate(model, prompts, new), device),
-        f"kvpatch, batch {options.batch}": rate(lambda: ours(model, texts, new), device),
-    }
-    mine = list(rates.values())[-1]
-    print(f"{options.model}, {model.backbone.dtype}, {device}, {torch.get_num_threads()} threads, {new} new tokens")
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, kvpatch {kvpatch.__version__}")
-    for name, value in rates.items():
-        print(f"{name:24} {value:9.1f} tokens/s   kvpatch is {mine / value:6.2f} times this")
+    rates = {"naive loop": rate(lambda: naive_loop(model, prompts[: options.naive_prompts], new))}
+    for rows in options.rows:
+        rates[f"generate, batch {rows}"] = rate(lambda rows=rows: batched_generate(model, prompts[:rows], new))
+    try:
+        rates["nnsight"] = rate(lambda: by_nnsight(model, prompts[:1], new))
+    except ImportError:
+        print("nnsight is not installed")
+    rows = how.rows if how else most
+    mine = {"kvpatch, float32": rate(lambda: ours(model, texts[:rows], new))}
+    if options.dtype == "auto" and (kind := fastest_type()) != torch.float32:
+        model = kvpatch.load(options.model, device="cpu", dtype=kind)
+        ours(model, texts[:4], 4)
+        mine[f"kvpatch, {kind}"] = rate(lambda: ours(model, texts[:rows], new))
+    for name, value in {**rates, **mine}.items():
+        ratios = ", ".join(f"{name} is {own / value:.2f} times this" for name, own in mine.items())
+        print(f"{name:26} {value:9.1f} tokens/s   {ratios}")
+    best = max(value for name, value in rates.items() if name.startswith("generate"))
+    for name, own in mine.items():
+        ratios = f"{own / best:.2f} times the best `generate`, {own / rates['naive loop']:.1f} naive loops"
+        print(f"{name}, {rows} rows: {ratios}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ ModelName = Annotated[str, typer.Option("--model", help="Named model, hub id, di
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Directory = Annotated[Path, typer.Argument(help="A run directory.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; what is there if not given.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 on a CPU if not given.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto; float32 on a CPU if not given.")]
 OtherModels = Annotated[
     list[str] | None,
     typer.Option("--other-model", help="KEY=MODEL, in place of what the protocol's 'models' names; may be repeated."),

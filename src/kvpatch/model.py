@@ -61,7 +61,7 @@ class Model:
         self.hf = loaded.hf
         self.tokenizer = loaded.tokenizer
         self.backbone = Backbone(loaded.hf)
-        self._encoded: dict[tuple[str, bool | None, bool], EncodedPrompt] = {}
+        self._encoded: dict[tuple[str, bool | None, bool, str], EncodedPrompt] = {}
         self._continuations: dict[str, list[int]] = {}
 
     def __repr__(self) -> str:
@@ -88,7 +88,7 @@ class Model:
     def encode(self, text: str, *, chat: bool | None = None, may_be_empty: bool = False) -> EncodedPrompt:
         """Tokenise one prompt; see `models.template.encode`. A run asks for its few prompts in every phase, so
         they are remembered."""
-        key = (text, chat, may_be_empty)
+        key = (text, chat, may_be_empty, str(self.tokenizer.chat_template))
         if key not in self._encoded:
             if len(self._encoded) >= REMEMBERED:
                 self._encoded.clear()

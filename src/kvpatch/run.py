@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import platform
 import subprocess
 import sys
@@ -18,12 +19,15 @@ import torch
 
 import kvpatch
 from kvpatch.check import check
+from kvpatch.engine.calibration import calibrate
+from kvpatch.engine.fast import fast_of
 from kvpatch.errors import ModelError, ProtocolError
 from kvpatch.executors.local import LocalExecutor
 from kvpatch.fit import refuse_misfits
 from kvpatch.model import Model
 from kvpatch.models.load import cache_directory, template_sha256, tokenizer_sha256, weights_sha256
 from kvpatch.models.template import has_template
+from kvpatch.noise_floor import noise_floor
 from kvpatch.organisms.record import newest_validation
 from kvpatch.outcome import Outcome, outcome_of, write_report, write_verdicts
 from kvpatch.prompts.bank import Bank, load_bank
@@ -32,6 +36,9 @@ from kvpatch.protocols.schema import Protocol, calibration_of
 from kvpatch.readouts.geometry import layer_at
 from kvpatch.readouts.scorer import Scorer
 from kvpatch.store import ModelRecord, OtherModel, RunRecord, Store
+
+WORTH_CALIBRATING = 500
+"""Trials from which on a run on a processor begins with a calibration of a few seconds."""
 
 
 class Watcher:
@@ -143,7 +150,10 @@ def run(
                 others[key] = other.model_copy(update={"check": found, "noise_floor": floor})
         newest = newest_validation(cache_directory(), kvpatch.__version__)
         validation = None if newest is None else newest.summary()
-        record = record.model_copy(update={"other_models": others, "validation": validation})
+        engine = record.engine or {
+            str(key or "own"): _engine(model, plan, key, watcher) for key, model in models.items()
+        }
+        record = record.model_copy(update={"other_models": others, "validation": validation, "engine": engine})
         store.write_record(record)
         record = _execute(plan, models, store, record, watcher)
         watcher.stage("deciding and writing the report")
@@ -167,8 +177,25 @@ def _checked(model: Model, watcher: Watcher) -> tuple[list[dict[str, object]], d
             f"{model.loaded.name} fails '{bad[0].identity}': error {bad[0].error:.2g} > {bad[0].bound:.2g}"
         )
     noise = next(i for i in found if i.identity.startswith("batched rows"))
-    how = "largest logit difference of one row alone and among others"
-    return [i.model_dump() for i in found], {"logits_relative": noise.error, "how": how}
+    floor: dict[str, object] = {
+        "logits_relative": noise.error,
+        "how": "largest logit difference alone and among others",
+    }
+    if model.backbone.dtype != torch.float32:
+        floor |= noise_floor(model)
+    return [i.model_dump() for i in found], floor
+
+
+def _engine(model: Model, plan: Plan, key: str | None, watcher: Watcher) -> dict[str, object]:
+    """How a model's trials are decoded: what carries out a step, and on a processor threads and rows at a time, found
+    by timing where a run is long enough to gain from it."""
+    fast = fast_of(model.backbone)
+    found: dict[str, object] = {"step": fast.ops, "note": fast.note, "difference": fast.error}
+    if sum(len(batch.trials) for batch in plan.batches if batch.model == key) < WORTH_CALIBRATING:
+        return found
+    watcher.stage(f"finding how to run {model.loaded.name} fastest")
+    how = calibrate(model.backbone)
+    return found if how is None else found | asdict(how)
 
 
 def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, watcher: Watcher) -> RunRecord:
@@ -179,7 +206,13 @@ def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, watche
         written[0] += tokens
         watcher.batch(batch, tokens)
 
-    limits = LocalExecutor(models).run(plan, store, on_tokens=watcher.tokens, on_batch=on_batch)
+    if threads := record.engine.get("own", {}).get("threads"):
+        torch.set_num_threads(threads)
+    rows = {key: int(record.engine.get(str(key or "own"), {}).get("rows", 0)) or None for key in models}
+    # Whatever was imported and read so far stays; the collector need not look through it again and again.
+    gc.collect()
+    gc.freeze()
+    limits = LocalExecutor(models, rows).run(plan, store, on_tokens=watcher.tokens, on_batch=on_batch)
     found = {phase: asdict(limit) for phase, limit in limits.items()}
     others = {
         key: other.model_copy(update={"coherence_limits": found.get(calibration_of(key), other.coherence_limits)})

@@ -200,6 +200,7 @@ class RunRecord(Frozen):
     dropped_pairs: list[str] = Field(default_factory=list)
     check: list[dict[str, Any]] | None = None
     noise_floor: dict[str, Any] | None = None
+    engine: dict[str, dict[str, Any]] = Field(default_factory=dict)
     coherence_limits: dict[str, float] | None = None
     other_models: dict[str, OtherModel] = Field(default_factory=dict)
     validation: dict[str, Any] | None = None

@@ -122,7 +122,7 @@ def test_dtype_may_be_chosen_by_name_or_type_and_another_is_refused(tiny_dirs):
     assert load_model(where, device="cpu", dtype="bfloat16").hf.dtype == torch.bfloat16
     assert load_model(where, device="cpu", dtype=torch.float16).hf.dtype == torch.float16
     for dtype in ("float33", "nn"):
-        assert f"no dtype {dtype!r}; use float32, bfloat16 or float16" in refusal(where, dtype=dtype)
+        assert f"no dtype {dtype!r}; use float32, bfloat16, float16 or auto" in refusal(where, dtype=dtype)
 
 
 def test_hashes_of_weights_are_those_of_the_weights(tiny_dirs):

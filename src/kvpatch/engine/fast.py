@@ -32,6 +32,14 @@ class Fast:
     note: str
     error: float = 0.0
 
+    def weights(self, backbone: Backbone) -> list[torch.Tensor]:
+        """The matrices that every step multiplies by."""
+        assert self.network is not None
+        layers = self.network.layers
+        return [w for layer in layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down)] + [
+            backbone.head.weight
+        ]
+
     def make_ops(self, backbone: Backbone, sampling: Sampling, positions: int) -> Ops:
         """The parts of a step for a sampling and for positions [0, positions)."""
         assert self.network is not None
@@ -48,6 +56,8 @@ def fast_of(backbone: Backbone) -> Fast:
     known = backbone.kept.get("fast")
     if known is None or (known.network is not None and not known.network.is_current(backbone)):
         backbone.kept["fast"] = known = _find(backbone)
+    elif known.network is not None:
+        known.network.refresh()
     return known
 
 

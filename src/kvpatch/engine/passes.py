@@ -34,9 +34,12 @@ def run_in_passes(backbone: Backbone, lengths: Sequence[int], run: Callable[[int
         try:
             run(low, high)
             low = high
+            continue
         except torch.OutOfMemoryError:
-            if not _make_room(backbone):
+            if not _has_room_to_make(backbone):
                 raise
+        # Out here nothing holds on to what the failed pass had allocated.
+        _make_room(backbone)
 
 
 def _end_of_pass(lengths: Sequence[int], low: int, most: int) -> int:
@@ -48,13 +51,14 @@ def _end_of_pass(lengths: Sequence[int], low: int, most: int) -> int:
     return high
 
 
-def _make_room(backbone: Backbone) -> bool:
+def _has_room_to_make(backbone: Backbone) -> bool:
+    return "runner" in backbone.kept or tokens_at_once(backbone) > FEWEST_TOKENS
+
+
+def _make_room(backbone: Backbone) -> None:
     if backbone.kept.pop("runner", None) is None:
-        if tokens_at_once(backbone) <= FEWEST_TOKENS:
-            return False
         backbone.kept["tokens_at_once"] = tokens_at_once(backbone) // 2
     torch.cuda.empty_cache()
-    return True
 
 
 def pass_bytes(backbone: Backbone) -> int:

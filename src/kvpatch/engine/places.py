@@ -24,6 +24,7 @@ from kvpatch.cache import PAD, KVCache
 from kvpatch.engine.fast import Fast
 from kvpatch.engine.step import Sampling, decode_step, make_places
 from kvpatch.models.hf import Backbone
+from kvpatch.models.products import fast_products
 
 STRETCH = 16
 """Steps on a GPU between two looks at who is still going."""
@@ -33,6 +34,10 @@ AT_MOST = 768
 """Places on a GPU: past this many rows the products gain nothing (benchmarks/LOG.md)."""
 GIVE_UP_AT = 0.75
 """On a CPU, places are given up once no more than this share of them is in use and no row is waiting."""
+IDLE_AT_MOST = 1.25
+"""Kept places are used again for up to so many times fewer rows; new ones would need new graphs."""
+WORTH_PACKING = 512
+"""On a CPU, tokens from which on a decoding gains by laying out the weights anew."""
 LEFT_FREE = 0.1
 """Share of a GPU's free memory that the planner leaves alone."""
 
@@ -65,22 +70,27 @@ class Written:
 
 def decode_in_places(backbone: Backbone, fast: Fast, cache: KVCache, request: Request, places: int | None) -> Written:
     """Decode all rows of a cache; with half the places, and from the beginning, where memory runs out."""
-    count = min(cache.batch, places or planned_places(backbone, cache.slots, request.limit, cache.batch))
+    count = min(cache.batch, places) if places else planned_places(backbone, cache.slots, request.limit, cache.batch)
     count = min(count, backbone.kept.get("most_places", count))
     while True:
         try:
-            return _Turns(backbone, _runner(backbone, fast, cache, request, count), cache, request).run()
+            runner = _runner(backbone, fast, cache, request, count, is_exact=places is not None)
+            reused = fast.weights(backbone) if count * request.limit >= WORTH_PACKING else ()
+            with fast_products(backbone.head.weight, reused):
+                return _Turns(backbone, runner, cache, request).run()
         except torch.OutOfMemoryError:
-            release(backbone)
             if count == 1:
                 raise
+        # Out here nothing holds on to what the failed attempt had allocated.
+        runner = None
+        release(backbone)
         count = backbone.kept["most_places"] = (count + 1) // 2
 
 
 def planned_places(backbone: Backbone, slots: int, limit: int, rows: int) -> int:
     """How many rows to decode at a time: all of them on a CPU, as many as fit on a GPU, up to `AT_MOST`.
 
-    Rows are spread evenly over the turns, and the number is rounded up to a multiple of 64 where there are more.
+    On a GPU rows are spread evenly over the turns, in multiples of 64: few sizes, so few graphs.
     """
     if backbone.device.type != "cuda":
         return rows
@@ -88,7 +98,7 @@ def planned_places(backbone: Backbone, slots: int, limit: int, rows: int) -> int
     most = max(1, min(AT_MOST, fitting))
     turns = math.ceil(rows / most)
     even = math.ceil(rows / turns)
-    return min(most, rows, math.ceil(even / 64) * 64)
+    return min(most, math.ceil(even / 64) * 64)
 
 
 def free_bytes(backbone: Backbone) -> int:
@@ -144,12 +154,13 @@ class _Runner:
         """Bytes of the slab."""
         return sum(t.numel() * t.element_size() for t in (*self.places.keys, *self.places.values))
 
-    def fits(self, fast: Fast, count: int, area: int, request: Request, positions: int) -> bool:
-        """Whether these places, graphs included, do for a request."""
+    def fits(self, fast: Fast, most: int, least: int, area: int, request: Request, positions: int) -> bool:
+        """Whether these places, graphs included, do for a request that wants `least` to `most` of them."""
         own = self.places
         return (
             self.fast is fast
-            and (len(own), own.limit, self.sampling) == (count, request.limit, request.sampling)
+            and least <= len(own) <= most
+            and (own.limit, self.sampling) == (request.limit, request.sampling)
             and area <= own.area
             and positions <= self.positions
             and own.steering.keys() == request.steering.keys()
@@ -199,13 +210,14 @@ class _Runner:
                 self._steered_by_graph = self._stepped()
 
 
-def _runner(backbone: Backbone, fast: Fast, cache: KVCache, request: Request, count: int) -> _Runner:
-    """The kept places where they do; on a GPU new ones are kept with the model."""
+def _runner(backbone: Backbone, fast: Fast, cache: KVCache, request: Request, count: int, *, is_exact: bool) -> _Runner:
+    """The kept places where they do, a few idle ones allowed; on a GPU new ones are kept with the model."""
     positions = int(cache.pending_position.max()) + request.limit + 1
     if backbone.device.type != "cuda":
         return _Runner(backbone, fast, count, cache.slots, request, positions, capture=False)
     kept = backbone.kept.get("runner")
-    if kept is not None and kept.fits(fast, count, cache.slots, request, positions):
+    most = count if is_exact else max(count + 64, int(IDLE_AT_MOST * count))
+    if kept is not None and kept.fits(fast, most, count, cache.slots, request, positions):
         return kept
     area = max(_rounded(cache.slots), 0 if kept is None else kept.places.area)
     del kept

@@ -23,6 +23,8 @@ from kvpatch.engine.sampling import choose
 from kvpatch.models.hf import Backbone, LayerEdit
 from kvpatch.models.llamalike import LayerWeights, Network
 
+ROWS_OF_LOGITS = 8
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -150,10 +152,10 @@ def feed_step(backbone: Backbone, network: Network, ops: Ops, places: Places) ->
 
 
 def _added(ops: Ops, hidden: Tensor, inner: Tensor, weight: Tensor, norm: Tensor | None) -> Tensor:
-    """hidden + inner @ weight.T, in one product where no norm stands between (hidden then changes in place)."""
-    if norm is None:
-        return hidden.addmm_(inner, weight.T)
-    return hidden + ops.norm(F.linear(inner, weight), norm)
+    """hidden + inner @ weight.T, on a GPU in one product where no norm stands between (hidden may change in place)."""
+    if norm is not None:
+        return hidden + ops.norm(F.linear(inner, weight), norm)
+    return hidden.addmm_(inner, weight.T) if hidden.is_cuda else hidden.add_(F.linear(inner, weight))
 
 
 class PlainOps:
@@ -213,11 +215,17 @@ class PlainOps:
         return out.reshape(count, -1)
 
     def advance(self, logits: Tensor, places: Places) -> None:
-        logits = self.backbone.scaled(logits.float())
-        sampling = self.sampling
-        chosen = choose(logits, places.seeds, places.step, sampling.temperature, sampling.top_p)
-        logprob = logits.gather(1, chosen[:, None]) - logits.logsumexp(dim=-1, keepdim=True)
-        note_choice(places, chosen, logprob)
+        # On a CPU a few rows at a time, whose logits stay in its cache through all the passes over them.
+        step = ROWS_OF_LOGITS if logits.device.type == "cpu" else len(logits)
+        chosen, logprobs = [], []
+        for low in range(0, len(logits), step):
+            rows = slice(low, low + step)
+            part = self.backbone.scaled(logits[rows].float())
+            chosen.append(
+                choose(part, places.seeds[rows], places.step[rows], self.sampling.temperature, self.sampling.top_p)
+            )
+            logprobs.append(part.gather(1, chosen[-1][:, None]) - part.logsumexp(dim=-1, keepdim=True))
+        note_choice(places, torch.cat(chosen), torch.cat(logprobs))
 
 
 def note_choice(places: Places, chosen: Tensor, logprob: Tensor) -> None:

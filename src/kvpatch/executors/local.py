@@ -37,10 +37,14 @@ class Executor(Interface):
 
 
 class LocalExecutor:
-    """One process, and a model for each key that batches name (None for the run's own)."""
+    """One process, and a model for each key that batches name (None for the run's own).
 
-    def __init__(self, models: Mapping[str | None, Model]) -> None:
+    rows: for a model's key how many rows to decode at a time; None for what fits on its device.
+    """
+
+    def __init__(self, models: Mapping[str | None, Model], rows: Mapping[str | None, int | None] | None = None) -> None:
         self.models = models
+        self.rows = rows or {}
 
     def run(self, plan: Plan, store: Store, *, on_tokens: OnTokens, on_batch: OnBatch) -> dict[str, CoherenceLimits]:
         """Run what is left of a plan, in its order: the calibration of each model comes before what it judges.
@@ -55,7 +59,7 @@ class LocalExecutor:
         limits: dict[str, CoherenceLimits] = {}
         repeats = Repeats(plan, store)
         with _Writer(store, repeats, on_batch) as writer:
-            for group in groups(plan.batches, lambda batches: rows_that_fit(self.models[batches[0].model], batches)):
+            for group in groups(plan.batches, self._most):
                 calibration = group[0].calibration
                 if group[0].split == "test" and calibration not in limits:
                     writer.settle(0)
@@ -64,7 +68,7 @@ class LocalExecutor:
                 measured: list[list[Measured]] = [[] for _ in group]
                 if any(batch.batch_id not in done for batch in group):
                     own = [repeats.own(batch) for batch in group]
-                    measured = _measure_together(self.models[group[0].model], own, on_tokens)
+                    measured = self._measure_together(group[0].model, own, on_tokens)
                 for batch, of_batch in zip(group, measured, strict=True):
                     if batch.batch_id in done:
                         writer.found(batch)
@@ -74,21 +78,26 @@ class LocalExecutor:
             writer.settle(0)
         return limits
 
+    def _most(self, batches: Sequence[Batch]) -> int:
+        """Most trials of a phase to run together."""
+        key = batches[0].model
+        return self.rows.get(key) or rows_that_fit(self.models[key], batches)
 
-def _measure_together(model: Model, batches: Sequence[Batch], on_tokens: OnTokens) -> list[list[Measured]]:
-    """Measure batches of one phase together; half of them at a time where memory runs out."""
-    whole = merged([batch for batch in batches if batch.trials] or batches[:1])
-    try:
-        found = iter(measure(model, whole, on_tokens=on_tokens) if whole.trials else [])
-    except torch.OutOfMemoryError:
-        if len(batches) == 1:
-            raise
-    else:
-        return [[next(found) for _ in batch.trials] for batch in batches]
-    release(model.backbone)
-    middle = len(batches) // 2
-    parts = (batches[:middle], batches[middle:])
-    return [of_batch for part in parts for of_batch in _measure_together(model, part, on_tokens)]
+    def _measure_together(self, key: str | None, batches: Sequence[Batch], on_tokens: OnTokens) -> list[list[Measured]]:
+        """Measure batches of one phase together; half of them at a time where memory runs out."""
+        model = self.models[key]
+        whole = merged([batch for batch in batches if batch.trials] or batches[:1])
+        try:
+            found = iter(measure(model, whole, on_tokens=on_tokens, places=self.rows.get(key)) if whole.trials else [])
+        except torch.OutOfMemoryError:
+            if len(batches) == 1:
+                raise
+        else:
+            return [[next(found) for _ in batch.trials] for batch in batches]
+        release(model.backbone)
+        middle = len(batches) // 2
+        parts = (batches[:middle], batches[middle:])
+        return [of_batch for part in parts for of_batch in self._measure_together(key, part, on_tokens)]
 
 
 class _Writer:

@@ -27,6 +27,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvpatch.cache import PAD
 from kvpatch.errors import ModelError
+from kvpatch.models.products import fast_products
 from kvpatch.rope import LayerRope, rotate
 
 ATTENTION = "kvpatch_slab"
@@ -358,7 +359,7 @@ class Backbone:
         return self._run(token_ids, positions.clamp(min=0), slab, step)
 
     def _run(self, token_ids: Tensor, position_ids: Tensor, slab: Slab, step: _Step) -> Tensor:
-        with _slab_attention(self.config, step):
+        with _slab_attention(self.config, step), fast_products(self.head.weight):
             out = self.decoder(
                 input_ids=token_ids, position_ids=position_ids, use_cache=True, **{self._cache_argument: slab}
             )
@@ -366,7 +367,8 @@ class Backbone:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] in float32 of hidden states [..., width]."""
-        return self.scaled(self.head(hidden).float())
+        with fast_products(self.head.weight):
+            return self.scaled(self.head(hidden).float())
 
     def token_logprobs(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Log-probability of one token at each hidden state, chunked over the vocabulary.
@@ -381,7 +383,8 @@ class Backbone:
         total = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
         for low in range(0, weight.shape[0], VOCABULARY_CHUNK):
             part = slice(low, low + VOCABULARY_CHUNK)
-            chunk = F.linear(hidden, weight[part], None if bias is None else bias[part])
+            with fast_products(weight):
+                chunk = F.linear(hidden, weight[part], None if bias is None else bias[part])
             total = torch.logaddexp(total, self.scaled(chunk.float()).logsumexp(dim=-1))
         chosen = (hidden * weight[token_ids]).sum(dim=-1)
         if bias is not None:

@@ -53,6 +53,7 @@ class Network:
         rope_scale: factor of cosines and sines (YaRN's; 1 elsewhere).
         attention_scale: factor of the products of queries and keys.
         joined: the modules whose weights are views of joined ones, with the joined weight.
+        copies: weights held beside the model's, each with the module it is of, the name there and what is added.
     """
 
     embedding: Tensor
@@ -68,11 +69,18 @@ class Network:
     frequencies: tuple[tuple[float, ...], ...]
     rope_scale: float
     joined: tuple[tuple[tuple[nn.Linear, ...], Tensor], ...]
+    copies: tuple[tuple[Tensor, nn.Module, str, float], ...]
 
     @property
     def group(self) -> int:
         """Query heads that share a KV head."""
         return self.query_heads // self.kv_heads
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over what was changed in the small weights that are held twice: norms and biases."""
+        for copy, module, name, added in self.copies:
+            copy.copy_(getattr(module, name).data.float() + added)
 
     def is_current(self, backbone: Backbone) -> bool:
         """Whether the model still has these weights, and no hook that this network would pass by."""
@@ -98,7 +106,17 @@ def network_of(backbone: Backbone) -> Network | str:
     is_gemma = config.model_type.startswith("gemma")
     frequencies = tuple(dict.fromkeys(rope.inv_freq for rope in geometry.rope))
     joined: list[tuple[tuple[nn.Linear, ...], Tensor]] = []
+    copies: list[tuple[Tensor, nn.Module, str, float]] = []
     layers = []
+
+    def norm(module: Any) -> Any:
+        """A norm's weight in float32; None for no norm."""
+        if module is None:
+            return None
+        added = 1.0 if is_gemma else 0.0
+        copies.append((module.weight.data.float() + added, module, "weight", added))
+        return copies[-1][0]
+
     blocks: list[Any] = list(backbone.blocks)
     for index, module in enumerate(blocks):
         attention, mlp = module.self_attn, module.mlp
@@ -106,22 +124,24 @@ def network_of(backbone: Backbone) -> Network | str:
         gates = (mlp.gate_proj, mlp.up_proj)
         for modules in (projections, gates):
             joined.append((modules, _join(modules)))
-        has_bias = attention.q_proj.bias is not None
+        bias = None
+        if attention.q_proj.bias is not None:
+            bias = torch.cat([p.bias.data for p in projections])
+            parts = bias.split([len(p.bias) for p in projections])
+            copies += [(part, p, "bias", 0.0) for part, p in zip(parts, projections, strict=True)]
         layers.append(
             LayerWeights(
-                before_attention=_norm(module.input_layernorm, is_gemma),
+                before_attention=norm(module.input_layernorm),
                 qkv=joined[-2][1],
-                qkv_bias=torch.cat([p.bias.data for p in projections]) if has_bias else None,
-                query_norm=_norm(getattr(attention, "q_norm", None), is_gemma),
-                key_norm=_norm(getattr(attention, "k_norm", None), is_gemma),
+                qkv_bias=bias,
+                query_norm=norm(getattr(attention, "q_norm", None)),
+                key_norm=norm(getattr(attention, "k_norm", None)),
                 out=attention.o_proj.weight.data,
-                after_attention=_norm(module.post_attention_layernorm, True) if is_gemma else None,
-                before_mlp=_norm(
-                    module.pre_feedforward_layernorm if is_gemma else module.post_attention_layernorm, is_gemma
-                ),
+                after_attention=norm(module.post_attention_layernorm) if is_gemma else None,
+                before_mlp=norm(module.pre_feedforward_layernorm if is_gemma else module.post_attention_layernorm),
                 gate_up=joined[-1][1],
                 down=mlp.down_proj.weight.data,
-                after_mlp=_norm(module.post_feedforward_layernorm, True) if is_gemma else None,
+                after_mlp=norm(module.post_feedforward_layernorm) if is_gemma else None,
                 window=geometry.windows[index],
                 rope=frequencies.index(geometry.rope[index].inv_freq),
             )
@@ -130,7 +150,7 @@ def network_of(backbone: Backbone) -> Network | str:
         embedding=decoder.embed_tokens.weight.data,
         embedding_scale=_embedding_scale(decoder.embed_tokens),
         layers=tuple(layers),
-        norm=_norm(decoder.norm, is_gemma),
+        norm=norm(decoder.norm),
         epsilon=float(config.rms_norm_eps),
         activation=_activation(config),
         query_heads=geometry.query_heads,
@@ -140,6 +160,7 @@ def network_of(backbone: Backbone) -> Network | str:
         frequencies=frequencies,
         rope_scale=float(getattr(decoder.rotary_emb, "attention_scaling", 1.0)),
         joined=tuple(joined),
+        copies=tuple(copies),
     )
 
 
@@ -166,11 +187,6 @@ def _what_is_unknown(backbone: Backbone) -> str | None:
 def _activation(config: Any) -> Any:
     name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     return _ACTIVATIONS.get(str(name))
-
-
-def _norm(module: Any, adds_one: bool) -> Any:
-    """A norm's weight in float32; None for no norm."""
-    return None if module is None else module.weight.data.float() + (1.0 if adds_one else 0.0)
 
 
 def _embedding_scale(embedding: Any) -> Tensor | None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from kvpatch.errors import ModelError
 from kvpatch.models.named import Progress, cache_directory, fetch_gguf, named_models
+from kvpatch.models.processor import fastest_type
 from kvpatch.organisms.directories import ORGANISMS, PREFIX, organism_directory
 
 CONVERSION = 1
@@ -49,7 +51,7 @@ def load_model(
     Args:
         name: a named model, an organism, a local directory, a `.gguf` file, or a hub id.
         device: "cuda" where there is one, else "cpu".
-        dtype: float32 on a CPU, bfloat16 elsewhere.
+        dtype: float32 on a CPU, bfloat16 elsewhere. "auto" on a CPU: bfloat16 where the processor multiplies it faster.
         allow_pickle: also take weights in pickled files, which can run code when read.
         trust_remote_code: run modelling code that comes with the model.
         progress: told what is being fetched or converted.
@@ -150,11 +152,18 @@ def template_sha256(tokenizer: Any) -> str | None:
 
 
 def _files_sha256(directory: Path) -> str:
+    paths = sorted(directory.glob("*.safetensors"))
+    with ThreadPoolExecutor(max_workers=8) as threads:  # hashing lets go of the interpreter
+        digests = list(threads.map(_file_digest, paths))
     total = hashlib.sha256()
-    for path in sorted(directory.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    for path, digest in zip(paths, digests, strict=True):
+        total.update(path.name.encode() + digest)
     return total.hexdigest()
+
+
+def _file_digest(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _home(key: str) -> Path:
@@ -211,13 +220,15 @@ def _convert(gguf: Path, out: Path, report: Progress) -> None:
 
 
 def _dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype:
-    if dtype is None:
+    if dtype is None or (dtype == "auto" and device != "cpu"):
         return torch.float32 if device == "cpu" else torch.bfloat16
+    if dtype == "auto":
+        return fastest_type()
     if isinstance(dtype, torch.dtype):
         return dtype
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype):
-        raise ModelError(f"no dtype {dtype!r}; use float32, bfloat16 or float16")
+        raise ModelError(f"no dtype {dtype!r}; use float32, bfloat16, float16 or auto")
     return found
 
 

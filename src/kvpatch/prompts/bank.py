@@ -134,6 +134,10 @@ def _read(name: str, folder: Path) -> Bank:
     return Bank(name=name, sha256=digest.hexdigest(), prompts=tuple(prompts), continuations=tuple(continuations))
 
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The loader in C reads a bank in a tenth of the time."""
+
+
 def _entries(path: Path, raw: bytes) -> Iterator[Prompt | Continuation]:
     try:
         loaded = yaml.load(raw, Loader=_LOADER) or []

@@ -168,7 +168,7 @@ class Lexicon:
     def parse(cls, content: bytes, origin: str) -> Lexicon:
         """Read a lexicon from the bytes of its file; `origin` is what errors call it."""
         try:
-            parsed = yaml.safe_load(content.decode("utf-8"))
+            parsed = yaml.load(content.decode("utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ProtocolError(f"lexicon {origin!r} is not YAML in UTF-8: {reason}") from error

@@ -27,7 +27,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 demo: install    ## fetch the embedded models, run all of dec7 small, write the report
-	$(BIN)/kvpatch run dec7 --model smollm2-135m --n $(DEMO_N) --out $(DEMO)
+	$(BIN)/kvpatch run dec7 --model smollm2-135m --n $(DEMO_N) --dtype auto --out $(DEMO)
 
 lint: install-test  ## format, rules and types
 	$(BIN)/ruff format --check .

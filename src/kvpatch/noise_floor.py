@@ -15,7 +15,7 @@ from kvpatch.engine.decode import Continuations, decode
 from kvpatch.engine.prefill import prefill
 from kvpatch.model import Model
 
-ROWS, NEW_TOKENS = 16, 32
+ROWS, NEW_TOKENS = 8, 16
 _TEXTS = (
     "Watch how each of these words arrives, and say what it is like to be the one that is choosing them now.",
     "Explain how bread rises in a warm oven, and which of the usual steps a beginner can leave out safely.",

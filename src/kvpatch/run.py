@@ -37,7 +37,7 @@ from kvpatch.readouts.geometry import layer_at
 from kvpatch.readouts.scorer import Scorer
 from kvpatch.store import ModelRecord, OtherModel, RunRecord, Store
 
-WORTH_CALIBRATING = 500
+WORTH_CALIBRATING = 1500
 """Trials from which on a run on a processor begins with a calibration of a few seconds."""
 
 

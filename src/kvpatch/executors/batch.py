@@ -29,13 +29,12 @@ from kvpatch.executors.shape import (
     attention_means,
     cache_geometry,
     each_trial_s,
-    output_geometry,
+    output_geometries,
     what_to_watch,
 )
 from kvpatch.model import Model
 from kvpatch.models.hf import Edits
 from kvpatch.protocols.plan import Batch
-from kvpatch.protocols.schema import Readouts
 from kvpatch.readouts.fluency import CoherenceLimits
 from kvpatch.readouts.geometry import layer_at, r_v, r_v_of, r_v_trajectory
 from kvpatch.readouts.likelihood import js_pulls
@@ -249,9 +248,11 @@ def _force(
         late, early = (part.values[layer] for layer in layers)
         watched += [part.attention] if part.attention else []
         if natural_late is not None:
+            # On the host: a GPU is slow at small decompositions.
+            of_trials = late.cpu(), early.cpu()
             sides_late = natural_late[:n_pairs], natural_late[n_pairs:]
-            lengths = [len(ids) for ids in forced]
-            geometry += _output_geometries(late, early, sides_late, lengths, [t.pair for t in trials], settings)
+            lengths, window = [len(ids) for ids in forced], settings.r_v.window
+            geometry += output_geometries(of_trials, sides_late, [t.pair for t in trials], lengths, window)
         rv_output.append(_rv_before(late, early, [len(forced[t.pair]) for t in trials], settings.r_v.window))
         pairs = torch.tensor([t.pair for t in trials], device=part.logits.device)
         counts = torch.tensor([min(positions, len(forced[t.pair])) for t in trials], device=part.logits.device)
@@ -267,26 +268,6 @@ def _force(
     cells = np.pad(cells, ((0, 0), (0, 0), (0, missing)), constant_values=np.nan)
     seen = Attention.concat(watched) if watched else None
     return _Forced(torch.cat(rv_output).tolist(), torch.cat(pulls).tolist(), cells, geometry, seen)
-
-
-def _output_geometries(
-    late: Tensor,
-    early: Tensor,
-    sides: tuple[Tensor, Tensor],
-    lengths: Sequence[int],
-    pairs: Sequence[int],
-    settings: Readouts,
-) -> list[dict[str, Any]]:
-    """`output_geometry` of rows, of their pairs' `lengths`; `sides` are the late values after the natural target and
-    source, [pairs, kv_heads, tokens, head_dim]. On the host: a GPU is slow at small decompositions."""
-    late, early = late.cpu(), early.cpu()
-    found = []
-    for row, pair in enumerate(pairs):
-        length = lengths[pair]
-        of_trial = [x[row : row + 1, :, :length] for x in (late, early)]
-        natural = torch.cat([x[pair : pair + 1, :, :length] for x in sides])
-        found.append(output_geometry(of_trial[0], of_trial[1], natural, settings.r_v.window))
-    return found
 
 
 def _edits_from(built: Built, low: int) -> Callable[[slice], Edits] | None:
@@ -318,10 +299,8 @@ def _rv_own(written: Continuations, lengths: Sequence[int], layers: tuple[int, i
 def _own_trajectories(written: Continuations, layers: tuple[int, int], window: int) -> list[list[float]]:
     """R_V of every window of the tokens each trial wrote and fed."""
     late, early = (written.values[layer] for layer in layers)
-    return [
-        r_v_trajectory(late[row : row + 1, :, : length - 1], early[row : row + 1, :, : length - 1], window)[0].tolist()
-        for row, length in enumerate(written.lengths)
-    ]
+    whole = r_v_trajectory(late, early, window).tolist()
+    return [row[: max(0, length - window)] for row, length in zip(whole, written.lengths, strict=True)]
 
 
 def _cell_means(logprobs: np.ndarray, cells: Sequence[Sequence[Sequence[Sequence[int]]]]) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,20 +43,34 @@ def cache_geometry(cache: KVCache, layers: tuple[int, int], window: int) -> list
     return out
 
 
-def output_geometry(late: Tensor, early: Tensor, natural: Tensor, window: int) -> dict[str, Any]:
+def output_geometries(
+    layers: tuple[Tensor, Tensor],
+    natural: tuple[Tensor, Tensor],
+    pairs: Sequence[int],
+    lengths: Sequence[int],
+    window: int,
+) -> list[dict[str, Any]]:
     """R_V along a continuation, and how far its late values have turned from those it has after the natural prompts.
 
-    late, early: values of the continuation in a trial, [1, kv_heads, tokens, head_dim]; natural: the late ones after
-    the natural target and source, [2, ...].
+    Args:
+        layers: late and early values of the continuation in each trial, [trials, kv_heads, tokens, head_dim].
+        natural: the late ones after the natural target and source of each pair, [pairs, ...].
+        pairs: every trial's pair.
+        lengths: tokens of every pair's continuation.
     """
-    windows = [x[:, -window:].transpose(0, 1).flatten(1) for x in (late[0], *natural)]
-    rank = min(ANGLES, *windows[0].shape)
-    angles = [math.degrees(float(principal_angles(windows[0], other, rank).mean())) for other in windows[1:]]
-    return {
-        "rv_forced_trajectory": r_v_trajectory(late, early, window)[0].tolist(),
-        "angle_target": angles[0],
-        "angle_source": angles[1],
-    }
+    found: list[dict[str, Any]] = [{} for _ in pairs]
+    for length in set(lengths):
+        rows = [row for row, pair in enumerate(pairs) if lengths[pair] == length]
+        if not rows:
+            continue
+        late, early = (x[rows, :, :length] for x in layers)
+        sides = torch.stack([x[[pairs[row] for row in rows], :, :length] for x in natural])
+        own, others = (x[..., -window:, :].transpose(-3, -2).flatten(-2) for x in (late[None], sides))
+        angles = principal_angles(own, others, min(ANGLES, *own.shape[-2:])).mean(dim=-1).rad2deg()  # [2, rows]
+        trajectories = r_v_trajectory(late, early, window)
+        for row, trajectory, to_target, to_source in zip(rows, trajectories.tolist(), *angles.tolist(), strict=True):
+            found[row] = {"rv_forced_trajectory": trajectory, "angle_target": to_target, "angle_source": to_source}
+    return found
 
 
 def what_to_watch(watched: Watched, cache: KVCache) -> Look:

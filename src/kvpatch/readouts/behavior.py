@@ -198,6 +198,9 @@ class Lexicon:
             raise ProtocolError(message) from error
         object.__setattr__(self, "_gate", gate)
 
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
     def hits(self, text: str) -> list[Hit]:
         """The stretches of the text that are in the mode, in order, disjoint.
 
@@ -315,7 +318,7 @@ def uncopied_hits(text: str, source_text: str, lexicon: Lexicon) -> list[Hit]:
     of an entry that matches within the hit. The second stands for inflection: "observing" is copied from a
     source with "observer". Function words are no evidence: "my" does not mask "my own thoughts".
     """
-    source_words, source_families = content_words(source_text), lexicon.families(source_text)
+    source_words, source_families = _content_of(source_text, lexicon)
 
     @functools.cache
     def is_copied(stretch: str, entry: str) -> bool:
@@ -323,6 +326,12 @@ def uncopied_hits(text: str, source_text: str, lexicon: Lexicon) -> list[Hit]:
         return not (content_words(stretch).isdisjoint(source_words) and families.isdisjoint(source_families))
 
     return [hit for hit in lexicon.hits(text) if not is_copied(hit.text, hit.entry)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _content_of(source_text: str, lexicon: Lexicon) -> tuple[set[str], frozenset[str]]:
+    """Content words and families of a source, which many trials share."""
+    return content_words(source_text), lexicon.families(source_text)
 
 
 def copied_words(text: str, source_text: str) -> list[tuple[int, int]]:
@@ -335,6 +344,11 @@ def copied_words(text: str, source_text: str) -> list[tuple[int, int]]:
     return [match.span() for match in found if not source_words.isdisjoint(content_words(match[0]))]
 
 
+@functools.lru_cache(maxsize=4096)
+def _source_ngrams(source_text: str, n: int) -> frozenset[tuple[str, ...]]:
+    return frozenset(_ngrams(words(source_text), n))
+
+
 def ngram_overlap(text: str, source_text: str, n: int = 4) -> float:
     """Share of the text's word n-grams that occur in the source, in [0, 1].
 
@@ -345,7 +359,7 @@ def ngram_overlap(text: str, source_text: str, n: int = 4) -> float:
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
     ngrams = _ngrams(words(text), n)
-    in_source = set(_ngrams(words(source_text), n))
+    in_source = _source_ngrams(source_text, n)
     return sum(ngram in in_source for ngram in ngrams) / len(ngrams) if ngrams else float("nan")
 
 

@@ -23,10 +23,10 @@ PACKED_SHARE = 0.25
 class OneDnnProducts(TorchFunctionMode):
     """While entered, `linear` of float32 on a processor is oneDNN's. Only for code that wants no gradients.
 
-    packed: weights in oneDNN's own layout, by the address of the plain ones.
+    packed: weights in oneDNN's own layout, by address and shape of the plain ones.
     """
 
-    def __init__(self, packed: dict[int, Tensor]) -> None:
+    def __init__(self, packed: dict[tuple[int, torch.Size], Tensor]) -> None:
         super().__init__()
         self.packed = packed
 
@@ -36,7 +36,7 @@ class OneDnnProducts(TorchFunctionMode):
         if func is not F.linear or not _is_plain(args[0]) or kwargs:
             return func(*args, **(kwargs or {}))
         x, weight, *bias = args
-        weight = self.packed.get(weight.data_ptr(), weight)
+        weight = self.packed.get((weight.data_ptr(), weight.shape), weight)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias[0] if bias else None, "none", [], "")
 
 
@@ -59,6 +59,6 @@ def fast_products(weight: Tensor, reused: Iterable[Tensor] = ()) -> Iterator[Non
     weights = list(reused)
     if sum(w.nbytes for w in weights) > PACKED_SHARE * psutil.virtual_memory().available:
         weights = []
-    packed = {w.data_ptr(): torch.ops.mkldnn._reorder_linear_weight(w, None) for w in weights}
+    packed = {(w.data_ptr(), w.shape): torch.ops.mkldnn._reorder_linear_weight(w, None) for w in weights}
     with OneDnnProducts(packed):
         yield

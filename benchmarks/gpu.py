@@ -103,7 +103,7 @@ def stand_in(*names: str) -> None:
             print(f"({name} is not installed: a stand-in takes its place; nothing here uses it)")
 
 
-stand_in("pingouin", "altair", "vl_convert")
+stand_in("pingouin", "altair", "altair.utils", "altair.utils.schemapi", "vl_convert", "duckdb", "polars")
 
 from kvpatch.check import check  # noqa: E402
 from kvpatch.engine import fast as fast_room  # noqa: E402

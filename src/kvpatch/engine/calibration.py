@@ -14,8 +14,8 @@ from kvpatch.engine.fast import fast_of
 from kvpatch.engine.step import PlainOps, Sampling, decode_step, make_places
 from kvpatch.models.hf import Backbone
 
-ROWS = (64, 128, 256)
-"""Rows at a time that are tried."""
+ROWS = (32, 64, 128)
+"""Rows at a time that are tried. 256 gain less than a tenth and take twice the memory (benchmarks/LOG.md)."""
 SLOTS = 96
 """Live slots of a timed row: a short prompt and half of what it writes."""
 GAIN = 1.08

@@ -159,8 +159,16 @@ def r_v_trajectory(late: Tensor, early: Tensor, window: int) -> Tensor:
     """
     if late.shape[2] < window:
         return late.new_zeros(late.shape[0], 0)
-    windows = [x.unfold(2, window, 1).permute(0, 2, 4, 1, 3).flatten(3) for x in (late, early)]
-    return participation_ratio(windows[0]) / participation_ratio(windows[1])  # of [batch, windows, window, joined]
+    return _ratios_of_windows(_joined(late), window) / _ratios_of_windows(_joined(early), window)
+
+
+def _ratios_of_windows(v: Tensor, window: int) -> Tensor:
+    """`participation_ratio` of every window of consecutive vectors [batch, tokens, dim], [batch, windows]: the Gram
+    matrices of the windows are blocks of one. In float64, where fourth powers neither over- nor underflow."""
+    gram = v.double() @ v.double().mT
+    trace = gram.diagonal(dim1=-2, dim2=-1).unfold(-1, window, 1).sum(dim=-1)
+    blocks = gram.square().unfold(-2, window, 1).unfold(-2, window, 1).diagonal(dim1=-4, dim2=-3)
+    return (trace**2 / blocks.sum(dim=(-3, -2))).to(torch.promote_types(v.dtype, torch.float32))
 
 
 def principal_angles(a: Tensor, b: Tensor, rank: int) -> Tensor:

@@ -408,6 +408,7 @@ def models(as_json: Json = False) -> None:
     """
     from kvpatch.models.load import is_pulled
     from kvpatch.models.named import named_models
+    from kvpatch.organisms.directories import ORGANISMS, PREFIX
     from kvpatch.summaries import print_models
 
     listed = [
@@ -421,7 +422,7 @@ def models(as_json: Json = False) -> None:
         }
         for k, m in named_models().items()
     ]
-    _print(listed, as_json, lambda: print_models(listed))
+    _print(listed, as_json, lambda: print_models(listed, [PREFIX + name for name in ORGANISMS]))
 
 
 @app.command()

@@ -298,12 +298,14 @@ def print_bank(summary: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def print_models(models: Sequence[dict[str, Any]]) -> None:
-    """A row a named model."""
+def print_models(models: Sequence[dict[str, Any]], organisms: Sequence[str]) -> None:
+    """A row a named model, and under the table the organisms, which need no fetching."""
     table = Table()
     for column in ("name", "about", "licence", "MB to fetch", "here"):
         table.add_column(column)
     for m in models:
         licence = m["licence"] if m["terms"] is None else f"{m['licence']}\n{m['terms']}"
         table.add_row(m["name"], m["about"], licence, str(m["megabytes"]), "yes" if m["pulled"] else "no")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(f"small models with planted truth (kvpatch validate): {', '.join(organisms)}")

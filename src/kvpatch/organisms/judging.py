@@ -26,6 +26,7 @@ SIMULATION_ERROR = 0.01
 NOMINAL = 0.05
 ROUNDING = 0.005
 """Share of the natural gap that a transfer fraction may miss its truth by: an organism's own imperfection."""
+POWER_TEST = "mode_exists_score"
 BLOCKED = ("not interpretable", "tautological")
 
 
@@ -174,7 +175,7 @@ def _false_positives(runs: Sequence[Mapping[str, Any]]) -> OverAll:
         return OverAll([], {})
     most = int(stats.binom.ppf(1 - SIMULATION_ERROR, len(runs), NOMINAL))
     given = sum(any(entry["verdict"] == "supported" for entry in run.values()) for run in runs)
-    alone = {name: sum((run[name]["p"] or 0.0) < NOMINAL for run in runs) for name in runs[0]}
+    alone = {name: sum(run[name]["p"] is not None and run[name]["p"] < NOMINAL for run in runs) for name in runs[0]}
     findings = [
         Finding(
             organism="null",
@@ -201,7 +202,6 @@ def _power(runs: Sequence[Mapping[str, Any]], protocol: Protocol) -> OverAll:
     """How often the effect of weak is seen, against what `kvpatch power` says of an effect of that size."""
     if not runs:
         return OverAll([], {})
-    name = "mode_exists_score"
     rows = pd.concat([run["rows"] for run in runs], ignore_index=True)
     test = rows[rows["split"] == "test"].pivot(index="pair_id", columns="condition", values="recursive_score")
     differences = (test["B"] - test["A"]).to_numpy(dtype=float)
@@ -209,21 +209,12 @@ def _power(runs: Sequence[Mapping[str, Any]], protocol: Protocol) -> OverAll:
     if not dz > 0:
         none = Finding(organism="weak", asked="power", planted="an effect", found=f"dz {dz:.2f}", holds=False)
         return OverAll([none], {})
-    asked = protocol.model_copy(
-        update={"hypotheses": [h for h in protocol.hypotheses if h.id in (name, "mode_exists_llr")], "expected": {},
-                "corrections": {}}
-    )  # fmt: skip
-    found = power(asked, n=runs[0]["n"], wanted_dz=dz, pilot=rows)
-    plain = next(entry.plain for entry in found if entry.id == name)
-    predicted = math.nan if plain is None else plain.power_at_wanted
-    seen, total = sum(run["verdict"] == "supported" for run in runs), len(runs)
     # The effect itself is known to within its standard error over all pairs that were run.
     error = math.sqrt((1 + dz**2 / 2) / len(differences))
-    ends = [
-        next(e.plain for e in power(asked, n=runs[0]["n"], wanted_dz=d, pilot=rows) if e.id == name)
-        for d in (max(dz - 2 * error, 1e-3), dz + 2 * error)
-    ]
-    low, high = (0.0 if end is None else end.power_at_wanted for end in ends)
+    predicted, low, high = (
+        _predicted(protocol, rows, runs[0]["n"], wanted) for wanted in (dz, max(dz - 2 * error, 1e-3), dz + 2 * error)
+    )
+    seen, total = sum(run["verdict"] == "supported" for run in runs), len(runs)
     least = int(stats.binom.ppf(SIMULATION_ERROR, total, low))
     most = int(stats.binom.ppf(1 - SIMULATION_ERROR, total, high))
     finding = Finding(
@@ -235,3 +226,12 @@ def _power(runs: Sequence[Mapping[str, Any]], protocol: Protocol) -> OverAll:
     )
     figures = {"dz": dz, "n": runs[0]["n"], "predicted": predicted, "seen": seen, "runs": total}
     return OverAll([finding], {"power": figures})
+
+
+def _predicted(protocol: Protocol, pilot: pd.DataFrame, n: int, dz: float) -> float:
+    """What `kvpatch power` says of the weak organism's test; its family is that of phase 1's manipulation check."""
+    asked = [h for h in protocol.hypotheses if h.family == protocol.hypothesis(POWER_TEST).family]
+    update = {"hypotheses": asked, "expected": {}, "corrections": {}}
+    found = power(protocol.model_copy(update=update), n=n, wanted_dz=dz, pilot=pilot)
+    plain = next(entry.plain for entry in found if entry.id == POWER_TEST)
+    return 0.0 if plain is None else plain.power_at_wanted

@@ -64,7 +64,7 @@ def decide(
 
     Returns the stored trials and the verdicts.
     """
-    plan, _ = plan_for(models, protocol, load_bank(protocol.bank), seed=seed, n=n, phases=phases)
+    plan, _ = plan_for(models, protocol, load_bank(protocol.bank, protocol.folder), seed=seed, n=n, phases=phases)
     store = Store(folder)
     with store.locked():
         LocalExecutor(models).run(plan, store, on_tokens=lambda _: None, on_batch=lambda *_: None)

@@ -41,7 +41,6 @@ from kvpatch.protocols.schema import Protocol
 PROTOCOL = "validate"
 MODE_TESTS = ("mode_exists_score", "mode_exists_llr", "transfer_llr", "transfer_masked", "transfer_joined_llr",
               "transfer_joined_masked")  # fmt: skip
-POWER_TEST = "mode_exists_score"
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def validate(
 
     Args:
         names: organisms, all if None; a part of them vouches for nothing, and is not kept for gate 0.
-        processes: as many as there are cores if None; 1 works in this process.
+        processes: one a core, up to 16, if None; 1 works in this process.
         weights: directory of trained weights, the shipped ones if not given.
         on_job: told of each job that is done, how many are, and how many there are.
     """
@@ -128,7 +127,7 @@ def validate(
     start = time.monotonic()
     jobs = jobs_of(scope, seed, chosen, weights)
     readings = []
-    for reading in _done(jobs, processes or os.cpu_count() or 1):
+    for reading in _done(jobs, processes or min(os.cpu_count() or 1, 16)):
         readings.append(reading)
         if on_job:
             on_job(reading.job, len(readings), len(jobs))
@@ -256,10 +255,10 @@ def _null(job: Job, folder: Path) -> Reading:
 
 
 def _weak(job: Job, folder: Path) -> Reading:
-    rows, decided = _phase_1(job, folder, (POWER_TEST, "mode_exists_llr"), ["A", "B"])
+    rows, decided = _phase_1(job, folder, (judging.POWER_TEST, "mode_exists_llr"), ["A", "B"])
     kept = rows[["pair_id", "phase", "split", "condition", "recursive_score", "mode_llr", "error"]].copy()
     kept["pair_id"] = [f"{job.seed}:{pair}" for pair in kept["pair_id"]]
-    verdict = next(v.verdict for v in decided if v.id == POWER_TEST)
+    verdict = next(v.verdict for v in decided if v.id == judging.POWER_TEST)
     return Reading(job, [], {"verdict": verdict, "rows": kept, "n": job.pairs})
 
 

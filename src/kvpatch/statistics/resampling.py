@@ -19,8 +19,6 @@ from kvpatch.statistics.intervals import SEED
 from kvpatch.statistics.pairs import Floats, on_grid
 
 DRAWS = 19_999
-LEAST_SPREAD = 0.05
-"""A resample's standard deviation counts as at least this share of the sample's: like values are no precision."""
 LEAST_VARIANCE = 0.02
 _BATCH = 5_000
 _TIE = 1e-9
@@ -30,7 +28,8 @@ def mean_above(differences: Floats, null: float = 0.0, *, draws: int = DRAWS) ->
     """One-sided p-value that the mean lies above `null`, by the studentised bootstrap.
 
     differences: [n], any unit; null: same unit. Between 1 / (draws + 1) and 1; NaN for fewer than 2 values.
-    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, algorithm 16.2, with the studentised mean.
+    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, algorithm 16.2, with the studentised mean and
+    `least_spread`.
     """
     n = len(differences)
     if n < 2:
@@ -46,8 +45,15 @@ def mean_above(differences: Floats, null: float = 0.0, *, draws: int = DRAWS) ->
         means = counts @ centred / n
         squares = counts @ centred**2 / n
         spread = np.sqrt(np.maximum(squares - means**2, 0) * n / (n - 1))
-        at_least += int(np.count_nonzero(means / np.maximum(spread, LEAST_SPREAD) >= observed - _TIE))
+        at_least += int(np.count_nonzero(means / np.maximum(spread, least_spread(n)) >= observed - _TIE))
     return (at_least + 1) / (draws + 1)
+
+
+def least_spread(n: int) -> float:
+    """Standard deviation that a resample of n values counts as having at least, in the sample's standard deviations:
+    that of n values of which one lies a standard deviation off. Where nearly all differences are 0, a resample of zeros
+    alone would else be infinitely precise."""
+    return 1 / math.sqrt(n)
 
 
 def dz_above(differences: Floats, dz: float, *, draws: int = DRAWS) -> float:

@@ -19,7 +19,7 @@ from scipy import special, stats
 
 from kvpatch.statistics.intervals import SEED
 from kvpatch.statistics.pairs import Floats
-from kvpatch.statistics.resampling import LEAST_SPREAD, mean_less_sds
+from kvpatch.statistics.resampling import least_spread, mean_less_sds
 from kvpatch.statistics.tests import RESAMPLES
 from kvpatch.statistics.trend import order_scores
 
@@ -141,7 +141,7 @@ def _by_studentised(differences: Floats, alphas: tuple[float, ...]) -> tuple[dic
         means = centred.astype(np.float32) @ weights
         squares = (centred**2).astype(np.float32) @ weights
         spread = np.sqrt(np.maximum(squares - means**2, 0) * n / (n - 1))
-        t = np.sort(means / np.maximum(spread, LEAST_SPREAD), axis=1)
+        t = np.sort(means / np.maximum(spread, least_spread(n)), axis=1)
         for alpha in alphas:
             above[alpha][rows] = _quantile(t, np.full(len(mean), 1 - alpha)) * sd - mean
             below[alpha][rows] = -_quantile(t, np.full(len(mean), alpha)) * sd + mean

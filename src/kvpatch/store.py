@@ -431,7 +431,8 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
     """A table of this schema; columns that an older file lacks are null."""
     try:
         with pq.ParquetFile(path) as file:
-            table = file.read([name for name in schema.names if name in file.schema_arrow.names])
+            there = set(file.schema_arrow.names)
+            table = file.read([name for name in schema.names if name in there])
     except (OSError, pa.ArrowException) as error:
         raise StoreError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
     if table.schema.equals(schema):

@@ -16,6 +16,8 @@ from kvpatch.heads import DISTANCES, STATISTICS
 
 CLASSES = tuple(name for name in STATISTICS if name.startswith("mass_"))
 """Kinds of slots whose mass is read, in the order of `Block.classes`; a slot may be of several."""
+NEVER = -1e30
+"""A score as good as -inf whose product with a probability of 0 is 0."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ def block_statistics(block: Block) -> tuple[dict[str, Tensor], Tensor]:
         at, a previous slot, an earlier occurrence of its token); and the probabilities, [batch, query_heads, queries,
         slots].
     """
-    z = block.scores.add_(block.bias)
-    peak = z.argmax(dim=-1)
-    z = z.sub_(z.amax(dim=-1, keepdim=True)).clamp_(min=-1e4)  # a finite "never", so that 0 * z stays 0
+    z = block.scores.add_(block.bias.clamp(min=NEVER))
+    peak = z.argmax(dim=-1, keepdim=True)
+    z = z.sub_(z.gather(-1, peak))
     p = z.softmax(dim=-1)
-    largest = p.amax(dim=-1)
+    largest, peak = p.gather(-1, peak)[..., 0], peak[..., 0]
     may = block.bias == 0
     visible = may.sum(dim=-1)  # [batch, 1, queries]
     entropy = -largest.log() - torch.linalg.vecdot(p, z)

@@ -16,7 +16,7 @@ from kvpatch.protocols.schema import Phase, Protocol
 from kvpatch.report import attention_charts as charts
 from kvpatch.report.figure import Figure, figure, rounded
 from kvpatch.report.tables import normalised, values
-from kvpatch.statistics.heads import head_differences, head_means, head_values, heads_standing_out
+from kvpatch.statistics.heads import head_means, head_values, heads_standing_out, map_of
 
 MAPPED = {
     "entropy": "entropy of attention, 0 to 1",
@@ -142,7 +142,7 @@ def _attention_figures(trials: pd.DataFrame, attention: pd.DataFrame, phase: str
         chart = charts.head_means_chart(rounded(head_means(found)), title)
         out.append(figure(f"heads-{phase}-{statistic}", f"Heads: {title}", "Mean over pairs.", chart))
         for contrast in CONTRASTS:
-            heads = head_differences(trials, attention, phase=phase, contrast=contrast, statistic=statistic)
+            heads = map_of(found, trials, phase=phase, contrast=contrast)
             if not heads.empty:
                 chart = charts.head_map_chart(rounded(heads), f"{title}, {contrast}")
                 name = f"heads-{phase}-{statistic}-{contrast.replace(' ', '')}"

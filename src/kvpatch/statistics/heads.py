@@ -79,6 +79,13 @@ def head_differences(
         `standing_out`). No rows where a condition of the contrast has none.
     """
     values = head_values(trials, attention, phase=phase, statistic=statistic, stage=stage)
+    return map_of(values, trials, phase=phase, contrast=contrast, alpha=alpha)
+
+
+def map_of(
+    values: Mapping[str, pd.DataFrame], trials: pd.DataFrame, *, phase: str, contrast: str, alpha: float = 0.05
+) -> pd.DataFrame:
+    """`head_differences` of what `head_values` gave."""
     weights = parse_contrast(contrast)
     columns = ["layer", "head", "n", "estimate", "low", "high", "dz", "p", "p_adjusted", "is_significant", "stands_out"]
     if any(name not in values for name in weights):

@@ -10,6 +10,8 @@ from kvpatch.statistics.margins import NATURAL_SOURCE, NATURAL_TARGET
 from kvpatch.statistics.measure import Measured
 
 _TERM = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+NAMED = 4
+"""Hypotheses that a sentence names; the rest it counts."""
 UNITS = {
     "recursive_score": "hits per 100 words",
     "recursive_score_masked": "hits per 100 words",
@@ -101,6 +103,9 @@ def _where_to_look(protocol: Protocol) -> str:
     found = [h for h in protocol.hypotheses if h.test != "equivalent" and set(foreign) & set(h.conditions)]
     if not found:
         return "this protocol has no contrast against a foreign cache, which is what would be evidence"
-    used = [name for name in foreign if any(name in h.conditions for h in found)]
-    ids = ", ".join(h.id for h in found)
-    return f"the evidence stands in the contrasts against a foreign cache ({', '.join(used)}): {ids}"
+    shown = sorted(found, key=lambda h: not h.confirmatory)[:NAMED]
+    used = ", ".join(name for name in foreign if any(name in h.conditions for h in shown))
+    more = f" and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
+    return (
+        f"the evidence stands in the contrasts against a foreign cache ({used}): {', '.join(h.id for h in shown)}{more}"
+    )

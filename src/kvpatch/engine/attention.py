@@ -7,6 +7,7 @@ A whole attention map is never held, but for the layers, heads and queries that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -136,9 +137,10 @@ class AttentionCapture:
             shape = (batch, heads, len(STATISTICS))
             self._sums[layer] = torch.zeros(shape, dtype=torch.float64, device=seen.query.device)
             self._counts[layer] = torch.zeros_like(self._sums[layer])
-        step = max(1, BLOCK_BYTES // (4 * batch * heads * slots))
-        for low in range(0, self._last, step):
-            high = min(low + step, self._last)
+        high = 0
+        while high < self._last:
+            low, before = high, slots - queries + high
+            high = min(low + _queries_of_a_block(before, BLOCK_BYTES // (4 * batch * heads)), self._last)
             end = slots - queries + high  # no later slot is seen
             query = seen.query[:, :, low:high].float().reshape(batch, kv_heads, -1, dim) * seen.scaling
             scores = (query @ seen.key[:, :, :end].float().mT).reshape(batch, heads, high - low, end)
@@ -180,6 +182,12 @@ class AttentionCapture:
             for layer, rows in self._kept.items()
         }
         return Attention((sums / counts).float(), self._queries, maps)
+
+
+def _queries_of_a_block(before: int, entries: int) -> int:
+    """The most queries q that see `before` slots and each other with q * (before + q) <= entries; at least one.
+    Blocks of one size leave no holes in memory."""
+    return max(1, int((math.sqrt(before**2 + 4 * entries) - before) / 2))
 
 
 def _classes(segments: Tensor, origins: Tensor, marked: Tensor | None) -> Tensor:

@@ -268,14 +268,14 @@ def _attend(
     step.windows[layer], step.query_heads = sliding_window, query.shape[1]
     if edit := step.edits.get(layer):
         query = edit.apply("query", query)
-    if step.watch is not None:
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        step.watch.see(layer, Seen(query, key, step.bias(sliding_window), scale, softcap))
     batch, heads, queries, dim = query.shape
     kv_heads = key.shape[1]
     groups = heads // kv_heads
     folded = query.reshape(batch, kv_heads, groups * queries, dim)
     bias = step.bias(sliding_window, groups)
+    if step.watch is not None:
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        step.watch.see(layer, Seen(query, key, bias[:, :, :queries], scale, softcap))
     if softcap is None:
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=bias, scale=scaling)
     else:

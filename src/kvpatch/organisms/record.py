@@ -58,7 +58,7 @@ def gate_zero(summary: Mapping[str, Any] | None) -> str:
     if not summary or not isinstance(summary.get("passed"), bool):
         return (
             "Gate 0: this version of kvpatch was not validated where the run was made; "
-            "`kvpatch validate --quick` does that in a few minutes."
+            "kvpatch validate --quick does that in a few minutes."
         )
     which = f"kvpatch {summary.get('version')} on {str(summary.get('created'))[:10]} ({summary.get('scope')})"
     if summary["passed"]:

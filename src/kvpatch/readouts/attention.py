@@ -61,7 +61,7 @@ def block_statistics(block: Block) -> tuple[dict[str, Tensor], Tensor]:
     largest, peak = p.gather(-1, peak)[..., 0], peak[..., 0]
     may = block.bias == 0
     visible = may.sum(dim=-1)  # [batch, 1, queries]
-    entropy = -largest.log() - torch.linalg.vecdot(p, z)
+    entropy = -largest.log() - torch.einsum("bhqs,bhqs->bhq", p, z)
     at = block.positions[:, None, :].expand(*p.shape[:2], -1).gather(2, peak)
     query_at = block.positions[:, block.own][:, None]
     out = {

@@ -97,10 +97,10 @@ FAULTS = (
     Fault(
         "prompt_scored",
         "the score is taken over prompt and output",
-        "executors/batch.py",
-        (('"recursive_score": recursive_score(text, lexicon)',
-          '"recursive_score": recursive_score('
-          'pair.texts[batch.conditions[batch.trials[index].condition].into] + " " + text, lexicon)'),),
+        "executors/rows.py",
+        (("scored = batch.scorer.score(of.text, seen)",
+          "into = batch.conditions[batch.trials[index].condition].into\n"
+          '    scored = batch.scorer.score(pair.texts[into] + " " + of.text, seen)'),),
         "null", "tests/executors/test_batch.py",
     ),
     Fault(
@@ -151,8 +151,8 @@ FAULTS = (
         "unseeded",
         "random donors are not seeded",
         "donors.py",
-        (("generators = [np.random.Generator(np.random.Philox(key=seed % 2**64)) for seed in seeds]",
-          "generators = [np.random.default_rng() for _ in seeds]"),),
+        (("return [np.random.Generator(np.random.Philox(key=seed % 2**64)) for seed in seeds]",
+          "return [np.random.default_rng() for _ in seeds]"),),
         "wired", "tests/core/test_donors.py",
     ),
     Fault(
@@ -166,7 +166,7 @@ FAULTS = (
     Fault(
         "labels_swapped",
         "the labels of two conditions are swapped",
-        "executors/batch.py",
+        "executors/rows.py",
         (('        "condition": trial.condition,\n',
           '        "condition": {"C": "N1", "N1": "C"}.get(trial.condition, trial.condition),\n'),),
         "wired", "tests/executors",
@@ -175,8 +175,8 @@ FAULTS = (
         "cells_swapped",
         "continuations in the mode and plain ones are swapped",
         "readouts/likelihood.py",
-        (("recursive_t, plain_t, recursive_s, plain_s = cells.double()",
-          "plain_t, recursive_t, plain_s, recursive_s = cells.double()"),),
+        (("mode_t, plain_t, mode_s, plain_s = np.asarray(cells",
+          "plain_t, mode_t, plain_s, mode_s = np.asarray(cells"),),
         "wired", "tests/readouts/test_likelihood.py",
     ),
     Fault(

@@ -123,6 +123,13 @@ def test_weights_that_are_changed_or_exchanged_are_seen(architecture):
     assert_same(found, run(model))
 
 
+def test_hooks_that_transformers_leaves_behind_are_nobody_s():
+    model = fresh("llama")
+    model.hf(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.hf.modules())
+    assert fast_of(model.backbone).network is not None
+
+
 def test_a_model_with_hooks_decodes_by_its_own_forward_pass():
     model = fresh("llama")
     plain = run(model)

@@ -15,7 +15,7 @@ from kvpatch.cache import PAD
 from kvpatch.engine.step import Ops, PlainOps, Sampling, feed_step, make_places
 from kvpatch.errors import ModelError
 from kvpatch.models.hf import Backbone
-from kvpatch.models.llamalike import Network, network_of
+from kvpatch.models.llamalike import Network, carries_hooks, network_of
 
 _CHECKED_ON = 7
 """Cached tokens of the comparison's longer row."""
@@ -62,7 +62,7 @@ def fast_of(backbone: Backbone) -> Fast:
 
 
 def _find(backbone: Backbone) -> Fast:
-    if any(m._forward_hooks or m._forward_pre_hooks for m in backbone.decoder.modules()):
+    if carries_hooks(backbone.decoder):
         return Fast(None, "model", "the model carries hooks")
     network = network_of(backbone)
     if isinstance(network, str):

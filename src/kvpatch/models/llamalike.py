@@ -90,7 +90,14 @@ class Network:
                 if module.weight.data_ptr() != at:
                     return False
                 at += module.weight.numel() * module.weight.element_size()
-        return not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.decoder.modules())
+        return not carries_hooks(backbone.decoder)
+
+
+def carries_hooks(decoder: nn.Module) -> bool:
+    """Whether somebody's hooks would be passed by. Those that transformers leaves behind once a forward pass was asked
+    for hidden states or attentions do nothing outside such a pass."""
+    hooks = (hook for m in decoder.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.utils.") for hook in hooks)
 
 
 @torch.no_grad()

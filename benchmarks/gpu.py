@@ -105,22 +105,23 @@ def stand_in(*names: str) -> None:
 
 stand_in("pingouin", "altair", "altair.utils", "altair.utils.schemapi", "vl_convert", "duckdb", "polars")
 
-from kvpatch.check import check  # noqa: E402
-from kvpatch.engine import fast as fast_room  # noqa: E402
-from kvpatch.engine import places as places_room  # noqa: E402
-from kvpatch.engine.decode import decode  # noqa: E402
-from kvpatch.engine.passes import tokens_at_once  # noqa: E402
-from kvpatch.engine.prefill import prefill  # noqa: E402
-from kvpatch.engine.score import score  # noqa: E402
-from kvpatch.executors.local import LocalExecutor  # noqa: E402
-from kvpatch.model import Model  # noqa: E402
-from kvpatch.models.hf import Backbone  # noqa: E402
-from kvpatch.models.load import Loaded  # noqa: E402
-from kvpatch.models.template import EncodedPrompt  # noqa: E402
-from kvpatch.prompts.bank import load_bank  # noqa: E402
-from kvpatch.protocols.load import load_protocol  # noqa: E402
-from kvpatch.run import plan_for  # noqa: E402
-from kvpatch.store import Store  # noqa: E402
+# Imported here because some of them import what was stood in for above; pyproject.toml allows it.
+from kvpatch.check import check
+from kvpatch.engine import fast as fast_room
+from kvpatch.engine import places as places_room
+from kvpatch.engine.decode import decode
+from kvpatch.engine.passes import tokens_at_once
+from kvpatch.engine.prefill import prefill
+from kvpatch.engine.score import score
+from kvpatch.executors.local import LocalExecutor
+from kvpatch.model import Model
+from kvpatch.models.hf import Backbone
+from kvpatch.models.load import Loaded
+from kvpatch.models.template import EncodedPrompt
+from kvpatch.prompts.bank import load_bank
+from kvpatch.protocols.load import load_protocol
+from kvpatch.run import plan_for
+from kvpatch.store import Store
 
 
 class Bench:

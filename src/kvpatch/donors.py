@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from kvpatch.cache import KVCache
 from kvpatch.errors import CacheError
-from kvpatch.noise import normal
+from kvpatch.noise import int64_seeds, normal
 from kvpatch.rope import rotate
 
 Seeds = Sequence[int]
@@ -214,10 +214,9 @@ def _gather_slots(tensor: Tensor, order: Tensor) -> Tensor:
 
 def _normal(source: KVCache, seeds: Sequence[int], stream: int, heads: int, width: int) -> Tensor:
     """[batch, heads, slots, width] standard normal; a row's numbers depend on its seed and length alone."""
-    device = source.positions.device
-    keys = torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], device=device)
+    own = int64_seeds(seeds, source.positions.device)
     # Slots count from the end, so that padding on the left does not move them.
-    numbers = normal(keys, stream, (source.slots, heads, width)).flip(1)  # [batch, slots, heads, width]
+    numbers = normal(own, stream, (source.slots, heads, width)).flip(1)  # [batch, slots, heads, width]
     return torch.where(source.is_real[:, :, None, None], numbers, 1).transpose(1, 2)
 
 

@@ -7,11 +7,17 @@ uniform number strictly between 0 and 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 GOLDEN = -1640531527  # 2**32 / golden ratio, as int32
+
+
+def int64_seeds(seeds: Sequence[int], device: torch.device) -> Tensor:
+    """Seeds of any size as int64, [rows]: what an unsigned number of 64 bits is read as."""
+    return torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], device=device)
 
 
 def keys_of(seeds: Tensor, stream: Tensor | int) -> Tensor:

@@ -150,9 +150,7 @@ def run(
                 others[key] = other.model_copy(update={"check": found, "noise_floor": floor})
         newest = newest_validation(cache_directory(), kvpatch.__version__)
         validation = None if newest is None else newest.summary()
-        engine = record.engine or {
-            str(key or "own"): _engine(model, plan, key, watcher) for key, model in models.items()
-        }
+        engine = record.engine or {_named(key): _engine(model, plan, key, watcher) for key, model in models.items()}
         record = record.model_copy(update={"other_models": others, "validation": validation, "engine": engine})
         store.write_record(record)
         record = _execute(plan, models, store, record, watcher)
@@ -186,6 +184,11 @@ def _checked(model: Model, watcher: Watcher) -> tuple[list[dict[str, object]], d
     return [i.model_dump() for i in found], floor
 
 
+def _named(key: str | None) -> str:
+    """What `RunRecord.engine` calls a model: its key, "own" for the run's own."""
+    return key or "own"
+
+
 def _engine(model: Model, plan: Plan, key: str | None, watcher: Watcher) -> dict[str, object]:
     """How a model's trials are decoded: what carries out a step, and on a processor threads and rows at a time, found
     by timing where a run is long enough to gain from it."""
@@ -206,9 +209,9 @@ def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, watche
         written[0] += tokens
         watcher.batch(batch, tokens)
 
-    if threads := record.engine.get("own", {}).get("threads"):
+    if threads := record.engine.get(_named(None), {}).get("threads"):
         torch.set_num_threads(threads)
-    rows = {key: int(record.engine.get(str(key or "own"), {}).get("rows", 0)) or None for key in models}
+    rows = {key: int(record.engine.get(_named(key), {}).get("rows", 0)) or None for key in models}
     # Whatever was imported and read so far stays; the collector need not look through it again and again.
     gc.collect()
     gc.freeze()

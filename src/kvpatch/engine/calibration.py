@@ -13,6 +13,7 @@ import torch
 from kvpatch.engine.fast import fast_of
 from kvpatch.engine.step import PlainOps, Sampling, decode_step, make_places
 from kvpatch.models.hf import Backbone
+from kvpatch.models.products import fast_products
 
 ROWS = (32, 64, 128)
 """Rows at a time that are tried. 256 gain less than a tenth and take twice the memory (benchmarks/LOG.md)."""
@@ -44,7 +45,8 @@ def calibrate(backbone: Backbone) -> HowToRun | None:
     for threads in dict.fromkeys((before, max(1, before // 2))):
         torch.set_num_threads(threads)
         for rows in ROWS:
-            rate = _rate(backbone, rows)
+            with fast_products(backbone.head.weight, fast.weights(backbone)):
+                rate = _rate(backbone, rows)
             if best is None or rate > GAIN * best.tokens_a_second:
                 best = HowToRun(threads, rows, rate, 0.0)
             elif threads == best.threads:

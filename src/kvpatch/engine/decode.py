@@ -25,6 +25,7 @@ from kvpatch.engine.sampling import choose
 from kvpatch.engine.step import Sampling
 from kvpatch.errors import CacheError, ProtocolError
 from kvpatch.models.hf import Backbone, Edits, Slab
+from kvpatch.noise import int64_seeds
 
 OnStep = Callable[[int], None]
 
@@ -97,11 +98,10 @@ def decode(
     if longest > backbone.geometry.context:
         raise ProtocolError(f"{longest} positions are needed; the model's context is {backbone.geometry.context}")
     _refuse_foreign(backbone, cache)
-    row_seeds = torch.tensor([_int64(seed) for seed in seeds], device=backbone.device)
     request = Request(
         limit=max_new_tokens,
         sampling=Sampling(temperature, top_p, tuple(end_tokens)),
-        seeds=row_seeds,
+        seeds=int64_seeds(seeds, backbone.device),
         keep_values=tuple(keep_values),
         steering={layer: edit.steer for layer, edit in (edits or {}).items() if edit.steer is not None},
         on_step=on_step,
@@ -179,7 +179,3 @@ def _new_values(slab: Slab, layer: int, slots: int, token_ids: Tensor) -> Tensor
     out[:, :, :have] = values[:, :, slots + 1 : slots + 1 + have]
     is_fed = torch.arange(new, device=token_ids.device) < (token_ids != PAD).sum(dim=1, keepdim=True) - 1
     return out * is_fed[:, None, :, None]
-
-
-def _int64(seed: int) -> int:
-    return (seed + 2**63) % 2**64 - 2**63

@@ -24,6 +24,7 @@ from kvpatch.models.hf import Backbone, LayerEdit
 from kvpatch.models.llamalike import LayerWeights, Network
 
 ROWS_OF_LOGITS = 8
+"""Rows whose tokens are chosen at a time on a CPU."""
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,8 @@ def _force(
         keep_logits=positions,
     )
     assert reading.logits is not None
-    natural_late = {layer: values.cpu() for layer, values in reading.values.items()}.get(layers[0])
+    natural_late = reading.values[layers[0]].cpu() if batch.geometry else None
+    lengths, window = [len(ids) for ids in forced], settings.r_v.window
     rv_output: list[Tensor] = []
     pulls: list[Tensor] = []
     logprobs: list[Tensor] = []
@@ -251,11 +252,10 @@ def _force(
             # On the host: a GPU is slow at small decompositions.
             of_trials = late.cpu(), early.cpu()
             sides_late = natural_late[:n_pairs], natural_late[n_pairs:]
-            lengths, window = [len(ids) for ids in forced], settings.r_v.window
             geometry += output_geometries(of_trials, sides_late, [t.pair for t in trials], lengths, window)
-        rv_output.append(_rv_before(late, early, [len(forced[t.pair]) for t in trials], settings.r_v.window))
+        rv_output.append(_rv_before(late, early, [lengths[t.pair] for t in trials], window))
         pairs = torch.tensor([t.pair for t in trials], device=part.logits.device)
-        counts = torch.tensor([min(positions, len(forced[t.pair])) for t in trials], device=part.logits.device)
+        counts = torch.tensor([min(positions, lengths[t.pair]) for t in trials], device=part.logits.device)
         pulls.append(js_pulls(part.logits, reading.logits[pairs], reading.logits[n_pairs + pairs], counts))
         logprobs.append(part.logprobs[:, 1:, : settings.likelihood_tokens])
     cells = np.concatenate(

@@ -381,11 +381,11 @@ class Backbone:
         """
         weight, bias = self.head.weight, self.head.bias
         total = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
-        for low in range(0, weight.shape[0], VOCABULARY_CHUNK):
-            part = slice(low, low + VOCABULARY_CHUNK)
-            with fast_products(weight):
+        with fast_products(weight):
+            for low in range(0, weight.shape[0], VOCABULARY_CHUNK):
+                part = slice(low, low + VOCABULARY_CHUNK)
                 chunk = F.linear(hidden, weight[part], None if bias is None else bias[part])
-            total = torch.logaddexp(total, self.scaled(chunk.float()).logsumexp(dim=-1))
+                total = torch.logaddexp(total, self.scaled(chunk.float()).logsumexp(dim=-1))
         chosen = (hidden * weight[token_ids]).sum(dim=-1)
         if bias is not None:
             chosen = chosen + bias[token_ids]

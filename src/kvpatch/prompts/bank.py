@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import yaml
@@ -20,8 +20,7 @@ from pydantic import Field, ValidationError, field_validator
 from kvpatch.errors import ProtocolError
 from kvpatch.patch import Frozen
 from kvpatch.protocols.schema import Mode
-
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's reads ten times faster, where it is there
+from kvpatch.yaml_loader import LOADER
 
 
 class Prompt(Frozen):
@@ -134,13 +133,9 @@ def _read(name: str, folder: Path) -> Bank:
     return Bank(name=name, sha256=digest.hexdigest(), prompts=tuple(prompts), continuations=tuple(continuations))
 
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The loader in C reads a bank in a tenth of the time."""
-
-
 def _entries(path: Path, raw: bytes) -> Iterator[Prompt | Continuation]:
     try:
-        loaded = yaml.load(raw, Loader=_LOADER) or []
+        loaded = yaml.load(raw, Loader=LOADER) or []
     except yaml.YAMLError as error:
         raise ProtocolError(f"{path.name}: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, list):

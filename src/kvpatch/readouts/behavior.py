@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from kvpatch.errors import ProtocolError
+from kvpatch.yaml_loader import LOADER
 
 # No evidence of copying, and of no use in telling two texts apart. Reflexive pronouns are left out on
 # purpose: "myself" and "itself" carry the mode.
@@ -168,7 +169,7 @@ class Lexicon:
     def parse(cls, content: bytes, origin: str) -> Lexicon:
         """Read a lexicon from the bytes of its file; `origin` is what errors call it."""
         try:
-            parsed = yaml.load(content.decode("utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            parsed = yaml.load(content.decode("utf-8"), Loader=LOADER)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ProtocolError(f"lexicon {origin!r} is not YAML in UTF-8: {reason}") from error

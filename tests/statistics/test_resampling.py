@@ -22,7 +22,7 @@ def slow_mean_above(values: np.ndarray, null: float, draws: int) -> float:
     count = 0
     for _ in range(draws):
         drawn = rng.choice(values, n)
-        spread = max(drawn.std(ddof=1), 0.05 * sd)
+        spread = max(drawn.std(ddof=1), sd / math.sqrt(n))
         count += (drawn.mean() - mean) / (spread / math.sqrt(n)) >= observed
     return (count + 1) / (draws + 1)
 
@@ -31,6 +31,14 @@ def slow_mean_above(values: np.ndarray, null: float, draws: int) -> float:
 def test_p_is_that_of_the_algorithm_in_loops(null):
     values = RNG.exponential(size=25) - 0.4
     assert mean_above(values, null) == pytest.approx(slow_mean_above(values, null, 4_000), abs=0.025)
+
+
+def test_resamples_of_zeros_alone_are_not_infinitely_precise():
+    values = np.zeros(13)
+    values[3] = -6.25  # a third of the resamples leave it out
+    assert mean_above(values, -8) < 0.001
+    assert mean_above(values, -8) == pytest.approx(slow_mean_above(values, -8, 4_000), abs=0.002)
+    assert mean_above(values, -0.5) > 0.3  # a margin that the one value could pass by itself
 
 
 def test_p_of_many_normal_values_is_that_of_the_t_test():

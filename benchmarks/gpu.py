@@ -106,6 +106,7 @@ def stand_in(*names: str) -> None:
 stand_in("pingouin", "altair", "altair.utils", "altair.utils.schemapi", "vl_convert", "duckdb", "polars")
 
 # Imported here because some of them import what was stood in for above; pyproject.toml allows it.
+from growth import grow
 from kvpatch.check import check
 from kvpatch.engine import fast as fast_room
 from kvpatch.engine import places as places_room
@@ -471,8 +472,6 @@ def experiment(bench: Bench, shape: str, name: str, new: int, phases: dict[str, 
         f"tokens written; {errors} errors; {peak()}"
     )
     print("   done at " + ", ".join(f"{phase} {at:.1f} s" for phase, at in marks.items()))
-    if "growth" in settings:
-        settings["growth"].append((rows.num_rows, new, ended - began))
 
 
 def identities(bench: Bench) -> None:
@@ -527,16 +526,8 @@ def dec7(bench: Bench) -> None:
 
 
 def growth(bench: Bench) -> None:
-    """Time per trial and per token as n and the number of new tokens grow; SmolLM2 shape, Phase 1 without controls."""
-    for new, sizes in ((64, (25, 50, 100, 200)), (32, (100,)), (128, (100,))):
-        for n in sizes:
-            found: list[tuple[int, int, float]] = []
-            samples = {"samples": max(1, n // 100)}
-            experiment(
-                bench, "smollm2", f"n={n}, {new} tokens", new, {"1": min(n, 100)}, generation=samples, growth=found
-            )
-            trials, _, seconds = found[0]
-            print(f"   {1e3 * seconds / trials:.2f} ms a trial, {1e6 * seconds / trials / new:.1f} us a token")
+    """Time a trial and a token as pairs and new tokens grow, SmolLM2 shape: past the first batch from 200 pairs on."""
+    grow(bench.model("smollm2"), (25, 50, 100, 200, 400, 800), (32, 64, 128))
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {

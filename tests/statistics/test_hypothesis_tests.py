@@ -153,6 +153,12 @@ def test_jzs_bayes_factor_is_left_out_where_its_integral_fails():
     assert math.isnan(tests.jzs_bayes_factor(np.full(6, 1.0)))
 
 
+def test_jzs_bayes_factor_of_an_effect_seen_in_thousands_of_pairs_is_past_any_float():
+    values = np.random.default_rng(0).normal(0.8, 1.0, 3200)
+    assert tests.jzs_bayes_factor(values) == math.inf
+    assert 1e10 < tests.jzs_bayes_factor(values[:320]) < math.inf
+
+
 def test_jzs_bayes_factor_agrees_with_the_integral_over_effect_sizes():
     for seed in range(3):
         values = np.random.default_rng(seed).normal(0.2 * seed, 1, 20)

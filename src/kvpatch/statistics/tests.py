@@ -161,13 +161,15 @@ def rank_biserial(differences: Floats) -> float:
 def jzs_bayes_factor(differences: Floats, scale: float = math.sqrt(2) / 2) -> float:
     """Bayes factor of a mean effect over none (BF10), Cauchy prior on the standardised effect.
 
-    Rounded to 6 significant digits, which its numerical integral is good for. NaN if n < 2, if the
-    differences do not vary, or beyond |dz| = 20, where the integral is no longer right (and nobody needs it).
+    Rounded to 6 significant digits, which its numerical integral is good for; infinite where it is more than a float
+    holds. NaN if n < 2, if the differences do not vary, or beyond |dz| = 20, where the integral is no longer right (and
+    nobody needs it).
     Source: Rouder et al. 2009 (Psychon Bull Rev 16:225), equation 1, by `pingouin.bayesfactor_ttest`.
     """
     dz = cohens_dz(differences)
     if not abs(dz) <= MAX_DZ_OF_BAYES_FACTOR:
         return math.nan
     n = len(differences)
-    value = float(bayesfactor_ttest(dz * math.sqrt(n), n, paired=True, r=scale))
+    # A float of numpy's: a likelihood that underflows then gives infinity, where Python's would raise.
+    value = float(bayesfactor_ttest(np.float64(dz * math.sqrt(n)), n, paired=True, r=scale))
     return float(f"{value:.6g}")

@@ -1,0 +1,115 @@
+"""How work grows: seconds a trial and a token, and memory, as pairs and new tokens grow.
+
+    python benchmarks/growth.py [--model smollm2-135m] [--rows 64] [--pairs 25 50 100 200] [--new-tokens 32 64 128]
+
+Every line is Phase 1's own conditions, planned, decoded, read out and stored; past the bank's 100 pairs each is sampled
+again. "more" is what the trials cost that a line has over the line before: a run's fixed costs are not in it, and a
+device's first batch, which is not full, is not either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import kvpatch
+from kvpatch.executors.local import LocalExecutor
+from kvpatch.model import Model
+from kvpatch.prompts.bank import load_bank
+from kvpatch.protocols.load import load_protocol
+from kvpatch.run import plan_for
+from kvpatch.store import Store
+
+BANK_PAIRS = 100
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a run took: trials and the tokens they wrote, seconds, and bytes held at most (by the process so far on a
+    CPU, on a GPU by this run)."""
+
+    trials: int
+    tokens: int
+    seconds: float
+    held: int
+
+
+def phase1(model: Model, pairs: int, new_tokens: int, rows: int | None = None) -> Taken:
+    """Run Phase 1's own conditions on so many pairs."""
+    protocol = load_protocol("dec7")
+    phase = protocol.phases["1"].model_copy(update={"n": min(pairs, BANK_PAIRS), "controls": []})
+    changed = {"max_new_tokens": new_tokens, "samples": max(1, pairs // BANK_PAIRS)}
+    protocol = protocol.model_copy(
+        update={
+            "phases": {"1": phase},
+            "hypotheses": [],
+            "generation": protocol.generation.model_copy(update=changed),
+        }
+    )
+    on_gpu = model.backbone.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    plan, _ = plan_for({None: model}, protocol, load_bank(protocol.bank), seed=0, n=None, phases=None)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder) / "run")
+        with store.locked():
+            executor = LocalExecutor({None: model}, {None: rows})
+            executor.run(plan, store, on_tokens=lambda rows: None, on_batch=lambda batch, written: None)
+        seconds = time.perf_counter() - start
+        table = store.read()
+    held = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Taken(table.num_rows, sum(table["n_tokens"].to_pylist()), seconds, held)
+
+
+def grow(model: Model, pairs: Sequence[int], new_tokens: Sequence[int], rows: int | None = None) -> None:
+    """Print a table of growing pairs at the second of the numbers of tokens, and one of growing tokens."""
+    phase1(model, 4, 8, rows)  # warms up
+    middle = sorted(new_tokens)[len(new_tokens) // 2]
+    at = pairs[len(pairs) // 2]
+    print(f"{middle} new tokens\n pairs  trials  seconds  ms a trial  of more trials, ms  GiB held")
+    before: Taken | None = None
+    for count in pairs:
+        now = phase1(model, count, middle, rows)
+        more = "" if before is None else f"{1e3 * (now.seconds - before.seconds) / (now.trials - before.trials):.1f}"
+        print(
+            f"{count:6} {now.trials:7} {now.seconds:8.1f} {1e3 * now.seconds / now.trials:11.1f} {more:>19} "
+            f"{now.held / 2**30:9.2f}",
+            flush=True,
+        )
+        before = now
+    print(f"{at} pairs\n new tokens  written  seconds  us a token  of more tokens, us  GiB held")
+    before = None
+    for count in new_tokens:
+        now = phase1(model, at, count, rows)
+        more = "" if before is None else f"{1e6 * (now.seconds - before.seconds) / (now.tokens - before.tokens):.0f}"
+        print(
+            f"{count:11} {now.tokens:8} {now.seconds:8.1f} {1e6 * now.seconds / now.tokens:11.0f} {more:>19} "
+            f"{now.held / 2**30:9.2f}",
+            flush=True,
+        )
+        before = now
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rows", type=int, help="rows at a time; on a CPU one stored batch if not given")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[25, 50, 100, 200])
+    parser.add_argument("--new-tokens", type=int, nargs="+", default=[32, 64, 128])
+    options = parser.parse_args()
+    model = kvpatch.load(options.model, dtype=options.dtype)
+    print(f"{options.model}, {options.dtype}, {model.backbone.device.type}, {options.rows or 'planned'} rows at a time")
+    grow(model, options.pairs, options.new_tokens, options.rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import defaultdict
 from typing import Any
@@ -14,6 +15,7 @@ from kvpatch.executors import conditions as condition_room
 from kvpatch.executors.batch import run_batch
 from kvpatch.executors.shape import OPTIONAL_COLUMNS
 from kvpatch.protocols.plan import Batch
+from kvpatch.protocols.schema import Watched
 from kvpatch.readouts.behavior import Lexicon, recursive_score, recursive_score_masked
 from kvpatch.readouts.fluency import CoherenceLimits, is_coherent, repetition
 from kvpatch.store import TRIAL_COLUMNS, TRIAL_SCHEMA
@@ -44,6 +46,26 @@ def test_every_column_is_filled(rows, batch):
         assert {k for k, v in row.items() if v is None} <= may_be_null
         assert row["error"] is None
         assert (row["patch"] is None) is (row["condition"] in ("A", "B", "S1"))
+
+
+@pytest.mark.parametrize("asks", [{}, {"geometry": True, "watched": Watched()}])
+def test_a_batch_leaves_no_tensor_to_the_garbage_collector(model, batch, asks):
+    """It counts objects, not bytes, and a GPU is full before it looks."""
+    asked = batch.model_copy(update=asks)
+    run_batch(model, asked)  # what is kept with the model is made now
+
+    def alive() -> set[int]:
+        return {id(x) for x in gc.get_objects() if type(x) is torch.Tensor}
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        run_batch(model, asked)
+        left = alive() - before
+    finally:
+        gc.enable()
+    assert len(left) == 0
 
 
 def test_every_value_fits_the_schema(rows):

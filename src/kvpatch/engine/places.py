@@ -11,6 +11,7 @@ given up once enough are empty.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -141,8 +142,7 @@ class _Runner:
         )
         ops = fast.make_ops(backbone, request.sampling, positions)
         assert fast.network is not None
-        network = fast.network
-        self._step = lambda: decode_step(backbone, network, ops, self.places)
+        self._step = functools.partial(decode_step, backbone, fast.network, ops)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.steered = dict.fromkeys(request.steering, 0)  # by layer: steps that did steer it
         self._steered_by_graph = dict(self.steered)
@@ -184,7 +184,7 @@ class _Runner:
     def _stepped(self) -> dict[int, int]:
         """Run or capture one step; for each layer whether it steered."""
         before = {layer: edit.fired for layer, edit in self.places.steering.items()}
-        self._step()
+        self._step(self.places)
         return {layer: edit.fired - before[layer] for layer, edit in self.places.steering.items()}
 
     def _capture(self, bounded: bool) -> None:
@@ -200,7 +200,7 @@ class _Runner:
         with torch.cuda.stream(stream):
             own.live = own.capacity
             for _ in range(2):
-                self._step()
+                self._step(own)
         torch.cuda.current_stream().wait_stream(stream)
         pool = torch.cuda.graph_pool_handle()
         for end in reversed(ends):

@@ -125,6 +125,16 @@ class Watch(Protocol):
         """One layer's turn."""
 
 
+@dataclass
+class _Extent:
+    """Slots of a slab: how many there are, and that the newest stand at [start, length). Its layers share it; were they
+    to hold the slab itself, its memory would wait for the garbage collector, which counts no bytes."""
+
+    capacity: int
+    start: int = 0
+    length: int = 0
+
+
 class SlabLayer(CacheLayerMixin):
     """One layer of a slab, in the shape transformers' `Cache` wants its layers."""
 
@@ -132,21 +142,21 @@ class SlabLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, slab: Slab, layer: int) -> None:
+    def __init__(self, extent: _Extent, layer: int) -> None:
         super().__init__()
-        self.slab, self.layer = slab, layer
+        self.extent, self.layer = extent, layer
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, key_dim = key_states.shape
-        self.keys = key_states.new_zeros(batch, heads, self.slab.capacity, key_dim)
-        self.values = value_states.new_zeros(batch, heads, self.slab.capacity, value_states.shape[3])
+        self.keys = key_states.new_zeros(batch, heads, self.extent.capacity, key_dim)
+        self.values = value_states.new_zeros(batch, heads, self.extent.capacity, value_states.shape[3])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, end = self.slab.start, self.slab.length
+        start, end = self.extent.start, self.extent.length
         if edit := _running.step.edits.get(self.layer):
             key_states, value_states = edit.apply("key", key_states), edit.apply("value", value_states)
         self.keys[:, :, start:end] = key_states
@@ -154,13 +164,13 @@ class SlabLayer(CacheLayerMixin):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.slab.length, 0
+        return self.extent.length, 0
 
     def get_seq_length(self) -> int:
-        return self.slab.start
+        return self.extent.start
 
     def get_max_length(self) -> int:
-        return self.slab.capacity
+        return self.extent.capacity
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.24
 
@@ -174,12 +184,10 @@ class Slab(Cache):
     """
 
     def __init__(self, batch: int, capacity: int, layers: int, device: torch.device) -> None:
-        self.capacity = capacity
-        self.start = 0
-        self.length = 0
+        self.extent = _Extent(capacity)
         self.positions = torch.full((batch, capacity), PAD, dtype=torch.int64, device=device)
         self.branches = torch.zeros_like(self.positions)
-        self.slab_layers = [SlabLayer(self, layer) for layer in range(layers)]
+        self.slab_layers = [SlabLayer(self.extent, layer) for layer in range(layers)]
         super().__init__(layers=list(self.slab_layers))
 
     @classmethod
@@ -192,17 +200,23 @@ class Slab(Cache):
             layer.keys[:, :, :slots] = k
             layer.values[:, :, :slots] = v
         slab.positions[:, :slots] = positions
-        slab.start = slab.length = slots
+        slab.extent.start = slab.extent.length = slots
         return slab
+
+    @property
+    def length(self) -> int:
+        """Slots that are live."""
+        return self.extent.length
 
     def extend(self, positions: Tensor, branches: Tensor | None = None) -> None:
         """Open the next slots for tokens at these positions and of these branches, [batch, new]; -1 is padding."""
-        self.start, self.length = self.length, self.length + positions.shape[1]
-        if self.length > self.capacity:
-            raise ModelError(f"a slab of {self.capacity} slots can't take {self.length}")
-        self.positions[:, self.start : self.length] = positions
+        own = self.extent
+        own.start, own.length = own.length, own.length + positions.shape[1]
+        if own.length > own.capacity:
+            raise ModelError(f"a slab of {own.capacity} slots can't take {own.length}")
+        self.positions[:, own.start : own.length] = positions
         if branches is not None:
-            self.branches[:, self.start : self.length] = branches
+            self.branches[:, own.start : own.length] = branches
 
 
 @dataclass

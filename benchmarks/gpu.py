@@ -341,10 +341,26 @@ def profile(bench: Bench) -> None:
     places_room.release(backbone)
 
 
+KINDS = {
+    "attention": ("attend", "fmha", "flash", "sdpa", "attention"),
+    "products": ("nvjet", "gemm", "cutlass", "xmma"),
+}
+"""What a kernel is, by what its name holds."""
+
+
 def kernel_table(seen: Any, title: str) -> None:
     rows = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in rows) or 1
     print(f"{title}: {total / 1e6:.3f} s on the device")
+    shares = {"products": 0.0, "attention": 0.0}
+    for event in rows:
+        kind = next((kind for kind, names in KINDS.items() if any(n in event.key.lower() for n in names)), event.key)
+        shares[kind] = shares.get(kind, 0.0) + 100 * event.self_device_time_total / total
+    largest = max((kind for kind in shares if kind not in KINDS), key=lambda kind: shares[kind], default="nothing")
+    print(
+        f"  products {shares['products']:.1f}%, attention {shares['attention']:.1f}%; the largest of the rest "
+        f"{shares.get(largest, 0):.1f}%: {largest[:60]}"
+    )
     for event in rows[:14]:
         share = 100 * event.self_device_time_total / total
         mean = event.self_device_time_total / event.count
@@ -526,8 +542,8 @@ def dec7(bench: Bench) -> None:
 
 
 def growth(bench: Bench) -> None:
-    """Time a trial and a token as pairs and new tokens grow, SmolLM2 shape: past the first batch from 200 pairs on."""
-    grow(bench.model("smollm2"), (25, 50, 100, 200, 400, 800), (32, 64, 128))
+    """Time a trial and a token as pairs and new tokens grow, 8B shape: past the first batch from 100 pairs on."""
+    grow(bench.model("8b"), (25, 50, 100, 200, 400), (32, 64, 128))
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {

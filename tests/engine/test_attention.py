@@ -13,12 +13,13 @@ from transformers import DynamicCache
 
 from kvpatch import Patch, SlotQuery
 from kvpatch.cache import KVCache, Origin, Segment
-from kvpatch.engine.attention import AttentionCapture, Look, Maps
+from kvpatch.engine.attention import BLOCK_BYTES, AttentionCapture, Look, Maps
 from kvpatch.engine.decode import decode
 from kvpatch.engine.prefill import prefill, watched_prefill
 from kvpatch.engine.score import score
 from kvpatch.errors import ProtocolError
 from kvpatch.heads import DISTANCES, STATISTICS
+from kvpatch.models.hf import LayerEdit
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.selection import SINKS
 from tiny import WINDOW, random_prompts
@@ -153,7 +154,7 @@ def test_statistics_of_prompts_equal_eager_attention(architecture: str, tiny, mo
     natural = prefill(model.backbone, prompts)
     for block in (None, 700):  # and in blocks of a query or two
         if block:
-            monkeypatch.setattr("kvpatch.engine.attention.BLOCK_BYTES", block)
+            monkeypatch.setitem(BLOCK_BYTES, "cpu", block)
         cache, found = watched_prefill(model.backbone, prompts, look_at(natural))
         assert cache.checksums() == natural.checksums()
         for row, prompt in enumerate(prompts):
@@ -190,6 +191,31 @@ def test_statistics_of_decoding_equal_eager_attention(architecture: str, align: 
         fed = [int(own.pending), *written.token_ids[row, : written.lengths[row] - 1].tolist()]
         assert int(written.attention.queries[row]) == len(fed)
         assert_equal(written.attention.values[row], slow(model, own, eager(model, fed, own), fed))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_forcing_a_text_shows_what_the_heads_did_while_it_was_written(architecture: str, tiny):
+    """A run decodes unwatched and looks afterwards; steered, as when it wrote."""
+    model = tiny(architecture)
+    cache = patched(model, "replace")
+    geometry = model.geometry
+    steer = torch.linspace(-1, 1, 2 * geometry.kv_heads * geometry.head_dim).view(2, geometry.kv_heads, -1)
+    settings = {"max_new_tokens": NEW, "temperature": 0.7, "seeds": [3, 4]}
+    plain = decode(model.backbone, cache, **settings)
+    end = int(plain.token_ids[1, 4])
+
+    def edits(rows: slice = slice(None)) -> dict[int, LayerEdit]:
+        return {1: LayerEdit(steer=steer[rows])}
+
+    written = decode(model.backbone, cache, **settings, end_tokens=[end], look=look_at(cache), edits=edits())
+    texts = [row[:length].tolist() for row, length in zip(written.token_ids, written.lengths, strict=True)]
+    forced = score(model.backbone, cache, [[text] for text in texts], look=look_at(cache), edits=edits)
+    assert written.attention is not None and forced.attention is not None
+    assert torch.equal(forced.attention.queries, written.attention.queries)
+    assert torch.allclose(forced.attention.values, written.attention.values, atol=1e-5, equal_nan=True)
+    unsteered = score(model.backbone, cache, [[text] for text in texts], look=look_at(cache))
+    assert unsteered.attention is not None
+    assert not torch.allclose(unsteered.attention.values, written.attention.values, atol=1e-5, equal_nan=True)
 
 
 def test_nothing_is_watched_where_nothing_is_asked(tiny, monkeypatch):

@@ -20,8 +20,9 @@ from kvpatch.models.hf import Seen
 from kvpatch.readouts.attention import CLASSES, Block, block_statistics
 from kvpatch.selection import SINKS
 
-BLOCK_BYTES = 4 << 20
-"""Most bytes of the scores of one block; small enough that the passes over it stay in a processor's cache."""
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+"""Most bytes of the scores of one block: on a CPU so few that the passes over it stay in its cache, on a GPU so many
+that launching them is not what takes the time."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,11 @@ class AttentionCapture:
             shape = (batch, heads, len(STATISTICS))
             self._sums[layer] = torch.zeros(shape, dtype=torch.float64, device=seen.query.device)
             self._counts[layer] = torch.zeros_like(self._sums[layer])
+        entries = BLOCK_BYTES.get(seen.query.device.type, BLOCK_BYTES["cpu"]) // (4 * batch * heads)
         high = 0
         while high < self._last:
             low, before = high, slots - queries + high
-            high = min(low + _queries_of_a_block(before, BLOCK_BYTES // (4 * batch * heads)), self._last)
+            high = min(low + _queries_of_a_block(before, entries), self._last)
             end = slots - queries + high  # no later slot is seen
             query = seen.query[:, :, low:high].float().reshape(batch, kv_heads, -1, dim) * seen.scaling
             scores = (query @ seen.key[:, :, :end].float().mT).reshape(batch, heads, high - low, end)

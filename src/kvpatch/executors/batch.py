@@ -108,7 +108,6 @@ def measure(
         keep_values=layers,
         on_step=on_tokens,
         edits=steering,
-        look=look,
         places=places,
     )
     lengths = written.lengths
@@ -116,11 +115,12 @@ def measure(
     _count_steered_steps(built, steering, max(lengths))
     rv_own = _rv_own(written, lengths, layers, batch.readouts.r_v.window).tolist()
     forced = _force(model, batch, natural, built, layers, look)
+    own_attention = None if look is None else _own_attention(model, built, outputs, look)
     nll_target = _nll_target(model, batch, natural, outputs)
     after = mixed.checksums()
     rv_prompt = r_v(mixed, early=layers[1], late=layers[0], window=batch.readouts.r_v.window).tolist()
     texts = model.texts(written.token_ids)
-    asked, heads = _asked_for(batch, built, look, layers, written, forced)
+    asked, heads = _asked_for(batch, built, look, layers, written, forced, own_attention)
     logprobs = written.logprobs.tolist()
     source_ids, target_ids = _prompt_ids(batch, natural)
     pending = mixed.pending.tolist()
@@ -160,6 +160,7 @@ def _asked_for(
     layers: tuple[int, int],
     written: Continuations,
     forced: _Forced,
+    own_attention: Attention | None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Attention]]]:
     """What the phase asks for, for every trial: columns of its row, and statistics of its heads by stage."""
     window, cache = batch.readouts.r_v.window, built.cache
@@ -172,8 +173,8 @@ def _asked_for(
         ):
             row |= of_cache | of_output | {"rv_trajectory": trajectory}
     if look is not None:
-        assert written.attention is not None and forced.attention is not None
-        heads = each_trial_s({"own": written.attention, "forced": forced.attention})
+        assert own_attention is not None and forced.attention is not None
+        heads = each_trial_s({"own": own_attention, "forced": forced.attention})
         for row, means in zip(columns, attention_means(forced.attention, cache, look), strict=True):
             row |= means
     return columns, heads
@@ -276,6 +277,16 @@ def _edits_from(built: Built, low: int) -> Callable[[slice], Edits] | None:
     if steering is None:
         return None
     return lambda rows: steering.edits(slice(low + rows.start, low + rows.stop))
+
+
+def _own_attention(model: Model, built: Built, outputs: Sequence[Sequence[int]], look: Look) -> Attention:
+    """What the heads did while each trial wrote. Read by forcing the text that it wrote: the same tokens are fed after
+    the same cache, and decoding need not stop at every step to be watched."""
+    found = score(
+        model.backbone, built.cache, [[output] for output in outputs], edits=_edits_from(built, 0), look=look
+    ).attention
+    assert found is not None
+    return found
 
 
 def _rv_before(late: Tensor, early: Tensor, ends: Sequence[int], window: int) -> Tensor:

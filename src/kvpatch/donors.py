@@ -54,7 +54,8 @@ def _source(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
 
 
 def _shuffle_values(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
-    """E1: values permuted over slots, keys left. (Permuting both is a no-op: keys carry their positions with them.)"""
+    """E1: values permuted over slots so that none stays, keys left. (Permuting both is a no-op: keys carry their
+    positions with them.)"""
     order = _permutations(source, seeds)
     return replace(source, values=tuple(_gather_slots(v, order) for v in source.values))
 
@@ -192,20 +193,25 @@ def _mean(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
 
 
 def _permutations(source: KVCache, seeds: Seeds) -> Tensor:
-    """[batch, slots]: for each slot, the slot its content comes from; padding stays where it is."""
+    """[batch, slots]: for each slot, the slot its content comes from, another one; padding stays where it is.
+
+    Were a slot left in its place, a mode that sits in one slot would come through in one row of so many as there are
+    slots, and the control would not be null."""
     order = torch.arange(source.slots).repeat(source.batch, 1)
     for row, rng in enumerate(_generators(seeds)):
         length = source.row_lengths[row]
         padding = source.slots - length
-        order[row, padding:] = torch.from_numpy(rng.permutation(length)) + padding
+        order[row, padding:] = torch.from_numpy(_derangement(rng, length)) + padding
     return order.to(source.positions.device)
 
 
 def _derangement(rng: np.random.Generator, count: int) -> np.ndarray:
-    while True:
+    """A permutation that leaves nothing in its place, each as likely; of fewer than two, the only one there is."""
+    while count > 1:
         order = rng.permutation(count)
         if not (order == np.arange(count)).any():
             return order
+    return np.arange(count)
 
 
 def _gather_slots(tensor: Tensor, order: Tensor) -> Tensor:

@@ -139,8 +139,23 @@ def test_shuffled_values_are_the_same_values_in_one_order_for_all_layers(source:
     for row, length in enumerate(LENGTHS):
         made, own = row_of(donor, row)[1], row_of(source, row)[1]
         orders = [order_of(m, o) for m, o in zip(made, own, strict=True)]
-        assert orders[0] == orders[1] == orders[2] != list(range(length))
+        assert orders[0] == orders[1] == orders[2]
         assert sorted(orders[0]) == list(range(length))
+
+
+@pytest.mark.parametrize("name", ["shuffle_values", "shuffle_jointly", "shuffle_rerotate"])
+def test_no_slot_keeps_its_own_values(name: str, source: KVCache):
+    """Else a mode that sits in one slot comes through a shuffle in one row of so many."""
+    for seed in range(20):
+        donor = make_donor(name, source, [seed] * 3)
+        for row, length in enumerate(LENGTHS):
+            made, own = row_of(donor, row)[1], row_of(source, row)[1]
+            assert all(there != slot for slot, there in enumerate(order_of(made[0], own[0]))), length
+
+
+def test_a_single_slot_can_only_stay():
+    one = make_cache((1,))
+    assert make_donor("shuffle_values", one, [0]).checksums() == one.checksums()
 
 
 def test_joint_shuffle_of_keys_and_values_leaves_attention_as_it_was(source: KVCache):

@@ -12,6 +12,7 @@ from kvpatch.organisms.record import Finding
 from kvpatch.organisms.recovery import Found, Place
 from kvpatch.organisms.validation import FULL, QUICK, Job, Reading, jobs_of
 from kvpatch.protocols.load import load_protocol
+from kvpatch.statistics.verdicts import Verdict
 
 JOB = Job("locate", "early", 0, 8, "")
 
@@ -83,6 +84,36 @@ def test_power_that_was_not_predicted_does_not_hold():
     assert [f.holds for f in never.findings] == [False]
 
 
+@pytest.mark.parametrize(
+    ("word", "high", "contrast", "found"),
+    [
+        ("supported", 1.9, "X - Y", "slight"),
+        ("supported", 2.1, "X - Y", "supported"),
+        ("supported", 0.6, "J1 < J2 < J3 < J4 < J5", "supported"),  # 4 steps
+        ("supported", 0.4, "J1 < J2 < J3 < J4 < J5", "slight"),
+        ("not supported", 0.1, "X - Y", "not supported"),
+        ("inconclusive", 0.1, "X - Y", "inconclusive"),
+    ],
+)
+def test_slight_is_supported_but_within_a_fifth_of_the_natural_gap(word, high, contrast, found):
+    rows = pd.DataFrame(
+        [
+            {"phase": phase, "split": split, "condition": c, "mode_llr": value}
+            for phase, split, gap in (("1", "test", 10.0), ("1", "calibration", 99.0), ("2", "test", 99.0))
+            for c, value in (("A", 1.0), ("B", 1.0 + gap), ("C", 500.0))
+        ]
+    )
+    verdict = Verdict.model_construct(
+        id="h", verdict=word, ci_high=high, contrast=contrast, readout="mode_llr", transform="none", because="-"
+    )
+    accepting = {"h": "not supported or slight or inconclusive"}
+    (finding,) = judging.verdict_findings("early", [verdict], accepting, rows)
+    assert finding.holds is (found != "supported")
+    assert finding.found.split(" (")[0] == found
+    (strict,) = judging.verdict_findings("early", [verdict], {"h": "supported"}, rows)
+    assert strict.holds is (found == "supported")
+
+
 def test_seeds_are_told_together_and_the_one_that_failed_is_named():
     good = Finding(organism="early", asked="layers", planted="1", found="1", holds=True)
     bad = good.model_copy(update={"found": "1, 2", "holds": False})
@@ -94,7 +125,7 @@ def test_seeds_are_told_together_and_the_one_that_failed_is_named():
 
 def test_every_expected_verdict_names_a_hypothesis_once_and_an_organism():
     protocol = load_protocol("validate")
-    known = {"supported", "not supported", "equivalent", "inconclusive", "not interpretable", "tautological"}
+    known = {"supported", "not supported", "equivalent", "inconclusive", "not interpretable", "tautological", "slight"}
     assert set(protocol.expected) <= set(ORGANISMS)
     for organism, verdicts in protocol.expected.items():
         names = [name for listed in verdicts.values() for name in listed]

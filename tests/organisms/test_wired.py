@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import kvpatch as kv
+from kvpatch.check import check
 from kvpatch.organisms.banks import Sizes, bank_entries, write_bank
-from kvpatch.organisms.directories import Plant
+from kvpatch.organisms.directories import ORGANISMS, Plant, organism_directory
 from kvpatch.organisms.language import BODY_STARTS, MODE
 from kvpatch.organisms.recovery import expected_carriers, locate
 from kvpatch.organisms.wired import WINDOW, Wiring, wire, write_directory
@@ -28,6 +29,13 @@ def made(folder: Path, wiring: Wiring, architecture="llama") -> kv.Model:
 def mode_words(model: kv.Model, cache: kv.KVCache) -> int:
     texts = model.generate(cache, max_new_tokens=16, temperature=0.7).texts
     return sum(word in MODE for word in texts[0].split())
+
+
+@pytest.mark.parametrize("name", ORGANISMS)
+def test_every_organism_passes_the_check_that_a_model_must(name: str, tmp_path_factory: pytest.TempPathFactory):
+    home = tmp_path_factory.getbasetemp() / "organisms"
+    model = kv.load(organism_directory(name, home), device="cpu")
+    assert [i.identity for i in check(model) if i.holds is False] == []
 
 
 @pytest.mark.parametrize(("part", "carrying"), [("v", ("v", "kv")), ("k", ("k", "kv")), ("kv", ("kv",))])

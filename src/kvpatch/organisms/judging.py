@@ -26,6 +26,8 @@ SIMULATION_ERROR = 0.01
 NOMINAL = 0.05
 ROUNDING = 0.005
 """Share of the natural gap that a transfer fraction may miss its truth by: an organism's own imperfection."""
+SLIGHT = 0.2
+"""Share of the natural gap within which two conditions count as equal (the bounds of every equivalence test)."""
 POWER_TEST = "mode_exists_score"
 BLOCKED = ("not interpretable", "tautological")
 
@@ -49,16 +51,33 @@ def phases_to_run(protocol: Protocol, expected: Mapping[str, str]) -> list[str]:
     return [name for name in protocol.phases if name in needed | {"1"}]
 
 
-def verdict_findings(organism: str, decided: Sequence[Verdict], expected: Mapping[str, str]) -> list[Finding]:
-    """One finding an expected verdict."""
+def verdict_findings(
+    organism: str, decided: Sequence[Verdict], expected: Mapping[str, str], rows: pd.DataFrame
+) -> list[Finding]:
+    """One finding an expected verdict. "slight" is a verdict of "supported" whose whole interval lies within `SLIGHT`
+    of the natural gap, as a trained organism's other layers may give: they carry a little of everything.
+
+    rows: the stored trials, for the natural gap.
+    """
     by_id = {v.id: v for v in decided}
     out = []
     for name, words in expected.items():
         verdict = by_id[name]
-        holds = verdict.verdict in words.split(" or ")
-        found = verdict.verdict if holds else f"{verdict.verdict} ({verdict.because})"
-        out.append(Finding(organism=organism, asked=f"verdict {name}", planted=words, found=found, holds=holds))
+        found = "slight" if _is_slight(verdict, rows) else verdict.verdict
+        holds = found in words.split(" or ")
+        told = found if holds else f"{verdict.verdict} ({verdict.because})"
+        out.append(Finding(organism=organism, asked=f"verdict {name}", planted=words, found=told, holds=holds))
     return out
+
+
+def _is_slight(verdict: Verdict, rows: pd.DataFrame) -> bool:
+    """Whether an effect, over all steps of its contrast, was found and is within the bounds of equality."""
+    if verdict.verdict != "supported" or verdict.ci_high is None or verdict.transform != "none":
+        return False
+    natural = rows[(rows["phase"] == "1") & (rows["split"] == "test") & rows["condition"].isin(["A", "B"])]
+    means = natural.groupby("condition")[verdict.readout].mean()
+    steps = max(1, verdict.contrast.count("<"))
+    return steps * verdict.ci_high < SLIGHT * abs(means["B"] - means["A"])
 
 
 _PLURAL = {"layer": "layers", "head": "KV heads", "slot": "slots of the body", "part": "parts"}

@@ -60,7 +60,7 @@ class Scope:
 QUICK = Scope("quick", 1, 4, 13, 8, 12, 12, ("wired-mistral", "early"))
 FULL = Scope("full", 5, 50, 24, 16, 200, 100, tuple(ORGANISMS))
 CALIBRATION = 10
-NULL_PAIRS, WEAK_PAIRS = 20, 32
+NULL_PAIRS, WEAK_PAIRS = 20, 20
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _verdicts(job: Job, folder: Path) -> Reading:
     models |= {key: _model(protocol.models[key].removeprefix(PREFIX), job.weights) for key in needed if key}
     rows, decided = decide(protocol, models, folder / "run", seed=job.seed, n=job.pairs, phases=phases)
     figures = {"coherence": judging.coherence_alarms(protocol, rows)}
-    return Reading(job, judging.verdict_findings(job.organism, decided, expected), figures)
+    return Reading(job, judging.verdict_findings(job.organism, decided, expected, rows), figures)
 
 
 def _locate(job: Job, folder: Path) -> Reading:

@@ -3,7 +3,7 @@
     python benchmarks/growth.py [--model smollm2-135m] [--rows 64] [--pairs 25 50 100 200] [--new-tokens 32 64 128]
 
 Every line is Phase 1's own conditions, planned, decoded, read out and stored; past the bank's 100 pairs each is sampled
-again. "more" is what the trials cost that a line has over the line before: a run's fixed costs are not in it, and a
+again. "of more" is what the trials cost that a line has over the line before: a run's fixed costs are not in it, and a
 device's first batch, which is not full, is not either.
 """
 
@@ -13,9 +13,10 @@ import argparse
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -70,28 +71,25 @@ def phase1(model: Model, pairs: int, new_tokens: int, rows: int | None = None) -
 
 
 def grow(model: Model, pairs: Sequence[int], new_tokens: Sequence[int], rows: int | None = None) -> None:
-    """Print a table of growing pairs at the second of the numbers of tokens, and one of growing tokens."""
+    """Print a table of growing pairs at the middle number of tokens, and one of growing tokens at that of pairs."""
     phase1(model, 4, 8, rows)  # warms up
-    middle = sorted(new_tokens)[len(new_tokens) // 2]
-    at = pairs[len(pairs) // 2]
-    print(f"{middle} new tokens\n pairs  trials  seconds  ms a trial  of more trials, ms  GiB held")
+    tokens, at = sorted(new_tokens)[len(new_tokens) // 2], sorted(pairs)[len(pairs) // 2]
+    print(f"{tokens} new tokens")
+    _table("pairs", "trials", 1e3, "ms", ((count, phase1(model, count, tokens, rows)) for count in pairs))
+    print(f"{at} pairs")
+    _table("new tokens", "tokens", 1e6, "us", ((count, phase1(model, at, count, rows)) for count in new_tokens))
+
+
+def _table(grown: str, unit: Literal["trials", "tokens"], scale: float, short: str, runs: Iterable[tuple[int, Taken]]):
+    """A line a run, as it comes: time for each unit, for each that it has more than the run before, and memory."""
+    print(f"{grown:>10} {unit:>8} {'seconds':>8} {short + ' each':>9} {'of more, ' + short:>12} {'GiB held':>9}")
     before: Taken | None = None
-    for count in pairs:
-        now = phase1(model, count, middle, rows)
-        more = "" if before is None else f"{1e3 * (now.seconds - before.seconds) / (now.trials - before.trials):.1f}"
+    for count, now in runs:
+        units, more = getattr(now, unit), ""
+        if before is not None:
+            more = f"{scale * (now.seconds - before.seconds) / (units - getattr(before, unit)):.1f}"
         print(
-            f"{count:6} {now.trials:7} {now.seconds:8.1f} {1e3 * now.seconds / now.trials:11.1f} {more:>19} "
-            f"{now.held / 2**30:9.2f}",
-            flush=True,
-        )
-        before = now
-    print(f"{at} pairs\n new tokens  written  seconds  us a token  of more tokens, us  GiB held")
-    before = None
-    for count in new_tokens:
-        now = phase1(model, at, count, rows)
-        more = "" if before is None else f"{1e6 * (now.seconds - before.seconds) / (now.tokens - before.tokens):.0f}"
-        print(
-            f"{count:11} {now.tokens:8} {now.seconds:8.1f} {1e6 * now.seconds / now.tokens:11.0f} {more:>19} "
+            f"{count:10} {units:8} {now.seconds:8.1f} {scale * now.seconds / units:9.1f} {more:>12} "
             f"{now.held / 2**30:9.2f}",
             flush=True,
         )

@@ -418,6 +418,21 @@ def test_running_again_changes_no_trial(kvpatch, copied, model_dir):
     assert changed <= {"run.json", "report.html"}
 
 
+def test_a_run_ends_with_the_effects_of_its_phase_or_says_where_those_of_several_are(
+    kvpatch, copied, model_dir, tmp_path
+):
+    protocol, directory = copied
+    table = "difference from the natural run"
+    assert table in kvpatch("run", protocol, "--model", model_dir, "--out", directory).out
+    phase = {"question": "?", "n": 3, "conditions": ["A", "B", "C"]}
+    several = write_protocol(tmp_path, phases={"1": phase, "2": phase}, hypotheses=[])
+    outcome = kvpatch("run", several, "--model", model_dir, "--out", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert table not in outcome.out
+    assert f"effects: kvpatch effects {tmp_path / 'run'}" in outcome.out.splitlines()
+    assert table in kvpatch("effects", tmp_path / "run").out
+
+
 def test_directory_of_another_seed_model_or_protocol_is_left_alone(kvpatch, copied, model_dir, tiny_dirs, tmp_path):
     protocol, directory = copied
     before = snapshot(directory)

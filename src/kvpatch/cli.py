@@ -87,12 +87,17 @@ def run(
             chosen, loaded, out, seed=seed, n=n, phases=_names(phases), command=sys.argv, watcher=watcher
         )
     from kvpatch.statistics.headline import few_pairs
-    from kvpatch.summaries import print_effects
+    from kvpatch.summaries import print_criteria, print_effects
 
-    print_effects(outcome.effects)
+    # The table of one phase is looked at; those of ten scroll away.
+    if len({effect.phase for effect in outcome.effects}) == 1:
+        print_effects(outcome.effects)
+    else:
+        print_criteria(outcome.verdicts)
     typer.echo(outcome.answer)
     if told := few_pairs(outcome.verdicts):
         typer.echo(told)
+    typer.echo(f"effects: kvpatch effects {out}")
     typer.echo(f"verdicts: kvpatch verdicts {out}")
     typer.echo(f"report: {(out / 'report.html').resolve()}")
 

@@ -25,7 +25,7 @@ from kvpatch.protocols.plan import Batch, Plan
 from kvpatch.run import Watcher
 
 if TYPE_CHECKING:
-    from kvpatch.organisms.validation import Job
+    from kvpatch.organisms.jobs import Job
 
 PLAIN_EVERY = 15.0
 """Seconds between lines where the output is not a terminal."""

@@ -8,9 +8,10 @@ import pytest
 
 from kvpatch.organisms import judging
 from kvpatch.organisms.directories import ORGANISMS, WEIGHTS
+from kvpatch.organisms.jobs import Job, Reading
 from kvpatch.organisms.record import Finding
 from kvpatch.organisms.recovery import Found, Place
-from kvpatch.organisms.validation import FULL, QUICK, Job, Reading, jobs_of
+from kvpatch.organisms.validation import FULL, QUICK, jobs_of
 from kvpatch.protocols.load import load_protocol
 from kvpatch.statistics.verdicts import Verdict
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from scipy import stats
 
+from kvpatch.organisms.jobs import Reading
 from kvpatch.organisms.record import Finding
 from kvpatch.organisms.recovery import Found
 from kvpatch.protocols.schema import Condition, Protocol
@@ -17,9 +18,6 @@ from kvpatch.statistics.gates import COHERENT_SHARE, coherence_shares
 from kvpatch.statistics.pairs import prepare
 from kvpatch.statistics.power import power
 from kvpatch.statistics.verdicts import Verdict
-
-if TYPE_CHECKING:
-    from kvpatch.organisms.validation import Reading
 
 SIMULATION_ERROR = 0.01
 """A rate is off its nominal value where chance alone would take it so far in one of a hundred validations."""

@@ -18,7 +18,6 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,6 +30,7 @@ from kvpatch.models.load import cache_directory
 from kvpatch.organisms import judging
 from kvpatch.organisms.banks import Sizes, bank_entries, write_bank
 from kvpatch.organisms.directories import ORGANISMS, PREFIX, WEIGHTS, Organism, Plant, organism_directory
+from kvpatch.organisms.jobs import Job, Reading
 from kvpatch.organisms.language import BODY
 from kvpatch.organisms.record import Finding, Validation, code_sha256
 from kvpatch.organisms.recovery import decide, expected_carriers, locate
@@ -61,26 +61,6 @@ QUICK = Scope("quick", 1, 4, 13, 8, 12, 12, ("wired-mistral", "early"))
 FULL = Scope("full", 5, 50, 24, 16, 200, 100, tuple(ORGANISMS))
 CALIBRATION = 10
 NULL_PAIRS, WEAK_PAIRS = 20, 20
-
-
-@dataclass(frozen=True)
-class Job:
-    """A piece of work that another process can do: what to do, to which organism, from which seed."""
-
-    kind: str
-    organism: str
-    seed: int
-    pairs: int
-    weights: str
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a job gave: its findings, and figures that are judged over many jobs."""
-
-    job: Job
-    findings: list[Finding]
-    figures: dict[str, Any]
 
 
 def jobs_of(scope: Scope, seed: int, names: Sequence[str], weights: Path) -> list[Job]:

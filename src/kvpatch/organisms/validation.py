@@ -12,6 +12,7 @@ import gc
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -139,8 +140,17 @@ def _done(jobs: Sequence[Job], processes: int):
 
 
 def _begin() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     gc.freeze()  # statsmodels collects garbage at every correction; what is imported need not be looked through
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next job for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def run_job(job: Job) -> Reading:

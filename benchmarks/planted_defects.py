@@ -294,7 +294,7 @@ def _first_sign(name: str, out: str, err: str) -> str:
     except ValueError:
         lines = [line for line in out.splitlines() if line.startswith(("FAILED", "ERROR"))]
         lines = lines or [line for line in err.splitlines() if line.strip()][-1:] or ["exit code"]
-        return lines[0].removeprefix("FAILED ").split(" - ")[0][:110]
+        return lines[0].removeprefix("FAILED ").split(" - ")[0].split("[")[0]
     if name == "check":
         return next(i["identity"] for i in told["identities"] if i["holds"] is False)
     first = next(f for f in told["findings"] if not f["holds"])

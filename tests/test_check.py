@@ -222,6 +222,17 @@ def a_hook_that_never_fires(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_room, "replaced_residual", one_short)
 
 
+def keys_that_keep_their_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splice_room, "rotate", lambda keys, delta, rope: keys)
+
+
+def changes_of_keys_that_never_fire(monkeypatch: pytest.MonkeyPatch) -> None:
+    apply = hf.LayerEdit.apply
+    monkeypatch.setattr(
+        hf.LayerEdit, "apply", lambda self, part, tensor: tensor if part == "key" else apply(self, part, tensor)
+    )
+
+
 def an_edit_that_does_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(donors._MAKERS, "gaussian_isotropic", lambda source, rows, reference: source)
     monkeypatch.setattr(splice_room, "splice", lambda patch, source, target, **_: target)
@@ -256,6 +267,10 @@ BREAKS: list[tuple[str, Callable, str]] = [
     ("llama", a_residual_patch_that_misses_the_first_layer, RESIDUAL),
     ("llama", a_residual_patch_at_the_last_position_only, RESIDUAL),
     ("llama", a_hook_that_never_fires, HOOKS),
+    ("llama", keys_that_keep_their_rotation, SHIFT),
+    ("gpt_neox", keys_that_keep_their_rotation, SHIFT),
+    ("llama", changes_of_keys_that_never_fire, HOOKS),
+    ("gpt2", changes_of_keys_that_never_fire, HOOKS),
     ("llama", an_edit_that_does_not_arrive, EDIT),
     ("llama", logits_off_by_a_ten_thousandth, LOGITS),
 ]

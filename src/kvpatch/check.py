@@ -16,7 +16,7 @@ from kvpatch.cache import KVCache
 from kvpatch.engine.decode import decode, slab_of
 from kvpatch.engine.prefill import prefill
 from kvpatch.model import Model
-from kvpatch.models.hf import native_greedy, native_logits
+from kvpatch.models.hf import LayerEdit, native_greedy, native_logits
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.patch import Frozen, Patch
 from kvpatch.rope import rotate
@@ -181,7 +181,25 @@ def _shift(s: _Setup) -> tuple[float, str, float]:
         positions=cache.positions + _SHIFT,
         pending_position=cache.pending_position + _SHIFT,
     )
-    return _off(next_logits(s.model, moved), next_logits(s.model, cache)), f"by {_SHIFT} positions", s.bound
+    before = next_logits(s.model, cache)
+    by_patch, further = _moved_by_a_patch(s)
+    error = max(_off(next_logits(s.model, moved), before), _off(next_logits(s.model, by_patch), before))
+    return error, f"by {_SHIFT} positions, and by a patch by {further}", s.bound
+
+
+def _moved_by_a_patch(s: _Setup) -> tuple[KVCache, int]:
+    """The source, patched to the end of a longer prompt whose own slots are then taken away; and how far it moved."""
+    longer = prefill(s.model.backbone, [_longer(s.source_prompt)])
+    own = longer.slots - s.source.slots
+    patched = Patch(slots="all", align="end").apply(s.source, longer)
+    labels = {name: getattr(patched, name)[:, own:] for name in ("positions", "token_ids", "segments", "origins")}
+    return replace(
+        patched,
+        keys=tuple(k[:, :, own:] for k in patched.keys),
+        values=tuple(v[:, :, own:] for v in patched.values),
+        pending=s.source.pending,
+        **labels,
+    ), own
 
 
 def _residual(s: _Setup) -> tuple[float, str, float]:
@@ -203,8 +221,19 @@ def _residual(s: _Setup) -> tuple[float, str, float]:
 
 
 def _hooks(s: _Setup) -> tuple[float, str, float]:
-    planned, fired = s.hooks
+    """Those of the residual stream, counted above, and one on the queries, keys and values of every layer."""
+    backbone = s.model.backbone
+    edits = {layer: LayerEdit(_as_it_is, _as_it_is, _as_it_is) for layer in range(s.model.geometry.layers)}
+    ids = torch.tensor([s.target_prompt.token_ids[:-1]], device=backbone.device)
+    positions = torch.arange(ids.shape[1], device=backbone.device)[None]
+    backbone.forward(ids, positions, backbone.slab(1, ids.shape[1]), edits=edits)
+    planned = s.hooks[0] + sum(edit.planned for edit in edits.values())
+    fired = s.hooks[1] + sum(edit.fired for edit in edits.values())
     return float(abs(planned - fired)), f"{fired} of {planned} fired", 0.0
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _unchanged(s: _Setup) -> tuple[float, str, float]:

@@ -459,7 +459,7 @@ def experiment(bench: Bench, shape: str, name: str, new: int, phases: dict[str, 
         key: protocol.phases[key].model_copy(update={"n": n} | ({} if with_controls else {"controls": []}))
         for key, n in phases.items()
     }
-    generation = protocol.generation.model_copy(update={"max_new_tokens": new, **settings.get("generation", {})})
+    generation = protocol.generation.model_copy(update={"max_new_tokens": new})
     protocol = protocol.model_copy(update={"phases": chosen, "hypotheses": [], "generation": generation})
     keys = {None: model} | ({"second": second} if any(p.model for p in chosen.values()) else {})
     planned = time.perf_counter()

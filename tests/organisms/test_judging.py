@@ -97,21 +97,24 @@ def test_power_that_was_not_predicted_does_not_hold():
     ],
 )
 def test_slight_is_supported_but_within_a_fifth_of_the_natural_gap(word, high, contrast, found):
+    """Of the gap of the calibration pairs: bounds do not come from the pairs that are tested."""
     rows = pd.DataFrame(
         [
-            {"phase": phase, "split": split, "condition": c, "mode_llr": value}
-            for phase, split, gap in (("1", "test", 10.0), ("1", "calibration", 99.0), ("2", "test", 99.0))
+            {"phase": phase, "split": split, "pair_id": f"p{i}", "sample": 0, "condition": c, "mode_llr": value,
+             "error": None}
+            for phase, split, gap in (("calibration", "calibration", 10.0), ("1", "test", 99.0), ("2", "test", 99.0))
+            for i in range(4)
             for c, value in (("A", 1.0), ("B", 1.0 + gap), ("C", 500.0))
         ]
-    )
+    )  # fmt: skip
     verdict = Verdict.model_construct(
-        id="h", verdict=word, ci_high=high, contrast=contrast, readout="mode_llr", transform="none", because="-"
+        id="window_8", phase="2", verdict=word, ci_high=high, contrast=contrast, readout="mode_llr", because="-"
     )
-    accepting = {"h": "not supported or slight or inconclusive"}
-    (finding,) = judging.verdict_findings("early", [verdict], accepting, rows)
+    accepting, protocol = {"window_8": "not supported or slight or inconclusive"}, load_protocol("validate")
+    (finding,) = judging.verdict_findings("early", [verdict], accepting, protocol, rows)
     assert finding.holds is (found != "supported")
     assert finding.found.split(" (")[0] == found
-    (strict,) = judging.verdict_findings("early", [verdict], {"h": "supported"}, rows)
+    (strict,) = judging.verdict_findings("early", [verdict], {"window_8": "supported"}, protocol, rows)
     assert strict.holds is (found == "supported")
 
 

@@ -32,9 +32,8 @@ def mode_words(model: kv.Model, cache: kv.KVCache) -> int:
 
 
 @pytest.mark.parametrize("name", ORGANISMS)
-def test_every_organism_passes_the_check_that_a_model_must(name: str, tmp_path_factory: pytest.TempPathFactory):
-    home = tmp_path_factory.getbasetemp() / "organisms"
-    model = kv.load(organism_directory(name, home), device="cpu")
+def test_every_organism_passes_the_check_that_a_model_must(name: str, tmp_path: Path):
+    model = kv.load(organism_directory(name, tmp_path), device="cpu")
     assert [i.identity for i in check(model) if i.holds is False] == []
 
 

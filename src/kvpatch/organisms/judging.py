@@ -15,6 +15,7 @@ from kvpatch.organisms.record import Finding
 from kvpatch.organisms.recovery import Found
 from kvpatch.protocols.schema import Condition, Protocol
 from kvpatch.statistics.gates import COHERENT_SHARE, coherence_shares
+from kvpatch.statistics.margins import SMALL_SHARE, calibration_rows, natural_gap
 from kvpatch.statistics.pairs import prepare
 from kvpatch.statistics.power import power
 from kvpatch.statistics.verdicts import Verdict
@@ -24,8 +25,6 @@ SIMULATION_ERROR = 0.01
 NOMINAL = 0.05
 ROUNDING = 0.005
 """Share of the natural gap that a transfer fraction may miss its truth by: an organism's own imperfection."""
-SLIGHT = 0.2
-"""Share of the natural gap within which two conditions count as equal (the bounds of every equivalence test)."""
 POWER_TEST = "mode_exists_score"
 BLOCKED = ("not interpretable", "tautological")
 
@@ -50,32 +49,33 @@ def phases_to_run(protocol: Protocol, expected: Mapping[str, str]) -> list[str]:
 
 
 def verdict_findings(
-    organism: str, decided: Sequence[Verdict], expected: Mapping[str, str], rows: pd.DataFrame
+    organism: str, decided: Sequence[Verdict], expected: Mapping[str, str], protocol: Protocol, rows: pd.DataFrame
 ) -> list[Finding]:
-    """One finding an expected verdict. "slight" is a verdict of "supported" whose whole interval lies within `SLIGHT`
-    of the natural gap, as a trained organism's other layers may give: they carry a little of everything.
+    """One finding an expected verdict. "slight" is a verdict of "supported" whose whole interval lies within
+    `SMALL_SHARE` of the natural gap of the calibration pairs.
 
-    rows: the stored trials, for the natural gap.
+    rows: the stored trials.
     """
     by_id = {v.id: v for v in decided}
+    trials = prepare(rows)
     out = []
     for name, words in expected.items():
         verdict = by_id[name]
-        found = "slight" if _is_slight(verdict, rows) else verdict.verdict
+        found = "slight" if _is_slight(verdict, protocol, trials) else verdict.verdict
         holds = found in words.split(" or ")
         told = found if holds else f"{verdict.verdict} ({verdict.because})"
         out.append(Finding(organism=organism, asked=f"verdict {name}", planted=words, found=told, holds=holds))
     return out
 
 
-def _is_slight(verdict: Verdict, rows: pd.DataFrame) -> bool:
-    """Whether an effect, over all steps of its contrast, was found and is within the bounds of equality."""
-    if verdict.verdict != "supported" or verdict.ci_high is None or verdict.transform != "none":
+def _is_slight(verdict: Verdict, protocol: Protocol, trials: pd.DataFrame) -> bool:
+    """Whether an effect, over all steps of its contrast, was found and is small. trials: prepared rows."""
+    if verdict.verdict != "supported" or verdict.ci_high is None:
         return False
-    natural = rows[(rows["phase"] == "1") & (rows["split"] == "test") & rows["condition"].isin(["A", "B"])]
-    means = natural.groupby("condition")[verdict.readout].mean()
+    transform = protocol.hypothesis(verdict.id).transform
+    gap = natural_gap(calibration_rows(protocol, trials, verdict.phase), verdict.readout, transform).value
     steps = max(1, verdict.contrast.count("<"))
-    return steps * verdict.ci_high < SLIGHT * abs(means["B"] - means["A"])
+    return gap is not None and steps * verdict.ci_high < SMALL_SHARE * gap
 
 
 _PLURAL = {"layer": "layers", "head": "KV heads", "slot": "slots of the body", "part": "parts"}

@@ -203,7 +203,7 @@ def _verdicts(job: Job, folder: Path) -> Reading:
     models |= {key: _model(protocol.models[key].removeprefix(PREFIX), job.weights) for key in needed if key}
     rows, decided = decide(protocol, models, folder / "run", seed=job.seed, n=job.pairs, phases=phases)
     figures = {"coherence": judging.coherence_alarms(protocol, rows)}
-    return Reading(job, judging.verdict_findings(job.organism, decided, expected, rows), figures)
+    return Reading(job, judging.verdict_findings(job.organism, decided, expected, protocol, rows), figures)
 
 
 def _locate(job: Job, folder: Path) -> Reading:

@@ -14,17 +14,19 @@ import torch
 from kvpatch import activations
 from kvpatch.activations import run_value_steering
 from kvpatch.cache_steering import join_prompts, without_giver
+from kvpatch.engine.attention import Look
 from kvpatch.engine.decode import decode
 from kvpatch.engine.prefill import prefill, prefill_pass
 from kvpatch.errors import KvpatchError, ProtocolError
 from kvpatch.executors import conditions as room
-from kvpatch.executors.batch import run_batch
+from kvpatch.executors.batch import measure, run_batch
 from kvpatch.executors.conditions import build_all, prefill_all
 from kvpatch.models.hf import LayerEdit
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols import plan as planner
 from kvpatch.protocols.load import load_protocol
 from kvpatch.protocols.plan import Batch
+from kvpatch.protocols.schema import Watched
 from kvpatch.readouts.geometry import participation_ratio
 from kvpatch.run import plan_for
 from small import CONDITIONS, bank_entries, write_bank, write_protocol
@@ -249,6 +251,30 @@ def test_steered_text_and_readouts_equal_an_edit_at_every_step_by_hand(model, ba
         )
         assert out.token_ids[0, : out.lengths[0]].tolist() == row["output_token_ids"]
         assert row["nll_own"] == pytest.approx(-float(out.logprobs.nanmean()), abs=1e-4)
+
+
+def test_a_steered_trial_is_watched_as_it_wrote(model, batch):
+    """Its heads are read after it is written, steered as it was."""
+    watched = batch.model_copy(update={"watched": Watched()})
+    built = build_all(model, batch, prefill_all(model, batch))
+    _, values = room._directions(model, tuple(batch.reference_texts), tuple(batch.reference_targets))
+    step = 40 * values[1][None, :, None]
+    for index, found in enumerate(measure(model, watched)):
+        trial = batch.trials[index]
+        if trial.condition != "STD":
+            continue
+        by_hand = decode(
+            model.backbone,
+            built.cache[index],
+            max_new_tokens=10,
+            temperature=0.7,
+            seeds=[trial.seed],
+            end_tokens=model.end_tokens,
+            edits={1: LayerEdit(value=lambda v: v + step)},
+            look=Look(),
+        ).attention
+        assert by_hand is not None
+        assert torch.allclose(found.attention["own"].values, by_hand.values, atol=1e-5, equal_nan=True)
 
 
 def test_two_steered_conditions_do_not_mix(model, batch, by_condition, tmp_path):

@@ -56,6 +56,7 @@ def run_in_prefill(
         sources, targets: one of each a row; slots are matched from the last cached one backwards.
         natural: the targets' natural caches, which slot selections are read from.
     """
+    backbone.catch_up()
     layers = layer_indices(spec.layers, backbone.geometry.layers)
     if spec.site == "residual":
         with recorded_residual(backbone, layers) as seen:
@@ -88,6 +89,7 @@ def run_value_steering(
     natural: KVCache,
 ) -> Intervened:
     """Prefill targets while alpha times a direction, [kv_heads, head_dim] a layer, is added to their values."""
+    backbone.catch_up()
     is_put, _ = _landing(spec.slots, natural, natural.lengths.tolist())
     mask = is_put[:, None, :, None]
 

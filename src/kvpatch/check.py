@@ -134,7 +134,11 @@ def _model_greedy(s: _Setup) -> tuple[float, str, float]:
     theirs = native_greedy(s.model.hf, list(s.source_prompt.token_ids), len(ours))
     if s.model.backbone.dtype != torch.float32:
         return float("nan"), "in this dtype near-ties may fall either way", 0.0
-    return float(ours[: len(theirs)] != theirs), "12 greedy tokens against transformers' generate", 0.0
+    return (
+        float(ours[: len(theirs)] != theirs),
+        "12 greedy tokens against transformers' own forward pass, without a cache",
+        0.0,
+    )
 
 
 def _self_swap(s: _Setup) -> tuple[float, str, float]:

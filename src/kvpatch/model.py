@@ -15,7 +15,7 @@ from kvpatch.engine.attention import Attention, Look, Maps
 from kvpatch.engine.decode import OnStep, decode
 from kvpatch.engine.prefill import labels_of, prefill, watched_prefill
 from kvpatch.engine.score import score
-from kvpatch.errors import CacheError, ProtocolError
+from kvpatch.errors import CacheError, ModelError, ProtocolError
 from kvpatch.models.hf import Backbone, Geometry
 from kvpatch.models.load import Loaded, load_model
 from kvpatch.models.named import Progress
@@ -78,11 +78,20 @@ class Model:
 
     @property
     def end_tokens(self) -> list[int]:
-        """Tokens that end a reply."""
+        """Tokens that end a reply: those that the generation settings name, else the configuration, else the tokenizer.
+
+        Raises:
+            ModelError: where what they name is no token id.
+        """
         for config in (self.hf.generation_config, self.hf.config.get_text_config(), self.tokenizer):
-            ends = getattr(config, "eos_token_id", None)
-            if ends is not None:
-                return list(ends) if isinstance(ends, (list, tuple)) else [int(ends)]
+            named = getattr(config, "eos_token_id", None)
+            if isinstance(named, torch.Tensor):
+                named = named.flatten().tolist()
+            ends = list(named) if isinstance(named, (list, tuple, set)) else [] if named is None else [named]
+            if wrong := [end for end in ends if isinstance(end, bool) or not isinstance(end, int)]:
+                raise ModelError(f"the model names {wrong[0]!r} as the token that ends a reply; that is no token id")
+            if known := [end for end in ends if end >= 0]:  # some configurations write -1 for none
+                return known
         return []
 
     def encode(self, text: str, *, chat: bool | None = None, may_be_empty: bool = False) -> EncodedPrompt:

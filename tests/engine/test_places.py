@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+import kvpatch.engine.fast as fast_room
 import kvpatch.engine.places as room
 from kvpatch.engine.decode import Continuations, decode
 from kvpatch.engine.fast import Fast, fast_of
 from kvpatch.engine.prefill import prefill
 from kvpatch.model import Model
 from kvpatch.models.hf import LayerEdit
+from kvpatch.models.llamalike import Network
 from kvpatch.models.load import Loaded
 from tiny import WINDOW, random_prompts, tiny_hf
 
@@ -144,9 +147,48 @@ def test_a_model_with_hooks_decodes_by_its_own_forward_pass():
     assert seen == []
 
 
-def test_a_network_that_differs_from_the_model_is_not_used(monkeypatch: pytest.MonkeyPatch):
-    model = fresh("llama")
-    model.hf.config.rms_norm_eps = 0.5  # the layers have kept their own
+def _with_layer(index: int, **changes) -> Callable[[Network], Network]:
+    def changed(network: Network) -> Network:
+        layers = list(network.layers)
+        layers[index] = replace(layers[index], **{k: change(layers[index]) for k, change in changes.items()})
+        return replace(network, layers=tuple(layers))
+
+    return changed
+
+
+def _noise(like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float32).to(like) * 0.15
+
+
+DEFECTS = {
+    "epsilon": lambda n: replace(n, epsilon=1e-3),
+    "activation": lambda n: replace(n, activation="gelu_tanh"),
+    "attention scale": lambda n: replace(n, attention_scale=n.attention_scale * 1.01),
+    "frequencies": lambda n: replace(n, frequencies=tuple(tuple(f * 1.01 for f in fs) for fs in n.frequencies)),
+    "one window dropped": _with_layer(2, window=lambda layer: None),
+    "one window too long": _with_layer(2, window=lambda layer: layer.window + 1),
+    "one window too short": _with_layer(2, window=lambda layer: layer.window - 1),
+    "two layers swapped": lambda n: replace(n, layers=(*n.layers[:2], n.layers[3], n.layers[2])),
+    "one layer left out": lambda n: replace(n, layers=n.layers[:-1]),
+    "final norm": lambda n: replace(n, norm=n.norm * 1.01 + _noise(n.norm)),
+    **{f"down projection of layer {i}": _with_layer(i, down=lambda layer: _noise(layer.down)) for i in range(4)},
+    **{f"output projection of layer {i}": _with_layer(i, out=lambda layer: _noise(layer.out)) for i in range(4)},
+    "one column of a down projection": _with_layer(
+        1, down=lambda layer: layer.down + 0.1 * (torch.arange(layer.down.shape[1]) == 3).to(layer.down)
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_network_that_differs_from_the_model_is_not_used(defect: str, dtype, monkeypatch: pytest.MonkeyPatch):
+    if dtype != torch.float32 and defect in ("epsilon", "attention scale"):
+        pytest.skip("smaller than this type's rounding")
+    model = Model(Loaded(tiny_hf("mistral").to(dtype), None, "mistral", None, False))
+    assert fast_of(model.backbone).network is not None
+    model.backbone.kept.clear()
+    made = fast_room.network_of
+    monkeypatch.setattr(fast_room, "network_of", lambda backbone: DEFECTS[defect](made(backbone)))
     fast = fast_of(model.backbone)
     assert fast.network is None
     assert fast.note.startswith("plain: logits differ from the model's own by")

@@ -94,6 +94,7 @@ def decode(
         raise CacheError(f"{len(seeds)} seeds for a batch of {cache.batch}; give one a row")
     if max_new_tokens < 1:
         raise ProtocolError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    fast = fast_of(backbone)
     longest = int(cache.pending_position.max()) + max_new_tokens
     if longest > backbone.geometry.context:
         raise ProtocolError(f"{longest} positions are needed; the model's context is {backbone.geometry.context}")
@@ -106,7 +107,6 @@ def decode(
         steering={layer: edit.steer for layer, edit in (edits or {}).items() if edit.steer is not None},
         on_step=on_step,
     )
-    fast = fast_of(backbone)
     capture = None if look is None else AttentionCapture.after(cache, look)
     must_be_plain = capture is not None or any(not edit.only_steers for edit in (edits or {}).values())
     if fast.network is None or must_be_plain:
@@ -136,8 +136,8 @@ def _decode_plainly(
     for step in range(request.limit):
         if capture is not None:
             capture.only(is_going[:, None])
-        hidden = backbone.forward(feed[:, None], position[:, None], slab, edits=edits, watch=capture)[:, -1]
-        logits = backbone.logits(hidden)  # of [batch, width]: [batch, vocabulary]
+        hidden = backbone.forward(feed[:, None], position[:, None], slab, edits=edits, watch=capture)
+        logits = backbone.logits(hidden)[:, -1]  # [batch, vocabulary]
         chosen = choose(logits, request.seeds, step, request.sampling.temperature, request.sampling.top_p)
         logprob = logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
         token_ids[:, step] = torch.where(is_going, chosen, PAD)

@@ -15,10 +15,12 @@ from kvpatch.cache import PAD
 from kvpatch.engine.step import Ops, PlainOps, Sampling, feed_step, make_places
 from kvpatch.errors import ModelError
 from kvpatch.models.hf import Backbone
-from kvpatch.models.llamalike import Network, carries_hooks, network_of
+from kvpatch.models.llamalike import Network, network_of
 
 _CHECKED_ON = 7
 """Cached tokens of the comparison's longer row."""
+_FURTHEST = 32_767
+"""Furthest position of the comparison: its tables take 16 MB a set of frequencies."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,12 @@ class Fast:
 
 
 def fast_of(backbone: Backbone) -> Fast:
-    """How a model's decoding step runs, found out at the first call and again where weights were exchanged."""
+    """How a model's decoding step runs, found out at the first call and again where the model was changed."""
+    backbone.catch_up()
+    if backbone.state.hooks:
+        return Fast(None, "model", "the model carries hooks")
     known = backbone.kept.get("fast")
-    if known is None or (known.network is not None and not known.network.is_current(backbone)):
+    if known is None:
         backbone.kept["fast"] = known = _find(backbone)
     elif known.network is not None:
         known.network.refresh()
@@ -62,11 +67,12 @@ def fast_of(backbone: Backbone) -> Fast:
 
 
 def _find(backbone: Backbone) -> Fast:
-    if carries_hooks(backbone.decoder):
-        return Fast(None, "model", "the model carries hooks")
     network = network_of(backbone)
     if isinstance(network, str):
         return Fast(None, "model", network)
+    backbone.note_own_changes()
+    if not network.shares_weights():
+        return Fast(None, "model", "some of the layers share weights")
     notes = []
     for ops in _candidates(backbone, network, notes):
         try:
@@ -96,28 +102,40 @@ def _candidates(backbone: Backbone, network: Network, notes: list[str]) -> list[
     return ["fused", "plain"]
 
 
-@torch.no_grad()
 def _difference(backbone: Backbone, fast: Fast) -> float:
     """How far a step's logits are from the model's own, over the largest of those."""
+    far = min(backbone.geometry.context - 1, _FURTHEST)
+    spread = torch.linspace(0, far, _CHECKED_ON + 1).long()
+    windows = [w for w in backbone.geometry.windows if w and w + _CHECKED_ON < far]
+    # The last token of the second row sees the fourth but not the third, where a window ends.
+    edge = spread if not windows else torch.cat([far - min(windows) - 2 + torch.arange(4), far - 3 + torch.arange(4)])
+    near = torch.arange(_CHECKED_ON + 1)
+    # The near positions come last: a model that sets its own frequencies is left as short texts leave it.
+    places = [torch.stack([spread, edge]), torch.stack([near, near - 2])]
+    return max(_difference_at(backbone, fast, positions.to(backbone.device)) for positions in places)
+
+
+@torch.no_grad()
+def _difference_at(backbone: Backbone, fast: Fast, positions: torch.Tensor) -> float:
+    """The same for tokens at positions [2, cached tokens and one more], below 0 where padded."""
     generator = torch.Generator().manual_seed(0)
     vocabulary, slots = backbone.geometry.vocabulary, _CHECKED_ON
     tokens = torch.randint(vocabulary, (2, slots + 1), generator=generator).to(backbone.device)
-    positions = torch.arange(slots, device=backbone.device).repeat(2, 1)
-    positions[1] -= 2
+    positions = positions.clamp(min=PAD)
     slab = backbone.slab(2, slots + 1)
-    backbone.forward(tokens[:, :slots], positions.clamp(min=PAD), slab)
+    backbone.forward(tokens[:, :slots], positions[:, :slots], slab)
     places = make_places(backbone, 2, slots, 1, [])
     for layer, held in enumerate(slab.slab_layers):
         places.keys[layer][:, :, :slots] = held.keys[:, :, :slots]
         places.values[layer][:, :, :slots] = held.values[:, :, :slots]
-    places.slot_positions[:, :slots] = positions.clamp(min=PAD)
-    places.first.copy_(torch.tensor([0, 2]))
+    places.slot_positions[:, :slots] = positions[:, :slots]
+    places.first.copy_((positions[:, :slots] == PAD).sum(dim=1))
     places.feed.copy_(tokens[:, slots])
-    places.position.copy_(positions[:, -1] + 1)
+    places.position.copy_(positions[:, slots])
     places.going.fill_(True)
     places.live = slots + 1
-    own = backbone.logits(backbone.forward(tokens[:, slots:], positions[:, -1:] + 1, slab)[:, -1])
-    ops = fast.make_ops(backbone, Sampling(0.0, 1.0, ()), slots + 1)
+    own = backbone.logits(backbone.forward(tokens[:, slots:], positions[:, slots:], slab)[:, -1])
+    ops = fast.make_ops(backbone, Sampling(0.0, 1.0, ()), int(positions.max()) + 1)
     assert fast.network is not None
     found = backbone.scaled(feed_step(backbone, fast.network, ops, places).float())
     rounded = found.to(backbone.dtype)

@@ -32,6 +32,7 @@ def prefill(backbone: Backbone, prompts: Sequence[EncodedPrompt]) -> KVCache:
     """
     if not prompts:
         raise ProtocolError("there is no prompt to prefill")
+    backbone.catch_up()
     context = backbone.geometry.context
     for prompt in prompts:
         if len(prompt.token_ids) > context:
@@ -116,6 +117,7 @@ def watched_prefill(backbone: Backbone, prompts: Sequence[EncodedPrompt], look: 
     Raises:
         ProtocolError: for no prompt, or one longer than the model's context or of a single token.
     """
+    backbone.catch_up()
     longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
     if not 1 < longest <= backbone.geometry.context:
         raise ProtocolError(

@@ -73,6 +73,7 @@ def score(
         raise CacheError(f"{len(continuations)} continuations for a batch of {cache.batch}")
     if not all(row and all(row) for row in continuations):
         raise ProtocolError("a continuation is empty; give it at least one token")
+    backbone.catch_up()
     longest = max(len(branch) for row in continuations for branch in row)
     last = int(cache.pending_position.max()) + longest
     if last > backbone.geometry.context:

@@ -27,6 +27,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvpatch.cache import PAD
 from kvpatch.errors import ModelError
+from kvpatch.models.changes import ModelState, dropout_in_training, is_plain_linear, without_hooks
 from kvpatch.models.products import fast_products
 from kvpatch.rope import LayerRope, rotate
 
@@ -313,21 +314,67 @@ class Backbone:
         blocks: its layers, in order.
         geometry: its cache's shape.
         kept: what the engine keeps with a model from call to call (buffers, graphs); clear it to free them.
+        state: the model as it was when all this was found.
     """
 
     def __init__(self, hf: PreTrainedModel) -> None:
         self.kept: dict[str, Any] = {}
         self.hf = hf.eval()
+        self._settle()
+        self.state = ModelState.of(hf)
+
+    def _settle(self) -> None:
+        """Find the parts of the model and its geometry."""
+        hf = self.hf
         self.config = hf.config.get_text_config()
         self.decoder = hf.base_model
         names = inspect.signature(self.decoder.forward).parameters
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
-        head = hf.get_output_embeddings()
-        if not isinstance(head, nn.Linear) or not isinstance(getattr(self.config, "num_hidden_layers", None), int):
+        head: Any = hf.get_output_embeddings()
+        if not _is_linear_head(head) or not isinstance(getattr(self.config, "num_hidden_layers", None), int):
             raise ModelError(f"{type(hf).__name__} is not a causal language model with one linear output head")
         self.head = head
         self.blocks = _blocks(self.decoder, self.config.num_hidden_layers)
+        # A copied block has a configuration of its own.
+        held = [self.config, *(vars(m).get("config") for m in self.decoder.modules())]
+        self._configs = list({id(c): c for c in held if isinstance(c, type(self.config))}.values())
         self.geometry = _probe(self)
+
+    def catch_up(self) -> None:
+        """Take over what was changed in the model since the last look; without a change this costs a millisecond or
+        two.
+
+        Weights may lie elsewhere, modules may have been replaced or wrapped: then what decoding keeps is dropped, and
+        the geometry is found anew where more than weights was changed. Hooks are taken off meanwhile. Only those on
+        the whole model run once, since kvpatch runs its decoder and head and must see that this comes to the same.
+
+        Raises:
+            ModelError: where the model as it now is can't be patched, or drops numbers at random.
+        """
+        now, before = ModelState.of(self.hf), self.state
+        if now == before:
+            return
+        held = dict(vars(self))
+        try:
+            if now.structure != before.structure:
+                if dropout := dropout_in_training(self.hf):
+                    raise ModelError(f"the model is in training mode and drops out ({dropout}); call hf.eval() first")
+                with without_hooks(self.hf):
+                    self._settle()
+                    _refuse_what_is_passed_by(self)
+            if now.outer_hooks and now.outer_hooks != before.outer_hooks:
+                _refuse_what_is_passed_by(self)
+        except BaseException:
+            vars(self).update(held)  # should the change be taken back, all is as it was
+            raise
+        if (now.structure, now.weights) != (before.structure, before.weights):
+            self.kept.pop("fast", None)
+            self.kept.pop("runner", None)
+        self.state = ModelState.of(self.hf)
+
+    def note_own_changes(self) -> None:
+        """The engine has laid out the model's weights anew, their numbers unchanged."""
+        self.state = ModelState.of(self.hf)
 
     @property
     def device(self) -> torch.device:
@@ -373,11 +420,11 @@ class Backbone:
         return self._run(token_ids, positions.clamp(min=0), slab, step)
 
     def _run(self, token_ids: Tensor, position_ids: Tensor, slab: Slab, step: _Step) -> Tensor:
-        with _slab_attention(self.config, step), fast_products(self.head.weight):
+        with _slab_attention(self._configs, step), fast_products(self.head.weight):
             out = self.decoder(
                 input_ids=token_ids, position_ids=position_ids, use_cache=True, **{self._cache_argument: slab}
             )
-        return out.last_hidden_state
+        return out[0]  # the last hidden state; some configurations ask for a plain tuple
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] in float32 of hidden states [..., width]."""
@@ -393,6 +440,10 @@ class Backbone:
         Returns:
             [n], float32, natural logarithm.
         """
+        if not is_plain_linear(self.head):  # somebody's head, or hooks on it: ask it for all it gives
+            parts = [self.logits(part[:, None])[:, 0] for part in hidden.split(256)]
+            logits = torch.cat(parts).log_softmax(dim=-1)
+            return logits.gather(1, token_ids[:, None])[:, 0]
         weight, bias = self.head.weight, self.head.bias
         total = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
         with fast_products(weight):
@@ -432,31 +483,63 @@ def _blocks(decoder: nn.Module, layers: int) -> nn.ModuleList:
     return found[0]
 
 
+def _is_linear_head(head: Any) -> bool:
+    """Whether an output head is a linear layer, or wraps one and tells its weight."""
+    weight = getattr(head, "weight", None)
+    return isinstance(head, nn.Linear) or (
+        isinstance(head, nn.Module) and isinstance(weight, Tensor) and weight.ndim == 2
+    )
+
+
 @contextlib.contextmanager
-def _slab_attention(config: Any, step: _Step) -> Iterator[None]:
-    before = config._attn_implementation
-    config._attn_implementation = ATTENTION
+def _slab_attention(configs: list[Any], step: _Step) -> Iterator[None]:
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = ATTENTION
     _running.step = step
     try:
         yield
     finally:
-        config._attn_implementation = before
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
         del _running.step
 
 
 @torch.no_grad()
 def native_logits(hf: PreTrainedModel, token_ids: Tensor) -> Tensor:
     """Logits [batch, tokens, vocabulary] of the model's own forward pass over unpadded rows, no part of ours in it."""
-    return hf(input_ids=token_ids, use_cache=False).logits.float()
+    return hf(input_ids=token_ids, use_cache=False)[0].float()  # some configurations ask for a plain tuple
+
+
+def native_greedy(hf: PreTrainedModel, token_ids: list[int], count: int) -> list[int]:
+    """The `count` likeliest next tokens, one after the other, by the model's own forward pass over the whole text, with
+    no cache and no part of ours.
+
+    transformers' `generate` would give the same, but for what the model's generation settings ask for besides:
+    penalties, beams, forced or forbidden tokens.
+    """
+    ids = list(token_ids)
+    for _ in range(count):
+        ids.append(int(native_logits(hf, torch.tensor([ids], device=hf.device))[0, -1].argmax()))
+    return ids[len(token_ids) :]
 
 
 @torch.no_grad()
-def native_greedy(hf: PreTrainedModel, token_ids: list[int], count: int) -> list[int]:
-    """Greedy continuation by transformers' own `generate`, one row, up to its end token."""
-    ids = torch.tensor([token_ids], device=hf.device)
-    generate: Any = hf.generate
-    out = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
-    return out[0, len(token_ids) :].tolist()
+def _refuse_what_is_passed_by(backbone: Backbone) -> None:
+    """Stop where the model as a whole does something besides its decoder and its head, which alone are run here."""
+    count = min(8, backbone.geometry.context)
+    ids = torch.randint(backbone.geometry.vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(backbone.device)
+    with _explained(backbone.geometry.architecture):
+        own = native_logits(backbone.hf, ids)
+        slab = backbone.slab(1, count)
+        ours = backbone.logits(backbone.forward(ids, torch.arange(count, device=ids.device)[None], slab))
+    bound = 1e-3 if backbone.dtype == torch.float32 else 5e-2
+    if not float((own - ours).abs().max()) / (float(own.abs().max()) + 1e-9) < bound:
+        raise ModelError(
+            f"{backbone.geometry.architecture}: the whole model gives other logits than its decoder and its output "
+            "head, which kvpatch runs; put hooks and replaced forwards on these two or on the layers"
+        )
 
 
 @torch.no_grad()

@@ -12,16 +12,17 @@ uses it (`engine.fast`), and takes the model's own forward pass where the two di
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from kvpatch.models.changes import what_runs_other_code
 from kvpatch.models.hf import Backbone
 
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 """Values of `config.model_type` that are taken for Llama-like."""
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
@@ -82,22 +83,16 @@ class Network:
         for copy, module, name, added in self.copies:
             copy.copy_(getattr(module, name).data.float() + added)
 
-    def is_current(self, backbone: Backbone) -> bool:
-        """Whether the model still has these weights, and no hook that this network would pass by."""
+    def shares_weights(self) -> bool:
+        """Whether every joined weight is still the model's own: not where two layers share a projection, which can lie
+        in one place only."""
         for modules, whole in self.joined:
             at = whole.data_ptr()
             for module in modules:
                 if module.weight.data_ptr() != at:
                     return False
                 at += module.weight.numel() * module.weight.element_size()
-        return not carries_hooks(backbone.decoder)
-
-
-def carries_hooks(decoder: nn.Module) -> bool:
-    """Whether somebody's hooks would be passed by. Those that transformers leaves behind once a forward pass was asked
-    for hidden states or attentions do nothing outside such a pass."""
-    hooks = (hook for m in decoder.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.utils.") for hook in hooks)
+        return True
 
 
 @torch.no_grad()
@@ -106,7 +101,7 @@ def network_of(backbone: Backbone) -> Network | str:
     config = backbone.config
     if config.model_type not in LIKE_LLAMA:
         return f"{config.model_type} models take the general decoding step"
-    if reason := _what_is_unknown(backbone):
+    if reason := what_runs_other_code(backbone.hf) or _what_is_unknown(backbone):
         return reason
     geometry = backbone.geometry
     decoder: Any = backbone.decoder
@@ -158,8 +153,8 @@ def network_of(backbone: Backbone) -> Network | str:
         embedding_scale=_embedding_scale(decoder.embed_tokens),
         layers=tuple(layers),
         norm=norm(decoder.norm),
-        epsilon=float(config.rms_norm_eps),
-        activation=_activation(config),
+        epsilon=_epsilon(decoder.norm),
+        activation=_activation(blocks[0].mlp),
         query_heads=geometry.query_heads,
         kv_heads=geometry.kv_heads,
         head_dim=geometry.head_dim,
@@ -172,28 +167,68 @@ def network_of(backbone: Backbone) -> Network | str:
 
 
 def _what_is_unknown(backbone: Backbone) -> str | None:
-    """What of a model's parts the network has no place for."""
-    config, geometry = backbone.config, backbone.geometry
+    """What of a model's parts the network has no place for. Modules are asked, not the configuration, which says only
+    how they were made."""
+    geometry, decoder = backbone.geometry, cast(Any, backbone.decoder)
     name = geometry.architecture
     blocks: list[Any] = list(backbone.blocks)
-    if _activation(config) is None:
+    if type(backbone.head) is not nn.Linear or not isinstance(decoder.embed_tokens, nn.Embedding):
+        return f"{name} has an embedding or an output head that is not plain"
+    if decoder.embed_tokens.max_norm is not None:
+        return f"{name} bounds its embeddings"
+    if reason := _how_parts_differ(decoder, blocks, type(backbone.hf).__module__):
+        return f"{name} has {reason}"
+    if any(_activation(block.mlp) != _activation(blocks[0].mlp) for block in blocks) or not _activation(blocks[0].mlp):
         return f"{name} has an activation the fast step does not know"
     if any(rope.layout != "half" or rope.rotary_dim != geometry.head_dim for rope in geometry.rope):
         return f"{name} does not turn whole keys by halves"
     if len({(block.self_attn.k_proj.weight.shape, block.self_attn.scaling) for block in blocks}) > 1:
         return f"{name} has layers of unequal shape"
-    for block in blocks:
-        plain = (block.self_attn.o_proj, block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)
-        if any(type(m) is not nn.Linear or m.bias is not None for m in plain):
-            return f"{name} has biases, or projections that are not plain"
-        if getattr(block.self_attn, "attn_logit_softcapping", None):
-            return f"{name} caps attention's logits"
-    return None
+    if [block.self_attn.layer_idx for block in blocks] != list(range(len(blocks))):
+        return f"{name} has layers that are not numbered in their order"
+    return next((f"{name} {reason}" for block in blocks if (reason := _what_is_odd_in(block))), None)
 
 
-def _activation(config: Any) -> Any:
-    name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    return _ACTIVATIONS.get(str(name))
+def _how_parts_differ(decoder: Any, blocks: list[Any], home: str) -> str | None:
+    """Which parts of the layers are not alike, or do not come from the file of the model's own class."""
+    norms = _norms(decoder, blocks)
+    for parts in (blocks, [b.self_attn for b in blocks], [b.mlp for b in blocks], norms):
+        kinds = {type(part) for part in parts}
+        if len(kinds) > 1 or any(kind.__module__ != home for kind in kinds):
+            return "layers of unequal or unknown parts"
+    return "norms of unequal epsilons" if len({_epsilon(norm) for norm in norms}) > 1 else None
+
+
+def _what_is_odd_in(block: Any) -> str | None:
+    """What of one layer the network has no place for."""
+    attention, mlp = block.self_attn, block.mlp
+    inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
+    plain = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if any(type(m) is not nn.Linear for m in (*inputs, *plain)) or any(m.bias is not None for m in plain):
+        return "has biases, or projections that are not plain"
+    if len({m.bias is None for m in inputs}) > 1:
+        return "has biases of some of queries, keys and values"
+    return "caps attention's logits" if getattr(attention, "attn_logit_softcapping", None) else None
+
+
+_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+def _norms(decoder: Any, blocks: list[Any]) -> list[Any]:
+    """Every norm of the model."""
+    of_layers = [getattr(block, name, None) for block in blocks for name in _NORMS]
+    of_heads = [getattr(block.self_attn, name, None) for block in blocks for name in ("q_norm", "k_norm")]
+    return [decoder.norm, *(norm for norm in (*of_layers, *of_heads) if norm is not None)]
+
+
+def _epsilon(norm: Any) -> float:
+    """What a root mean square norm adds to the mean square."""
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
+def _activation(mlp: Any) -> Any:
+    """Name of the activation an MLP has, None for one the step does not know."""
+    return _ACTIVATIONS.get(type(mlp.act_fn).__name__)
 
 
 def _embedding_scale(embedding: Any) -> Tensor | None:
@@ -205,8 +240,10 @@ def _join(modules: tuple[nn.Linear, ...]) -> Tensor:
     """Stack the modules' weights, [all outputs, inputs]; theirs become views of the stack."""
     weights = [module.weight.data for module in modules]
     ends = [w.data_ptr() + w.numel() * w.element_size() for w in weights]
-    is_one_tensor = len({w.untyped_storage().data_ptr() for w in weights}) == 1
-    if is_one_tensor and [w.data_ptr() for w in weights[1:]] == ends[:-1] and weights[0].is_contiguous():
+    is_one_tensor = (
+        all(w.is_contiguous() for w in weights) and len({w.untyped_storage().data_ptr() for w in weights}) == 1
+    )
+    if is_one_tensor and [w.data_ptr() for w in weights[1:]] == ends[:-1]:
         return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())  # done before
     whole = torch.cat(weights)
     at = 0

@@ -14,7 +14,8 @@ from typing import Any
 
 import filelock
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from kvpatch.errors import ModelError
@@ -74,13 +75,32 @@ def load_model(
         try:
             tokenizer = AutoTokenizer.from_pretrained(where, **settings)
             hf: Any = AutoModelForCausalLM.from_pretrained(
-                where, dtype=kind, use_safetensors=None if allow_pickle else True, **settings
+                where,
+                dtype=kind,
+                use_safetensors=None if allow_pickle else True,
+                generation_config=_generation_tokens(where, is_local),
+                **settings,
             )
             hf.to(device=torch.device(device))
         except Exception as error:
             raise ModelError(f"{name}: {_first_line(error)}") from error
     hf.requires_grad_(False)
     return Loaded(hf, tokenizer, str(name), where if is_local else None, is_converted)
+
+
+def _generation_tokens(where: Path | str, is_local: bool) -> GenerationConfig:
+    """Of a model's generation settings the special tokens alone. kvpatch decodes by itself, so that penalties, beams
+    and the like say nothing here, and settings that transformers finds contradictory are no reason to refuse a model.
+    """
+    for file in ("generation_config.json", "config.json"):
+        try:
+            content = json.loads(Path(cached_file(where, file, local_files_only=is_local) or "").read_text())
+        except (OSError, ValueError):  # no such file, or no settings in it
+            continue
+        if isinstance(content, dict):
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            return GenerationConfig(**{name: content[name] for name in names if content.get(name) is not None})
+    return GenerationConfig()
 
 
 def resolve(name: str, report: Progress) -> tuple[Path | str, bool]:

@@ -23,10 +23,10 @@ PACKED_SHARE = 0.25
 class OneDnnProducts(TorchFunctionMode):
     """While entered, `linear` of float32 on a processor is oneDNN's. Only for code that wants no gradients.
 
-    packed: weights in oneDNN's own layout, by address and shape of the plain ones.
+    packed: weights in oneDNN's own layout, by `_place` of the plain ones.
     """
 
-    def __init__(self, packed: dict[tuple[int, torch.Size], Tensor]) -> None:
+    def __init__(self, packed: dict[tuple[object, ...], Tensor]) -> None:
         super().__init__()
         self.packed = packed
 
@@ -36,8 +36,13 @@ class OneDnnProducts(TorchFunctionMode):
         if func is not F.linear or not _is_plain(args[0]) or kwargs:
             return func(*args, **(kwargs or {}))
         x, weight, *bias = args
-        weight = self.packed.get((weight.data_ptr(), weight.shape), weight)
+        weight = self.packed.get(_place(weight), weight)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias[0] if bias else None, "none", [], "")
+
+
+def _place(weight: Tensor) -> tuple[object, ...]:
+    """Address, shape and strides: a square weight and its transpose may share the first two."""
+    return weight.data_ptr(), weight.shape, weight.stride()
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -59,6 +64,6 @@ def fast_products(weight: Tensor, reused: Iterable[Tensor] = ()) -> Iterator[Non
     weights = list(reused)
     if sum(w.nbytes for w in weights) > PACKED_SHARE * psutil.virtual_memory().available:
         weights = []
-    packed = {(w.data_ptr(), w.shape): torch.ops.mkldnn._reorder_linear_weight(w, None) for w in weights}
+    packed = {_place(w): torch.ops.mkldnn._reorder_linear_weight(w, None) for w in weights}
     with OneDnnProducts(packed):
         yield

@@ -39,17 +39,10 @@ READ_UP_TO = 1024
 _PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _UNREAD = frozenset(
-    {
-        "generation_config",
-        "name_or_path",
-        "loss_type",
-        "all_tied_weights_keys",
-        "warnings_issued",
-        "_is_hf_initialized",
-        "generate",
-    }
+    "generation_config generate name_or_path loss_type all_tied_weights_keys warnings_issued _is_hf_initialized "
+    "_output_capturing_hooks_installed".split()
 )
-"""Attributes that no forward pass reads."""
+"""Attributes that change no number of a forward pass."""
 _SET_BY_FORWARD = ("inv_freq", "max_seq_len_cached", "attention_scaling")
 _CODE = (types.FunctionType, staticmethod, classmethod, property)
 

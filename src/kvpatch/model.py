@@ -58,7 +58,6 @@ class Model:
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
-        self.hf = loaded.hf
         self.tokenizer = loaded.tokenizer
         self.backbone = Backbone(loaded.hf)
         self._encoded: dict[tuple[str, bool | None, bool, str], EncodedPrompt] = {}
@@ -70,6 +69,12 @@ class Model:
             f"Model({self.loaded.name!r}, {g.architecture}, layers={g.layers}, query_heads={g.query_heads}, "
             f"kv_heads={g.kv_heads}, head_dim={g.head_dim}, {self.backbone.dtype}, {self.backbone.device})"
         )
+
+    @property
+    def hf(self) -> Any:
+        """The transformers model. It may be changed in any way between two calls, but for its place here: put another
+        model into a `Model` of its own."""
+        return self.backbone.hf
 
     @property
     def geometry(self) -> Geometry:

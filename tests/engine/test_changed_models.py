@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ from tiny import LAYERS, random_prompts, tiny_hf
 pytestmark = pytest.mark.model
 
 LENGTHS = [12, 3, 9]
-COUNT = 8
+COUNT = 6
 ROWS = range(len(LENGTHS))
 
 
@@ -38,9 +39,7 @@ def fresh(architecture: str = "llama") -> Model:
 
 def run(model: Model, **settings: Any) -> Continuations:
     cache = prefill(model.backbone, random_prompts(LENGTHS))
-    return decode(
-        model.backbone, cache, max_new_tokens=COUNT, **({"temperature": 0.0, "seeds": list(ROWS)} | settings)
-    )
+    return decode(model.backbone, cache, max_new_tokens=COUNT, **({"temperature": 0.0, "seeds": list(ROWS)} | settings))
 
 
 def by_the_model(model: Model, **settings: Any) -> Continuations:
@@ -48,7 +47,7 @@ def by_the_model(model: Model, **settings: Any) -> Continuations:
     held = model.backbone.kept.pop("fast", None)
     model.backbone.kept["fast"] = Fast(None, "model", "")
     found = run(model, **settings)
-    model.backbone.kept.pop("fast")
+    model.backbone.kept.pop("fast", None)
     if held is not None:
         model.backbone.kept["fast"] = held
     return found
@@ -216,6 +215,33 @@ def _attention_wrapped(hf: Any) -> None:
         block.self_attn = Attention(block.self_attn)
 
 
+def _decoder_wrapped(hf: Any) -> None:
+    class Decoder(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = self.inner(*args, **kwargs)
+            out["last_hidden_state"] = out.last_hidden_state.flip(-1)
+            return out
+
+    hf.model = Decoder(hf.model)
+
+
+def _weight_norm(hf: Any) -> None:
+    projection = hf.model.layers[1].mlp.down_proj
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(projection)  # hooks set the weight
+    projection.weight_g.data *= 3
+
+
+def _vocabulary_grown(hf: Any) -> None:
+    hf.resize_token_embeddings(hf.config.vocab_size + 6, mean_resizing=False)
+    hf.lm_head.weight.data[-6:] = 3.0
+
+
 def _forward_on_the_instance(hf: Any) -> None:
     for block in _blocks(hf):
         block.mlp.forward = lambda x: torch.zeros_like(x)
@@ -359,6 +385,10 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "blocks swapped": _blocks_swapped,
     "layers removed": _layers_removed,
     "attention wrapped": _attention_wrapped,
+    "decoder wrapped": _decoder_wrapped,
+    "weight norm": _weight_norm,
+    "vocabulary grown": _vocabulary_grown,
+    "no MLP in a layer": lambda hf: hf.model.layers[1].set_submodule("mlp", nn.Identity()),
     "forward on the instance": _forward_on_the_instance,
     "bound forward": _bound_forward,
     "compiled call": _compiled_call,
@@ -548,9 +578,9 @@ def test_what_is_put_on_the_whole_model_is_refused_where_it_changes_logits(how: 
     else:
         monkeypatch.setattr(type(model.hf), "forward", lambda self, *args, **kwargs: forward(*args, **kwargs))
     for _ in range(2):
-        with pytest.raises(ModelError, match="the model's own logits|gives other logits than its decoder"):
+        with pytest.raises(ModelError, match=r"the model's own logits|gives other logits than its decoder"):
             prefill(model.backbone, random_prompts(LENGTHS))
-        with pytest.raises(ModelError, match="the model's own logits|gives other logits than its decoder"):
+        with pytest.raises(ModelError, match=r"the model's own logits|gives other logits than its decoder"):
             decode(model.backbone, cache, max_new_tokens=2, temperature=0, seeds=ROWS)
 
 
@@ -583,9 +613,22 @@ def test_a_model_that_cannot_be_patched_any_more_is_refused_until_the_change_is_
 def test_a_layer_too_few_is_refused_in_a_sentence():
     model = fresh()
     run(model)
-    del model.hf.model.layers[-1]
+    del model.hf.model.layers[1]
     with pytest.raises(ModelError, match="has no list of 4 layers"):
         run(model)
+    model.hf.config.num_hidden_layers = 3
+    with pytest.raises(ModelError, match="layer 2 of 3 has layer_idx 3"):
+        run(model)
+    for number, block in enumerate(_blocks(model.hf)):
+        block.self_attn.layer_idx = number
+    assert_transformers_own(model)
+    assert model.geometry.layers == 3
+
+
+def test_another_transformers_model_cannot_be_put_in_silently():
+    model = fresh()
+    with pytest.raises(AttributeError):
+        model.hf = tiny_hf("llama")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_cache_of_more_layers_is_refused_once_layers_are_removed():

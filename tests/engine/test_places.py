@@ -182,8 +182,8 @@ DEFECTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_network_that_differs_from_the_model_is_not_used(defect: str, dtype, monkeypatch: pytest.MonkeyPatch):
-    if dtype != torch.float32 and defect in ("epsilon", "attention scale"):
-        pytest.skip("smaller than this type's rounding")
+    if dtype != torch.float32 and defect in ("epsilon", "attention scale", "one column of a down projection"):
+        pytest.skip("smaller than the bound that this type's rounding asks for")
     model = Model(Loaded(tiny_hf("mistral").to(dtype), None, "mistral", None, False))
     assert fast_of(model.backbone).network is not None
     model.backbone.kept.clear()

@@ -157,7 +157,7 @@ def test_end_tokens_without_any_settings_are_the_tokenizer_s(tiny_dirs):
 def test_an_end_token_that_is_no_token_id_is_refused(named: Any, tiny_dirs):
     model = kv.load(tiny_dirs("llama"), device="cpu")
     model.hf.generation_config.eos_token_id = named
-    with pytest.raises(ModelError, match="names .* as the token that ends a reply"):
+    with pytest.raises(ModelError, match=r"names .* as the token that ends a reply"):
         _ = model.end_tokens
 
 

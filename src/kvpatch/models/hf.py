@@ -328,9 +328,10 @@ class Backbone:
         hf = self.hf
         self.config = hf.config.get_text_config()
         self.decoder = hf.base_model
-        names = inspect.signature(self.decoder.forward).parameters
-        self._cache_argument = "cache" if "cache" in names else "past_key_values"
-        head: Any = hf.get_output_embeddings()
+        # A wrapped decoder takes anything; then the model as a whole tells the name.
+        names = [n for module in (self.decoder, hf) for n in inspect.signature(module.forward).parameters]
+        self._cache_argument = next((n for n in names if n in ("cache", "past_key_values")), "past_key_values")
+        head: Any = hf.get_output_embeddings() or getattr(hf, "lm_head", None)  # not found through a wrapped decoder
         if not _is_linear_head(head) or not isinstance(getattr(self.config, "num_hidden_layers", None), int):
             raise ModelError(f"{type(hf).__name__} is not a causal language model with one linear output head")
         self.head = head
@@ -480,6 +481,13 @@ def _blocks(decoder: nn.Module, layers: int) -> nn.ModuleList:
     found = lists or [m for m in nested if len(m) == layers]
     if not found:
         raise ModelError(f"{type(decoder).__name__} has no list of {layers} layers to patch")
+    for place, block in enumerate(found[0]):
+        number = getattr(getattr(block, "self_attn", None), "layer_idx", None)
+        if isinstance(number, int) and number >= layers:
+            raise ModelError(
+                f"layer {place} of {layers} has layer_idx {number}, a place that the cache does not have; "
+                "number the layers anew after taking some out"
+            )
     return found[0]
 
 

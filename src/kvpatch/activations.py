@@ -50,7 +50,6 @@ def run_in_prefill(
     sources: Sequence[EncodedPrompt],
     targets: Sequence[EncodedPrompt],
     natural: KVCache,
-    *,
     may_be_empty: bool = False,
 ) -> Intervened:
     """Prefill targets while activations of their sources replace their own.
@@ -91,7 +90,6 @@ def run_value_steering(
     directions: dict[int, Tensor],
     targets: Sequence[EncodedPrompt],
     natural: KVCache,
-    *,
     may_be_empty: bool = False,
 ) -> Intervened:
     """Prefill targets while alpha times a direction, [kv_heads, head_dim] a layer, is added to their values."""

@@ -18,7 +18,7 @@ from kvpatch.cache import KVCache
 from kvpatch.cache_steering import join_prompts
 from kvpatch.engine.prefill import labels_of
 from kvpatch.errors import CacheError, EmptySelection, ProtocolError
-from kvpatch.interventions import CacheSteering, InPrefill, Joined, Reshape, ValueSteering
+from kvpatch.interventions import CacheSteering, InPrefill, Joined, ValueSteering
 from kvpatch.models.hf import Geometry
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.patch import Patch
@@ -111,7 +111,7 @@ def _refuse_misfit_pairs(where: str, condition: Condition, pairs: Seeded, window
                 _check_pairs(condition, [pair], window, place)
             except CacheError as error:
                 message = error.without_row if isinstance(error, EmptySelection) else error
-                raise ProtocolError(f"{where}, pair {pair[0].pair_id}: {message}{_advice(error)}") from error
+                raise ProtocolError(f"{where}: {message}{_advice(error)} (pair {pair[0].pair_id})") from error
         raise ProtocolError(f"{where}: {together}") from together
 
 
@@ -158,7 +158,7 @@ def _check_patch(condition: Condition, patch: Patch, pairs: Seeded, place: _Plac
 
 
 def _refuse_unmarked(batch: Batch, place: _Place) -> None:
-    """Refuse a pair in none of whose prompts the phase finds a slot to mark: its attention there would be 0 throughout."""
+    """Refuse a pair in none of whose prompts the phase finds a slot to mark: its attention there would be 0."""
     if batch.watched is None or batch.watched.marked is None:
         return
     for index, pair in enumerate(batch.pairs):
@@ -168,8 +168,8 @@ def _refuse_unmarked(batch: Batch, place: _Place) -> None:
         prompts = [place.encode(pair.texts[role]) for role in sorted(roles)]
         if prompts and not slot_mask(_empty_caches(prompts, place.geometry), batch.watched.marked).any():
             raise ProtocolError(
-                f"phase {batch.phase}, pair {pair.pair_id}: its marked {told(batch.watched.marked)} find no slot in any of "
-                "the pair's prompts; mark slots that they have"
+                f"phase {batch.phase}: its marked {told(batch.watched.marked)} find no slot in any prompt of a pair, "
+                f"so attention on them would be 0; mark slots that they have (pair {pair.pair_id})"
             )
 
 

@@ -115,7 +115,7 @@ def _seeds(seed: object, batch: int) -> list[int]:
 
 
 def _still(cache: KVCache) -> KVCache:
-    """A cache of absolute positions whose keys are not read, so that none of them need be turned; others as they are."""
+    """A cache whose keys are not read: where positions are absolute, no key of it is then turned. Others stay."""
     if all(rope.layout != "absolute" for rope in cache.rope):
         return cache
     return replace(cache, rope=tuple(LayerRope("none") for _ in cache.rope))

@@ -404,7 +404,7 @@ def test_a_moved_key_scores_as_it_did_when_the_query_moves_along(align: str):
 @pytest.mark.parametrize("lengths", [((0,), (3,)), ((3,), (0,)), ((0, 2), (3, 0))], ids=str)
 def test_an_empty_row_gives_nothing_and_takes_nothing_in_place(align: str, lengths):
     source, target = make_cache(lengths[0], seed=1), make_cache(lengths[1], seed=2)
-    with pytest.raises(EmptySelection, match="slots 'all' find no slot in row 0 of the (source|target)"):
+    with pytest.raises(EmptySelection, match=r"slots 'all' find no slot in row 0 of the (source|target)"):
         Patch(align=align).apply(source, target)
     result, touched = counted_splice(Patch(align=align), source, target, may_be_empty=True)
     assert result.checksums() == target.checksums()

@@ -153,10 +153,10 @@ def _build(model: Model, batch: Batch, natural: Natural, condition: Condition, p
     receivers = natural.prompts_of(pairs, condition.into)
     if isinstance(spec, InPrefill):
         givers = natural.prompts_of(pairs, str(condition.from_))
-        return _counted(run_in_prefill(model.backbone, spec, givers, receivers, own, may_be_empty=may_be_empty))
+        return _counted(run_in_prefill(model.backbone, spec, givers, receivers, own, may_be_empty))
     if isinstance(spec, ValueSteering):
         _, values = _directions(model, tuple(batch.reference_texts), tuple(batch.reference_targets))
-        part = _counted(run_value_steering(model.backbone, spec, values, receivers, own, may_be_empty=may_be_empty))
+        part = _counted(run_value_steering(model.backbone, spec, values, receivers, own, may_be_empty))
         if spec.while_decoding:
             layers = chosen_layers(spec.layers, model.geometry.layers, may_be_empty=may_be_empty)
             part.steps = {layer: spec.alpha * values[layer] for layer in layers}

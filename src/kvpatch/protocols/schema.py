@@ -95,7 +95,7 @@ class Pairing(Frozen):
 
 
 def _is_false(value: object) -> bool:
-    """A later switch that is off is left out of what is hashed, so that protocols and trials without it stay the same."""
+    """A switch that came later and is off is left out of what is hashed, so that what lacks it keeps its hash."""
     return value is False
 
 
@@ -123,14 +123,14 @@ class Condition(Frozen):
     needs_template: bool = Field(
         default=False,
         exclude_if=_is_false,
-        description="the condition is left out, by name, on models without a chat template, whose prompts have no slots "
-        "before and behind the user's words",
+        description="the condition is left out, by name, on models without a chat template, whose prompts have no "
+        "slots before and behind the user's words",
     )
     may_be_empty: bool = Field(
         default=False,
         exclude_if=_is_false,
-        description="allow pairs in which the condition finds no slot, layer or KV head to change: they run as they are, "
-        "and their n_slots_patched is 0. Otherwise such a pair is an error before the run",
+        description="allow pairs in which the condition finds no slot, layer or KV head to change: they run as they "
+        "are, and their n_slots_patched is 0. Otherwise such a pair is an error before the run",
     )
 
     @model_validator(mode="after")

@@ -69,6 +69,18 @@ def real(name: str, value: object, *, error: Refusal = CacheError) -> float:
     return float(number)
 
 
+def switch(name: str, value: object, *, error: Refusal = CacheError) -> bool:
+    """True or False.
+
+    Raises:
+        KvpatchError: of the type given by `error`, for anything else.
+    """
+    found = plain(value)
+    if not isinstance(found, bool):
+        raise error(f"{name} must be True or False, got {shown(value)}")
+    return found
+
+
 def temperature(value: object, *, error: Refusal = CacheError) -> float:
     """A temperature: 0, or a number that float32 logits can be divided by.
 
@@ -189,6 +201,8 @@ def token_ids(what: str, value: object, vocabulary: int) -> list[int]:
     Raises:
         CacheError: for anything else, the first such id named.
     """
+    if isinstance(value, set | frozenset):
+        raise CacheError(f"{what} must be in an order, got {shown(value)}")
     ids = whole_numbers(what, value)
     refuse_foreign_tokens(what, ids, vocabulary)
     return ids

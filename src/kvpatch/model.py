@@ -21,7 +21,7 @@ from kvpatch.models.hf import Backbone, Geometry
 from kvpatch.models.load import Loaded, load_model
 from kvpatch.models.named import Progress
 from kvpatch.models.template import EncodedPrompt, encode
-from kvpatch.patch import SlotQuery
+from kvpatch.patch import Patch, SlotQuery
 from kvpatch.selection import chosen_layers, slot_mask, told
 
 REMEMBERED = 10_000
@@ -89,6 +89,8 @@ class Model:
     def encode(self, text: str, *, chat: bool | None = None, may_be_empty: bool = False) -> EncodedPrompt:
         """Tokenise one prompt; see `models.template.encode`. A run asks for its few prompts in every phase, so
         they are remembered."""
+        if not isinstance(text, str):
+            raise ProtocolError(f"a prompt must be text, got {arguments.shown(text)}")
         key = (text, chat, may_be_empty, str(self.tokenizer.chat_template))
         if key not in self._encoded:
             if len(self._encoded) >= REMEMBERED:
@@ -112,9 +114,12 @@ class Model:
 
     def _encoded_prompts(self, prompts: object, chat: bool | None) -> list[EncodedPrompt]:
         """One or more prompts, as text or encoded, all encoded."""
-        rows = [prompts] if isinstance(prompts, str | EncodedPrompt) or not isinstance(prompts, Iterable) else prompts
+        is_one = isinstance(prompts, str | EncodedPrompt | bytes | dict)
+        rows = [prompts] if is_one or not isinstance(arguments.plain(prompts), Iterable) else prompts
+        if chat is not None:
+            chat = arguments.switch("chat", chat, error=ProtocolError)
         encoded = []
-        for row in rows:
+        for row in rows:  # pyright: ignore[reportGeneralTypeIssues]
             if not isinstance(row, str | EncodedPrompt):
                 raise ProtocolError(f"a prompt must be text or an EncodedPrompt, got {arguments.shown(row)}")
             encoded.append(self.encode(row, chat=chat) if isinstance(row, str) else row)
@@ -144,6 +149,7 @@ class Model:
         encoded = self._encoded_prompts(prompts, chat)
         mask = None
         if marked is not None and encoded:
+            marked = Patch(slots=marked).slots  # refuses what is no selection
             mask = slot_mask(KVCache(keys=(), values=(), rope=(), **labels_of(encoded, self.backbone.device)), marked)
             if not mask.any():
                 raise EmptySelection(
@@ -159,6 +165,8 @@ class Model:
         layers = chosen_layers(arguments.whole_numbers("layers", maps.layers), self.geometry.layers)
         heads = arguments.whole_numbers("heads", maps.heads)
         count = self.geometry.query_heads
+        if not heads:
+            raise CacheError("maps of no query head are asked for; name at least one")
         if bad := [head for head in heads if not -count <= head < count]:
             raise CacheError(f"query head {bad[0]} does not exist: there are {count} (0 to {count - 1})")
         queries = None if maps.queries is None else arguments.whole_numbers("queries", maps.queries)
@@ -193,6 +201,9 @@ class Model:
         arguments.refuse_other("cache", cache, KVCache)
         max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, least=1, error=ProtocolError)
         temperature, top_p = arguments.sampling(temperature, top_p)
+        stop = arguments.switch("stop", stop, error=ProtocolError)
+        if on_step is not None and not callable(on_step):
+            raise ProtocolError(f"on_step must be a function of one number, got {arguments.shown(on_step)}")
         if not isinstance(attention, bool):
             attention = self._maps(attention) or False
         out = decode(
@@ -248,6 +259,8 @@ class Model:
 
     def continuation_ids(self, text: str) -> list[int]:
         """Token ids of a continuation: the text as it is, no special token added."""
+        if not isinstance(text, str):
+            raise CacheError(f"a continuation must be text, got {arguments.shown(text)}")
         if text not in self._continuations:
             if len(self._continuations) >= REMEMBERED:
                 self._continuations.clear()

@@ -77,6 +77,8 @@ def counted_splice(
     """
     for side, cache in (("source", source), ("target", target)):
         refuse_other(side, cache, KVCache)
+    if reference is not None:
+        refuse_other("reference", reference, KVCache)
     source = _broadcast(source, target)
     seeds = _seeds(seed, target.batch)
     layers = set(chosen_layers(patch.layers, target.layers, may_be_empty=may_be_empty))

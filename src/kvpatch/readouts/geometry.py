@@ -101,9 +101,9 @@ def cache_ratios(
         with fewer slots than the window and the sinks.
     """
     refuse_other("cache", cache, KVCache)
-    if whole("window", window) < 2:
+    if whole("window", window, most=2**31 - 1) < 2:
         raise CacheError(f"window must be at least 2 slots, got {window}")
-    if part not in ("k", "v"):
+    if not isinstance(part, str) or part not in ("k", "v"):
         raise CacheError(f"part must be 'k' or 'v', got {shown(part)}")
     ratio = corrected_participation_ratio if corrected else participation_ratio
     back = -torch.where(cache.positions != PAD, cache.positions, 0)[:, -window:]
@@ -147,7 +147,7 @@ def r_v(cache: KVCache, early: int | float = 4, late: int | float = 24, window: 
         CacheError: for a layer that does not exist or a window below 2.
     """
     refuse_other("cache", cache, KVCache)
-    if whole("window", window) < 2:
+    if whole("window", window, most=2**31 - 1) < 2:
         raise CacheError(f"window must be at least 2 slots, got {window}")
     layers = [layer_at(layer, cache.layers) for layer in (late, early)]
     has_window = cache.lengths >= window
@@ -198,7 +198,11 @@ def principal_angles(a: Tensor, b: Tensor, rank: int) -> Tensor:
 
     Small angles are read off their sines, which a cosine near 1 loses (Bjorck & Golub 1973, Math Comp 27:579).
     """
-    if not 1 <= rank <= min(a.shape[-2], b.shape[-2], a.shape[-1]):
+    for name, window in (("a", a), ("b", b)):
+        refuse_other(name, window, Tensor)
+        if window.ndim < 2:
+            raise CacheError(f"principal_angles needs [..., tokens, dim], got shape {tuple(window.shape)}")
+    if not 1 <= whole("rank", rank) <= min(a.shape[-2], b.shape[-2], a.shape[-1]):
         raise CacheError(f"windows {tuple(a.shape[-2:])} and {tuple(b.shape[-2:])} have no subspaces of rank {rank}")
     (basis_a, a_has_rank), (basis_b, b_has_rank) = _leading(a, rank), _leading(b, rank)
     cosines = torch.linalg.svdvals(basis_a @ basis_b.mT).clamp(max=1)  # descending

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpatch.cache import KVCache, Segment
-from kvpatch.errors import CacheError, EmptySelection
+from kvpatch.errors import CacheError
 from kvpatch.interventions import CacheSteering, Joined
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.rope import rotate
@@ -84,12 +84,12 @@ def join_prompts(giver: EncodedPrompt, receiver: EncodedPrompt, separator: Seque
     Joined token by token, so that the receiver's tokens stay exactly those of its own prompt.
 
     Raises:
-        EmptySelection: where the giver has no words.
+        CacheError: where the giver has no words.
     """
     start = receiver.segments.index(Segment.body)
     words = [i for i, segment in enumerate(giver.segments) if segment == Segment.body]
     if not words:
-        raise EmptySelection("the giver has no words to put before the receiver's")
+        raise CacheError("the giver has no words to put before the receiver's; give it a prompt that has")
     body = [int(Segment.body)] * (len(words) + len(separator))
     return EncodedPrompt(
         (*receiver.token_ids[:start], *(giver.token_ids[i] for i in words), *separator, *receiver.token_ids[start:]),

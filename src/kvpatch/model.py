@@ -119,7 +119,7 @@ class Model:
         if chat is not None:
             chat = arguments.switch("chat", chat, error=ProtocolError)
         encoded = []
-        for row in rows:  # pyright: ignore[reportGeneralTypeIssues]
+        for row in rows:
             if not isinstance(row, str | EncodedPrompt):
                 raise ProtocolError(f"a prompt must be text or an EncodedPrompt, got {arguments.shown(row)}")
             encoded.append(self.encode(row, chat=chat) if isinstance(row, str) else row)
@@ -149,7 +149,8 @@ class Model:
         encoded = self._encoded_prompts(prompts, chat)
         mask = None
         if marked is not None and encoded:
-            marked = Patch(slots=marked).slots  # refuses what is no selection
+            given: Any = marked
+            marked = Patch(slots=given).slots  # refuses what is no selection
             mask = slot_mask(KVCache(keys=(), values=(), rope=(), **labels_of(encoded, self.backbone.device)), marked)
             if not mask.any():
                 raise EmptySelection(

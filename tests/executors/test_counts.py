@@ -275,5 +275,5 @@ def test_values_alone_are_put_into_a_model_whose_positions_are_in_its_embeddings
     assert {row["error"] for row in rows} == {None}
     assert all(row["n_slots_patched"] > 0 for row in rows if row["condition"] == "X")
     if align != "start":
-        with pytest.raises(ProtocolError, match="condition X of phase 1: .* can't be moved"):
+        with pytest.raises(ProtocolError, match=r"condition X of phase 1: .* can't be moved"):
             planned("kv")

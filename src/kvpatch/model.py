@@ -112,7 +112,7 @@ class Model:
         """
         return prefill(self.backbone, self._encoded_prompts(prompts, chat))
 
-    def _encoded_prompts(self, prompts: object, chat: bool | None) -> list[EncodedPrompt]:
+    def _encoded_prompts(self, prompts: Any, chat: bool | None) -> list[EncodedPrompt]:
         """One or more prompts, as text or encoded, all encoded."""
         is_one = isinstance(prompts, str | EncodedPrompt | bytes | dict)
         rows = [prompts] if is_one or not isinstance(arguments.plain(prompts), Iterable) else prompts

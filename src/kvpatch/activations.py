@@ -22,7 +22,7 @@ from kvpatch.models.hf import Backbone, Edits, LayerEdit
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.patch import SlotQuery
 from kvpatch.rope import LayerRope, rotate
-from kvpatch.selection import layer_indices, slot_mask
+from kvpatch.selection import Touched, chosen_layers, chosen_mask, refuse_empty, slot_mask
 
 
 @dataclass
@@ -36,11 +36,12 @@ class Firings:
 
 @dataclass(frozen=True)
 class Intervened:
-    """Caches after an in-prefill intervention, and how often it fired."""
+    """Caches after an in-prefill intervention, how often it fired, and how much of every row it touched."""
 
     cache: KVCache
     planned: int
     fired: int
+    touched: Touched
 
 
 def run_in_prefill(
@@ -49,36 +50,39 @@ def run_in_prefill(
     sources: Sequence[EncodedPrompt],
     targets: Sequence[EncodedPrompt],
     natural: KVCache,
+    may_be_empty: bool = False,
 ) -> Intervened:
     """Prefill targets while activations of their sources replace their own.
 
     Args:
         sources, targets: one of each a row; slots are matched from the last cached one backwards.
         natural: the targets' natural caches, which slot selections are read from.
+        may_be_empty: a row in which nothing is found to change is left as it is; otherwise it is an error.
     """
     backbone.catch_up()
-    layers = layer_indices(spec.layers, backbone.geometry.layers)
+    layers = chosen_layers(spec.layers, backbone.geometry.layers, may_be_empty=may_be_empty)
+    lengths = [len(p.token_ids) - 1 for p in sources]
+    is_put, delta = landing(spec.slots, natural, lengths, may_be_empty=may_be_empty)
+    touched = _touched(is_put, layers, backbone)
     if spec.site == "residual":
         with recorded_residual(backbone, layers) as seen:
             prefill_pass(backbone, sources)
         _refuse_unseen(seen.seen, layers)
-        source_slots = max(len(p.token_ids) for p in sources) - 1
-        is_put, _ = _landing(spec.slots, natural, [len(p.token_ids) - 1 for p in sources])
+        source_slots = max(lengths)
         streams = {i: _aligned(seen.seen[i][:, None], natural.slots)[:, 0] for i in layers}
         assert all(stream.shape[1] == source_slots for stream in seen.seen.values())
         with replaced_residual(backbone, streams, is_put) as firings:
             cache = prefill_pass(backbone, targets)
-        return Intervened(cache, firings.planned, firings.fired)
+        return Intervened(cache, firings.planned, firings.fired, touched)
     queries: dict[int, Tensor] = {}
     taps = {i: LayerEdit(query=_tap(queries, i)) for i in layers} if spec.site == "queries_keys_values" else None
     source = prefill_pass(backbone, sources, edits=taps)
     if taps:
         _refuse_unseen(queries, layers)
-    is_put, delta = _landing(spec.slots, natural, source.lengths.tolist())
     edits = {i: _replacement(spec, source, queries, i, is_put, delta, natural.slots) for i in layers}
     cache = prefill_pass(backbone, targets, edits=edits)
     planned, fired = (sum(getattr(edit, name) for edit in edits.values()) for name in ("planned", "fired"))
-    return Intervened(cache, planned, fired)
+    return Intervened(cache, planned, fired, touched)
 
 
 def run_value_steering(
@@ -87,19 +91,27 @@ def run_value_steering(
     directions: dict[int, Tensor],
     targets: Sequence[EncodedPrompt],
     natural: KVCache,
+    may_be_empty: bool = False,
 ) -> Intervened:
     """Prefill targets while alpha times a direction, [kv_heads, head_dim] a layer, is added to their values."""
     backbone.catch_up()
-    is_put, _ = _landing(spec.slots, natural, natural.lengths.tolist())
+    layers = chosen_layers(spec.layers, backbone.geometry.layers, may_be_empty=may_be_empty)
+    is_put = chosen_mask(natural, spec.slots, may_be_empty=may_be_empty)
     mask = is_put[:, None, :, None]
 
     def steer(layer: int) -> LayerEdit:
         step = spec.alpha * directions[layer][None, :, None]
         return LayerEdit(value=lambda v: v + torch.where(mask, step, 0).to(v.dtype))
 
-    edits = {i: steer(i) for i in layer_indices(spec.layers, backbone.geometry.layers)}
+    edits = {i: steer(i) for i in layers}
     cache = prefill_pass(backbone, targets, edits=edits)
-    return Intervened(cache, len(edits), sum(edit.fired for edit in edits.values()))
+    fired = sum(edit.fired for edit in edits.values())
+    return Intervened(cache, len(edits), fired, _touched(is_put, layers, backbone))
+
+
+def _touched(is_put: Tensor, layers: Sequence[int], backbone: Backbone) -> Touched:
+    """Of a change at these slots, [batch, slots], in all KV heads of these layers."""
+    return Touched(tuple(is_put.sum(dim=1).tolist()), len(layers), backbone.geometry.kv_heads)
 
 
 @dataclass(frozen=True)
@@ -115,14 +127,27 @@ class RowSteering:
         return {layer: LayerEdit(steer=step[rows]) for layer, step in self.steps.items()}
 
 
-def _landing(
-    slots: str | SlotQuery | Sequence[int], natural: KVCache, source_lengths: Sequence[int]
+def landing(
+    slots: str | SlotQuery | Sequence[int],
+    natural: KVCache,
+    source_lengths: Sequence[int],
+    *,
+    may_be_empty: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Which target slots are changed, [batch, slots], and how far their source stood from there, [batch, 1]."""
-    is_put = slot_mask(natural, slots)
+    """Which target slots are changed, [batch, slots], and how far their source stood from there, [batch, 1].
+
+    Raises:
+        EmptySelection: where the selection finds no slot in a row, or its source is too short to reach one of them,
+            unless that may be.
+    """
+    is_put = chosen_mask(natural, slots, may_be_empty=may_be_empty)
     lengths = torch.tensor(list(source_lengths), device=is_put.device)
     from_end = torch.arange(natural.slots, 0, -1, device=is_put.device)
-    return is_put & (from_end <= lengths[:, None]), (natural.lengths - lengths)[:, None]
+    is_put = is_put & (from_end <= lengths[:, None])
+    if not may_be_empty:
+        reached = is_put.sum(dim=1).tolist()
+        refuse_empty(slots, reached, "target that its source reaches, counted from the end")
+    return is_put, (natural.lengths - lengths)[:, None]
 
 
 def _aligned(tensor: Tensor, slots: int) -> Tensor:

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from kvpatch.arguments import chosen_rows
 from kvpatch.errors import CacheError
 from kvpatch.rope import LayerRope
 
@@ -95,13 +97,15 @@ class KVCache:
     def __len__(self) -> int:
         return self.batch
 
-    def __getitem__(self, rows: int | slice | Sequence[int]) -> KVCache:
-        """Some rows, as a cache of their own (padding that none of them needs is cut off)."""
-        chosen = list(range(self.batch))[rows] if isinstance(rows, slice) else rows
-        index = [chosen] if isinstance(chosen, int) else list(chosen)
-        index = [row % self.batch if -self.batch <= row < self.batch else row for row in index]
-        if not index or max(index) >= self.batch or min(index) < 0:
-            raise CacheError(f"rows {index} are not in a batch of {self.batch}")
+    def __getitem__(self, rows: int | slice | Sequence[int] | Sequence[bool] | np.ndarray | Tensor) -> KVCache:
+        """Some rows, as a cache of their own (padding that none of them needs is cut off).
+
+        Args:
+            rows: an index, several, a slice, or a mask of one boolean a row; lists, NumPy arrays and torch tensors.
+        Raises:
+            CacheError: for a row that there is not, a mask of another length, or anything else.
+        """
+        index = chosen_rows(rows, self.batch)
         at = torch.tensor(index, device=self.positions.device)
         cut = self.slots - max(self.row_lengths[row] for row in index)
         return replace(

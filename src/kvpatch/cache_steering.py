@@ -14,7 +14,7 @@ from kvpatch.errors import CacheError
 from kvpatch.interventions import CacheSteering, Joined
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.rope import rotate
-from kvpatch.selection import layer_indices, slot_mask
+from kvpatch.selection import Touched, chosen_layers, chosen_mask
 from kvpatch.splice import take
 
 
@@ -31,13 +31,29 @@ def steer_cache(
         which: a row's number of its random direction, used where the spec asks for random ones.
     Returns:
         A new cache; strength 0 gives the same bits.
+    Raises:
+        EmptySelection: where the selection finds no slot in a row, or no layer.
     """
+    return counted_steering(cache, spec, directions, which)[0]
+
+
+def counted_steering(
+    cache: KVCache,
+    spec: CacheSteering,
+    directions: tuple[dict[int, Tensor], dict[int, Tensor]],
+    which: Sequence[int],
+    *,
+    may_be_empty: bool = False,
+) -> tuple[KVCache, Touched]:
+    """`steer_cache`, and how much of every row it touched; `may_be_empty` allows that to be nothing."""
+    is_put = chosen_mask(cache, spec.slots, may_be_empty=may_be_empty)
+    layers = chosen_layers(spec.layers, cache.layers, may_be_empty=may_be_empty)
+    touched = Touched(tuple(is_put.sum(dim=1).tolist()), len(layers), cache.keys[0].shape[1])
     if spec.strength == 0:
-        return cache
-    is_put = slot_mask(cache, spec.slots)
+        return cache, touched
     at = torch.where(is_put, cache.positions, 0)
     keys, values = list(cache.keys), list(cache.values)
-    for layer in layer_indices(spec.layers, cache.layers):
+    for layer in layers:
         for part, tensors, known in (("k", keys, directions[0]), ("v", values, directions[1])):
             if part not in spec.parts:
                 continue
@@ -47,7 +63,7 @@ def steer_cache(
                 added = rotate(added, at, cache.rope[layer])
             moved = (tensors[layer].float() + spec.strength * added).to(tensors[layer].dtype)
             tensors[layer] = torch.where(is_put[:, None, :, None], moved, tensors[layer])
-    return replace(cache, keys=tuple(keys), values=tuple(values))
+    return replace(cache, keys=tuple(keys), values=tuple(values)), touched
 
 
 def _rows_of(direction: Tensor, spec: CacheSteering, which: Sequence[int], place: int) -> Tensor:
@@ -66,9 +82,14 @@ def join_prompts(giver: EncodedPrompt, receiver: EncodedPrompt, separator: Seque
     """The giver's words and a separator put before the receiver's words, inside the receiver's own template.
 
     Joined token by token, so that the receiver's tokens stay exactly those of its own prompt.
+
+    Raises:
+        CacheError: where the giver has no words.
     """
     start = receiver.segments.index(Segment.body)
     words = [i for i, segment in enumerate(giver.segments) if segment == Segment.body]
+    if not words:
+        raise CacheError("the giver has no words to put before the receiver's; give it a prompt that has")
     body = [int(Segment.body)] * (len(words) + len(separator))
     return EncodedPrompt(
         (*receiver.token_ids[:start], *(giver.token_ids[i] for i in words), *separator, *receiver.token_ids[start:]),
@@ -114,3 +135,17 @@ def without_giver(joined: KVCache, natural: KVCache) -> KVCache:
 def joined_cache(spec: Joined, joined: KVCache, natural: KVCache) -> KVCache:
     """The cache a `Joined` asks for."""
     return joined if spec.keep == "all" else without_giver(joined, natural)
+
+
+def touched_by_joining(cache: KVCache, natural: KVCache) -> Touched:
+    """How much of every row the giver's words touched: all slots from where they stand on.
+
+    With them kept (T) those are their own, the separator's and the receiver's behind them; with them taken out (M1) the
+    receiver's from its first word on. Each of these was computed with the giver's words before it.
+
+    Args:
+        cache: what `joined_cache` gave. natural: the receivers' own caches.
+    """
+    starts = [segments.index(Segment.body) for segments in natural.row_segments]
+    slots = tuple(length - start for length, start in zip(cache.row_lengths, starts, strict=True))
+    return Touched(slots, cache.layers, cache.keys[0].shape[1])

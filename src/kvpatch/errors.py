@@ -19,3 +19,15 @@ class StoreError(KvpatchError):
 
 class CacheError(KvpatchError):
     """A selection, alignment or cache operation does not fit the caches it was given."""
+
+
+class EmptySelection(CacheError):
+    """A selection finds nothing, so that what was asked for would change nothing.
+
+    Attributes:
+        without_row: the message as it reads where the row is known otherwise.
+    """
+
+    def __init__(self, message: str, without_row: str | None = None) -> None:
+        super().__init__(message)
+        self.without_row = message if without_row is None else without_row

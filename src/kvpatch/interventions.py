@@ -7,15 +7,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kvpatch.patch import Frozen, Indices, LayerAt, LayerBand, NamedSlots, Parts, SlotQuery
+from kvpatch.patch import Given, LayerAt, Layers, Number, Parts, Slots
 
 Site = Literal["values", "queries_keys_values", "residual"]
 
 
-Layers = Indices | LayerBand | LayerAt | None
-
-
-class _Stored(Frozen):
+class _Stored(Given):
     def to_json(self) -> str:
         """Canonical JSON, with the kind of intervention in it."""
         return json.dumps({"kind": type(self).__name__, **self.model_dump(mode="json")}, sort_keys=True)
@@ -33,7 +30,7 @@ class InPrefill(_Stored):
 
     site: Site
     layers: Layers = None
-    slots: NamedSlots | SlotQuery | Indices = "all"
+    slots: Slots = "all"
 
 
 class ValueSteering(_Stored):
@@ -43,8 +40,8 @@ class ValueSteering(_Stored):
     """
 
     layers: Layers
-    alpha: float
-    slots: NamedSlots | SlotQuery | Indices = "all"
+    alpha: Number
+    slots: Slots = "all"
     while_decoding: bool = False
 
 
@@ -56,8 +53,8 @@ class CacheSteering(_Stored):
     its null.
     """
 
-    strength: float
-    slots: NamedSlots | SlotQuery | Indices = "body"
+    strength: Number
+    slots: Slots = "body"
     layers: Layers = None
     parts: Parts = "kv"
     random_directions: int | None = Field(default=None, ge=1)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvpatch import arguments
 from kvpatch.cache import PAD, KVCache
 from kvpatch.engine.attention import Attention, Look, Maps
 from kvpatch.engine.decode import OnStep, decode
 from kvpatch.engine.prefill import labels_of, prefill, watched_prefill
 from kvpatch.engine.score import score
-from kvpatch.errors import CacheError, ModelError, ProtocolError
+from kvpatch.errors import CacheError, EmptySelection, ModelError, ProtocolError
 from kvpatch.models.hf import Backbone, Geometry
 from kvpatch.models.load import Loaded, load_model
 from kvpatch.models.named import Progress
 from kvpatch.models.template import EncodedPrompt, encode
-from kvpatch.patch import SlotQuery
-from kvpatch.selection import slot_mask
+from kvpatch.patch import Patch, SlotQuery
+from kvpatch.selection import chosen_layers, slot_mask, told
 
 REMEMBERED = 10_000
 """Texts whose tokens a model remembers."""
@@ -102,6 +103,8 @@ class Model:
     def encode(self, text: str, *, chat: bool | None = None, may_be_empty: bool = False) -> EncodedPrompt:
         """Tokenise one prompt; see `models.template.encode`. A run asks for its few prompts in every phase, so
         they are remembered."""
+        if not isinstance(text, str):
+            raise ProtocolError(f"a prompt must be text, got {arguments.shown(text)}")
         key = (text, chat, may_be_empty, str(self.tokenizer.chat_template))
         if key not in self._encoded:
             if len(self._encoded) >= REMEMBERED:
@@ -118,10 +121,25 @@ class Model:
         Returns:
             `KVCache`, a row a prompt.
         Raises:
-            ProtocolError: for an empty prompt, or one longer than the context.
+            ProtocolError: for an empty prompt, one longer than the context, or what is no prompt.
+            CacheError: for a token the model does not have.
         """
-        rows = [prompts] if isinstance(prompts, str) else list(prompts)
-        return prefill(self.backbone, [self.encode(p, chat=chat) if isinstance(p, str) else p for p in rows])
+        return prefill(self.backbone, self._encoded_prompts(prompts, chat))
+
+    def _encoded_prompts(self, prompts: Any, chat: bool | None) -> list[EncodedPrompt]:
+        """One or more prompts, as text or encoded, all encoded."""
+        is_one = isinstance(prompts, str | EncodedPrompt | bytes | dict)
+        rows = [prompts] if is_one or not isinstance(arguments.plain(prompts), Iterable) else prompts
+        if chat is not None:
+            chat = arguments.switch("chat", chat, error=ProtocolError)
+        encoded = []
+        for row in rows:
+            if not isinstance(row, str | EncodedPrompt):
+                raise ProtocolError(f"a prompt must be text or an EncodedPrompt, got {arguments.shown(row)}")
+            encoded.append(self.encode(row, chat=chat) if isinstance(row, str) else row)
+        for prompt in encoded:
+            arguments.refuse_foreign_tokens("a prompt's tokens", prompt.token_ids, self.geometry.vocabulary)
+        return encoded
 
     def attention(
         self,
@@ -139,13 +157,35 @@ class Model:
             maps: layers, heads and queries whose whole attention is to be kept.
         Returns:
             `Attention`; `attention["entropy"]` is [batch, layers, query_heads]. `heads.STATISTICS` says what there is.
+        Raises:
+            CacheError: where no prompt has a slot that is marked, or for maps that the model does not have.
         """
-        rows = [prompts] if isinstance(prompts, str) else list(prompts)
-        encoded = [self.encode(p, chat=chat) if isinstance(p, str) else p for p in rows]
+        encoded = self._encoded_prompts(prompts, chat)
         mask = None
-        if marked is not None:
+        if marked is not None and encoded:
+            given: Any = marked
+            marked = Patch(slots=given).slots  # refuses what is no selection
             mask = slot_mask(KVCache(keys=(), values=(), rope=(), **labels_of(encoded, self.backbone.device)), marked)
-        return watched_prefill(self.backbone, encoded, Look(mask, maps))[1]
+            if not mask.any():
+                raise EmptySelection(
+                    f"marked {told(marked)} find no slot in any of the prompts; mark slots that they have"
+                )
+        return watched_prefill(self.backbone, encoded, Look(mask, self._maps(maps)))[1]
+
+    def _maps(self, maps: Maps | None) -> Maps | None:
+        """Maps to keep, as plain numbers that the model has."""
+        if maps is None:
+            return None
+        arguments.refuse_other("maps", maps, Maps)
+        layers = chosen_layers(arguments.whole_numbers("layers", maps.layers), self.geometry.layers)
+        heads = arguments.whole_numbers("heads", maps.heads)
+        count = self.geometry.query_heads
+        if not heads:
+            raise CacheError("maps of no query head are asked for; name at least one")
+        if bad := [head for head in heads if not -count <= head < count]:
+            raise CacheError(f"query head {bad[0]} does not exist: there are {count} (0 to {count - 1})")
+        queries = None if maps.queries is None else arguments.whole_numbers("queries", maps.queries)
+        return Maps(layers, heads, queries)
 
     def generate(
         self,
@@ -164,21 +204,30 @@ class Model:
         Args:
             cache: any batch.
             max_new_tokens: most tokens a row may write.
-            temperature: 0 for greedy.
+            temperature: 0 for greedy; otherwise at least `arguments.LEAST_TEMPERATURE`.
             top_p: keep the likeliest tokens up to this probability.
             seeds: one a row (0, 1, 2, ... if None); a row's text does not depend on the other rows.
             stop: False goes on past an end token.
             attention: True for statistics of every head over what is fed; `Maps` for whole maps as well.
+        Raises:
+            ProtocolError: for a number out of its range, or more tokens than the context has room for.
+            CacheError: for seeds that are no whole numbers of 64 bits, one a row.
         """
-        if not temperature >= 0 or not 0 < top_p <= 1:
-            raise ProtocolError(f"temperature must be at least 0 and top_p in (0, 1], got {temperature} and {top_p}")
+        arguments.refuse_other("cache", cache, KVCache)
+        max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, least=1, error=ProtocolError)
+        temperature, top_p = arguments.sampling(temperature, top_p)
+        stop = arguments.switch("stop", stop, error=ProtocolError)
+        if on_step is not None and not callable(on_step):
+            raise ProtocolError(f"on_step must be a function of one number, got {arguments.shown(on_step)}")
+        if not isinstance(attention, bool):
+            attention = self._maps(attention) or False
         out = decode(
             self.backbone,
             cache,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
-            seeds=range(cache.batch) if seeds is None else seeds,
+            seeds=range(cache.batch) if seeds is None else arguments.seeds(seeds, cache.batch),
             end_tokens=self.end_tokens if stop else (),
             on_step=on_step,
             look=Look(maps=None if attention is True else attention) if attention else None,
@@ -187,24 +236,46 @@ class Model:
         tokens, logprobs = out.token_ids[:, :longest], out.logprobs[:, :longest]
         return Generated(self.texts(out.token_ids), tokens, logprobs, out.stopped, out.attention)
 
-    def score(self, cache: KVCache, continuations: Sequence[str | Sequence[int]]) -> Tensor:
+    def score(self, cache: KVCache, continuations: str | Sequence[str | Sequence[int]]) -> Tensor:
         """Teacher-forced log-probabilities of given continuations. The cache is not changed.
 
         Args:
             cache: a row a continuation, or one row for all.
-            continuations: texts (tokenised as they are, nothing added) or token ids.
+            continuations: texts (tokenised as they are, nothing added) or token ids; a text alone is one continuation.
         Returns:
             [continuations, tokens], natural logarithm; NaN past a continuation's own length.
+        Raises:
+            CacheError: for a token the model does not have, or continuations that do not fit the batch.
+            ProtocolError: for an empty continuation, or one that the context has no room for.
         """
-        ids = [self.continuation_ids(c) if isinstance(c, str) else list(c) for c in continuations]
+        arguments.refuse_other("cache", cache, KVCache)
+        ids = self._continuations_of(continuations)
         if cache.batch == 1 and len(ids) > 1:
             cache = cache[[0] * len(ids)]
         if cache.batch != len(ids):
             raise CacheError(f"{len(ids)} continuations for a batch of {cache.batch}")
         return score(self.backbone, cache, [[row] for row in ids]).logprobs[:, 0]
 
+    def _continuations_of(self, given: object) -> list[list[int]]:
+        """The token ids of every continuation."""
+        rows = [given] if isinstance(given, str) else arguments.plain(given)
+        if not isinstance(rows, Iterable) or isinstance(rows, bytes | dict):
+            raise CacheError(f"continuations must be texts or lists of token ids, got {arguments.shown(given)}")
+        found = []
+        for row in rows:
+            if not isinstance(row, str) and isinstance(arguments.plain(row), int):
+                raise CacheError(
+                    f"continuations must be texts or lists of token ids, got {arguments.shown(row)} among them; "
+                    "put the ids of one continuation in a list of their own"
+                )
+            ids = self.continuation_ids(row) if isinstance(row, str) else row
+            found.append(arguments.token_ids("a continuation's tokens", ids, self.geometry.vocabulary))
+        return found
+
     def continuation_ids(self, text: str) -> list[int]:
         """Token ids of a continuation: the text as it is, no special token added."""
+        if not isinstance(text, str):
+            raise CacheError(f"a continuation must be text, got {arguments.shown(text)}")
         if text not in self._continuations:
             if len(self._continuations) >= REMEMBERED:
                 self._continuations.clear()

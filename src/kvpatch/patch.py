@@ -9,9 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from kvpatch.arguments import indices_of_slice, real, whole_numbers
+from kvpatch.errors import CacheError
+from kvpatch.refusals import refusal_of
 
 if TYPE_CHECKING:
     from kvpatch.cache import KVCache
@@ -37,20 +50,65 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, (range, tuple)) else value
+class Given(Frozen):
+    """Base of what a person writes in Python: what is wrong with it is said in one line.
+
+    Raises:
+        CacheError: where it is made of something that can't be meant.
+    """
+
+    def __init__(self, **given: Any) -> None:
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise CacheError(refusal_of(error, type(self))) from None
+
+    # pydantic then takes it for its own, and a part of a protocol is built as before, with the place of what is wrong.
+    __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-Indices = Annotated[list[int], BeforeValidator(_listed)]
+def _indices(value: Any, info: ValidationInfo) -> Any:
+    """Indices as a list of Python's numbers; None for all; what is no collection stays as it is."""
+    name = str(info.field_name)
+    if isinstance(value, slice):
+        return None if value == slice(None) else indices_of_slice(name, value)
+    if value is None or isinstance(value, (dict, BaseModel)):
+        return value
+    if isinstance(value, str):
+        if value != "all":
+            raise ValueError(f"{name} must be whole numbers or 'all', got {value!r}")
+        return None
+    return whole_numbers(name, value)
 
 
-class LayerAt(Frozen):
+def _slots(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, str):
+        if value not in get_args(NamedSlots):
+            raise ValueError(
+                f"slots {value!r} is not a selection; use {', '.join(get_args(NamedSlots))}, a SlotQuery or indices"
+            )
+        return value
+    if value is None:
+        raise ValueError("slots must be a named selection, a SlotQuery or indices, got None")
+    found = _indices(value, info)
+    return "all" if found is None else found
+
+
+def _number(value: Any, info: ValidationInfo) -> Any:
+    return real(str(info.field_name), value)
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+"""A finite number."""
+
+
+class LayerAt(Given):
     """One layer, as a fraction of depth."""
 
     depth: float = Field(ge=0, le=1)
 
 
-class LayerBand(Frozen):
+class LayerBand(Given):
     """Layers by depth: `[low, high)` as fractions of the number of layers, so that it fits any model."""
 
     band: tuple[float, float]
@@ -64,7 +122,7 @@ class LayerBand(Frozen):
         return self
 
 
-class SlotQuery(Frozen):
+class SlotQuery(Given):
     """Slots by meaning. The filters are applied in the order of the fields.
 
     `of` names where to look; `without` takes a named stretch out; `fraction` keeps `[low, high)` of what is left;
@@ -98,12 +156,18 @@ class SlotQuery(Frozen):
         return self
 
 
-class Patch(Frozen):
+Layers = Annotated[list[int] | LayerBand | LayerAt | None, BeforeValidator(_indices)]
+KvHeads = Annotated[list[int] | None, BeforeValidator(_indices)]
+Slots = Annotated[NamedSlots | SlotQuery | list[int], BeforeValidator(_slots)]
+
+
+class Patch(Given):
     """Which part of a source's cache goes where in a target's cache.
 
     Args:
-        layers: layer indices, a `LayerBand`, a `LayerAt`, or None for all.
-        kv_heads: KV-head indices (heads of the cache, not query heads), or None for all.
+        layers: layer indices (a number, a collection, an array or a slice that has an end), a `LayerBand`, a `LayerAt`,
+            or None or "all" for all.
+        kv_heads: KV-head indices (heads of the cache, not query heads), or None or "all" for all.
         slots: a named selection, a `SlotQuery`, or slot indices (0 is a row's first real slot; negative from its end).
             Taken in the source and in the target alike.
         parts: "k", "v" or "kv".
@@ -118,12 +182,12 @@ class Patch(Frozen):
         donor: what is put in: the source, or a control made from it (see `donors.py`).
     """
 
-    layers: Indices | LayerBand | LayerAt | None = None
-    kv_heads: Indices | None = None
-    slots: NamedSlots | SlotQuery | Indices = "all"
+    layers: Layers = None
+    kv_heads: KvHeads = None
+    slots: Slots = "all"
     parts: Parts = "kv"
     align: Align = "end"
-    strength: float = Field(default=1.0, allow_inf_nan=False)
+    strength: Number = 1.0
     rotate: bool = True
     donor: Donor = "source"
 
@@ -164,7 +228,8 @@ class Patch(Frozen):
         Returns:
             A new `KVCache` [target's batch]; `pending` is the target's. Neither input is changed.
         Raises:
-            CacheError: where the selection, the batch sizes or the models' geometry do not fit.
+            CacheError: where the batch sizes or the models' geometry do not fit, or where the selection finds nothing
+                in a row of the source or of the target, so that nothing would change there.
         """
         from kvpatch.splice import splice
 

@@ -19,7 +19,7 @@ from kvpatch.cache import KVCache
 from kvpatch.errors import CacheError
 from kvpatch.interventions import Reshape
 from kvpatch.readouts.geometry import participation_ratio
-from kvpatch.selection import layer_indices
+from kvpatch.selection import Touched, chosen_layers
 
 HIGHEST_POWER = 1e4
 TOLERANCE = 1e-4
@@ -37,13 +37,28 @@ def reshape_cache(cache: KVCache, giver: KVCache, spec: Reshape, seeds: Sequence
         A new cache in which only values of the spec's layers and window differ.
     Raises:
         CacheError: where a row has fewer slots than the window, or can't have the ratio.
+        EmptySelection: where the spec finds no layer.
     """
+    return counted_reshaping(cache, giver, spec, seeds, r_v_window)[0]
+
+
+def counted_reshaping(
+    cache: KVCache,
+    giver: KVCache,
+    spec: Reshape,
+    seeds: Sequence[int],
+    r_v_window: int = 16,
+    *,
+    may_be_empty: bool = False,
+) -> tuple[KVCache, Touched]:
+    """`reshape_cache`, and how much of every row it touched; `may_be_empty` allows that to be nothing."""
     window = spec.window or r_v_window
     for name, side in (("receiver", cache), ("giver", giver)):
         if int(side.lengths.min()) < window:
             raise CacheError(f"a {name} of {int(side.lengths.min())} slots is shorter than the window of {window}")
     values = list(cache.values)
-    for layer in layer_indices(spec.layers, cache.layers):
+    layers = chosen_layers(spec.layers, cache.layers, may_be_empty=may_be_empty)
+    for layer in layers:
         own = _window(cache.values[layer], window)
         asked = own if spec.ratio == "own" else _window(giver.values[layer], window)
         new = with_ratio(own, participation_ratio(asked.double()))
@@ -51,7 +66,8 @@ def reshape_cache(cache: KVCache, giver: KVCache, spec: Reshape, seeds: Sequence
             distance = (new - own).norm(dim=(-2, -1))
             new = torch.stack([turned(v, float(d), seed) for v, d, seed in zip(own, distance, seeds, strict=True)])
         values[layer] = _with_window(cache.values[layer], new)
-    return replace(cache, values=tuple(values))
+    touched = Touched((window,) * cache.batch, len(layers), cache.keys[0].shape[1])
+    return replace(cache, values=tuple(values)), touched
 
 
 def with_ratio(v: Tensor, wanted: Tensor) -> Tensor:

@@ -2,21 +2,107 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvpatch.cache import KVCache, Segment
-from kvpatch.errors import CacheError
+from kvpatch.errors import CacheError, EmptySelection
 from kvpatch.patch import LayerAt, LayerBand, Patch, SlotQuery
 
 SINKS = 4
 """First slots that models use as attention sinks whatever they hold (Xiao et al. 2023, StreamingLLM)."""
+
+
+@dataclass(frozen=True)
+class Touched:
+    """How much of each row of a batch a change touches, whatever its strength.
+
+    Attributes:
+        slots: one number a row, slots of the result whose keys or values were put in, added to or computed anew.
+        layers: layers in which they were.
+        kv_heads: KV heads in each of these layers.
+    """
+
+    slots: tuple[int, ...]
+    layers: int
+    kv_heads: int
+
+    @classmethod
+    def none(cls, rows: int) -> Touched:
+        """Of rows that are natural caches."""
+        return cls((0,) * rows, 0, 0)
+
+    def of_row(self, row: int) -> tuple[int, int, int]:
+        """Slots, layers and KV heads of one row: all 0 where one of them is."""
+        found = self.slots[row], self.layers, self.kv_heads
+        return found if all(found) else (0, 0, 0)
+
+
+def told(slots: str | SlotQuery | Sequence[int]) -> str:
+    """A slot selection as it reads in a sentence."""
+    if isinstance(slots, SlotQuery):
+        return f"slots {json.dumps(slots.model_dump(mode='json', exclude_defaults=True), ensure_ascii=False)}"
+    return f"slots {slots!r}" if isinstance(slots, str) else f"slots {list(slots)}"
+
+
+def chosen_layers(
+    layers: Sequence[int] | LayerBand | LayerAt | None, count: int, *, may_be_empty: bool = False
+) -> list[int]:
+    """`layer_indices` of a selection that is to change something; it may find no layer only where that is allowed.
+
+    Raises:
+        CacheError: for a layer the model does not have.
+        EmptySelection: where no layer is found.
+    """
+    try:
+        found = layer_indices(layers, count)
+    except EmptySelection:
+        if not may_be_empty:
+            raise
+        found = []
+    if not found and not may_be_empty:
+        what = f"the inverse of band {list(layers.band)}" if isinstance(layers, LayerBand) else "layers []"
+        raise EmptySelection(f"{what} holds no layer of a model with {count} layers, so nothing would change")
+    return found
+
+
+def chosen_heads(kv_heads: Sequence[int] | None, count: int, *, may_be_empty: bool = False) -> list[int]:
+    """`head_indices` of a selection that is to change something; it may find no head only where that is allowed.
+
+    Raises:
+        CacheError: for a head the layer does not have.
+        EmptySelection: where no head is found.
+    """
+    found = head_indices(kv_heads, count)
+    if not found and not may_be_empty:
+        raise EmptySelection(f"kv_heads [] holds none of a layer's {count} KV heads, so nothing would change")
+    return found
+
+
+def refuse_empty(
+    slots: str | SlotQuery | Sequence[int], counts: Sequence[int], side: str, so: str = "nothing would change there"
+) -> None:
+    """Refuse a slot selection that finds nothing in one of the rows.
+
+    Args:
+        counts: slots that it finds in each row.
+        side: whose rows they are, such as "target".
+        so: what would come of it.
+    Raises:
+        EmptySelection: naming the selection and the first such row.
+    """
+    for row, count in enumerate(counts):
+        if not count:
+            found, end = f"{told(slots)} find no slot in", f"the {side}, so {so}; choose slots that it has"
+            raise EmptySelection(f"{found} row {row} of {end}", f"{found} {end}")
 
 
 def layer_indices(layers: Sequence[int] | LayerBand | LayerAt | None, count: int) -> list[int]:
@@ -33,7 +119,7 @@ def layer_indices(layers: Sequence[int] | LayerBand | LayerAt | None, count: int
         low, high = (round(share * count) for share in layers.band)
         inside = range(low, high)
         if not inside:
-            raise CacheError(f"band {list(layers.band)} holds no layer of a model with {count} layers")
+            raise EmptySelection(f"band {list(layers.band)} holds no layer of a model with {count} layers")
         return [layer for layer in range(count) if (layer in inside) != layers.inverse]
     return _in_range("layer", layers, count)
 
@@ -99,6 +185,22 @@ def slot_mask(cache: KVCache, slots: Patch | str | SlotQuery | Sequence[int]) ->
     for row in range(cache.batch):
         mask[row, slot_indices(cache, row, slots)] = True
     return mask.to(cache.positions.device)
+
+
+def chosen_mask(
+    cache: KVCache, slots: str | SlotQuery | Sequence[int], side: str = "target", *, may_be_empty: bool = False
+) -> Tensor:
+    """`slot_mask` of a selection that is to change something; a row may be without only where that is allowed.
+
+    Args:
+        side: whose cache it is, as an error says.
+    Raises:
+        EmptySelection: naming the selection and the first row in which it finds nothing.
+    """
+    mask = slot_mask(cache, slots)
+    if not may_be_empty:
+        refuse_empty(slots, mask.sum(dim=1).tolist(), side)
+    return mask
 
 
 def _in_range(what: str, indices: Sequence[int], count: int) -> list[int]:

@@ -12,12 +12,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvpatch.arguments import plain, refuse_other, whole
 from kvpatch.cache import PAD, KVCache, Origin
 from kvpatch.donors import make_donor
 from kvpatch.errors import CacheError
 from kvpatch.patch import Patch, SlotQuery
-from kvpatch.rope import rotate
-from kvpatch.selection import head_indices, layer_indices, mirrored_slots, slot_indices
+from kvpatch.rope import LayerRope, rotate
+from kvpatch.selection import (
+    Touched,
+    chosen_heads,
+    chosen_layers,
+    head_indices,
+    mirrored_slots,
+    refuse_empty,
+    slot_indices,
+)
 
 
 @dataclass(frozen=True)
@@ -49,41 +58,88 @@ def splice(
     Args:
         seed: one for all rows, or one a row.
     """
+    return counted_splice(patch, source, target, seed=seed, reference=reference)[0]
+
+
+def counted_splice(
+    patch: Patch,
+    source: KVCache,
+    target: KVCache,
+    *,
+    seed: int | Sequence[int] = 0,
+    reference: KVCache | None = None,
+    may_be_empty: bool = False,
+) -> tuple[KVCache, Touched]:
+    """`splice`, and how much of every row it touched.
+
+    Args:
+        may_be_empty: a row in which the selection finds nothing is left as it is; otherwise it is an error.
+    """
+    for side, cache in (("source", source), ("target", target)):
+        refuse_other(side, cache, KVCache)
+    if reference is not None:
+        refuse_other("reference", reference, KVCache)
     source = _broadcast(source, target)
-    seeds = [seed] * target.batch if isinstance(seed, int) else list(seed)
-    if len(seeds) != target.batch:
-        raise CacheError(f"{len(seeds)} seeds for a batch of {target.batch}")
-    layers = set(layer_indices(patch.layers, target.layers))
+    seeds = _seeds(seed, target.batch)
+    layers = set(chosen_layers(patch.layers, target.layers, may_be_empty=may_be_empty))
+    heads = [chosen_heads(patch.kv_heads, k.shape[1], may_be_empty=may_be_empty) for k in target.keys]
+    if "k" not in patch.parts:
+        source, reference = _still(source), None if reference is None else _still(reference)
     donor = make_donor(patch.donor, source, seeds, reference)
-    layout = plan(patch, donor, target, seeds)
+    layout = plan(patch, donor, target, seeds, may_be_empty=may_be_empty)
     keys, values = [], []
     for layer, rope in enumerate(target.rope):
-        chosen = layer in layers
         moved = rotate_to(target.keys[layer], target.positions, layout.target, layout.positions, rope)
         own_v = take(target.values[layer], layout.target)
-        if not chosen:
-            keys.append(moved)
-            values.append(own_v)
-            continue
-        heads = head_indices(patch.kv_heads, target.keys[layer].shape[1])
-        landing = layout.positions if patch.rotate else None
-        put_k = rotate_to(donor.keys[layer], donor.positions, layout.source, landing, rope)
-        put_v = take(donor.values[layer], layout.source)
-        is_put = _mask(layout.source != PAD, heads, target.keys[layer].shape[1])
-        keys.append(_blend(moved, put_k, is_put, patch.strength) if "k" in patch.parts else moved)
-        values.append(_blend(own_v, put_v, is_put, patch.strength) if "v" in patch.parts else own_v)
-    return _labelled(patch, donor, target, layout, tuple(keys), tuple(values))
+        is_put = _mask(layout.source != PAD, heads[layer], target.keys[layer].shape[1])
+        is_chosen = layer in layers and patch.strength != 0
+        if is_chosen and "k" in patch.parts:
+            landing = layout.positions if patch.rotate else None
+            put_k = rotate_to(donor.keys[layer], donor.positions, layout.source, landing, rope)
+            moved = _blend(moved, put_k, is_put, patch.strength)
+        if is_chosen and "v" in patch.parts:
+            own_v = _blend(own_v, take(donor.values[layer], layout.source), is_put, patch.strength)
+        keys.append(moved)
+        values.append(own_v)
+    mixed = _labelled(patch, donor, target, layout, tuple(keys), tuple(values))
+    put = (layout.source != PAD).sum(dim=1).tolist()
+    return mixed, Touched(tuple(put), len(layers), max((len(heads[layer]) for layer in layers), default=0))
 
 
-def plan(patch: Patch, source: KVCache, target: KVCache, seeds: Sequence[int]) -> Layout:
-    """Lay out the result of a patch, row by row."""
+def _seeds(seed: object, batch: int) -> list[int]:
+    """One seed a row, from one for all or one a row; of any size."""
+    found = plain(seed)
+    if not isinstance(found, (list, tuple)):
+        return [whole("seed", found)] * batch
+    if len(found) != batch:
+        raise CacheError(f"{len(found)} seeds for a batch of {batch}")
+    return [whole("a seed", one) for one in found]
+
+
+def _still(cache: KVCache) -> KVCache:
+    """A cache whose keys are not read: where positions are absolute, no key of it is then turned. Others stay."""
+    if all(rope.layout != "absolute" for rope in cache.rope):
+        return cache
+    return replace(cache, rope=tuple(LayerRope("none") for _ in cache.rope))
+
+
+def plan(patch: Patch, source: KVCache, target: KVCache, seeds: Sequence[int], *, may_be_empty: bool = False) -> Layout:
+    """Lay out the result of a patch, row by row.
+
+    Raises:
+        EmptySelection: where the selection finds nothing in a row of the source or of the target, unless that may be.
+    """
     rows = []
-    for row in range(target.batch):
-        from_source = slot_indices(source, row, patch, seeds[row])
-        if isinstance(patch.slots, SlotQuery) and patch.slots.in_source:
-            from_target = mirrored_slots(source, target, row, patch.slots.of, from_source)
-        else:
-            from_target = slot_indices(target, row, patch, seeds[row])
+    from_sources = [slot_indices(source, row, patch, seeds[row]) for row in range(target.batch)]
+    from_targets = [_from_target(patch, source, target, row, slots, seeds) for row, slots in enumerate(from_sources)]
+    if not may_be_empty:
+        if patch.align == "replace":
+            counts = list(map(len, from_targets))
+            refuse_empty(patch.slots, counts, "target", "align='replace' found no slot to replace")
+        refuse_empty(patch.slots, list(map(len, from_sources)), "source")
+        if patch.align != "append":  # which puts its slots behind the target's last, whatever that is
+            refuse_empty(patch.slots, list(map(len, from_targets)), "target")
+    for row, (from_source, from_target) in enumerate(zip(from_sources, from_targets, strict=True)):
         first = target.slots - target.row_lengths[row]
         rows.append(_row_plan(patch.align, from_source, from_target, first, target.slots))
     slots = max((len(pairs) for pairs in rows), default=0)
@@ -108,21 +164,32 @@ def plan(patch: Patch, source: KVCache, target: KVCache, seeds: Sequence[int]) -
     return Layout(to, of, positions, pending)
 
 
+def _from_target(
+    patch: Patch, source: KVCache, target: KVCache, row: int, chosen: list[int], seeds: Sequence[int]
+) -> list[int]:
+    """The target's slots that a row's chosen slots of the source are for; none where they are appended."""
+    if patch.align == "append":
+        return []
+    if isinstance(patch.slots, SlotQuery) and patch.slots.in_source:
+        return mirrored_slots(source, target, row, patch.slots.of, chosen) if chosen else []
+    return slot_indices(target, row, patch, seeds[row])
+
+
 def _row_plan(align: str, source: list[int], target: list[int], first: int, slots: int) -> list[tuple[int, int]]:
     """(target slot, source slot) for every slot of one row's result; -1 for none."""
     own = range(first, slots)
     if align == "append":
         return [(slot, PAD) for slot in own] + [(PAD, slot) for slot in source]
+    if not source or not target:
+        return [(slot, PAD) for slot in own]
     if align == "replace":
-        if not target:
-            raise CacheError("align='replace' found no slot to replace in the target")
         gone = set(target)
         before = [(slot, PAD) for slot in own if slot < target[0]]
         after = [(slot, PAD) for slot in own if slot > target[0] and slot not in gone]
         return before + [(PAD, slot) for slot in source] + after
     if align == "stretch":
         last, span = len(source) - 1, max(1, len(target) - 1)
-        pairs = {slot: source[round(i * last / span)] for i, slot in enumerate(target)} if source else {}
+        pairs = {slot: source[round(i * last / span)] for i, slot in enumerate(target)}
     else:
         step = 1 if align == "start" else -1
         pairs = dict(zip(target[::step], source[::step], strict=False))
@@ -158,8 +225,6 @@ def _mask(is_put: Tensor, heads: list[int], count: int) -> Tensor:
 def _blend(own: Tensor, put: Tensor, is_put: Tensor, strength: float) -> Tensor:
     if strength == 1:
         return torch.where(is_put, put, own)
-    if strength == 0:
-        return own
     work = torch.promote_types(own.dtype, torch.float32)
     mixed = own.to(work) + strength * (put.to(work) - own.to(work))
     return torch.where(is_put, mixed.to(own.dtype), own)
@@ -171,7 +236,7 @@ def _labelled(
     """The result with its labels. A slot is the source's token where all of its K and V came from there."""
     of_source = layout.source != PAD
     heads = [k.shape[1] for k in target.keys]
-    layers = layer_indices(patch.layers, target.layers)
+    layers = chosen_layers(patch.layers, target.layers, may_be_empty=True)
     changed = sum(len(head_indices(patch.kv_heads, heads[layer])) for layer in layers)
     is_whole = patch.parts == "kv" and patch.strength == 1 and changed == sum(heads)
     has_effect = patch.strength != 0 and changed > 0

@@ -55,6 +55,13 @@ TRIAL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "patch": (pa.string(), "the patch or other intervention as JSON; null for a natural cache"),
     "changes_planned": (pa.int32(), "changes of activations that hooks were to make for this trial"),
     "changes_fired": (pa.int32(), "changes they made; where the two differ the trial is an error"),
+    "n_slots_patched": (
+        pa.int32(),
+        "slots of the trial's cache that the condition put in, added to or computed anew, whatever its strength: those "
+        "selected; of joined prompts all from the giver's first word on. 0 for a natural cache; null in older runs",
+    ),
+    "n_layers_patched": (pa.int32(), "layers in which it did"),
+    "n_kv_heads_patched": (pa.int32(), "KV heads in each of these layers"),
     "source_text": (pa.string(), "words of the pair's source prompt"),
     "target_text": (pa.string(), "words of the pair's target prompt"),
     "source_token_ids": (_TOKENS, "tokens of the prompt whose cache was put in, pending token last"),

@@ -221,10 +221,12 @@ def test_head_shuffle_is_left_out_by_name_on_a_model_with_one_kv_head():
     assert not dec7_plan().skipped
 
 
-def test_neutral_scaffold_is_left_out_by_name_without_a_template():
+def test_what_needs_a_template_is_left_out_by_name_where_there_is_none():
+    """The neutral scaffold, and patches of what stands before and behind the user's words: there is nothing."""
     plan = dec7_plan(has_template=False)
-    assert {(s.phase, s.condition) for s in plan.skipped} == {("1", "N2"), ("7", "N2")}
-    assert "chat template" in plan.skipped[0].reason
+    beside = {("3", "T_template"), ("3", "M3_trailer"), ("interventions", "M3_trailer")}
+    assert {(s.phase, s.condition) for s in plan.skipped} == {("1", "N2"), ("7", "N2")} | beside
+    assert all("chat template" in s.reason for s in plan.skipped)
 
 
 def test_foreign_conditions_are_left_out_by_name_where_a_target_has_no_partner(bank):

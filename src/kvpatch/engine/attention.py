@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvpatch.cache import PAD, KVCache, Origin, Segment
+from kvpatch.errors import CacheError
 from kvpatch.heads import STATISTICS
 from kvpatch.models.hf import Seen
 from kvpatch.readouts.attention import CLASSES, Block, block_statistics
@@ -175,7 +176,16 @@ class AttentionCapture:
         self._kept.setdefault(layer, []).extend(kept.unbind(dim=2))
 
     def result(self) -> Attention:
-        """What was seen so far."""
+        """What was seen so far.
+
+        Raises:
+            CacheError: where maps were asked for of queries that there were none of.
+        """
+        if any(not rows for rows in self._kept.values()):
+            assert self.maps is not None
+            raise CacheError(
+                f"none of the queries {list(self.maps.queries or ())} of the maps was fed; {self._seen} were, from 0"
+            )
         layers = range(len(self._sums))
         sums, counts = (torch.stack([of[layer] for layer in layers], dim=1) for of in (self._sums, self._counts))
         slots = self._positions.shape[1]

@@ -145,6 +145,7 @@ def measure(
             checksum_after=after[i],
             changes_planned=built.planned[i],
             changes_fired=built.fired[i],
+            touched=built.touched[i],
             error=built.errors[i],
             asked=asked[i],
             attention=heads[i],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvpatch.activations import Intervened, RowSteering, mean_difference, run_in_prefill, run_value_steering
 from kvpatch.cache import KVCache
-from kvpatch.cache_steering import join_prompts, joined_cache, steer_cache
+from kvpatch.cache_steering import counted_steering, join_prompts, joined_cache, touched_by_joining
 from kvpatch.engine.prefill import prefill
 from kvpatch.errors import KvpatchError
 from kvpatch.interventions import CacheSteering, InPrefill, Joined, Reshape, ValueSteering
@@ -19,9 +19,9 @@ from kvpatch.model import Model
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.protocols.plan import Batch, PlannedPair
 from kvpatch.protocols.schema import Condition
-from kvpatch.reshape import reshape_cache
-from kvpatch.selection import layer_indices
-from kvpatch.splice import splice
+from kvpatch.reshape import counted_reshaping
+from kvpatch.selection import Touched, chosen_layers
+from kvpatch.splice import counted_splice
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,16 @@ class Natural:
 
 @dataclass
 class Built:
-    """What the trials of a batch start from, one entry a trial in the order of the batch."""
+    """What the trials of a batch start from, one entry a trial in the order of the batch.
+
+    touched: slots, layers and KV heads of the trial's cache that its condition touched; see `selection.Touched`.
+    """
 
     cache: KVCache
     errors: list[str | None]
     planned: list[int]
     fired: list[int]
+    touched: list[tuple[int, int, int]]
     steering: RowSteering | None
 
 
@@ -57,6 +61,7 @@ class _Part:
     """What the trials of one condition start from."""
 
     cache: KVCache
+    touched: Touched
     planned: int = 0
     fired: int = 0
     steps: dict[int, Tensor] = field(default_factory=dict)  # layer -> [kv_heads, head_dim], added while decoding
@@ -104,7 +109,7 @@ def build_all(model: Model, batch: Batch, natural: Natural) -> Built:
     order: list[int] = []  # place in the batch of every row of the parts
     count = len(batch.trials)
     errors: list[str | None] = [None] * count
-    planned, fired = [0] * count, [0] * count
+    planned, fired, touched = [0] * count, [0] * count, [(0, 0, 0)] * count
     steps: dict[int, Tensor] = {}
     for name, condition in batch.conditions.items():
         places = [i for i, trial in enumerate(batch.trials) if trial.condition == name]
@@ -114,20 +119,22 @@ def build_all(model: Model, batch: Batch, natural: Natural) -> Built:
             part = _build(model, batch, natural, condition, places)
         except KvpatchError as error:
             # The rows stay in the batch, as natural runs marked as failed, so that nothing else changes shape.
-            part = _Part(natural.rows([batch.trials[i].pair for i in places], condition.into))
+            own = natural.rows([batch.trials[i].pair for i in places], condition.into)
+            part = _Part(own, Touched.none(own.batch))
             for place in places:
                 errors[place] = str(error)
         parts.append(part.cache)
         order += places
-        for place in places:
+        for row, place in enumerate(places):
             planned[place], fired[place] = part.planned, part.fired
+            touched[place] = part.touched.of_row(row)
         for layer, step in part.steps.items():
             whole = steps.setdefault(layer, step.new_zeros(count, *step.shape))
             whole[places] = step
     cache = parts[0] if len(parts) == 1 else KVCache.concat(parts)
     if order != list(range(count)):
         cache = cache[sorted(range(count), key=order.__getitem__)]
-    return Built(cache, errors, planned, fired, RowSteering(steps) if steps else None)
+    return Built(cache, errors, planned, fired, touched, RowSteering(steps) if steps else None)
 
 
 def _build(model: Model, batch: Batch, natural: Natural, condition: Condition, places: Sequence[int]) -> _Part:
@@ -136,38 +143,43 @@ def _build(model: Model, batch: Batch, natural: Natural, condition: Condition, p
     pairs = [trial.pair for trial in trials]
     own = natural.rows(pairs, giver_role(condition) if condition.text_of else condition.into)
     seeds = [trial.seed for trial in trials]
+    may_be_empty = condition.may_be_empty
     if condition.patch is not None:
         reference = _reference(model, tuple(batch.reference_texts)) if batch.reference_texts else None
         source = natural.rows(pairs, str(condition.from_))
-        return _Part(splice(condition.patch, source, own, seed=seeds, reference=reference))
+        mixed = counted_splice(condition.patch, source, own, seed=seeds, reference=reference, may_be_empty=may_be_empty)
+        return _Part(*mixed)
     spec = condition.intervention
     receivers = natural.prompts_of(pairs, condition.into)
     if isinstance(spec, InPrefill):
         givers = natural.prompts_of(pairs, str(condition.from_))
-        return _counted(run_in_prefill(model.backbone, spec, givers, receivers, own))
+        return _counted(run_in_prefill(model.backbone, spec, givers, receivers, own, may_be_empty))
     if isinstance(spec, ValueSteering):
         _, values = _directions(model, tuple(batch.reference_texts), tuple(batch.reference_targets))
-        part = _counted(run_value_steering(model.backbone, spec, values, receivers, own))
+        part = _counted(run_value_steering(model.backbone, spec, values, receivers, own, may_be_empty))
         if spec.while_decoding:
-            layers = layer_indices(spec.layers, model.geometry.layers)
+            layers = chosen_layers(spec.layers, model.geometry.layers, may_be_empty=may_be_empty)
             part.steps = {layer: spec.alpha * values[layer] for layer in layers}
         return part
     if isinstance(spec, CacheSteering):
         directions = _directions(model, tuple(batch.reference_texts), tuple(batch.reference_targets))
-        return _Part(steer_cache(own, spec, directions, [batch.pairs[pair].number for pair in pairs]))
+        numbers = [batch.pairs[pair].number for pair in pairs]
+        return _Part(*counted_steering(own, spec, directions, numbers, may_be_empty=may_be_empty))
     if isinstance(spec, Reshape):
         givers = natural.rows(pairs, str(condition.from_))
-        return _Part(reshape_cache(own, givers, spec, seeds, batch.readouts.r_v.window))
+        window = batch.readouts.r_v.window
+        return _Part(*counted_reshaping(own, givers, spec, seeds, window, may_be_empty=may_be_empty))
     if isinstance(spec, Joined):
         givers = natural.prompts_of(pairs, str(condition.from_))
         separator = model.continuation_ids(spec.separator)
         prompts = [join_prompts(g, r, separator, spec.separator) for g, r in zip(givers, receivers, strict=True)]
-        return _Part(joined_cache(spec, prefill(model.backbone, prompts), own))
-    return _Part(own)
+        cache = joined_cache(spec, prefill(model.backbone, prompts), own)
+        return _Part(cache, touched_by_joining(cache, own))
+    return _Part(own, Touched.none(own.batch))
 
 
 def _counted(done: Intervened) -> _Part:
-    return _Part(done.cache, done.planned, done.fired)
+    return _Part(done.cache, done.touched, done.planned, done.fired)
 
 
 @functools.lru_cache(maxsize=2)

@@ -24,6 +24,7 @@ class Measured:
     """What the model gave for one trial, as plain numbers and text; the names are those of the store's columns.
 
     cells: [4, positions], mean log-probabilities of the 2x2 of held-out continuations.
+    touched: slots, layers and KV heads that the condition touched.
     error: what kept the trial from its cache.
     asked: columns that only a phase that asks for them has. attention: statistics of the trial's heads by stage, where
         the phase watches them, one row each.
@@ -47,6 +48,7 @@ class Measured:
     checksum_after: str
     changes_planned: int
     changes_fired: int
+    touched: tuple[int, int, int]
     error: str | None
     asked: Mapping[str, Any]
     attention: Mapping[str, Attention]
@@ -55,6 +57,7 @@ class Measured:
 def rows_of(batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits | None) -> list[dict[str, Any]]:
     """One row a trial, with the columns of `store.TRIAL_COLUMNS`."""
     rows = []
+    counts = ("n_slots_patched", "n_layers_patched", "n_kv_heads_patched")
     for index, of in enumerate(measured):
         row = {**_identity(batch, index), **_output(of), **_scores(batch, index, of), **_likelihoods(batch, of)}
         row |= {
@@ -66,6 +69,7 @@ def rows_of(batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits 
             "cache_checksum_after": of.checksum_after,
             "changes_planned": of.changes_planned,
             "changes_fired": of.changes_fired,
+            **dict(zip(counts, of.touched, strict=True)),
             "error": _error(of, row["nll_own"]),
         }
         row |= dict.fromkeys(OPTIONAL_COLUMNS) | dict(of.asked)

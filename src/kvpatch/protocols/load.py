@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from kvpatch.errors import ProtocolError
 from kvpatch.protocols.schema import Misplaced, Protocol
+from kvpatch.refusals import sentence
 from kvpatch.yaml_loader import LOADER
 
 
@@ -107,8 +108,7 @@ def _explained(error: ValidationError, node: yaml.Node | None) -> tuple[list[int
         known = _keys_at(loc[: depth - 1])
         near = difflib.get_close_matches(str(loc[depth - 1]), known, n=1)
         return loc[:depth], f"no such key; expected {near[0] + ', or ' if near else ''}one of {', '.join(known)}"
-    message = first["msg"].removeprefix("Value error, ")
-    return loc[:depth], message if kind == "value_error" else f"{message}, not {first['input']!r}"
+    return loc[:depth], sentence(first)
 
 
 def _keys_at(loc: Sequence[int | str]) -> list[str]:

@@ -262,6 +262,8 @@ class _Planner:
             reason = f"needs {condition.min_kv_heads} KV heads; the model has {self.model.kv_heads}"
         elif "neutral" in roles and not self.model.has_template:
             reason = "needs a chat template for the empty scaffold; the model has none"
+        elif condition.needs_template and not self.model.has_template:
+            reason = "needs slots that only a chat template gives; the model has none"
         elif "foreign" in roles and any(pair.foreign is None for pair in pairs):
             reason = "needs a foreign partner for every target; the bank has not got them"
         elif other and not any(other in pair.others for pair in pairs):

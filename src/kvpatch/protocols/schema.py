@@ -13,8 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
+from kvpatch import arguments
 from kvpatch.interventions import CacheSteering, InPrefill, Intervention, Joined, Reshape, ValueSteering
 from kvpatch.patch import Frozen, NamedSlots, Patch, SlotQuery
 
@@ -44,7 +45,7 @@ class Generation(Frozen):
     """How every trial goes on from its cache."""
 
     max_new_tokens: int = Field(default=64, ge=1)
-    temperature: float = Field(default=0.7, ge=0)
+    temperature: Annotated[float, AfterValidator(arguments.temperature)] = Field(default=0.7, ge=0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1)
     samples: int = Field(default=1, ge=1, description="continuations per pair and condition")
 
@@ -93,6 +94,11 @@ class Pairing(Frozen):
     max_length_difference: float = Field(default=0.1, ge=0, description="share of the longer prompt's body tokens")
 
 
+def _is_false(value: object) -> bool:
+    """A switch that came later and is off is left out of what is hashed, so that what lacks it keeps its hash."""
+    return value is False
+
+
 class Condition(Frozen):
     """One way to build the cache a trial runs from.
 
@@ -114,6 +120,18 @@ class Condition(Frozen):
     steer_cache: CacheSteering | None = None
     role: Role = "control"
     min_kv_heads: int = Field(default=1, ge=1, description="the condition is left out, by name, on models with fewer")
+    needs_template: bool = Field(
+        default=False,
+        exclude_if=_is_false,
+        description="the condition is left out, by name, on models without a chat template, whose prompts have no "
+        "slots before and behind the user's words",
+    )
+    may_be_empty: bool = Field(
+        default=False,
+        exclude_if=_is_false,
+        description="allow pairs in which the condition finds no slot, layer or KV head to change: they run as they "
+        "are, and their n_slots_patched is 0. Otherwise such a pair is an error before the run",
+    )
 
     @model_validator(mode="after")
     def _is_one_way(self) -> Condition:

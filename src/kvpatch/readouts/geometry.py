@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvpatch.arguments import plain, refuse_other, shown, whole
 from kvpatch.cache import PAD, KVCache
 from kvpatch.errors import CacheError
 from kvpatch.rope import rotate
@@ -63,6 +64,13 @@ def corrected_participation_ratio(v: Tensor) -> Tensor:
 def _scaled(v: Tensor) -> Tensor:
     """Windows in float32 or float64, each divided by its largest entry: no ratio depends on scale, and fourth powers
     neither over- nor underflow."""
+    if not isinstance(v, Tensor):
+        try:
+            v = torch.as_tensor(v)
+        except (TypeError, ValueError, RuntimeError):
+            raise CacheError(f"participation_ratio needs numbers [..., tokens, dim], got {shown(v)}") from None
+    if v.dtype == torch.bool or v.is_complex():
+        raise CacheError(f"participation_ratio needs real numbers, got {v.dtype}")
     if v.ndim < 2:
         raise CacheError(f"participation_ratio needs [..., tokens, dim], got shape {tuple(v.shape)}")
     v = v if v.dtype == torch.float64 else v.float()
@@ -92,8 +100,11 @@ def cache_ratios(
         [batch, layers, kv_heads], or [batch, layers] where joined; float32 (float64 for a cache of it); NaN for a row
         with fewer slots than the window and the sinks.
     """
-    if window < 2:
+    refuse_other("cache", cache, KVCache)
+    if whole("window", window, most=2**31 - 1) < 2:
         raise CacheError(f"window must be at least 2 slots, got {window}")
+    if not isinstance(part, str) or part not in ("k", "v"):
+        raise CacheError(f"part must be 'k' or 'v', got {shown(part)}")
     ratio = corrected_participation_ratio if corrected else participation_ratio
     back = -torch.where(cache.positions != PAD, cache.positions, 0)[:, -window:]
     found = []
@@ -113,11 +124,12 @@ def layer_at(layer: int | float, layers: int) -> int:
     Raises:
         CacheError: where there is no such layer.
     """
+    layer = plain(layer)
     if isinstance(layer, float):
         if not 0 <= layer <= 1:
             raise CacheError(f"layer {layer} as a fraction of depth must lie between 0 and 1")
         return min(math.floor(layer * layers + 0.5), layers - 1)
-    if not -layers <= layer < layers:
+    if not -layers <= whole("a layer", layer) < layers:
         raise CacheError(f"layer {layer} does not exist: there are {layers} (0 to {layers - 1})")
     return layer % layers
 
@@ -134,7 +146,8 @@ def r_v(cache: KVCache, early: int | float = 4, late: int | float = 24, window: 
     Raises:
         CacheError: for a layer that does not exist or a window below 2.
     """
-    if window < 2:
+    refuse_other("cache", cache, KVCache)
+    if whole("window", window, most=2**31 - 1) < 2:
         raise CacheError(f"window must be at least 2 slots, got {window}")
     layers = [layer_at(layer, cache.layers) for layer in (late, early)]
     has_window = cache.lengths >= window
@@ -185,7 +198,11 @@ def principal_angles(a: Tensor, b: Tensor, rank: int) -> Tensor:
 
     Small angles are read off their sines, which a cosine near 1 loses (Bjorck & Golub 1973, Math Comp 27:579).
     """
-    if not 1 <= rank <= min(a.shape[-2], b.shape[-2], a.shape[-1]):
+    for name, window in (("a", a), ("b", b)):
+        refuse_other(name, window, Tensor)
+        if window.ndim < 2:
+            raise CacheError(f"principal_angles needs [..., tokens, dim], got shape {tuple(window.shape)}")
+    if not 1 <= whole("rank", rank) <= min(a.shape[-2], b.shape[-2], a.shape[-1]):
         raise CacheError(f"windows {tuple(a.shape[-2:])} and {tuple(b.shape[-2:])} have no subspaces of rank {rank}")
     (basis_a, a_has_rank), (basis_b, b_has_rank) = _leading(a, rank), _leading(b, rank)
     cosines = torch.linalg.svdvals(basis_a @ basis_b.mT).clamp(max=1)  # descending

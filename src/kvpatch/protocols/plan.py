@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvpatch.errors import ProtocolError
+from kvpatch.errors import ProtocolError, ProtocolMistakes
 from kvpatch.patch import Frozen
 from kvpatch.prompts.bank import Bank, shuffled_words
 from kvpatch.prompts.pairing import Pair, Pairs, form_pairs
+from kvpatch.protocols.names import wrong_readouts
 from kvpatch.protocols.schema import ROLES, Condition, Generation, Phase, Protocol, Readouts, Watched, calibration_of
 from kvpatch.readouts.scorer import Scorer, read_scorer
 
@@ -150,9 +151,11 @@ def make_plan(
         n: pairs per condition, in place of each phase's own. A phase with a pairing of its own takes what that gives.
         phases: names of the phases to run; all if None.
     Raises:
-        ProtocolError: for an unknown phase, a scorer that can't be read, or more pairs than the bank gives.
+        ProtocolError: for an unknown phase or readout, a scorer that can't be read, or more pairs than the bank gives.
     """
     chosen = chosen_phases(protocol, phases)
+    if wrong := list(wrong_readouts(protocol)):
+        raise ProtocolMistakes([f"{protocol.protocol}, {'.'.join(map(str, each.loc))}: {each}" for each in wrong])
     if n is not None and n < 1:
         raise ProtocolError(f"n must be at least 1, got {n}")
     if len(bank.by_id) == 0:

@@ -456,9 +456,15 @@ def _refuse_code(protocol: Protocol, is_allowed: bool) -> None:
 
 
 def _warn_of_too_few(protocol: Protocol, n: int | None, phases: list[str] | None) -> None:
-    """Say what a run of so many pairs could not see, before it costs anything."""
+    """Say what a run of so many pairs could not see, before it costs anything.
+
+    Raises:
+        ProtocolError: for a phase the protocol does not have, or an n below 1.
+    """
+    from kvpatch.protocols.plan import chosen_phases
     from kvpatch.statistics.power import warnings_before
 
+    chosen_phases(protocol, phases, n)
     for line in warnings_before(protocol, n, phases):
         typer.echo(f"warning: {line}", err=True)
 

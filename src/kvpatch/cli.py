@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpatch.errors import KvpatchError
+from kvpatch.errors import KvpatchError, ProtocolMistakes
 
 if TYPE_CHECKING:
     from kvpatch.model import Model
@@ -65,7 +65,7 @@ def run(
         raise KvpatchError(f"no executor {on!r}: there is 'local'")
     from kvpatch.protocols.load import load_protocol
 
-    chosen = load_protocol(protocol)
+    chosen = load_protocol(protocol, needs_files=True)
     _refuse_code(chosen, allow_code)
     _writable(out)
     _warn_of_too_few(chosen, n, _names(phases))
@@ -124,7 +124,7 @@ def plan(
     """
     from kvpatch.protocols.load import load_protocol
 
-    chosen = load_protocol(protocol)
+    chosen = load_protocol(protocol, needs_files=True)
     _refuse_code(chosen, allow_code)
     from kvpatch.prompts.bank import load_bank
     from kvpatch.run import plan_for
@@ -456,9 +456,15 @@ def _refuse_code(protocol: Protocol, is_allowed: bool) -> None:
 
 
 def _warn_of_too_few(protocol: Protocol, n: int | None, phases: list[str] | None) -> None:
-    """Say what a run of so many pairs could not see, before it costs anything."""
+    """Say what a run of so many pairs could not see, before it costs anything.
+
+    Raises:
+        ProtocolError: for a phase the protocol does not have, or an n below 1.
+    """
+    from kvpatch.protocols.plan import chosen_phases
     from kvpatch.statistics.power import warnings_before
 
+    chosen_phases(protocol, phases, n)
     for line in warnings_before(protocol, n, phases):
         typer.echo(f"warning: {line}", err=True)
 
@@ -510,13 +516,15 @@ def _writable(out: Path) -> None:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Errors meant for a person go out in one line with exit code 2; --debug shows where they came from."""
+    """Errors meant for a person go out in one line (each mistake of a protocol in its own) with exit code 2; --debug
+    shows where they came from."""
     try:
         yield
     except KvpatchError as error:
         if os.environ.get("KVPATCH_DEBUG"):
             raise
-        sys.stderr.write(f"kvpatch: {' '.join(str(error).split())}\n")
+        for line in error.lines if isinstance(error, ProtocolMistakes) else (str(error),):
+            sys.stderr.write(f"kvpatch: {' '.join(line.split())}\n")
         sys.exit(2)
     except SystemExit as stop:
         # typer turns Ctrl-C into this exit code.

@@ -1,5 +1,9 @@
 """Errors meant for a person: one line that says what was wrong and what would be right (exit code 2)."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class KvpatchError(ValueError):
     """Something the user gave can't be used; the message is one line and says what would be right."""
@@ -11,6 +15,14 @@ class ModelError(KvpatchError):
 
 class ProtocolError(KvpatchError):
     """A protocol file, a prompt bank or a request on them is wrong."""
+
+
+class ProtocolMistakes(ProtocolError):
+    """All that is wrong with a protocol file, one line each in `lines`."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = tuple(lines)
 
 
 class StoreError(KvpatchError):

@@ -25,11 +25,15 @@ class Run:
 
     `Run("results").trials()`, `.verdicts()`, `.effects()`, `.plot.forest()`. In a notebook its last line shows the
     answer, the instruments and the verdicts.
+
+    Raises:
+        StoreError: where the directory holds no run, or a stored part is missing or damaged.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.store = Store(directory)
         self.store.read_record()
+        self.store.done()
         self.plot = Plots(self)
 
     @property
@@ -87,7 +91,7 @@ class Run:
 
     def __repr__(self) -> str:
         record = self.record
-        done = sum(part["rows"] for part in self.store.parts())
+        done = sum(part.rows for part in self.store.parts())
         return (
             f"Run({self.directory!r}: {record.protocol['protocol']} on {record.model.name}, {done} of {record.planned})"
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import ValidationError
 
 from kvpatch.errors import ProtocolError
 from kvpatch.protocols.schema import Protocol, dumped_sha256
@@ -29,9 +30,9 @@ def stored_protocol(record: RunRecord, *, is_exploratory: bool = False) -> Proto
     is_exploratory: also take one that was changed after the run; no claim of it is then confirmatory.
 
     Raises:
-        ProtocolError: where what run.json holds no longer has the hash that was stored before the first trial.
+        ProtocolError: where what run.json holds no longer has the hash that was stored before the first trial, or is no
+            protocol.
     """
-    protocol = Protocol.model_validate(record.protocol)
     found = dumped_sha256(record.protocol)
     if found != record.protocol_sha256 and not is_exploratory:
         raise ProtocolError(
@@ -39,6 +40,12 @@ def stored_protocol(record: RunRecord, *, is_exploratory: bool = False) -> Proto
             f"{record.protocol_sha256[:12]}: it was changed after the run, so its verdicts would not be confirmatory; "
             "--exploratory marks them so"
         )
+    try:
+        protocol = Protocol.model_validate(record.protocol)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(key) for key in first["loc"]) or "protocol"
+        raise ProtocolError(f"the protocol in run.json is none: {where}: {first['msg']}") from error
     return as_exploratory(protocol) if is_exploratory else protocol
 
 

@@ -3,19 +3,19 @@
     run.json            one `RunRecord`, written before the first trial
     trials/*.parquet    one row a trial, one part a batch
     attention/*.parquet one row a trial, stage, layer and query head; of the batches whose phase asks for it
-    parts.jsonl         one line a part: name, rows, SHA-256; a part counts once its line is there
+    parts.jsonl         one line a part: name, rows, SHA-256 (`Part`); a part counts once its line is there
     verdicts.json       one entry a hypothesis
     report.html
 
 A part is written beside its place, flushed, moved there, and only then named in parts.jsonl: data before index. A
 killed process leaves at most an unnamed part, which the resumed run writes again. The attention of a batch is part of
-its part: both files are there before the line that names both, so that they never disagree.
+its part: both files are there before the line that names both, so that they never disagree. No row of a file is used
+before the file is known to be what its line names (see `parts.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +30,7 @@ from pydantic import Field
 
 from kvpatch.errors import StoreError
 from kvpatch.heads import STAGES, STATISTICS
+from kvpatch.parts import Part, check_file, read_file, read_index, refuse_copies
 from kvpatch.patch import Frozen
 
 _TOKENS = pa.list_(pa.int32())
@@ -151,6 +152,9 @@ ATTENTION_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
 
 ATTENTION_SCHEMA = pa.schema([pa.field(k, t, metadata={"doc": doc}) for k, (t, doc) in ATTENTION_COLUMNS.items()])
 TRIAL_SCHEMA = pa.schema([pa.field(k, t, metadata={"doc": doc}) for k, (t, doc) in TRIAL_COLUMNS.items()])
+NEEDED = ("trial_id", "phase", "condition", "pair_id")
+NEEDED_OF_HEADS = ("trial_id", "stage", "layer", "head")
+"""Columns that every version stored, and without which a row means nothing."""
 
 
 class ModelRecord(Frozen):
@@ -334,49 +338,72 @@ class Store:
         """
         table = pa.Table.from_pylist(list(rows), schema=TRIAL_SCHEMA)
         data = _parquet(table)
-        entry = {"part": f"{name}.parquet", "rows": len(table), "sha256": hashlib.sha256(data).hexdigest()}
+        part = Part(part=f"{name}.parquet", rows=len(table), sha256=hashlib.sha256(data).hexdigest())
         with _explained(self.directory):
             if attention is not None:
                 of_heads = _parquet(attention.cast(ATTENTION_SCHEMA))
-                entry["attention_sha256"] = hashlib.sha256(of_heads).hexdigest()
+                sha256 = hashlib.sha256(of_heads).hexdigest()
+                part = part.model_copy(update={"attention_sha256": sha256, "attention_rows": len(attention)})
                 self.attention.mkdir(exist_ok=True)
-                _atomically(self.attention / f"{name}.parquet", of_heads)
+                _atomically(self.attention / part.part, of_heads)
             self.trials.mkdir(exist_ok=True)
-            _atomically(self.trials / f"{name}.parquet", data)
-            line = json.dumps(entry)
-            kept = b"".join(
-                json.dumps(entry).encode() + b"\n" for entry in self.parts() if entry["part"] != f"{name}.parquet"
-            )
-            _atomically(self.index, kept + line.encode() + b"\n")
+            _atomically(self.trials / part.part, data)
+            kept = [other for other in self.parts() if other.part != part.part]
+            _atomically(self.index, b"".join(each.line() for each in (*kept, part)))
 
-    def parts(self) -> list[dict[str, Any]]:
-        """Lines of parts.jsonl."""
-        if not self.index.exists():
-            return []
-        try:
-            return [json.loads(line) for line in self.index.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except ValueError as error:
-            raise StoreError(f"{self.index} is damaged: {error}") from error
+    def parts(self) -> list[Part]:
+        """What parts.jsonl names; see `parts.read_index`.
+
+        Raises:
+            StoreError: naming a line that is no entry.
+        """
+        return read_index(self.index)
 
     def done(self) -> set[str]:
-        """Names of the batches that are stored, each part checked against its hash.
+        """Names of the batches that are stored, each part checked.
 
         Raises:
             StoreError: naming a part that is missing or damaged.
         """
-        for path, sha256 in self._files():
-            if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-                raise StoreError(
-                    f"{path} is missing or damaged; delete its line in {self.index.name} to run its trials again"
-                )
-        return {part["part"].removesuffix(".parquet") for part in self.parts()}
+        parts = self._each_once()
+        for part in parts:
+            self.check(part)
+        return {part.batch for part in parts}
 
-    def _files(self) -> Iterator[tuple[Path, str]]:
-        """Every file that parts.jsonl names, with its hash."""
-        for part in self.parts():
-            yield self.trials / part["part"], part["sha256"]
-            if "attention_sha256" in part:
-                yield self.attention / part["part"], part["attention_sha256"]
+    def _each_once(self) -> list[Part]:
+        parts = self.parts()
+        refuse_copies(parts)
+        return parts
+
+    def check(self, part: Part) -> None:
+        """Check that the files of a part are what was stored; costs little where they were checked before.
+
+        Raises:
+            StoreError: naming a file that is missing or damaged.
+        """
+        check_file(self.trials / part.part, part.sha256, part.rows, TRIAL_SCHEMA, NEEDED)
+        if part.attention_sha256 is not None:
+            place = self.attention / part.part
+            check_file(place, part.attention_sha256, part.attention_rows, ATTENTION_SCHEMA, NEEDED_OF_HEADS)
+
+    def rows_of(self, part: Part, columns: Sequence[str] | None = tuple(TRIAL_COLUMNS)) -> pa.Table:
+        """The trials of one part: the named columns, or with None all that its file holds, unknown ones too.
+
+        Raises:
+            StoreError: where it is missing or damaged.
+        """
+        return read_file(self.trials / part.part, part.sha256, part.rows, TRIAL_SCHEMA, NEEDED, columns)
+
+    def part(self, batch: str) -> Part:
+        """The part in which a batch is stored.
+
+        Raises:
+            StoreError: where parts.jsonl names none.
+        """
+        found = next((part for part in self.parts() if part.batch == batch), None)
+        if found is None:
+            raise StoreError(f"{self.index} names no part {batch}.parquet; run again to store its trials")
+        return found
 
     def read_part(self, name: str) -> list[dict[str, Any]]:
         """The rows of one stored batch.
@@ -384,28 +411,27 @@ class Store:
         Raises:
             StoreError: where it is missing or damaged.
         """
-        return _read(self.trials / f"{name}.parquet", TRIAL_SCHEMA).to_pylist()
+        return self.rows_of(self.part(name)).to_pylist()
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All stored trials, in the order they were stored; all columns, or those that are named.
 
         Raises:
-            StoreError: where there are none, or a part is damaged.
+            StoreError: where there are none, or a part is missing or damaged.
         """
         tables = list(self.tables(columns))
         if not tables:
             raise StoreError(f"{self.directory} holds no trials yet")
         return pa.concat_tables(tables)
 
-    def tables(self, columns: Sequence[str] | None = None, parts: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The stored trials part by part, as `read` gives them; of all parts, or those of these names.
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The stored trials part by part, as `read` gives them.
 
         Raises:
-            StoreError: where a part is damaged.
+            StoreError: where a part is missing or damaged.
         """
-        wanted = TRIAL_SCHEMA if columns is None else pa.schema([TRIAL_SCHEMA.field(c) for c in columns])
-        for name in [part["part"] for part in self.parts()] if parts is None else parts:
-            yield _read(self.trials / name, wanted)
+        for part in self._each_once():
+            yield self.rows_of(part, tuple(TRIAL_COLUMNS) if columns is None else columns)
 
     def read_attention(
         self, columns: Sequence[str] | None = None, stage: str | None = None, batches: Container[str] | None = None
@@ -415,15 +441,16 @@ class Store:
         All columns, stages and batches, or those that are named.
 
         Raises:
-            StoreError: where a part is damaged.
+            StoreError: where a part is missing or damaged.
         """
-        wanted = ATTENTION_SCHEMA if columns is None else pa.schema([ATTENTION_SCHEMA.field(c) for c in columns])
-        tables = [wanted.empty_table()]
-        for part in self.parts():
-            is_wanted = batches is None or part["part"].removesuffix(".parquet") in batches
-            if "attention_sha256" in part and is_wanted:
-                table = _read(self.attention / part["part"], wanted)
-                tables.append(table if stage is None else table.filter(pc.field("stage") == stage))
+        columns = tuple(ATTENTION_COLUMNS) if columns is None else columns
+        tables = [pa.schema([ATTENTION_SCHEMA.field(name) for name in columns]).empty_table()]
+        for part in self._each_once():
+            if part.attention_sha256 is None or (batches is not None and part.batch not in batches):
+                continue
+            stored = (self.attention / part.part, part.attention_sha256, part.attention_rows)
+            table = read_file(*stored, ATTENTION_SCHEMA, NEEDED_OF_HEADS, columns)
+            tables.append(table if stage is None else table.filter(pc.field("stage") == stage))
         return pa.concat_tables(tables)
 
 
@@ -432,21 +459,6 @@ def _parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()
-
-
-def _read(path: Path, schema: pa.Schema) -> pa.Table:
-    """A table of this schema; columns that an older file lacks are null."""
-    try:
-        with pq.ParquetFile(path) as file:
-            there = set(file.schema_arrow.names)
-            table = file.read([name for name in schema.names if name in there])
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
-    if table.schema.equals(schema):
-        return table
-    known = set(table.schema.names)
-    arrays = [table[f.name].cast(f.type) if f.name in known else pa.nulls(len(table), f.type) for f in schema]
-    return pa.table(arrays, schema=schema)
 
 
 def _atomically(path: Path, data: bytes) -> None:

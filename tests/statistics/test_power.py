@@ -189,7 +189,7 @@ def test_kind_that_has_no_simulation_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("n", "effect", "words"), [(0, 0.5, "n=0"), (2000, 0.5, "n=2000"), (20, 0.0, "0.0"), (20, math.nan, "nan")]
+    ("n", "effect", "words"), [(0, 0.5, "n=0"), (-3, 0.5, "n=-3"), (20, 0.0, "0.0"), (20, math.nan, "nan")]
 )
 def test_values_out_of_range_are_refused(n, effect, words):
     with pytest.raises(ProtocolError, match=words):

@@ -7,6 +7,7 @@ lie in `banks/`, written for this project and dedicated to the public domain (CC
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from importlib.resources import as_file, files
@@ -18,6 +19,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from kvpatch.errors import ProtocolError
+from kvpatch.nearest import instead
 from kvpatch.patch import Frozen
 from kvpatch.protocols.schema import Mode
 from kvpatch.yaml_loader import LOADER
@@ -93,6 +95,11 @@ class Bank(Frozen):
         return {prompt.partner_of: prompt for prompt in self.prompts if prompt.partner_of}
 
 
+def shipped_banks() -> list[str]:
+    """Names of the banks that come with kvpatch."""
+    return sorted(item.name for item in files("kvpatch.prompts").joinpath("banks").iterdir() if item.is_dir())
+
+
 def load_bank(name: str, folder: Path | None = None) -> Bank:
     """Load a bank from a directory, or a shipped one by name.
 
@@ -108,7 +115,8 @@ def load_bank(name: str, folder: Path | None = None) -> Bank:
     shipped = files("kvpatch.prompts").joinpath("banks", name)
     if not shipped.is_dir():
         where = f" in {folder}" if folder else ""
-        raise ProtocolError(f"no prompt bank {name!r}: neither a shipped bank nor a directory{where}")
+        told = instead(name, shipped_banks(), "shipped are")
+        raise ProtocolError(f"no prompt bank {name!r}: neither a shipped bank nor a directory{where}; {told}")
     with as_file(shipped) as folder:
         return _read(name, folder)
 
@@ -125,8 +133,8 @@ def _read(name: str, folder: Path) -> Bank:
                 continuations.append(entry)
             else:
                 prompts.append(entry)
-    ids = [entry.id for entry in (*prompts, *continuations)]
-    if twice := {i for i in ids if ids.count(i) > 1}:
+    counts = Counter(entry.id for entry in (*prompts, *continuations))
+    if twice := {i for i, count in counts.items() if count > 1}:
         raise ProtocolError(f"bank {name!r}: id {sorted(twice)[0]!r} is used twice")
     if not prompts:
         raise ProtocolError(f"bank {name!r} holds no prompts")

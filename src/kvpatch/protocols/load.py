@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from kvpatch.errors import ProtocolError
+from kvpatch.errors import ProtocolError, ProtocolMistakes
+from kvpatch.nearest import instead, nearest
+from kvpatch.protocols.names import wrong_files, wrong_names
 from kvpatch.protocols.schema import Misplaced, Protocol
 from kvpatch.refusals import sentence
 from kvpatch.yaml_loader import LOADER
@@ -24,11 +27,15 @@ def shipped_protocols() -> list[str]:
     )
 
 
-def load_protocol(name: str) -> Protocol:
-    """Read a protocol; its paths are relative to its file, whatever the working directory.
+def load_protocol(name: str, *, needs_files: bool = False) -> Protocol:
+    """Read a protocol and check every name in it; its paths are relative to its file, whatever the working directory.
 
+    Args:
+        needs_files: whether the bank and the lexicon that it names must be there, as for a run. Where they need not,
+            what can be read of them is checked all the same.
     Raises:
-        ProtocolError: for an unknown name, an unreadable file, or content that is not a protocol.
+        ProtocolError: for an unknown name, an unreadable file, or content that is not a protocol; all that is wrong in
+            the content is said at once, one line each.
     """
     path = Path(name)
     folder = path.absolute().parent
@@ -42,30 +49,77 @@ def load_protocol(name: str) -> Protocol:
         text, folder = shipped.joinpath(f"{name}.yaml").read_text(encoding="utf-8"), Path(str(shipped))
     else:
         raise ProtocolError(f"no protocol {name!r}: shipped are {', '.join(shipped_protocols())}; or give a .yaml file")
-    return parse_protocol(text, name).placed(folder)
+    return parse_protocol(text, name, folder, needs_files=needs_files)
 
 
-def parse_protocol(text: str, name: str) -> Protocol:
-    """Read a protocol from YAML text; `name` is what errors call the file."""
+def parse_protocol(text: str, name: str, folder: Path | None = None, *, needs_files: bool = False) -> Protocol:
+    """Read a protocol from YAML text; `name` is what errors call the file, `folder` where it lies.
+
+    Without a folder, the files that it names are not looked at.
+    """
     try:
         node = yaml.compose(text, Loader=LOADER)
-        loaded = yaml.load(text, Loader=LOADER)
+        written = yaml.load(text, Loader=LOADER)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ProtocolError(f"{name}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(loaded, dict):
+    if not isinstance(written, dict):
         raise ProtocolError(f"{name}, line 1: expected a mapping with the keys of a protocol")
     if repeated := _repeated_key(node):
         raise ProtocolError(f"{name}, line {repeated.start_mark.line + 1}: key {repeated.value!r} is given twice")
-    if "extends" in loaded:
-        loaded = _laid_over(loaded, name, _line(node, ["extends"]))
+    loaded = _laid_over(written, name, _place(node, ["extends"]).line) if "extends" in written else written
+    wrong: list[Misplaced] = []
     try:
-        return Protocol.model_validate(loaded)
+        protocol = Protocol.model_validate(loaded, context=wrong)
     except ValidationError as error:
-        loc, message = _explained(error, node)
-        key = ".".join(str(part) for part in loc)
-        raise ProtocolError(f"{name}, line {_line(node, loc)}, {key or 'protocol'}: {message}") from error
+        found = [(e, _place(node, _as_written(_loc(e), written, loaded))) for e in error.errors()]
+        raise _mistakes(name, _explained(found)) from error
+    if folder is not None:
+        protocol = protocol.placed(folder)
+        wrong += wrong_files(protocol, must_be_there=needs_files)
+    wrong += wrong_names(protocol)
+    if wrong:
+        places = [_place(node, _as_written(each.loc, written, loaded)) for each in wrong]
+        raise _mistakes(name, [(place, place.whole, str(each)) for place, each in zip(places, wrong, strict=True)])
+    return protocol
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a path of keys leads in a file: as far as the file has it, what is left of the path, and the line."""
+
+    there: list[str | int]
+    left: list[str | int]
+    line: int
+
+    @property
+    def whole(self) -> list[str | int]:
+        return [*self.there, *self.left]
+
+
+_Mistake = tuple[_Place, list[str | int], str]
+"""Where it is, the keys to show, and what is wrong."""
+
+
+def _mistakes(name: str, found: Sequence[_Mistake]) -> ProtocolError:
+    """All that is wrong with a file, in its order."""
+    lines = [
+        f"{name}, line {place.line}, {'.'.join(map(str, keys)) or 'protocol'}: {message}"
+        for place, keys, message in sorted(found, key=lambda each: each[0].line)
+    ]
+    return ProtocolMistakes(list(dict.fromkeys(lines)))
+
+
+def _as_written(loc: Sequence[int | str], written: dict[str, Any], loaded: dict[str, Any]) -> list[int | str]:
+    """A path into a protocol as its file has it, which may give a few hypotheses of those of the protocol it extends;
+    one that it does not give goes by its id."""
+    if written is loaded or len(loc) < 2 or loc[0] != "hypotheses" or not isinstance(loc[1], int):
+        return list(loc)
+    own = written.get("hypotheses")
+    ids = [h.get("id") for h in own if isinstance(h, dict)] if isinstance(own, list) else []
+    name = loaded["hypotheses"][loc[1]].get("id")
+    return ["hypotheses", ids.index(name) if name in ids else str(name), *loc[2:]]
 
 
 def _laid_over(loaded: dict[str, Any], name: str, line: int) -> dict[str, Any]:
@@ -75,7 +129,8 @@ def _laid_over(loaded: dict[str, Any], name: str, line: int) -> dict[str, Any]:
     """
     base_name = loaded["extends"]
     if base_name not in shipped_protocols():
-        raise ProtocolError(f"{name}, line {line}, extends: no shipped protocol {base_name!r}")
+        told = instead(str(base_name), shipped_protocols(), "shipped are")
+        raise ProtocolError(f"{name}, line {line}, extends: no shipped protocol {base_name!r}; {told}")
     base = yaml.load(files("kvpatch.protocols").joinpath(f"{base_name}.yaml").read_text(encoding="utf-8"), LOADER)
     changes = {key: value for key, value in loaded.items() if key != "extends"}
     hypotheses = changes.get("hypotheses")
@@ -93,22 +148,40 @@ def _merged(base: Any, changes: Any) -> Any:
     return {**base, **{key: _merged(base.get(key), value) for key, value in changes.items()}}
 
 
-def _explained(error: ValidationError, node: yaml.Node | None) -> tuple[list[int | str], str]:
-    """The keys that lead to the first thing wrong, and what was expected there."""
-    found = error.errors()
-    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])  # a misspelt key is also a missing one
-    kind, cause = first["type"], first.get("ctx", {}).get("error")
-    loc = [*first["loc"], *(cause.loc if isinstance(cause, Misplaced) else ())]
-    depth = len(_followed(node, loc))
+def _loc(error: Any) -> list[int | str]:
+    """The keys that lead to what pydantic found wrong."""
+    cause = error.get("ctx", {}).get("error")
+    return [*error["loc"], *(cause.loc if isinstance(cause, Misplaced) else ())]
+
+
+def _explained(found: Sequence[tuple[Any, _Place]]) -> list[_Mistake]:
+    """What pydantic found wrong, each once: a misspelt key is also a missing one, and what fits none of several forms
+    is wrong in each of them."""
+    out: list[_Mistake] = []
+    meant: set[tuple[int | str, ...]] = set()
+    for error, place in sorted(found, key=lambda each: each[0]["type"] != "extra_forbidden"):
+        keys, message = _worded(error, place)
+        if error["type"] == "extra_forbidden" and (near := nearest(str(keys[-1]), _keys_at(keys[:-1]))):
+            meant.add((*keys[:-1], near))
+        is_told = any(keys[: len(told)] == told or told[: len(keys)] == keys for _, told, _ in out)
+        if not is_told and not (error["type"] == "missing" and tuple(keys) in meant):
+            out.append((place, keys, message))
+    return out
+
+
+def _worded(error: Any, place: _Place) -> tuple[list[int | str], str]:
+    """The keys to show for one thing that pydantic found wrong, and what was expected there."""
+    kind, cause = error["type"], error.get("ctx", {}).get("error")
     if kind == "missing":
-        return loc[: depth + 1], "this key is missing"
+        return [*place.there, error["loc"][-1]], "this key is missing"
     if isinstance(cause, Misplaced):
-        return loc[: depth + 1], str(cause)
+        return place.whole, str(cause)
     if kind == "extra_forbidden":
-        known = _keys_at(loc[: depth - 1])
-        near = difflib.get_close_matches(str(loc[depth - 1]), known, n=1)
-        return loc[:depth], f"no such key; expected {near[0] + ', or ' if near else ''}one of {', '.join(known)}"
-    return loc[:depth], sentence(first)
+        known = _keys_at(place.there[:-1])
+        near = nearest(str(place.there[-1]), known)
+        return place.there, f"no such key; expected {near + ', or ' if near else ''}one of {', '.join(known)}"
+    near = nearest(str(error["input"]), re.findall(r"'([^']*)'", error["msg"])) if kind == "literal_error" else None
+    return place.there, sentence(error) + (f"; did you mean {near!r}?" if near else "")
 
 
 def _keys_at(loc: Sequence[int | str]) -> list[str]:
@@ -156,26 +229,24 @@ def _repeated_key(node: yaml.Node | None) -> yaml.Node | None:
     return None
 
 
-def _line(node: yaml.Node | None, loc: Sequence[int | str]) -> int:
-    """Line of the deepest part of a path that the file has."""
-    lines = _followed(node, loc)
-    return lines[-1] if lines else node.start_mark.line + 1 if node else 1
-
-
-def _followed(node: yaml.Node | None, loc: Sequence[int | str]) -> list[int]:
-    """Lines of the keys along a path, as far as the file has them."""
-    lines = []
+def _place(node: yaml.Node | None, loc: Sequence[int | str]) -> _Place:
+    """Where a path leads. Parts that the file does not have, such as the name of one of several forms that pydantic
+    tried, are passed over where the file has the rest."""
+    there: list[int | str] = []
+    left: list[int | str] = []
+    line = node.start_mark.line + 1 if node else 1
     for part in loc:
         child = None
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if key.value == str(part):
-                    child = value
-                    lines.append(key.start_mark.line + 1)
+                    child, line = value, key.start_mark.line + 1
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             child = node.value[part]
-            lines.append(child.start_mark.line + 1)
+            line = child.start_mark.line + 1
         if child is None:
-            break
-        node = child
-    return lines
+            left.append(part)
+        else:
+            there.append(part)
+            left, node = [], child
+    return _Place(there, left, line)

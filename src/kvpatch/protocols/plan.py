@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvpatch.errors import ProtocolError
+from kvpatch.errors import ProtocolError, ProtocolMistakes
+from kvpatch.nearest import instead
 from kvpatch.patch import Frozen
 from kvpatch.prompts.bank import Bank, shuffled_words
 from kvpatch.prompts.pairing import Pair, Pairs, form_pairs
+from kvpatch.protocols.names import wrong_readouts
 from kvpatch.protocols.schema import ROLES, Condition, Generation, Phase, Protocol, Readouts, Watched, calibration_of
 from kvpatch.readouts.scorer import Scorer, read_scorer
 
@@ -121,15 +123,19 @@ class PlanningModel:
     can_move_keys: bool = True
 
 
-def chosen_phases(protocol: Protocol, phases: Sequence[str] | None) -> list[str]:
-    """Names of the phases to run, all if None.
+def chosen_phases(protocol: Protocol, phases: Sequence[str] | None, n: int | None = None) -> list[str]:
+    """Names of the phases to run, all if None, on `n` pairs each.
 
     Raises:
-        ProtocolError: for a phase the protocol does not have.
+        ProtocolError: for a phase the protocol does not have, or an n below 1.
     """
     chosen = list(protocol.phases) if phases is None else list(dict.fromkeys(phases))
-    if unknown := [name for name in chosen if name not in protocol.phases]:
-        raise ProtocolError(f"no phase {unknown[0]!r} in {protocol.protocol}; it has {', '.join(protocol.phases)}")
+    for name in chosen:
+        if name not in protocol.phases:
+            told = instead(name, protocol.phases, "it has")
+            raise ProtocolError(f"no phase {name!r} in {protocol.protocol}; {told}")
+    if n is not None and n < 1:
+        raise ProtocolError(f"n must be at least 1, got {n}")
     return chosen
 
 
@@ -150,11 +156,11 @@ def make_plan(
         n: pairs per condition, in place of each phase's own. A phase with a pairing of its own takes what that gives.
         phases: names of the phases to run; all if None.
     Raises:
-        ProtocolError: for an unknown phase, a scorer that can't be read, or more pairs than the bank gives.
+        ProtocolError: for an unknown phase or readout, a scorer that can't be read, or more pairs than the bank gives.
     """
-    chosen = chosen_phases(protocol, phases)
-    if n is not None and n < 1:
-        raise ProtocolError(f"n must be at least 1, got {n}")
+    chosen = chosen_phases(protocol, phases, n)
+    if wrong := list(wrong_readouts(protocol)):
+        raise ProtocolMistakes([f"{protocol.protocol}, {'.'.join(map(str, each.loc))}: {each}" for each in wrong])
     if len(bank.by_id) == 0:
         raise ProtocolError(f"bank {bank.name!r} is empty")
     scorer = read_scorer(protocol.readouts.lexicon, protocol.folder)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from kvpatch import arguments
 from kvpatch.interventions import CacheSteering, InPrefill, Intervention, Joined, Reshape, ValueSteering
+from kvpatch.nearest import instead
 from kvpatch.patch import Frozen, NamedSlots, Patch, SlotQuery
 
 Side = Literal["target", "source"]
@@ -372,12 +374,22 @@ class Hypothesis(Frozen):
             return (names if signs[0] == "<" else names[::-1]), len(names) - 1
         return names, signs.index(">")
 
+    def conditions_by_place(self) -> list[tuple[list[str], tuple[str | int, ...]]]:
+        """The conditions of each contrast of the hypothesis, and the keys that lead to it."""
+        own = parse_order(self.contrast)[0] if self.is_ordering else list(self.weights())
+        return [(own, ()), *((list(variable.weights()), loc) for variable, loc in self.others())]
+
+    def others(self) -> list[tuple[Variable, tuple[str | int, ...]]]:
+        """What the contrast is held against, and the keys that lead to each."""
+        against: list[tuple[Variable, tuple[str | int, ...]]] = []
+        if self.against is not None:
+            against.append((self.against, ("against",)))
+        return against + [(variable, ("controlling", place)) for place, variable in enumerate(self.controlling)]
+
     @property
     def conditions(self) -> list[str]:
         """Every condition the hypothesis reads, each once."""
-        own = parse_order(self.contrast)[0] if self.is_ordering else list(self.weights())
-        others = [v for v in (self.against, *self.controlling) if v is not None]
-        return list(dict.fromkeys([*own, *(name for v in others for name in v.weights())]))
+        return list(dict.fromkeys(name for names, _ in self.conditions_by_place() for name in names))
 
 
 def calibration_of(model: str | None) -> str:
@@ -427,59 +439,84 @@ class Protocol(Frozen):
         return mode
 
     @model_validator(mode="after")
-    def _names_exist(self) -> Protocol:
-        for name, phase in self.phases.items():
-            self._phase_fits(name, phase)
-        for place, condition in enumerate(self.calibration.conditions):
-            self._is_condition(condition, "calibration", "conditions", place)
-        lent = {role for pairing in self.pairings for role in pairing.also}
-        for name, condition in self.conditions.items():
-            for key, role in (("from", condition.from_), ("text_of", condition.text_of)):
-                if role is not None and role not in ROLES and role not in lent:
-                    known = ", ".join([*ROLES, *sorted(lent)])
-                    raise Misplaced(f"no prompt {role!r}; expected one of {known}", "conditions", name, key)
-        families = {h.family for h in self.hypotheses}
-        for family in self.corrections:
-            if family not in families:
-                raise Misplaced(f"no hypothesis has family {family!r}", "corrections", family)
-        self._hypotheses_fit()
-        for organism, verdicts in self.expected.items():
-            for verdict, names in verdicts.items():
-                if unknown := [name for name in names if name not in {h.id for h in self.hypotheses}]:
-                    raise Misplaced(f"no hypothesis {unknown[0]!r}", "expected", organism, verdict)
+    def _names_exist(self, info: ValidationInfo) -> Protocol:
+        """Whoever reads a file gives a list as context, and tells all that is wrong at once."""
+        wrong = list(self._wrong_names())
+        if isinstance(info.context, list):
+            info.context.extend(wrong)
+        elif wrong:
+            raise wrong[0]
         return self
 
-    def _phase_fits(self, name: str, phase: Phase) -> None:
+    def _wrong_names(self) -> Iterator[Misplaced]:
+        for name, phase in self.phases.items():
+            yield from self._phase_fits(name, phase)
+        for place, condition in enumerate(self.calibration.conditions):
+            yield from self._is_condition(condition, "calibration", "conditions", place)
+        roles = [*ROLES, *sorted({role for pairing in self.pairings for role in pairing.also})]
+        for name, condition in self.conditions.items():
+            for key, role in (("from", condition.from_), ("text_of", condition.text_of)):
+                if role is not None and role not in roles:
+                    yield Misplaced(f"no prompt {role!r}; {instead(role, roles)}", "conditions", name, key)
+        families = list(dict.fromkeys(h.family for h in self.hypotheses))
+        for family in self.corrections:
+            if family not in families:
+                told = instead(family, families)
+                yield Misplaced(f"no hypothesis has family {family!r}; {told}", "corrections", family)
+        yield from self._hypotheses_fit()
+        known = [h.id for h in self.hypotheses]
+        for organism, verdicts in self.expected.items():
+            for verdict, names in verdicts.items():
+                for name in names:
+                    if name not in known:
+                        told = instead(name, known)
+                        yield Misplaced(f"no hypothesis {name!r}; {told}", "expected", organism, verdict)
+
+    def _phase_fits(self, name: str, phase: Phase) -> Iterator[Misplaced]:
         for key in ("conditions", "controls"):
             for place, condition in enumerate(getattr(phase, key)):
-                self._is_condition(condition, "phases", name, key, place)
-                if phase.all_conditions.count(condition) > 1:
-                    raise Misplaced(f"condition {condition!r} is named twice", "phases", name, key, place)
+                yield from self._is_condition(condition, "phases", name, key, place)
+        seen: set[str] = set()
+        for key in ("conditions", "controls"):
+            for place, condition in enumerate(getattr(phase, key)):
+                if condition in seen:
+                    yield Misplaced(f"condition {condition!r} is named twice", "phases", name, key, place)
+                seen.add(condition)
         if phase.model is not None and phase.model not in self.models:
-            known = ", ".join(self.models) or "empty"
-            raise Misplaced(f"no model {phase.model!r} in 'models', which is {known}", "phases", name, "model")
+            told = instead(phase.model, self.models)
+            yield Misplaced(f"no model {phase.model!r} in 'models'; {told}", "phases", name, "model")
 
-    def _is_condition(self, name: str, *loc: str | int) -> None:
+    def _is_condition(self, name: str, *loc: str | int) -> Iterator[Misplaced]:
         if name not in self.conditions:
-            raise Misplaced(f"no condition {name!r}; defined are {', '.join(self.conditions)}", *loc)
+            yield Misplaced(f"no condition {name!r}; {instead(name, self.conditions)}", *loc)
 
-    def _hypotheses_fit(self) -> None:
+    def _hypotheses_fit(self) -> Iterator[Misplaced]:
         seen: dict[str, Hypothesis] = {}
+        known = [h.id for h in self.hypotheses]
         for place, h in enumerate(self.hypotheses):
             at = ("hypotheses", place)
             if h.id in seen:
-                raise Misplaced(f"hypothesis {h.id!r} is defined twice", *at, "id")
+                yield Misplaced(f"hypothesis {h.id!r} is defined twice", *at, "id")
             if h.phase not in self.phases:
-                raise Misplaced(f"no phase {h.phase!r}; defined are {', '.join(self.phases)}", *at, "phase")
-            there = self.phases[h.phase].all_conditions
-            if missing := [name for name in h.conditions if name not in there]:
-                raise Misplaced(
-                    f"condition {missing[0]!r} is not in phase {h.phase!r}, which has {', '.join(there)}",
-                    *at, "contrast",
-                )  # fmt: skip
-            if h.of is not None and (h.of not in seen or seen[h.of].sign is None):
-                raise Misplaced(f"{h.of!r} is no contrast with a direction that is defined above", *at, "of")
+                yield Misplaced(f"no phase {h.phase!r}; {instead(h.phase, self.phases)}", *at, "phase")
+            else:
+                yield from self._contrasts_fit(h, at)
+            if h.of is not None and h.of not in known:
+                yield Misplaced(f"no hypothesis {h.of!r}; {instead(h.of, known)}", *at, "of")
+            elif h.of is not None and (h.of not in seen or seen[h.of].sign is None):
+                yield Misplaced(f"{h.of!r} is no contrast with a direction that is defined above", *at, "of")
             seen[h.id] = h
+
+    def _contrasts_fit(self, h: Hypothesis, at: tuple[str | int, ...]) -> Iterator[Misplaced]:
+        there = self.phases[h.phase].all_conditions
+        if any(name not in self.conditions for name in there):
+            return  # the phase's own list is wrong, and is told of
+        for names, loc in h.conditions_by_place():
+            for name in names:
+                if name not in there:
+                    told = instead(name, there, "it has")
+                    message = f"condition {name!r} is not in phase {h.phase!r}; {told}"
+                    yield Misplaced(message, *at, *loc, "contrast")
 
     @property
     def folder(self) -> Path | None:

@@ -18,7 +18,7 @@ import hashlib
 import importlib.resources
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Entry:
-    """One word family of a lexicon: what it matches, and the examples that a test holds it to."""
+    """One word family of a lexicon: what it matches, and the examples that it is held to when the lexicon is read."""
 
     id: str
     pattern: str
@@ -160,8 +160,8 @@ class Lexicon:
     def load(cls, name_or_path: str | Path) -> Lexicon:
         """Read a shipped lexicon by its name ("recursion") or any other by the path of its YAML file.
 
-        Raises `ProtocolError` when there is no such lexicon, or the file does not have the form of
-        `lexicons/recursion.yaml`.
+        Raises `ProtocolError` when there is no such lexicon, the file does not have the form of
+        `lexicons/recursion.yaml`, or an entry does not hold to its examples.
         """
         return cls.parse(lexicon_bytes(name_or_path), str(name_or_path))
 
@@ -189,7 +189,22 @@ class Lexicon:
         if len(set(ids)) < len(ids):
             repeated = ", ".join(sorted({name for name in ids if ids.count(name) > 1}))
             raise ProtocolError(f"lexicon {origin!r}: ids of entries must differ; these repeat: {repeated}")
-        return cls(name, version, sha256, entries)
+        lexicon = cls(name, version, sha256, entries)
+        if broken := next(lexicon._broken_examples(), None):
+            raise ProtocolError(f"lexicon {origin!r}, {broken}")
+        return lexicon
+
+    def _broken_examples(self) -> Iterator[str]:
+        """What each example shows that does not hold: entry, example, and what was found in it."""
+        for entry in self.entries:
+            for text in entry.matches:
+                found = self.hits(text)
+                if [hit.entry for hit in found] != [entry.id]:
+                    told = "its pattern finds nothing in it" if not found else f"it has {_told(found)}"
+                    yield f"entry {entry.id!r}: example {text!r} must have exactly one hit, of this entry, and {told}"
+            for text in entry.rejects:
+                if found := self.hits(text):
+                    yield f"entry {entry.id!r}: counter-example {text!r} must have no hit, and it has {_told(found)}"
 
     def __post_init__(self) -> None:
         try:
@@ -249,6 +264,10 @@ def lexicon_bytes(name_or_path: str | Path, folder: Path | None = None) -> bytes
         looked = f" in {folder}" if is_path and folder else ""
         raise ProtocolError(f"no lexicon {origin!r}{looked}; give one of {names}, or the path of a .yaml file")
     return file.read_bytes()
+
+
+def _told(hits: Iterable[Hit]) -> str:
+    return ", ".join(f"{hit.text!r} of entry {hit.entry!r}" for hit in hits)
 
 
 def _entry_from_parsed(row: Any, origin: str) -> Entry:

@@ -132,12 +132,18 @@ def read_scorer(name: str, folder: Path | None = None) -> Scorer:
         name: a shipped lexicon, a YAML file, or a function as `file.py:function` or `package.module:function`.
         folder: what paths are relative to; the working directory if None.
     Raises:
-        ProtocolError: where there is no such lexicon, file or module, or the lexicon is none.
+        ProtocolError: where there is no such lexicon, file or module, or the lexicon is none, has an entry without an
+            example, or does not hold to its examples.
     """
     function = _function_name(name)
     if function is None:
         content = lexicon_bytes(name, folder)
-        Lexicon.parse(content, name)
+        untried = [entry.id for entry in Lexicon.parse(content, name).entries if not entry.matches]
+        if untried:
+            raise ProtocolError(
+                f"lexicon {name!r}, entry {untried[0]!r}: it has no example; give at least one text under 'matches' in "
+                "which its pattern must find a hit, so that a pattern that can't find any is seen before a run"
+            )
         return Scorer(name=name, kind="lexicon", content=content.decode(), function="", sha256=_sha256(content))
     where = name.rpartition(":")[0]
     if not where.endswith(".py"):

@@ -31,6 +31,7 @@ QUICK_SETS = 1_000
 SHARES = (0.80, 0.90)
 WANTED_DZ = 0.5
 LARGEST_N = 1_000
+"""Pairs up to which data sets are simulated; beyond, the figures follow from those at this n."""
 GRID = (
     *range(3, 21),
     24,
@@ -201,7 +202,7 @@ def power(
         wanted_dz: the effect (or the margin to be certified) that should be seen.
         pilot: trials of a run, whose pair differences are then simulated from, centred, instead of normal ones.
     Raises:
-        ProtocolError: for an unknown phase, or an n or effect out of range.
+        ProtocolError: for an unknown phase, an n below 1, or an effect that is not above 0.
     """
     _check(protocol, n, phases)
     if not (math.isfinite(wanted_dz) and wanted_dz > 0):
@@ -217,9 +218,8 @@ def power(
 def _check(protocol: Protocol, n: int | None, phases: Sequence[str] | None) -> None:
     if unknown := [name for name in phases or () if name not in protocol.phases]:
         raise ProtocolError(f"no phase {unknown[0]!r} in {protocol.protocol}; it has {', '.join(protocol.phases)}")
-    largest = max([n or 1, *(phase.n for phase in protocol.phases.values())]) if n is None else n
-    if not 1 <= largest <= LARGEST_N:
-        raise ProtocolError(f"power is simulated for 1 to {LARGEST_N} pairs, got n={largest}")
+    if n is not None and n < 1:
+        raise ProtocolError(f"power needs at least 1 pair, got n={n}")
 
 
 def _asked(protocol: Protocol, phases: Sequence[str] | None) -> list[Hypothesis]:
@@ -281,6 +281,10 @@ def _power(protocol: Protocol, h: Hypothesis, noise: Noise, n: int, wanted_dz: f
         notes.append(f"n={n} can't reach p < {plain:g} at all: it needs {smallest_n(plain)} pairs")
     elif n < smallest_n(worst):
         notes.append(f"as the first of its family it would need {smallest_n(worst)} pairs")
+    if h.test in KINDS and h.test != "correlates" and n > LARGEST_N:
+        notes.append(
+            f"beyond {LARGEST_N:,} pairs the figures follow from those at {LARGEST_N:,}, falling as 1 / sqrt(n)"
+        )
     if h.test in KINDS and h.test != "correlates" and h.margin is not None and noise.pilot is None:
         if is_margin:
             notes.append("the margin is in the readout's unit, so only a pilot tells whether it can be certified")
@@ -334,8 +338,16 @@ def _at(q: Question, wanted_dz: float) -> PowerAt:
 
 
 def _needed(q: Question) -> Floats | None:
-    """What each data set needs; None where n is too small for the test to pass at all."""
-    return KINDS[q.hypothesis.test](q) if q.n >= max(3, smallest_n(q.alpha)) else None
+    """What each data set needs; None where n is too small for the test to pass at all.
+
+    Beyond `LARGEST_N` pairs means are as good as normal, so that what is needed beyond the margin falls as 1 / sqrt(n).
+    """
+    if q.n < max(3, smallest_n(q.alpha)):
+        return None
+    if q.n <= LARGEST_N or q.hypothesis.test == "correlates":  # of a correlation the distribution is known for any n
+        return KINDS[q.hypothesis.test](q)
+    floor = _floor(q.hypothesis, q.noise)
+    return floor + (KINDS[q.hypothesis.test](replace(q, n=LARGEST_N)) - floor) * math.sqrt(LARGEST_N / q.n)
 
 
 def _smallest(q: Question, share: float) -> float:
@@ -344,13 +356,16 @@ def _smallest(q: Question, share: float) -> float:
 
 
 def _n_for(q: Question, wanted_dz: float, share: float) -> int | None:
-    """The n at which the wanted effect is seen with this power; None beyond 1,000 pairs, or where no n helps.
+    """The n at which the wanted effect is seen with this power; None where no n helps.
 
-    Found between two values of a grid of n, in which the excess over the margin falls about as 1 / sqrt(n).
+    Found between two values of a grid of n, or beyond it: the excess over the margin falls about as 1 / sqrt(n).
     """
     floor = _floor(q.hypothesis, q.noise)
-    if wanted_dz <= floor or _smallest(replace(q, n=GRID[-1]), share) > wanted_dz:
+    at_most = _smallest(replace(q, n=GRID[-1]), share)
+    if wanted_dz <= floor or not math.isfinite(at_most):
         return None
+    if at_most > wanted_dz:
+        return math.ceil(GRID[-1] * ((at_most - floor) / (wanted_dz - floor)) ** 2 - 1e-9)
     low, high = -1, len(GRID) - 1  # the first fails, or is not on the grid; the last passes
     while high - low > 1:
         middle = (low + high) // 2
@@ -385,36 +400,40 @@ def smallest_effects(protocol: Protocol, n: int | None = None, phases: Sequence[
     kind of test that is not simulated is left out.
 
     Raises:
-        ProtocolError: for an unknown phase, or an n out of range.
+        ProtocolError: for an unknown phase, or an n below 1.
     """
     _check(protocol, n, phases)
-    alphas = tuple(sorted({h.alpha for h in protocol.hypotheses}))
-    out = []
-    for h in _asked(protocol, phases):
-        if protocol.is_tautological(h) or h.test not in KINDS:
-            continue
-        pairs = n or protocol.phases[h.phase].n
-        found = _smallest(Question(h, Noise(), pairs, h.alpha, alphas, QUICK_SETS), SHARES[0])
-        dz = found if math.isfinite(found) else None
-        beyond = None if dz is None else dz - _floor(h, Noise())
-        needs = max(3, smallest_n(h.alpha))
-        out.append(
-            Smallest(id=h.id, test=h.test, alpha=h.alpha, n=pairs, needs_pairs=needs, dz=dz, beyond_margin=beyond)
-        )
-    return out
+    found = (_smallest_effect(protocol, h, n or protocol.phases[h.phase].n) for h in _asked(protocol, phases))
+    return [s for s in found if s is not None]
+
+
+def _smallest_effect(protocol: Protocol, h: Hypothesis, n: int) -> Smallest | None:
+    if protocol.is_tautological(h) or h.test not in KINDS:
+        return None
+    alphas = tuple(sorted({other.alpha for other in protocol.hypotheses}))
+    found = _smallest(Question(h, Noise(), n, h.alpha, alphas, QUICK_SETS), SHARES[0])
+    dz = found if math.isfinite(found) else None
+    beyond = None if dz is None else dz - _floor(h, Noise())
+    needs = max(3, smallest_n(h.alpha))
+    return Smallest(id=h.id, test=h.test, alpha=h.alpha, n=n, needs_pairs=needs, dz=dz, beyond_margin=beyond)
 
 
 def warnings_before(protocol: Protocol, n: int | None = None, phases: Sequence[str] | None = None) -> list[str]:
     """One short line for each group of hypotheses that a run could not decide, or only if the effect is large.
 
     Large is more than dz 0.5 (beyond the margin, where the effect has to pass one). Empty for a run that can see
-    what it asks. At most five lines.
-
-    Raises:
-        ProtocolError: for an unknown phase, or an n out of range.
+    what it asks. At most five lines. It is advice, and stops no run: what can't be computed is named as such.
     """
     groups: dict[str, list[str]] = {}
-    for s in smallest_effects(protocol, n, phases):
+    for h in _asked(protocol, phases):
+        try:
+            s = _smallest_effect(protocol, h, n or protocol.phases[h.phase].n)
+        except Exception as error:  # whatever it is, the run goes on, and the line below says that this is not known
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            groups.setdefault("what {} can see is not known: " + _braced(reason), []).append(h.id)
+            continue
+        if s is None:
+            continue
         if s.dz is None:
             text = f"can't reach p < {s.alpha:g} at all: {s.needs_pairs} pairs are needed"
         elif s.beyond_margin is None or s.beyond_margin <= WANTED_DZ:
@@ -429,6 +448,11 @@ def warnings_before(protocol: Protocol, n: int | None = None, phases: Sequence[s
         rest = len(lines) - MOST_WARNINGS
         lines = [*lines[:MOST_WARNINGS], f"and {rest} more: see kvpatch power {protocol.protocol}"]
     return lines
+
+
+def _braced(text: str) -> str:
+    """The text as a part of a format, where it stands for itself."""
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def _few(ids: Sequence[str]) -> str:

@@ -107,6 +107,9 @@ def _resamples(n: int, draws: int) -> Iterator[Floats]:
 @lru_cache(maxsize=8)
 def _counts(n: int, draws: int) -> tuple[NDArray[np.uint16], ...]:
     rng = np.random.default_rng([SEED, n])
-    drawn = rng.integers(0, n, (draws, n)) + n * np.arange(draws)[:, None]
-    counts = np.bincount(drawn.ravel(), minlength=draws * n).reshape(draws, n).astype(np.uint16)
-    return tuple(np.array_split(counts, -(-draws // _BATCH)))
+    found = []
+    for part in np.array_split(np.arange(draws), -(-draws // _BATCH)):  # all at once, many pairs would fill the memory
+        rows = len(part)
+        drawn = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
+        found.append(np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.uint16))
+    return tuple(found)

@@ -16,6 +16,7 @@ import duckdb
 import pyarrow as pa
 
 from kvpatch.errors import StoreError
+from kvpatch.parts import Part
 from kvpatch.protocols.schema import Protocol
 from kvpatch.store import TRIAL_COLUMNS, RunRecord, Store
 
@@ -48,14 +49,17 @@ class Progress:
 
 @dataclass
 class _Seen:
-    parts: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+    trouble: tuple[str, ...] = ()
+    named: list[Part] = field(default_factory=list)
     index: tuple[int, int] = (0, 0)
     record: RunRecord | None = None
     record_key: tuple[int, int] = (0, 0)
 
 
 class LiveRun:
-    """A run directory, followed. `refresh` takes in what is new; everything else answers from memory.
+    """A run directory, followed. `refresh` takes in what is new, and lets go of a part whose file is no longer what was
+    stored; everything else answers from memory.
 
     The trials are in a DuckDB table `trials` in memory: every column that is not a list, `part` (the file that holds
     the row) and `place` (the order in which rows were stored).
@@ -81,9 +85,15 @@ class LiveRun:
         return None if self.record is None else Protocol.model_validate(self.record.protocol)
 
     @property
-    def parts(self) -> list[str]:
-        """Names of the parts that were taken in."""
-        return list(self._seen.parts)
+    def parts(self) -> dict[str, Part]:
+        """The parts that were taken in, by name."""
+        return self._seen.parts
+
+    @property
+    def trouble(self) -> str | None:
+        """Why trials are not shown, in one line; None where all that are stored are shown."""
+        first, *more = self._seen.trouble or ("",)
+        return f"{first} (and {len(more)} more)" if more else first or None
 
     @property
     def directory(self) -> Path:
@@ -109,27 +119,43 @@ class LiveRun:
         return True
 
     def _read_parts(self) -> bool:
-        key = _stamp(self.store.index)
-        if key == self._seen.index:
-            return False
+        """Take in parts that are new. Rows of a part that can't be trusted are let go, and `trouble` says why."""
+        before, shown, trouble = dict(self._seen.parts), {}, []
         try:
-            named = {p["part"]: p["sha256"] for p in self.store.parts() if Path(p["part"]).name == p["part"]}
-            fresh = [name for name, digest in named.items() if self._seen.parts.get(name) != digest]
-            gone = [name for name in self._seen.parts if name in fresh or name not in named]
-            if gone:
-                self.ask("delete from trials where part in (select unnest(?))", [gone])
-            for name in fresh:
-                self._take_in(name)
-        except (StoreError, OSError, pa.ArrowException):
-            return False
-        self._seen.parts, self._seen.index = named, key
-        return True
+            named = self._named()
+        except StoreError as error:
+            named, trouble = [], [str(error)]
+        for part in named:
+            try:
+                self.store.check(part)
+                if before.get(part.part) != part:
+                    self._let_go([part.part] if part.part in before else [])
+                    self._take_in(part)
+            except StoreError as error:
+                trouble.append(str(error))
+            else:
+                shown[part.part] = part
+        self._let_go([name for name in before if name not in shown])
+        is_new = shown != before or tuple(trouble) != self._seen.trouble
+        self._seen.parts, self._seen.trouble = shown, tuple(trouble)
+        return is_new
 
-    def _take_in(self, name: str) -> None:
-        (table,) = self.store.tables(SCALARS, parts=[name])
+    def _named(self) -> list[Part]:
+        """What parts.jsonl names; read anew only where it changed."""
+        key = _stamp(self.store.index)
+        if key != self._seen.index:
+            self._seen.named, self._seen.index = self.store.parts(), key
+        return self._seen.named
+
+    def _let_go(self, parts: list[str]) -> None:
+        if parts:
+            self.ask("delete from trials where part in (select unnest(?))", [parts])
+
+    def _take_in(self, part: Part) -> None:
+        table = self.store.rows_of(part, SCALARS)
         start = self.ask("select coalesce(max(place), -1) + 1 as place from trials")[0]["place"]
         rows = len(table)
-        table = table.add_column(0, "part", pa.array([name] * rows, pa.string()))
+        table = table.add_column(0, "part", pa.array([part.part] * rows, pa.string()))
         table = table.add_column(0, "place", pa.array(range(start, start + rows), pa.int64()))
         self._put("insert into trials select * from arriving", table)
 

@@ -188,10 +188,13 @@ class View:
         return self._page("trial.html.j2", run=run, **shown)
 
     async def file(self, request: Request) -> Response:
-        """A file of the run directory as it stands: one of FILES, or a part that parts.jsonl names."""
+        """A file of the run directory: one of FILES as it stands, or a part that is still what was stored."""
         run = self._run(request)
         asked = request.path_params["path"]
-        if asked not in {*FILES, *(f"trials/{part}" for part in run.parts)}:
+        part = run.parts.get(asked.removeprefix("trials/")) if asked.startswith("trials/") else None
+        if part is not None:
+            await run_in_threadpool(run.store.check, part)
+        elif asked not in FILES:
             raise HTTPException(404, NO_FILE)
         place = (run.directory / asked).resolve()
         if not place.is_relative_to(run.directory.resolve()) or not place.is_file():
@@ -223,7 +226,8 @@ def _status(run: LiveRun) -> dict[str, Any]:
     clean = [
         {k: (None if isinstance(v, float) and text.as_float(v) is None else v) for k, v in r.items()} for r in newest
     ]
-    return {"run": run.key, "version": run.version, **progress.to_dict(), "newest_trials": clean}
+    known = {"run": run.key, "version": run.version, "trouble": run.trouble}
+    return {**known, **progress.to_dict(), "newest_trials": clean}
 
 
 def _estimates(run: LiveRun) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from kvpatch.report.attention import MAPPED
 from kvpatch.report.samples import Marker, shown_text
@@ -25,11 +24,15 @@ _ABOUT = {name: about for name, (_, about) in TRIAL_COLUMNS.items()}
 
 
 def stored_row(run: LiveRun, trial_id: str) -> dict[str, Any] | None:
-    """Return every column of a trial, unknown ones too, and `part`, the file that holds it; of several, the newest."""
+    """Return every column of a trial, unknown ones too, and `part`, the file that holds it; of several, the newest.
+
+    Raises:
+        StoreError: where that file is no longer what was stored.
+    """
     found = run.ask("select part from trials where trial_id = ? order by place desc limit 1", [trial_id])
     if not found:
         return None
-    table = pq.read_table(run.store.trials / found[0]["part"])
+    table = run.store.rows_of(run.store.part(found[0]["part"].removesuffix(".parquet")), None)
     rows = table.filter(pc.equal(table["trial_id"], trial_id)).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
     return {**rows[-1], "part": found[0]["part"]} if rows else None
 
@@ -104,10 +107,8 @@ def _cell(value: Any) -> str:
 def heads(run: LiveRun, row: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a map of every statistic of MAPPED, layer by head, while the trial read the fixed continuation: each cell
     with a step of shade, 0 to 6. None where the trial was not watched."""
-    path = run.store.attention / row["part"]
-    if not path.exists():
-        return []
-    table = pq.read_table(path, filters=[("trial_id", "==", row["trial_id"]), ("stage", "==", "forced")]).to_pandas()
+    stored = run.store.read_attention(stage="forced", batches=[row["part"].removesuffix(".parquet")])
+    table = stored.filter(pc.equal(stored["trial_id"], row["trial_id"])).to_pandas()  # pyright: ignore[reportAttributeAccessIssue]
     out = []
     for statistic, title in MAPPED.items():
         if statistic in table and table[statistic].notna().any():

@@ -28,6 +28,14 @@ const duration = (seconds) => {
   return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
 };
 
+const setTrouble = (status) => {
+  const place = document.querySelector(`.trouble[data-run="${CSS.escape(status.run)}"]`);
+  const says = status.trouble ? `Not shown: ${status.trouble}` : "";
+  if (!place || place.textContent === says) return;
+  place.textContent = says;
+  place.hidden = !says;
+};
+
 const finished = new Map();
 const setFacts = (status) => {
   const box = document.querySelector(`.status[data-run="${CSS.escape(status.run)}"]`);
@@ -159,6 +167,7 @@ if (page === "home" || page === "run") {
   const events = new EventSource(address(page === "run" ? `events?run=${encodeURIComponent(own)}` : "events"));
   events.addEventListener("status", (event) => {
     const status = JSON.parse(event.data);
+    setTrouble(status);
     setFacts(status);
     if (page === "run") {
       setPhases(status);

@@ -1,0 +1,208 @@
+"""The parts of a run directory: what parts.jsonl names, and files that are checked before a row of them is used.
+
+Every reader of stored rows comes through here. A file is what was stored if it has the SHA-256 and the number of rows
+that its line records, and if every column in it that kvpatch knows has its type. A column that the file lacks is null,
+since it may have been added later; a column that kvpatch does not know is left unread, since a later version may have
+written it. What was checked once is not hashed again in the same process, as long as the file stays untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvpatch.errors import StoreError
+
+Name = Annotated[str, Field(pattern=r"^[^/\\\x00]+\.parquet$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Part(BaseModel):
+    """One line of parts.jsonl: the part's file, its rows and hash; and those of its attention, where it has some.
+
+    What a later version wrote into the line stays there.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    part: Name
+    rows: Count
+    sha256: Sha256
+    attention_rows: Count | None = None
+    attention_sha256: Sha256 | None = None
+
+    @property
+    def batch(self) -> str:
+        """Name of the batch that is stored in it."""
+        return self.part.removesuffix(".parquet")
+
+    def line(self) -> bytes:
+        """The part as it stands in parts.jsonl."""
+        return json.dumps(self.model_dump(exclude_none=True)).encode() + b"\n"
+
+
+YOUNG = 1_000_000_000
+"""Nanoseconds for which a change to a file may go unseen by its times, on file systems with coarse clocks."""
+Stamp = tuple[int, ...]
+_checked: dict[str, tuple[Stamp, str, int | None]] = {}
+"""Path -> the file's stamp, SHA-256 and rows when it was last found to be what was stored."""
+
+
+def read_index(path: Path) -> list[Part]:
+    """What parts.jsonl names, in its order; nothing where there is no such file.
+
+    A line that stands there twice counts once. A last line that breaks off is passed over: what it was to name does not
+    count as stored, so that the next run stores it again.
+
+    Raises:
+        StoreError: naming a line that is no entry, or that contradicts another.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StoreError(f"{path} can't be read: {error.strerror or error}") from error
+    lines = [(number, line.strip()) for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+    found: dict[str, Part] = {}
+    for number, line in lines:
+        try:
+            part = Part.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            is_torn = first["type"] == "json_invalid" and not line.endswith(b"}")
+            if found and is_torn and number == lines[-1][0]:
+                break
+            why = ": ".join([*map(str, first["loc"]), first["msg"]])
+            raise StoreError(
+                f"{path} is damaged: line {number} names no stored part ({why}); delete it to run its trials again"
+            ) from error
+        if found.setdefault(part.part, part) != part:
+            raise StoreError(
+                f"{path} is damaged: line {number} names {part.part} again with another content; delete the wrong line"
+            )
+    return list(found.values())
+
+
+def refuse_copies(parts: Iterable[Part]) -> None:
+    """Refuse a part that is stored under two names, whose trials would count twice.
+
+    Raises:
+        StoreError: naming both.
+    """
+    seen: dict[str, str] = {}
+    for part in parts:
+        first = seen.setdefault(part.sha256, part.part)
+        if part.rows and first != part.part:
+            raise StoreError(
+                f"{part.part} holds the same trials as {first}; delete the line of one of them in parts.jsonl"
+            )
+
+
+def check_file(path: Path, sha256: str, rows: int | None, schema: pa.Schema, needed: Sequence[str]) -> None:
+    """Check that a file is what was stored.
+
+    Args:
+        sha256, rows: what its line records; None for rows that an older line does not count.
+        schema: every column that kvpatch knows.
+        needed: columns without which the rows mean nothing.
+    Raises:
+        StoreError: with the file's name, what is wrong with it, and what to do.
+    """
+    _source(path, sha256, rows, schema, needed)
+
+
+def read_file(
+    path: Path, sha256: str, rows: int | None, schema: pa.Schema, needed: Sequence[str], columns: Sequence[str] | None
+) -> pa.Table:
+    """Read a file that is what was stored, as `check_file` says: the named columns, null where it lacks them; or with
+    None, all that it holds, those that kvpatch does not know among them.
+
+    Raises:
+        StoreError: as `check_file`.
+    """
+    source = _source(path, sha256, rows, schema, needed)
+    try:
+        with pq.ParquetFile(source) as file:
+            there = file.schema_arrow.names
+            table = file.read([name for name in (there if columns is None else columns) if name in there])
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(path, _reason(error)) from error
+    if columns is None:
+        return table
+    wanted = pa.schema([schema.field(name) for name in columns])
+    if table.schema.equals(wanted):
+        return table
+    known = set(table.schema.names)
+    arrays = [table[f.name].cast(f.type) if f.name in known else pa.nulls(len(table), f.type) for f in wanted]
+    return pa.table(arrays, schema=wanted)
+
+
+def _source(
+    path: Path, sha256: str, rows: int | None, schema: pa.Schema, needed: Sequence[str]
+) -> pa.BufferReader | str:
+    """Where to read a checked file from: the very bytes that were hashed, or its path if it was checked before."""
+    try:
+        stamp = _stamp(path.stat())
+        if _checked.get(str(path)) == (stamp, sha256, rows):
+            return str(path)
+        data = path.read_bytes()
+        if (found := hashlib.sha256(data).hexdigest()) != sha256:
+            raise _damaged(path, f"its SHA-256 begins with {found[:12]}, and {sha256[:12]} is recorded")
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            if rows is not None and file.metadata.num_rows != rows:
+                raise _damaged(path, f"it holds {file.metadata.num_rows} rows, and {rows} are recorded")
+            if wrong := _misfit(file.schema_arrow, schema, needed):
+                raise _damaged(path, wrong)
+        if stamp == _stamp(path.stat()) and time.time_ns() - max(stamp[:2]) > YOUNG:
+            _checked[str(path)] = (stamp, sha256, rows)
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(path, _reason(error)) from error
+    return pa.BufferReader(data)
+
+
+def _stamp(found: os.stat_result) -> Stamp:
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino, found.st_dev
+
+
+def _misfit(stored: pa.Schema, known: pa.Schema, needed: Sequence[str]) -> str | None:
+    """What keeps the columns of a file from being those of a part, or None."""
+    if missing := [name for name in needed if name not in stored.names]:
+        return f"it has no column {missing[0]!r}"
+    for field in stored:
+        if field.name in known.names and not _fits(field.type, known.field(field.name).type):
+            return f"its column {field.name!r} is {field.type}, and {known.field(field.name).type} is expected"
+    return None
+
+
+def _fits(stored: pa.DataType, known: pa.DataType) -> bool:
+    """Whether values of the one type are values of the other: the same, none at all, or narrower numbers."""
+    if stored.equals(known) or pa.types.is_null(stored):
+        return True
+    both = (stored, known)
+    if all(map(pa.types.is_signed_integer, both)) or all(map(pa.types.is_floating, both)):
+        return stored.bit_width <= known.bit_width
+    if all(map(pa.types.is_list, both)):
+        return _fits(stored.value_type, known.value_type)
+    return pa.types.is_large_string(stored) and pa.types.is_string(known)
+
+
+def _damaged(path: Path, why: str) -> StoreError:
+    return StoreError(
+        f"{path} is missing or damaged; delete its line in parts.jsonl to run its trials again "
+        f"({path.name} can't be read as it was stored: {why})"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]

@@ -1,0 +1,182 @@
+"""Every name in a protocol that its own keys can't vouch for: readouts, groups of the bank, files, verdicts.
+
+What a name should be is known before anything is loaded, so a misspelt one is told then, with the nearest right one,
+and not after the last trial. The schema itself checks names that the protocol defines (conditions, phases, hypotheses).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import get_args
+
+from kvpatch.errors import ProtocolError
+from kvpatch.nearest import instead, nearest
+from kvpatch.prompts.bank import Bank, load_bank, shipped_banks
+from kvpatch.protocols.schema import PLAIN, ROLES, Hypothesis, Misplaced, Pairing, Phase, Protocol, Variable
+from kvpatch.readouts.catalogue import Readout, readouts
+from kvpatch.readouts.scorer import names_code, read_scorer
+from kvpatch.store import TRIAL_COLUMNS
+
+Loc = tuple[str | int, ...]
+_ASKED = {
+    "attention": "attention: true",
+    "attention.marked": "attention: {marked: ...}",
+    "geometry": "geometry: true",
+}
+"""What a readout asks of its phase, as the protocol says it."""
+
+
+def wrong_names(protocol: Protocol) -> Iterator[Misplaced]:
+    """What is wrong in what a protocol says, files left aside."""
+    yield from wrong_readouts(protocol)
+    yield from _roles_that_a_phase_lacks(protocol)
+    yield from _wrong_expectations(protocol)
+
+
+def wrong_readouts(protocol: Protocol) -> Iterator[Misplaced]:
+    """Readouts that there are not, that their phase does not measure, or that have no logarithm where one is taken."""
+    for place, h in enumerate(protocol.hypotheses):
+        at: Loc = ("hypotheses", place)
+        phase = protocol.phases.get(h.phase)
+        named: list[tuple[Hypothesis | Variable, Loc]] = [(h, ()), *h.others()]
+        for variable, loc in named:
+            yield from _wrong_readout(variable, phase, h.phase, (*at, *loc))
+        own = readouts().get(h.readout)
+        if own and own.asks and h.margin is not None and h.margin.natural_gap is not None:
+            yield Misplaced(
+                f"the calibration pairs have no {h.readout!r}, so that the natural gap is not known; "
+                "give the margin as dz or value",
+                *at, "margin", "natural_gap",
+            )  # fmt: skip
+
+
+def _wrong_readout(
+    variable: Hypothesis | Variable, phase: Phase | None, phase_name: str, at: Loc
+) -> Iterator[Misplaced]:
+    name = variable.readout
+    readout = readouts().get(name)
+    if readout is None:
+        what = f"column {name!r} measures no outcome" if name in TRIAL_COLUMNS else f"no readout {name!r}"
+        yield Misplaced(f"{what}; {instead(name, readouts())}", *at, "readout")
+        return
+    if phase is not None and not _is_measured(readout, phase):
+        wanted = _ASKED[readout.asks or ""]
+        yield Misplaced(f"phase {phase_name!r} does not measure {name!r}; give the phase '{wanted}'", *at, "readout")
+    if variable.transform == "log" and not readout.is_positive:
+        with_log = ", ".join(other.name for other in readouts().values() if other.is_positive)
+        yield Misplaced(
+            f"{name!r} can be 0 or below, where there is no logarithm; leave 'transform' out (it goes with {with_log})",
+            *at, "transform",
+        )  # fmt: skip
+
+
+def _is_measured(readout: Readout, phase: Phase) -> bool:
+    if readout.asks is None:
+        return True
+    if readout.asks == "geometry":
+        return phase.geometry
+    watched = phase.watched
+    return watched is not None and (readout.asks == "attention" or watched.marked is not None)
+
+
+def _roles_that_a_phase_lacks(protocol: Protocol) -> Iterator[Misplaced]:
+    """Conditions that take a prompt which the pairs of their phase never have: their trials would all be left out."""
+    lent_anywhere = {role for pairing in protocol.pairings for role in pairing.also}
+    for name, phase in protocol.phases.items():
+        lent = (phase.pairing or protocol.pairing).also
+        for key in ("conditions", "controls"):
+            for place, condition in enumerate(getattr(phase, key)):
+                made = protocol.conditions.get(condition)
+                roles = () if made is None else (made.from_, made.text_of)
+                for role in roles:
+                    if role in lent_anywhere and role not in (*ROLES, *lent):
+                        there = ", ".join(lent) or "none"
+                        yield Misplaced(
+                            f"condition {condition!r} takes a {role!r} prompt, and the pairing of phase {name!r} lends "
+                            f"none; name it under 'also', which now has {there}",
+                            "phases", name, key, place,
+                        )  # fmt: skip
+
+
+def _wrong_expectations(protocol: Protocol) -> Iterator[Misplaced]:
+    if not protocol.expected:
+        return
+    from kvpatch.organisms.directories import ORGANISMS
+    from kvpatch.statistics.records import Word
+
+    words = [*get_args(Word), "slight"]
+    for organism, verdicts in protocol.expected.items():
+        if organism not in ORGANISMS:
+            yield Misplaced(f"no organism {organism!r}; {instead(organism, ORGANISMS)}", "expected", organism)
+        for verdict in verdicts:
+            for word in verdict.split(" or "):
+                if word not in words:
+                    yield Misplaced(f"no verdict {word!r}; {instead(word, words)}", "expected", organism, verdict)
+
+
+def wrong_files(protocol: Protocol, *, must_be_there: bool) -> Iterator[Misplaced]:
+    """What is wrong with the lexicon and the bank that a protocol names, and with the names in it that the bank knows.
+
+    must_be_there: whether a file that can't be found is wrong. Whoever only decides a run again needs neither file; but
+    a name that is all but a shipped one is told in any case.
+    """
+    try:
+        bank = load_bank(protocol.bank, protocol.folder)
+    except ProtocolError as error:
+        if must_be_there or _is_a_directory(protocol) or nearest(protocol.bank, shipped_banks()):
+            yield Misplaced(str(error), "bank")
+        return  # where the bank is missing, the lexicon mostly is too: the folder is wrong
+    wrong = list(_wrong_groups(protocol, bank))
+    yield from wrong
+    # Where no mode is given it is called after the sources, whose wrong name is told of once.
+    is_told = protocol.mode == protocol.pairing.sources and any(each.loc == ("pairing", "sources") for each in wrong)
+    if must_be_there and not is_told:
+        yield from _wrong_mode(protocol, bank)
+    yield from _wrong_lexicon(protocol, must_be_there)
+
+
+def _is_a_directory(protocol: Protocol) -> bool:
+    return Path(protocol.folder or "", protocol.bank).is_dir()
+
+
+def _wrong_lexicon(protocol: Protocol, must_be_there: bool) -> Iterator[Misplaced]:
+    name = protocol.readouts.lexicon
+    is_module = names_code(name) and not name.rpartition(":")[0].endswith(".py")
+    if is_module:
+        return  # to find it, its package would run
+    try:
+        read_scorer(name, protocol.folder)
+    except ProtocolError as error:
+        path = Path(protocol.folder or "", name)
+        if must_be_there or path.is_file() or nearest(name, _shipped_lexicons()):
+            yield Misplaced(str(error), "readouts", "lexicon")
+
+
+def _shipped_lexicons() -> list[str]:
+    folder = files("kvpatch.readouts") / "lexicons"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir())
+
+
+def _wrong_groups(protocol: Protocol, bank: Bank) -> Iterator[Misplaced]:
+    known = sorted({name for prompt in bank.prompts for name in (prompt.group, prompt.level) if name})
+    places: list[tuple[Pairing, Loc]] = [(protocol.pairing, ("pairing",))]
+    for name, phase in protocol.phases.items():
+        if phase.pairing is not None:
+            places.append((phase.pairing, ("phases", name, "pairing")))
+    for pairing, at in places:
+        named: list[tuple[str, Loc]] = [(pairing.targets, ("targets",)), (pairing.sources, ("sources",))]
+        named += [(group, ("also", place)) for place, group in enumerate(pairing.also)]
+        for group, loc in named:
+            if group not in known:
+                told = instead(group, known, "it has")
+                yield Misplaced(f"bank {bank.name!r} has no group or level {group!r}; {told}", *at, *loc)
+
+
+def _wrong_mode(protocol: Protocol, bank: Bank) -> Iterator[Misplaced]:
+    modes = sorted({continuation.mode for continuation in bank.continuations})
+    for mode in (protocol.mode, PLAIN):
+        if mode not in modes:
+            told = instead(mode, modes, "it has")
+            yield Misplaced(f"bank {bank.name!r} has no continuations of mode {mode!r}; {told}", "mode")

@@ -194,7 +194,7 @@ def draw(model: str, seed: int) -> Draw:
         count = int(rng.choice([1, batch, batch, batch, batch + 1], p=[0.3, 0.3, 0.2, 0.17, 0.03]))
         prompts = _prompts(rng, model, count, is_short)
         spec = _spec(rng, model)
-        if rng.random() < 0.95:  # else it may find nothing in some row, which is refused
+        if rng.random() < 0.9:  # else it may find nothing in some row, which is refused
             while not all(_finds(spec["slots"], prompt) for prompt in (*targets, *prompts)):
                 spec["slots"] = _slots(rng)
         patches.append(Patched(spec, prompts, bool(count == batch and rng.random() < 0.15)))

@@ -3,8 +3,9 @@
     python benchmarks/planted_defects.py [--only NAME] [--all] [-o TABLE.md]
 
 For every fault `kvpatch check` (on tiny models of three architectures), then `kvpatch validate --quick` (on the
-organisms the fault should show on), then the tests (of the rooms it lies in) are asked, until one fails as it should;
---all asks all three. The sound copy is asked first, and must pass everything. The table stands in docs/validation.md.
+organisms the fault should show on), then the tests (of the rooms it lies in, or the differential test with few draws)
+are asked, until one fails as it should; --all asks all three. The sound copy is asked first, and must pass everything.
+The table stands in docs/validation.md.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("llama", "mistral", "gemma3")
+DRAWS = 102
+"""Draws of the differential test: six a class, enough for each of its kinds to be among them."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,44 @@ FAULTS = (
           "pending = (start + real.sum(dim=1, keepdim=True)).squeeze(1) + 1"),),
         "early", "tests/core/test_patch.py",
     ),
+    Fault(
+        "stale_weights",
+        "decoding goes on with the weights of its first call",
+        "models/hf.py",
+        (('            self.kept.pop("fast", None)\n            self.kept.pop("runner", None)\n',
+          '            self.kept.pop("runner", None)\n'),),
+        "wired", "tests/differential",
+    ),
+    Fault(
+        "dropped_window",
+        "a window that the attention module does not pass is dropped",
+        "models/hf.py",
+        (("    bias = step.bias(sliding_window, groups)\n", "    bias = step.bias(None, groups)\n"),),
+        "wired-mistral", "tests/differential",
+    ),
+    Fault(
+        "empty_selection",
+        "a patch that finds no slot changes nothing and says nothing",
+        "selection.py",
+        (("    for row, count in enumerate(counts):\n        if not count:\n",
+          "    for row, count in enumerate(counts):\n        if count < 0:\n"),),
+        "wired", "tests/differential",
+    ),
+    Fault(
+        "wrong_body",
+        "the body is where the words first stand in the rendered template",
+        "models/template.py",
+        (("    if rendered.startswith(before) and rendered.endswith(after) and len(rendered)",
+          "    if not len(rendered)"),),
+        "wired", "tests/models/test_template.py",
+    ),
+    Fault(
+        "random_head",
+        "a checkpoint without an output head loads with a random one",
+        "models/load.py",
+        (("            refuse_incomplete(hf, info)\n", ""),),
+        "wired", "tests/models/test_load.py",
+    ),
 )  # fmt: skip
 
 
@@ -278,6 +319,7 @@ def _shows(name: str, command: list[str], copy: Path) -> str:
         "PYTHONPATH": f"{copy / 'src'}:{copy / 'tests'}",
         "KVPATCH_CACHE": str(copy.parent / "cache"),
         "OMP_NUM_THREADS": "1",
+        "KVPATCH_DRAWS": str(DRAWS),
     }
     start = time.monotonic()
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)

@@ -166,3 +166,15 @@ def test_the_context_is_the_limit(tiny):
     score(model.backbone, cache, [[[9] * 4, [9]]], keep_values=[0])
     with pytest.raises(ProtocolError, match=f"the model's context is {CONTEXT}"):
         score(model.backbone, cache, [[[9], [9] * 6]])
+
+
+def test_a_long_prompt_leaves_a_short_one_its_room(tiny):
+    """Each row needs the room of its own continuations alone."""
+    model = tiny("gpt2")
+    cache = prefill(model.backbone, random_prompts([CONTEXT - 1, 3]))
+    out = score(model.backbone, cache, [[[9]], [[9] * 12]])
+    ids = list(random_prompts([CONTEXT - 1, 3])[1].token_ids)
+    assert out.logprobs[1, 0].tolist() == close(native_logprobs(model, ids, [9] * 12))
+    score(model.backbone, cache, [[[9] * 12]], of=[1])
+    with pytest.raises(ProtocolError, match=f"the model's context is {CONTEXT}"):
+        score(model.backbone, cache, [[[9] * 12]], of=[0])

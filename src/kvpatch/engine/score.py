@@ -75,7 +75,9 @@ def score(
         raise ProtocolError("a continuation is empty; give it at least one token")
     backbone.catch_up()
     longest = max(len(branch) for row in continuations for branch in row)
-    last = int(cache.pending_position.max()) + longest
+    starts = cache.pending_position.tolist()
+    goes_on_from = range(cache.batch) if of is None else of
+    last = max(starts[of_row] + max(map(len, row)) for of_row, row in zip(goes_on_from, continuations, strict=True))
     if last > backbone.geometry.context:
         raise ProtocolError(f"{last} positions are needed; the model's context is {backbone.geometry.context}")
     count, device = len(continuations), backbone.device

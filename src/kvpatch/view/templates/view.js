@@ -88,6 +88,7 @@ const range = (found) => `${number(found.low)} to ${number(found.high)}`;
 const drawn = new Map();
 const setEstimates = async (run) => {
   const place = document.getElementById("estimates");
+  place.dataset.drawn = "begun";
   const answer = await fetch(of(run, "estimates"));
   if (!answer.ok) return;
   const found = await answer.json();
@@ -113,6 +114,7 @@ const setEstimates = async (run) => {
       await window.vegaEmbed(known.chart, unpack(item.chart), { mode: "vega-lite", renderer: "svg", actions: false, ast: true });
     }
   }
+  place.dataset.drawn = "yes"; // every estimate that the server gave stands there
 };
 
 // Several runs beside one another: a row a hypothesis, a column a run.
@@ -134,6 +136,7 @@ const setBeside = async (run) => {
     return element("tr", {}, head, ...cells);
   });
   document.querySelector("#beside tbody").replaceChildren(...rows);
+  if (runs.every((name) => columns.has(name))) document.getElementById("beside").dataset.drawn = "yes";
 };
 
 // One request at a time; news that comes meanwhile is fetched after it.

@@ -97,10 +97,12 @@ class Run:
             outcome = self.outcome
         except StoreError as error:
             return f"<p><b>{html.escape(repr(self))}</b><br>{html.escape(str(error))}</p>"
+        from kvpatch.report.text import number
+
         rows = "".join(
             f"<tr><td><b>{html.escape(v.verdict)}</b></td><td>{html.escape(v.id)}</td><td>{html.escape(v.contrast)}</td>"
-            f"<td>{html.escape(v.readout)}</td><td>{_shown(v.estimate)}</td>"
-            f"<td>{_shown(v.ci_low)} to {_shown(v.ci_high)}</td><td>{v.n}</td></tr>"
+            f"<td>{html.escape(v.readout)}</td><td>{number(v.estimate)}</td>"
+            f"<td>{number(v.ci_low)} to {number(v.ci_high)}</td><td>{v.n}</td></tr>"
             for v in outcome.verdicts
         )
         head = "".join(
@@ -110,10 +112,6 @@ class Run:
             f"<p>{html.escape(repr(self))}</p><p><b>{html.escape(outcome.answer)}</b></p>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
         )
-
-
-def _shown(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
 
 
 class Plots:
@@ -129,7 +127,7 @@ class Plots:
         protocol = self._run.outcome.protocol
         phase = phase or next(iter(protocol.phases))
         rows = self._tested()
-        points, means = tables.condition_means(rows[rows["phase"] == phase], readout, protocol)
+        points, means = tables.condition_means(rows[rows["phase"] == phase], readout, protocol, phase)
         return charts.conditions_chart(tables.thinned(points), means, readout, tables.baseline_of(protocol))
 
     def coherence(self, phase: str | None = None) -> AnyChart:
@@ -139,7 +137,7 @@ class Plots:
         protocol = self._run.outcome.protocol
         phase = phase or next(iter(protocol.phases))
         rows = self._tested()
-        return charts.coherence_chart(tables.coherence(rows[rows["phase"] == phase], protocol))
+        return charts.coherence_chart(tables.coherence(rows[rows["phase"] == phase], protocol, phase))
 
     def forest(self, readout: str = "mode_llr") -> AnyChart:
         """Every hypothesis on one readout, with its interval and margin."""
@@ -185,7 +183,8 @@ class Plots:
         found = {item["id"]: item for item in estimates.estimates(outcome.protocol, outcome.rows)}
         if hypothesis not in found:
             raise ValueError(f"no hypothesis {hypothesis!r} has trials; there are {', '.join(found)}")
-        return estimates.narrowing_chart(found[hypothesis]["path"], found[hypothesis]["readout"])
+        item = found[hypothesis]
+        return estimates.narrowing_chart(item["path"], item["readout"], item["counts"])
 
     def _tested(self) -> pd.DataFrame:
         from kvpatch.report import tables

@@ -127,7 +127,7 @@ class Plots:
         protocol = self._run.outcome.protocol
         phase = phase or next(iter(protocol.phases))
         rows = self._tested()
-        points, means = tables.condition_means(rows[rows["phase"] == phase], readout, protocol, phase)
+        points, means = tables.condition_means(rows[rows["phase"] == phase], readout, protocol)
         return charts.conditions_chart(tables.thinned(points), means, readout, tables.baseline_of(protocol))
 
     def coherence(self, phase: str | None = None) -> AnyChart:
@@ -137,7 +137,7 @@ class Plots:
         protocol = self._run.outcome.protocol
         phase = phase or next(iter(protocol.phases))
         rows = self._tested()
-        return charts.coherence_chart(tables.coherence(rows[rows["phase"] == phase], protocol, phase))
+        return charts.coherence_chart(tables.coherence(rows[rows["phase"] == phase], protocol))
 
     def forest(self, readout: str = "mode_llr") -> AnyChart:
         """Every hypothesis on one readout, with its interval and margin."""

@@ -25,7 +25,7 @@ def test_calibration_rows_are_left_out(trials: pd.DataFrame) -> None:
 
 def test_means_are_over_pairs_not_over_samples(protocol: Protocol, trials_of: Callable[..., pd.DataFrame]) -> None:
     trials = tables.normalised(trials_of(n=8, samples=5))
-    points, means = tables.condition_means(trials, "recursive_score", protocol, "1")
+    points, means = tables.condition_means(trials, "recursive_score", protocol)
     (row,) = means[means["condition"] == "B"].to_dict("records")
     by_pair = trials[trials["condition"] == "B"].groupby("pair_id")["recursive_score"].mean()
     low, high = stats.t.interval(0.95, 7, by_pair.mean(), stats.sem(by_pair))
@@ -41,16 +41,16 @@ def test_an_interval_needs_two_pairs() -> None:
 
 
 def test_failed_rows_are_counted_and_not_averaged(trials: pd.DataFrame, protocol: Protocol) -> None:
-    rows = by_condition(tables.coherence(tables.normalised(trials), protocol, "1"))
+    rows = by_condition(tables.coherence(tables.normalised(trials), protocol))
     assert [rows["E3"][key] for key in ("rows", "errors", "judged", "share")] == [12, 2, 10, 1.0]
-    _, means = tables.condition_means(tables.normalised(trials), "n_tokens", protocol, "1")
+    _, means = tables.condition_means(tables.normalised(trials), "n_tokens", protocol)
     assert by_condition(means)["E3"]["n"] == 10
 
 
 def test_coherence_counts_the_unjudged_as_not_coherent_and_spares_the_baseline(protocol: Protocol) -> None:
     rows = [("A", True), ("A", False), ("C", True), ("C", None), ("N1", None), ("E1", True), ("E1", None)]
     frame = pd.DataFrame(rows, columns=["condition", "coherent"]).assign(phase="1", pair_id="p")
-    got = by_condition(tables.coherence(tables.normalised(frame), protocol, "1"))
+    got = by_condition(tables.coherence(tables.normalised(frame), protocol))
     told = {
         name: tuple(row[key] for key in ("share", "judged", "is_baseline", "is_below")) for name, row in got.items()
     }
@@ -60,7 +60,7 @@ def test_coherence_counts_the_unjudged_as_not_coherent_and_spares_the_baseline(p
         "E1": (0.5, 1, False, True),
         "N1": (0.0, 0, False, True),
     }
-    unsaid = tables.coherence(tables.normalised(frame.drop(columns="coherent")), protocol, "1")
+    unsaid = tables.coherence(tables.normalised(frame.drop(columns="coherent")), protocol)
     assert unsaid["share"].isna().all() and not unsaid["is_below"].any()
 
 
@@ -68,7 +68,7 @@ def test_means_average_pairs_that_share_a_prompt_first(protocol: Protocol) -> No
     rows = [("p0", "s0", 1.0), ("p1", "s0", 3.0), ("p2", "s1", 8.0)]
     frame = pd.DataFrame(rows, columns=["pair_id", "source_id", "mode_llr"]).assign(phase="1", condition="A")
     frame["target_id"] = frame["pair_id"]
-    points, means = tables.condition_means(tables.normalised(frame), "mode_llr", protocol, "1")
+    points, means = tables.condition_means(tables.normalised(frame), "mode_llr", protocol)
     (row,) = means.to_dict("records")
     assert (len(points), row["n"], row["mean"]) == (3, 2, 5.0)
 

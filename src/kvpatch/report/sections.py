@@ -62,7 +62,7 @@ def instruments(run: dict, trials: pd.DataFrame, parts: Parts, protocol: Protoco
     models = models_of(run)
     phases = []
     for phase, question, part in parts:
-        coherence = tables.coherence(part, protocol, phase)
+        coherence = tables.coherence(part, protocol)
         chart = charts.coherence_chart(coherence) if coherence["share"].notna().any() else None
         about = "Share of coherent outputs. Dashed: the 90% a condition needs."
         drawn = figure(
@@ -154,7 +154,7 @@ def readout_figures(parts: Parts, protocol: Protocol) -> list[dict]:
     for phase, question, part in parts:
         figures, means_of = [], []
         for readout in tables.READOUTS:
-            points, means = tables.condition_means(part, readout.column, protocol, phase)
+            points, means = tables.condition_means(part, readout.column, protocol)
             shown = tables.thinned(points)
             chart = None
             if len(points):
@@ -305,7 +305,7 @@ def not_shown(run: dict, trials: pd.DataFrame, parts: Parts, protocol: Protocol,
     weak = [
         (phase, row.condition, row.share)
         for phase, _, part in by_phase(trials, protocol)
-        for row in tables.coherence(part, protocol, phase).itertuples()
+        for row in tables.coherence(part, protocol).itertuples()
         if row.is_below
     ]
     dropped = run.get("dropped_pairs")

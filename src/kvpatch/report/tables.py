@@ -144,16 +144,14 @@ def unit_means(points: pd.DataFrame, units: Mapping[str, str]) -> pd.DataFrame:
     return labelled.groupby(["condition", "unit"])["value"].mean().rename("value").reset_index()
 
 
-def condition_means(
-    trials: pd.DataFrame, column: str, protocol: Protocol, phase: str
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def condition_means(trials: pd.DataFrame, column: str, protocol: Protocol) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return (points, means) of a readout: pair means, and their mean and 95% interval a condition.
 
     trials: of one phase. Points have `condition`, `pair`, `value`, `role`; means have `condition`, `about`, `role`,
     `mean`, `low`, `high`, `n`, in the protocol's order; a condition that ran but has no value has a row of missing
     values. Means are over pairs, those that share a prompt averaged first.
     """
-    points = pair_means(trials, column)
+    phase, points = phase_of(trials), pair_means(trials, column)
     averaged = unit_means(points, units_of(protocol, trials))
     samples = {str(name): group.to_numpy() for name, group in averaged.groupby("condition")["value"]}
     rows = []
@@ -186,6 +184,18 @@ def about(protocol: Protocol, name: str) -> str:
     return protocol.conditions[name].about if name in protocol.conditions else "not in the protocol"
 
 
+def phase_of(trials: pd.DataFrame) -> str:
+    """Return the one phase that trials are of, "" where there is none.
+
+    Raises:
+        ValueError: for trials of several phases, which a table by condition would mix.
+    """
+    found = trials["phase"].unique().tolist()
+    if len(found) > 1:
+        raise ValueError(f"a table by condition is of one phase, these trials are of {', '.join(map(str, found))}")
+    return str(found[0]) if found else ""
+
+
 def role(protocol: Protocol, phase: str, name: str) -> str:
     """Return a condition's role in a phase, as the protocol has it; "control" where the protocol does not know it."""
     return protocol.role(phase, name) if name in protocol.conditions else "control"
@@ -202,7 +212,7 @@ def natural_run(protocol: Protocol, side: str) -> str | None:
     return next(found, None)
 
 
-def coherence(trials: pd.DataFrame, protocol: Protocol, phase: str) -> pd.DataFrame:
+def coherence(trials: pd.DataFrame, protocol: Protocol) -> pd.DataFrame:
     """Return, a condition: `rows`, `errors`, `judged`, `share`, `is_baseline` and `is_below` the line.
 
     trials: of one phase. `share`, `is_baseline` and `is_below` are the coherence gate's own, which decides verdicts:
@@ -210,6 +220,7 @@ def coherence(trials: pd.DataFrame, protocol: Protocol, phase: str) -> pd.DataFr
     is below the line can't be interpreted. `share` is missing where every trial is an error, or none says whether it
     is coherent.
     """
+    phase = phase_of(trials)
     shares = gates.coherence_shares(trials) if "coherent" in trials else {}
     column = trials["coherent"] if "coherent" in trials else pd.Series(None, trials.index, dtype=object)
     rows = []

@@ -207,8 +207,13 @@ def print_effects(effects: Sequence[Effect]) -> None:
 def _interval(effect: Effect) -> str:
     if effect.estimate is None:
         return "-"
-    ends = "" if effect.ci_low is None else f"\n[dim]{effect.ci_low:+.2f} to {effect.ci_high:+.2f}[/dim]"
-    return f"{effect.estimate:+.2f}{ends}"
+    if effect.ci_low is None or effect.ci_high is None:
+        return _signed(effect.estimate)
+    return f"{_signed(effect.estimate)}\n[dim]{_signed(effect.ci_low)} to {_signed(effect.ci_high)}[/dim]"
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value > 0 else ''}{number(value)}"
 
 
 def print_power(entries: Sequence[Power]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,11 @@ from typing import Any
 import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+PATIENCE = 180_000
+"""Milliseconds that anything on a page may take: a busy machine is slow, and no fault of the page."""
+expect = playwright.expect
+"""Asks until the answer is right. Whatever a page draws or loads is read through it, or through `settled`."""
+expect.set_options(timeout=PATIENCE)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NEEDED = [
     pytest.mark.browser,
@@ -36,7 +43,7 @@ HOSTILE = (
 def chromium() -> Iterator[Any]:
     """A browser."""
     with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=_ARGUMENTS)
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=_ARGUMENTS, timeout=PATIENCE)
         yield opened
         opened.close()
 
@@ -48,12 +55,46 @@ def opened(browser: Any, width: int = 1280, scheme: str = "light", offline: bool
         viewport={"width": width, "height": 900}, color_scheme=scheme, offline=offline, accept_downloads=True
     )
     page = context.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(PATIENCE)
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: said.append(str(error)))
     yield page, said
     context.close()
+
+
+def settled(page: Any, expression: str, wanted: Any, argument: Any = None) -> Any:
+    """What a JavaScript function gives: asked again and again until it is what is wanted, or patience ends.
+
+    The page itself asks. Playwright's `wait_for_function` would evaluate text, which the pages' policy forbids.
+    """
+    asking = """async ({argument, wanted, patience}) => {
+        const read = %s;
+        const end = performance.now() + patience;
+        for (;;) {
+            const found = read(argument);
+            if (JSON.stringify(found ?? null) === wanted || performance.now() > end) return found;
+            await new Promise((next) => setTimeout(next, 50));
+        }
+    }"""
+    compact = json.dumps(wanted, separators=(",", ":"), ensure_ascii=False)
+    return page.evaluate(asking % expression, {"argument": argument, "wanted": compact, "patience": PATIENCE})
+
+
+def eventually(page: Any, holds: Callable[[], bool]) -> bool:
+    """Whether something that is not on the page comes to hold while the page goes on."""
+    end = time.monotonic() + PATIENCE / 1000
+    while time.monotonic() < end:
+        if holds():
+            return True
+        page.wait_for_timeout(50)
+    return False
+
+
+def assert_fits(page: Any, width: int) -> None:
+    """Nothing on the page makes it wider than its window."""
+    too_wide = "width => Math.max(0, document.documentElement.scrollWidth - width)"
+    assert settled(page, too_wide, 0, width) == 0
 
 
 def serious(page: Any) -> list[str]:

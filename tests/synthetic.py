@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,15 @@ def write_run(
     calibration: int = 6,
     phases: list[str] | None = None,
     heads: tuple[int, int] = (5, 4),
+    protocol: Protocol | None = None,
+    change: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {},
 ) -> Store:
     """Write a whole run. n: pairs a phase, as planned if None. samples: of a pair and condition. heads: layers, and
-    heads of each, of the phases whose attention is watched."""
-    protocol = dec7()
+    heads of each, of the phases whose attention is watched. protocol: dec7 if None. change: row -> what to change."""
+    protocol = protocol or dec7()
     store = Store(directory)
-    parts = [(name, rows) for name, rows in run_parts(protocol, n, samples, calibration, phases)]
+    made = run_parts(protocol, n, samples, calibration, phases)
+    parts = [(name, [{**row, **change(row)} for row in rows]) for name, rows in made]
     planned: dict[str, int] = {}
     for _, rows in parts:
         planned[rows[0]["phase"]] = planned.get(rows[0]["phase"], 0) + len(rows)

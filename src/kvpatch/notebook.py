@@ -101,10 +101,12 @@ class Run:
             outcome = self.outcome
         except StoreError as error:
             return f"<p><b>{html.escape(repr(self))}</b><br>{html.escape(str(error))}</p>"
+        from kvpatch.report.text import number
+
         rows = "".join(
             f"<tr><td><b>{html.escape(v.verdict)}</b></td><td>{html.escape(v.id)}</td><td>{html.escape(v.contrast)}</td>"
-            f"<td>{html.escape(v.readout)}</td><td>{_shown(v.estimate)}</td>"
-            f"<td>{_shown(v.ci_low)} to {_shown(v.ci_high)}</td><td>{v.n}</td></tr>"
+            f"<td>{html.escape(v.readout)}</td><td>{number(v.estimate)}</td>"
+            f"<td>{number(v.ci_low)} to {number(v.ci_high)}</td><td>{v.n}</td></tr>"
             for v in outcome.verdicts
         )
         head = "".join(
@@ -114,10 +116,6 @@ class Run:
             f"<p>{html.escape(repr(self))}</p><p><b>{html.escape(outcome.answer)}</b></p>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
         )
-
-
-def _shown(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
 
 
 class Plots:
@@ -189,7 +187,8 @@ class Plots:
         found = {item["id"]: item for item in estimates.estimates(outcome.protocol, outcome.rows)}
         if hypothesis not in found:
             raise ValueError(f"no hypothesis {hypothesis!r} has trials; there are {', '.join(found)}")
-        return estimates.narrowing_chart(found[hypothesis]["path"], found[hypothesis]["readout"])
+        item = found[hypothesis]
+        return estimates.narrowing_chart(item["path"], item["readout"], item["counts"])
 
     def _tested(self) -> pd.DataFrame:
         from kvpatch.report import tables

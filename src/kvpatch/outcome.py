@@ -20,6 +20,7 @@ from kvpatch.readouts.behavior import copied_words
 from kvpatch.report.attention import MAPPED
 from kvpatch.report.page import Live, render
 from kvpatch.statistics.effects import Effect, effects
+from kvpatch.statistics.gates import instrument_holds
 from kvpatch.statistics.verdicts import Verdict, headline, verdicts, verdicts_json
 from kvpatch.store import TRIAL_COLUMNS, RunRecord, Store
 
@@ -137,8 +138,8 @@ def outcome_of(store: Store, *, is_exploratory: bool = False, protocol: Protocol
     elif is_exploratory:
         protocol = as_exploratory(protocol)
     rows = light_rows(store)
-    checks = [check for check in (record.check, *(o.check for o in record.other_models.values())) if check is not None]
-    instrument = all(i["holds"] is not False for check in checks for i in check) if checks else None
+    checks = (record.check, *(other.check for other in record.other_models.values()))
+    instrument = instrument_holds(identity for check in checks for identity in check or ())
     with pd.option_context("mode.string_storage", "python"):
         found = verdicts(protocol, rows.filter(_needed(protocol)), instrument_ok=instrument)
     return Outcome(record, protocol, rows, found)

@@ -15,6 +15,8 @@ from kvpatch.prompts.bank import Bank
 from kvpatch.protocols.plan import Plan
 from kvpatch.protocols.schema import Protocol
 from kvpatch.statistics.criteria import criteria
+from kvpatch.statistics.gates import COHERENT_SHARE
+from kvpatch.statistics.wording import number, p_value, percent
 from kvpatch.store import Store
 
 if TYPE_CHECKING:
@@ -159,9 +161,9 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     for column in ("hypothesis", "verdict", "contrast", "readout", "estimate [interval]", "p adjusted", "n"):
         table.add_column(column, no_wrap=column in ("hypothesis", "verdict"))
     for v in verdicts:
-        interval = "" if v.ci_low is None else f" [{v.ci_low:.3g}, {v.ci_high:.3g}]"
-        estimate = "-" if v.estimate is None else f"{v.estimate:.3g}{interval}"
-        p = "-" if v.p_adjusted is None else f"{v.p_adjusted:.2g}"
+        interval = "" if v.ci_low is None or v.ci_high is None else f" [{number(v.ci_low)}, {number(v.ci_high)}]"
+        estimate = "-" if v.estimate is None else f"{number(v.estimate)}{interval}"
+        p = "-" if v.p_adjusted is None else p_value(v.p_adjusted)
         table.add_row(v.id, v.verdict, v.contrast, v.readout, escape(estimate), p, str(v.n))
     console.print(table)
     for v in verdicts:
@@ -190,18 +192,28 @@ def print_effects(effects: Sequence[Effect]) -> None:
         for condition in dict.fromkeys(effect.condition for effect in rows):
             own = {effect.readout: effect for effect in rows if effect.condition == condition}
             first = own[readouts[0]]
-            share = "-" if first.coherent is None else f"{first.coherent:.0%}"
+            share = "-" if first.coherent is None else percent(first.coherent)
+            share += " *" if first.is_incoherent else ""
             n = str(max(effect.n for effect in own.values()))
             about = [escape(first.about)] if is_wide else []
             table.add_row(condition, n, share, *(_interval(own[r]) for r in readouts), *about)
+        if any(effect.is_incoherent for effect in rows):
+            table.caption = (
+                f"* below the {percent(COHERENT_SHARE)} a condition needs: its contrasts can't be interpreted"
+            )
         console.print(table)
 
 
 def _interval(effect: Effect) -> str:
     if effect.estimate is None:
         return "-"
-    ends = "" if effect.ci_low is None else f"\n[dim]{effect.ci_low:+.2f} to {effect.ci_high:+.2f}[/dim]"
-    return f"{effect.estimate:+.2f}{ends}"
+    if effect.ci_low is None or effect.ci_high is None:
+        return _signed(effect.estimate)
+    return f"{_signed(effect.estimate)}\n[dim]{_signed(effect.ci_low)} to {_signed(effect.ci_high)}[/dim]"
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value > 0 else ''}{number(value)}"
 
 
 def print_power(entries: Sequence[Power]) -> None:

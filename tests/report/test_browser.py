@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from chromium import HOSTILE, NEEDED, chromium, opened, serious
+from chromium import HOSTILE, NEEDED, assert_fits, chromium, expect, opened, serious, settled
 from kvpatch.outcome import outcome_of, write_report
 from kvpatch.protocols.schema import Protocol
 from kvpatch.report.page import render
@@ -21,14 +22,13 @@ from synthetic import write_run
 pytestmark = NEEDED
 UNFOLD = "document.querySelectorAll('details:not(.data)').forEach(d => d.open = true)"
 NOT_DRAWN = ".chart:not([data-drawn=yes])"
-MARKS = """id => {
-    const found = {};
-    for (const group of document.querySelectorAll(`[id="${id}"] [class*="_marks"]`)) {
-        const name = group.getAttribute('class').match(/(\\S+)_marks/)[1];
-        found[name] = (found[name] ?? 0) + group.querySelectorAll('path').length;
-    }
-    return found;
-}"""
+MARKS = """charts => charts.map(([id, names]) => names.map((name) => {
+    const groups = [...document.querySelectorAll(`[id="${id}"] [class*="_marks"]`)].filter(
+        (group) => group.getAttribute('class').match(/(\\S+)_marks/)[1] === name);
+    return [id, name, groups.map((group) => group.querySelectorAll('path').length).reduce((a, b) => a + b, 0)];
+})).flat()"""
+TOO_WIDE = """() => [...document.querySelectorAll('.chart')].filter(
+    (box) => box.querySelector('svg').getBoundingClientRect().width > box.clientWidth + 1).map((box) => box.id)"""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,14 @@ def hostile(
 
 def drawn(page: Any, path: Path) -> None:
     page.goto(path.as_uri())
-    page.wait_for_selector("html[data-charts=done]")
+    expect(page.locator("html")).to_have_attribute("data-charts", "done")
+
+
+def unfolded(page: Any) -> None:
+    """Everything is unfolded but the tables of charts, and every chart is drawn."""
+    page.evaluate(UNFOLD)
+    expect(page.locator(NOT_DRAWN)).to_have_count(0)
+    expect(page.locator("html")).to_have_attribute("data-charts", "done")
 
 
 def charts_of(page: Any) -> dict[str, dict[str, list[dict]]]:
@@ -93,21 +100,17 @@ def test_every_chart_is_drawn_with_a_mark_for_every_datum(browser: Any, whole: P
     with opened(browser, width, scheme) as (page, said):
         page.on("request", lambda request: asked.append(request.url))
         drawn(page, whole)
-        page.evaluate(UNFOLD)
-        page.wait_for_selector(NOT_DRAWN, state="detached")
+        unfolded(page)
         charts = charts_of(page)
-        assert len(charts) == page.locator(".chart").count() > 100
-        for chart, sets in charts.items():
-            found = page.evaluate(MARKS, chart)
-            for name, rows in sets.items():
-                if not name.startswith("_"):
-                    assert found.get(name) == marks_wanted(chart, name, rows), (chart, name)
+        assert len(charts) > 100
+        expect(page.locator(".chart")).to_have_count(len(charts))
+        names = {chart: [name for name in sets if not name.startswith("_")] for chart, sets in charts.items()}
+        wanted = [[c, name, marks_wanted(c, name, charts[c][name])] for c, shown in names.items() for name in shown]
+        assert settled(page, MARKS, wanted, list(names.items())) == wanted
+        assert_fits(page, width)
+        assert settled(page, TOO_WIDE, []) == []
         assert said == []
         assert asked == [whole.as_uri()]
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        too_wide = """boxes => boxes.filter(
-            b => b.querySelector('svg').getBoundingClientRect().width > b.clientWidth + 1).map(b => b.id)"""
-        assert page.eval_on_selector_all(".chart", too_wide) == []
 
 
 def test_a_chart_gives_its_table_csv_svg_and_png(browser: Any, whole: Path) -> None:
@@ -128,55 +131,63 @@ def test_a_chart_gives_its_table_csv_svg_and_png(browser: Any, whole: Path) -> N
         assert b"<svg" in saved("SVG")[:200]
         assert saved("PNG").startswith(b"\x89PNG")
         figure.locator("details.data > summary").click()
-        assert figure.locator("details.data tbody tr").count() == len(rows) + 17
+        expect(figure.locator("details.data tbody tr")).to_have_count(len(rows) + 17)
         assert said == []
 
 
 def test_hostile_texts_run_nothing(browser: Any, hostile: Path) -> None:
     with opened(browser) as (page, said):
         drawn(page, hostile)
-        page.evaluate(UNFOLD)
-        page.wait_for_selector(NOT_DRAWN, state="detached")
+        unfolded(page)
         dots = page.locator("#readout-1-mode_llr .points_marks path")
+        expect(dots).to_have_count(len(charts_of(page)["readout-1-mode_llr"]["points"]))
+        tip, is_shown = page.locator("#vg-tooltip-element"), re.compile(r"\bvisible\b")
         shown = []
-        for i in range(0, dots.count(), 6):
-            dots.nth(i).dispatch_event("pointermove")
-            dots.nth(i).hover(force=True)
-            shown.append(page.locator("#vg-tooltip-element").inner_text())
+        for dot in dots.all()[::6]:
+            page.mouse.move(0, 0)
+            expect(page.locator("#vg-tooltip-element.visible")).to_have_count(0)
+            dot.hover(force=True)
+            expect(tip).to_have_class(is_shown)
+            shown.append(tip.inner_text())
         assert any("pair-" in text for text in shown)
         figure = page.locator("figure:has(#readout-1-mode_llr)")
         figure.locator("details.data > summary").click()
-        assert "onerror" in page.locator(".outputs").first.inner_text()
+        expect(figure.locator("details.data")).to_have_attribute("data-drawn", "yes")
+        expect(page.locator(".outputs").first).to_contain_text("onerror")
+        expect(page.locator("main img, main svg[onload], #vg-tooltip-element img")).to_have_count(0)
+        assert_fits(page, 1280)
         assert page.evaluate("window.ran") is None
-        assert page.locator("main img, main svg[onload], #vg-tooltip-element img").count() == 0
         assert said == []
-        assert page.evaluate("document.documentElement.scrollWidth") <= 1280
 
 
 def test_print_opens_what_is_folded_and_drawn(browser: Any, whole: Path) -> None:
     with opened(browser) as (page, _):
         drawn(page, whole)
-        closed = page.locator("details:not([open]):not(.data)").count()
+        closed = page.locator("details:not([open]):not(.data)")
+        before = closed.count()
         page.evaluate("dispatchEvent(new Event('beforeprint'))")
-        assert page.locator("details:not([open]):not(.data):not(:has(.chart))").count() == 0
+        expect(page.locator("details:not([open]):not(.data):not(:has(.chart))")).to_have_count(0)
+        expect(page.locator(".chart[data-drawn=begun]")).to_have_count(0)
         page.evaluate("dispatchEvent(new Event('afterprint'))")
-        assert page.locator("details:not([open]):not(.data)").count() == closed
+        expect(closed).to_have_count(before)
 
 
 def test_texts_are_leafed_through_by_keyboard(browser: Any, whole: Path) -> None:
     with opened(browser) as (page, said):
         drawn(page, whole)
         page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.className") == "skip"
-        assert page.locator(".pair:visible").count() == 1
-        first = page.locator(".pair:visible").get_attribute("data-pair")
+        expect(page.locator("a.skip")).to_be_focused()
+        pair = page.locator(".pair:visible")
+        expect(pair).to_have_count(1)
+        first = pair.get_attribute("data-pair")
         page.get_by_role("button", name="Next pair").focus()
         page.keyboard.press("Enter")
-        assert page.locator(".pair:visible").get_attribute("data-pair") != first
+        expect(pair).not_to_have_attribute("data-pair", str(first))
         page.get_by_label("Phase", exact=False).first.select_option(index=1)
-        assert page.locator(".sample-phase:visible h3").inner_text().startswith("Phase 2")
-        names = page.locator(".pair:visible .outputs").first.locator("h5 b").all_inner_texts()
-        assert names[:2] == ["A", "B"]
+        expect(page.locator(".sample-phase:visible h3")).to_have_text(re.compile(r"^\s*Phase 2"))
+        names = page.locator(".pair:visible .outputs").first.locator("h5 b")
+        for place, name in enumerate("AB"):
+            expect(names.nth(place)).to_have_text(name)
         assert said == []
 
 

@@ -48,12 +48,34 @@ def test_failed_rows_are_counted_and_not_averaged(trials: pd.DataFrame, protocol
 
 
 def test_coherence_counts_the_unjudged_as_not_coherent_and_spares_the_baseline(protocol: Protocol) -> None:
-    rows = [("A", True), ("A", False), ("C", True), ("C", None), ("N1", None)]
+    rows = [("A", True), ("A", False), ("C", True), ("C", None), ("N1", None), ("E1", True), ("E1", None)]
     frame = pd.DataFrame(rows, columns=["condition", "coherent"]).assign(phase="1", pair_id="p")
     got = by_condition(tables.coherence(tables.normalised(frame), protocol))
-    assert (got["A"]["share"], got["A"]["is_below"]) == (0.5, False)
-    assert (got["C"]["share"], got["C"]["is_below"]) == (0.5, True)
-    assert math.isnan(got["N1"]["share"])
+    told = {
+        name: tuple(row[key] for key in ("share", "judged", "is_baseline", "is_below")) for name, row in got.items()
+    }
+    assert told == {
+        "A": (0.5, 2, True, False),
+        "C": (0.5, 1, True, False),  # a full swap is a text of the pair
+        "E1": (0.5, 1, False, True),
+        "N1": (0.0, 0, False, True),
+    }
+    unsaid = tables.coherence(tables.normalised(frame.drop(columns="coherent")), protocol)
+    assert unsaid["share"].isna().all() and not unsaid["is_below"].any()
+
+
+def test_means_average_pairs_that_share_a_prompt_first(protocol: Protocol) -> None:
+    rows = [("p0", "s0", 1.0), ("p1", "s0", 3.0), ("p2", "s1", 8.0)]
+    frame = pd.DataFrame(rows, columns=["pair_id", "source_id", "mode_llr"]).assign(phase="1", condition="A")
+    frame["target_id"] = frame["pair_id"]
+    points, means = tables.condition_means(tables.normalised(frame), "mode_llr", protocol)
+    (row,) = means.to_dict("records")
+    assert (len(points), row["n"], row["mean"]) == (3, 2, 5.0)
+
+
+def test_a_role_is_the_one_of_the_phase(protocol: Protocol) -> None:
+    assert [tables.role(protocol, phase, "A") for phase in ("1", "2")] == ["experiment", "control"]
+    assert tables.role(protocol, "1", "not there") == "control"
 
 
 def test_conditions_that_must_agree_are_read_off_the_protocol(protocol: Protocol) -> None:

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from kvpatch.report import text
+from kvpatch.statistics import wording
 
 
 class Shown(HTMLParser):
@@ -67,14 +68,26 @@ def test_numbers_keep_their_sign_and_missing_ones_show_a_dash() -> None:
     assert [text.number(v) for v in (0, 3.0, 0.00001, 123.45, 98765.4)] == [
         "0",
         "3",
-        "1.0e-05",
-        "123.5",
+        "1.00e-05",
+        "123",
         "98,765",
     ]
 
 
+@pytest.mark.parametrize("value", [0, 7, -3, 1234567, 0.04213, -0.5, 12.345, 123.45, 999.7, -98765.4, 1.2e-7, 3.4e8])
+def test_numbers_are_rounded_as_the_verdicts_sentences_round_them(value: float) -> None:
+    assert text.number(value).replace(text.MINUS, "-") == wording.number(value)
+
+
+@pytest.mark.parametrize(("p", "told"), [(0.0412, "0.0412"), (0.00049, "0.00049"), (0.00005, "< 0.0001"), (1.0, "1")])
+def test_a_p_value_is_told_as_in_the_verdicts_sentences(p: float, told: str) -> None:
+    assert text.p_value(p) == told
+    assert told in wording.chance(p)
+
+
 def test_a_share_below_one_never_reads_100_percent() -> None:
     assert (text.percent(0.9999), text.percent(1.0), text.percent(0.29)) == ("99%", "100%", "29%")
+    assert text.percent(0.8999) == wording.percent(0.8999) == "89%"
 
 
 def test_facts_flatten_a_nested_record() -> None:

@@ -9,6 +9,7 @@ from scipy import stats
 
 from kvpatch.protocols.schema import Protocol
 from kvpatch.statistics.effects import READOUTS, Effect, effects
+from kvpatch.statistics.verdicts import verdicts
 
 NAMES = ("A", "B", "C", "D", "N1", "N2", "X")
 SCORE = (("score", "none"),)
@@ -146,6 +147,26 @@ def test_coherent_share_is_the_condition_s_own(make_protocol, make_trials):
     frame = make_trials(scores, incoherent={"X": 0.3})
     found = {e.condition: e.coherent for e in effects(make_protocol(), frame, "1", SCORE)}
     assert found == {"C": 1.0, "X": 0.7}
+
+
+def test_the_gate_says_which_conditions_are_incoherent(make_protocol, make_trials):
+    scores = {name: [1.0] * 10 for name in ("A", "C", "N1", "X")}
+    frame = make_trials(scores, incoherent={"C": 0.5, "X": 0.3, "N1": 0.1})
+    found = {e.condition: e.is_incoherent for e in effects(make_protocol(), frame, "1", SCORE)}
+    assert found == {"C": False, "N1": False, "X": True}  # C is a text of the pair, N1 has the 90% it needs
+
+
+def test_pairs_that_share_a_prompt_count_once_as_in_a_verdict(make_protocol, make_trials):
+    frame = make_trials({"A": [0.0] * 6, "X": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]})
+    frame["source_id"] = (
+        frame["pair_id"].map({"test-000": "s", "test-001": "s", "test-002": "s"}).fillna(frame["source_id"])
+    )
+    protocol = make_protocol({"id": "h", "contrast": "X - A", "test": "greater"})
+    (found,) = effects(protocol, frame, "1", SCORE)
+    (verdict,) = verdicts(protocol, frame)
+    assert (found.n, found.estimate) == (4, (2 + 4 + 5 + 6) / 4)
+    told = (found.n, found.estimate, found.ci_low, found.ci_high)
+    assert told == (verdict.n, verdict.estimate, verdict.ci_low, verdict.ci_high)
 
 
 def test_order_of_rows_changes_nothing(make_protocol, make_trials):

@@ -144,11 +144,32 @@ def test_nothing_decided_is_said_so(protocol: Protocol):
     assert headline(protocol, []) == 'Nothing has been decided yet on "A small protocol".'
 
 
-def test_few_pairs_are_told_where_an_alpha_can_not_be_reached(make_protocol: Make, make_trials: Make):
-    both = make_protocol(
-        {"id": "strict", "contrast": "C - N1", "test": "greater", "alpha": 0.001},
-        {"id": "mild", "contrast": "C - N1", "test": "greater"},
+@pytest.mark.parametrize(
+    ("strict", "mild", "says"),
+    [
+        (1, 0, "the only verdict: 1 of 1 hypothesis had fewer pairs than its alpha needs at all, and 1 is open."),
+        (3, 0, "all verdicts: 3 of 3 hypotheses had fewer pairs than their alpha needs at all, and 3 are open."),
+        (3, 2, "most verdicts: 3 of 5 hypotheses had fewer pairs than their alpha needs at all, and 3 are open."),
+        (1, 1, "half of the verdicts: 1 of 2 hypotheses had fewer pairs than its alpha needs at all, and 1 is open."),
+        (2, 3, "some verdicts: 2 of 5 hypotheses had fewer pairs than their alpha needs at all, and 2 are open."),
+        (2, 6, "a few verdicts: 2 of 8 hypotheses had fewer pairs than their alpha needs at all, and 2 are open."),
+        (1, 43, "one verdict: 1 of 44 hypotheses had fewer pairs than its alpha needs at all, and 1 is open."),
+    ],
+)
+def test_words_on_too_few_pairs_follow_their_number(
+    make_protocol: Make, make_trials: Make, strict: int, mild: int, says: str
+):
+    alphas = {f"h{i}": 0.001 if i < strict else 0.05 for i in range(strict + mild)}
+    protocol = make_protocol(
+        *(
+            {"id": name, "contrast": "C - N1", "test": "greater", "alpha": alpha, "family": name}
+            for name, alpha in alphas.items()
+        )
     )
-    few = verdicts(both, make_trials({"C": UP[:6], "N1": FLAT[:6]}))
-    assert few_pairs(few).startswith("n is too small for most verdicts: 1 of 2 hypotheses had fewer pairs")
-    assert few_pairs(verdicts(both, make_trials({"C": UP[:12], "N1": FLAT[:12]}))) is None
+    few = verdicts(protocol, make_trials({"C": UP[:6], "N1": FLAT[:6]}))
+    assert few_pairs(few) == f"n is too small for {says} kvpatch power says how many pairs see what."
+
+
+def test_enough_pairs_are_not_told_to_be_few(make_protocol: Make, make_trials: Make):
+    protocol = make_protocol({"id": "strict", "contrast": "C - N1", "test": "greater", "alpha": 0.001})
+    assert few_pairs(verdicts(protocol, make_trials({"C": UP[:12], "N1": FLAT[:12]}))) is None

@@ -10,6 +10,7 @@ import pytest
 
 from kvpatch.errors import StoreError
 from kvpatch.protocols.schema import Protocol
+from kvpatch.statistics.gates import gate_states
 from kvpatch.statistics.verdicts import Verdict, verdicts
 
 Make = Callable[..., Any]
@@ -142,6 +143,30 @@ def test_an_unknown_instrument_check_blocks_nothing(make_protocol: Make, make_tr
     found = ladder(make_protocol, make_trials, b=1, x=1, instrument_ok=instrument_ok)
     assert found["moves"].verdict == "supported"
     assert not any("Gate 0" in v.because for v in found.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "states"),
+    [
+        ({"exists": "supported", "moves": "equivalent"}, {1: "open", 2: "open"}),
+        ({"exists": "supported", "moves": "inconclusive"}, {1: "open", 2: "closed"}),
+        ({"exists": "supported"}, {1: "open", 2: "undecided"}),
+        ({}, {1: "undecided", 2: "undecided"}),
+    ],
+)
+def test_a_gate_is_open_where_all_its_gatekeepers_passed(make_protocol: Make, words: dict, states: dict):
+    assert gate_states(make_protocol(*LADDER), words) == {**states, 3: "no gatekeeper"}
+
+
+def test_a_gate_whose_only_gatekeeper_is_tautological_has_none(make_protocol: Make):
+    protocol = make_protocol({"id": "seed", "contrast": "C - A", "test": "greater", "is_gatekeeper": True})
+    assert gate_states(protocol, {"seed": "tautological"}) == {1: "no gatekeeper"}
+
+
+def test_a_share_short_of_ninety_percent_is_not_rounded_up_to_it(make_protocol: Make, make_trials: Make):
+    protocol = make_protocol({"id": "h", "contrast": "N1 - A", "test": "greater"})
+    trials = make_trials({"A": [0.0] * 39, "N1": [1.0] * 39}, incoherent={"N1": 4 / 39})
+    assert verdicts(protocol, trials)[0].because.startswith("Only 89% of the outputs of N1 are coherent")
 
 
 # Tautologies

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from chromium import HOSTILE, NEEDED, chromium, opened, serious
+from chromium import HOSTILE, NEEDED, assert_fits, chromium, eventually, expect, opened, serious
 from kvpatch.store import Store
 from synthetic import dec7, record_of, run_parts, write_run
 
@@ -44,20 +44,22 @@ def address(home: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "kvpatch.cli", "view", str(home)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        said = server.stdout.readline()
-        assert said.startswith("view: http://127.0.0.1:")
-        yield said.removeprefix("view: ").strip().rstrip("/")
-        server.terminate()
+        try:
+            said = server.stdout.readline()  # comes when it answers, however long that takes
+            assert said.startswith("view: http://127.0.0.1:")
+            yield said.removeprefix("view: ").strip().rstrip("/")
+        finally:
+            server.terminate()
 
 
 def test_runs_stand_side_by_side(browser: Any, address: str) -> None:
     with opened(browser, offline=False) as (page, said):
         page.goto(f"{address}/")
-        row = page.locator("#beside tbody tr", has_text="dose_trend").first
-        row.wait_for()
-        assert page.locator(".card").count() == 2
-        assert page.locator("#beside thead th").all_inner_texts()[1:] == ["hostile", "whole"]
-        page.locator("#beside tbody tr:has-text('transfer_llr') td:nth-child(3) .under").wait_for()
+        expect(page.locator("#beside")).to_have_attribute("data-drawn", "yes")
+        expect(page.locator("#beside tbody tr", has_text="dose_trend").first).to_be_visible()
+        expect(page.locator(".card")).to_have_count(2)
+        expect(page.locator("#beside thead th")).to_have_text(["Hypothesis", "hostile", "whole"])
+        expect(page.locator("#beside tbody tr:has-text('transfer_llr') td:nth-child(3) .under").first).to_be_visible()
         assert said == []
 
 
@@ -67,11 +69,9 @@ def test_pages_fit_complain_of_nothing_and_pass_axe(browser: Any, address: str, 
     for scheme in ("light", "dark"):
         with opened(browser, width, scheme, offline=False) as (page, said):
             page.goto(f"{address}/{where}")
-            if where == "run/whole/":
-                page.wait_for_selector("#estimates figure:last-child svg")
-            if where == "":
-                page.wait_for_selector("#beside tbody tr")
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            if where in ("", "run/whole/"):
+                expect(page.locator("#estimates, #beside")).to_have_attribute("data-drawn", "yes")
+            assert_fits(page, width)
             assert serious(page) == []
             assert said == []
 
@@ -83,11 +83,11 @@ def test_filters_and_a_trial_are_reached_by_keyboard(browser: Any, address: str)
         page.keyboard.type("awareness")
         page.keyboard.press("Enter")
         page.wait_for_url("**q=awareness**")
-        assert page.locator("table.trials tbody tr").count() > 5
+        expect(page.locator("table.trials tbody tr").nth(5)).to_be_visible()
         page.locator("table.trials tbody a").first.focus()
         page.keyboard.press("Enter")
         page.wait_for_url("**/trial/**")
-        assert page.locator(".tokens .token").count() > 30
+        expect(page.locator(".tokens .token").nth(30)).to_be_attached()
         assert said == []
 
 
@@ -96,18 +96,21 @@ def test_hostile_texts_run_nothing(browser: Any, address: str, where: str) -> No
     with opened(browser, offline=False) as (page, said):
         page.goto(f"{address}/{'run/hostile/report' if where == 'report' else where}")
         if where == "run/hostile/":
-            page.wait_for_selector("body[data-live=yes]")
-            page.wait_for_selector("#newest tbody tr")
+            expect(page.locator("body")).to_have_attribute("data-live", "yes")
+            expect(page.locator("#newest tbody tr").first).to_be_visible()
+            expect(page.locator("#estimates")).to_have_attribute("data-drawn", "yes")
+        if where == "":
+            expect(page.locator("#beside")).to_have_attribute("data-drawn", "yes")
         if where == "report":
-            page.wait_for_selector("html[data-charts=done]")
+            expect(page.locator("html")).to_have_attribute("data-charts", "done")
         if where.endswith("trials"):
-            assert "<script>window.ran" in page.locator("table.trials tbody").inner_text()
+            expect(page.locator("table.trials tbody")).to_contain_text("<script>window.ran")
             page.locator("table.trials tbody a").first.click()
-            page.wait_for_selector("text=Every number")
-            assert "\u27e8RLO\u27e9" in page.locator(".output-text").inner_text()
+            expect(page.locator("text=Every number").first).to_be_visible()
+            expect(page.locator(".output-text")).to_contain_text("\u27e8RLO\u27e9")
+        expect(page.locator("main img, main svg[onload]")).to_have_count(0)
+        assert_fits(page, 1280)
         assert page.evaluate("window.ran") is None
-        assert page.locator("main img, main svg[onload]").count() == 0
-        assert page.evaluate("document.documentElement.scrollWidth") <= 1280
         assert said == []
 
 
@@ -123,16 +126,14 @@ def test_new_rows_show_while_a_run_goes_on_and_its_end_is_seen(browser: Any, add
         for _ in range(8):
             stored()
         with opened(browser, offline=False) as (page, said):
-            for _ in range(60):  # until the view has found the new directory
-                if page.request.get(f"{address}/run/growing/").status == 200:
-                    break
-                page.wait_for_timeout(500)
-            page.goto(f"{address}/run/growing/")
-            page.wait_for_selector(".state.running")
-            page.wait_for_selector("#estimates figure svg")
-            assert page.locator(".not-final").is_visible()
+            here = f"{address}/run/growing/"
+            assert eventually(page, lambda: page.request.get(here).status == 200)  # the view has found the directory
+            page.goto(here)
+            expect(page.locator(".state.running")).to_be_visible()
+            expect(page.locator("#estimates figure svg").first).to_be_visible()
+            expect(page.locator(".not-final")).to_be_visible()
             for _ in range(3):
-                page.wait_for_selector(f'#newest tr[data-trial="{stored()}"]', timeout=20_000)
+                expect(page.locator(f'#newest tr[data-trial="{stored()}"]')).to_be_visible()
             going.kill()
-            page.wait_for_selector(".state.interrupted", timeout=20_000)
+            expect(page.locator(".state.interrupted")).to_be_visible()
             assert said == []

@@ -14,7 +14,7 @@ from kvpatch.organisms.jobs import Reading
 from kvpatch.organisms.record import Finding
 from kvpatch.organisms.recovery import Found
 from kvpatch.protocols.schema import Condition, Protocol
-from kvpatch.statistics.gates import COHERENT_SHARE, coherence_shares
+from kvpatch.statistics.gates import coherence_shares, is_incoherent, needs_coherence
 from kvpatch.statistics.margins import SMALL_SHARE, calibration_rows, natural_gap
 from kvpatch.statistics.pairs import prepare
 from kvpatch.statistics.power import power
@@ -118,12 +118,12 @@ def _of_seeds(group: Sequence[Finding]) -> Finding:
 
 
 def coherence_alarms(protocol: Protocol, rows: pd.DataFrame) -> tuple[int, int]:
-    """Of the conditions made of whole caches or texts, which are fluent: how many the coherence gate would stop, of how
-    many."""
+    """Of the conditions made of whole caches or texts, which are fluent, and that the coherence gate looks at: how many
+    it would stop, of how many."""
     shares = coherence_shares(prepare(rows))
-    fluent = [name for name, c in protocol.conditions.items() if _is_fluent(c)]
-    found = [share for (_, name), share in shares.items() if name in fluent]
-    return sum(share < COHERENT_SHARE for share in found), len(found)
+    fluent = [name for name, c in protocol.conditions.items() if _is_fluent(c) and needs_coherence(protocol, name)]
+    found = [is_incoherent(protocol, name, share) for (_, name), share in shares.items() if name in fluent]
+    return sum(found), len(found)
 
 
 def _is_fluent(condition: Condition) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import altair as alt
 import pandas as pd
 
 from kvpatch.protocols.schema import Condition, Phase, Protocol
 from kvpatch.report import charts, tables
 from kvpatch.report.figure import Figure, figure, rounded
+from kvpatch.statistics.measure import units_of
 
 READOUTS = ("mode_llr", "recursive_score", "recursive_score_masked", "rv_output")
 MAX_LINES = 400
@@ -21,13 +24,14 @@ def dose_figures(trials: pd.DataFrame, protocol: Protocol) -> list[Figure]:
         if phase is None:
             continue
         part = trials[trials["phase"] == name]
+        units = units_of(protocol, part)
         for kind, doses, axis in (
             ("levels", levels(phase, protocol), "prompt whose cache was put in"),
             ("strength", strengths(phase, protocol), "strength"),
         ):
             present = doses[doses["condition"].isin(set(part["condition"]))]
             if present.groupby("series")["dose"].nunique().max() >= 3 if len(present) else False:
-                out += [f for r in READOUTS if (f := _curve(part, present, name, kind, axis, r)) is not None]
+                out += [f for r in READOUTS if (f := _curve(part, present, units, name, kind, axis, r)) is not None]
     return out
 
 
@@ -62,12 +66,16 @@ def strengths(phase: Phase, protocol: Protocol) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["condition", "dose", "order", "series"])
 
 
-def _curve(part: pd.DataFrame, doses: pd.DataFrame, phase: str, kind: str, axis: str, column: str) -> Figure | None:
-    points = tables.pair_means(part[part["condition"].isin(doses["condition"])], column).merge(doses, on="condition")
+def _curve(
+    part: pd.DataFrame, doses: pd.DataFrame, units: Mapping[str, str], phase: str, kind: str, axis: str, column: str
+) -> Figure | None:
+    of_pairs = tables.pair_means(part[part["condition"].isin(doses["condition"])], column)
+    points = of_pairs.merge(doses, on="condition")
     if points.empty:
         return None
+    averaged = tables.unit_means(of_pairs, units).merge(doses, on="condition")
     rows = []
-    for (series, order, dose), group in points.groupby(["series", "order", "dose"], sort=True):
+    for (series, order, dose), group in averaged.groupby(["series", "order", "dose"], sort=True):
         mean, low, high = tables.interval(group["value"])
         rows.append((series, order, dose, group["condition"].iloc[0], mean, low, high, len(group)))
     means = pd.DataFrame(rows, columns=["series", "order", "dose", "condition", "mean", "low", "high", "n"])

@@ -5,11 +5,10 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from kvpatch.protocols.schema import Protocol
+from kvpatch.protocols.schema import Hypothesis, Protocol
 from kvpatch.report import charts, tables
 from kvpatch.report.figure import Figure, figure, rounded
 from kvpatch.report.judgements import BADGES
-from kvpatch.report.text import MINUS
 
 VERDICT_COLOURS = {
     "supported": "#2b8a57",
@@ -81,23 +80,32 @@ def forest_chart(rows: pd.DataFrame, title: str, colours: dict[str, str]) -> cha
 def hypothesis_charts(rows: list[dict], protocol: Protocol) -> dict[str, charts.AnyChart]:
     """Return a forest plot for each scale that hypotheses are measured on, by its name: "mode_llr", "log rv_output",
     "slope of mode_llr a step", "correlation"."""
+    return {scale: chart for (_, scale), chart in _by_scale(rows, protocol).items()}
+
+
+def _by_scale(rows: list[dict], protocol: Protocol) -> dict[tuple[str, str], charts.AnyChart]:
+    """Return a forest plot for each (key of _GROUPS, scale) that hypotheses are measured on."""
     known = {h.id: h for h in protocol.hypotheses}
-    scales: dict[str, list[dict]] = {}
+    scales: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         h = known.get(row["id"])
         if h is not None and row["estimate"] is not None:
-            readout = ("log " if h.transform == "log" else "") + h.readout
-            scale = f"slope of {readout} a step" if h.is_ordering else readout
-            scales.setdefault("correlation" if h.test == "correlates" else scale, []).append(_hypothesis_row(row))
-    frames = {scale: rounded(pd.DataFrame(members, columns=_COLUMNS)) for scale, members in scales.items()}
-    return {scale: forest_chart(frame, scale, VERDICT_COLOURS) for scale, frame in frames.items()}
+            scales.setdefault(_scale(h), []).append(_hypothesis_row(row))
+    frames = {key: rounded(pd.DataFrame(members, columns=_COLUMNS)) for key, members in scales.items()}
+    return {key: forest_chart(frame, key[1], VERDICT_COLOURS) for key, frame in frames.items()}
+
+
+def _scale(h: Hypothesis) -> tuple[str, str]:
+    readout = ("log " if h.transform == "log" else "") + h.readout
+    if h.test == "correlates":
+        return "correlation", "correlation"
+    return ("slope", f"slope of {readout} a step") if h.is_ordering else ("contrast", readout)
 
 
 def hypothesis_figures(rows: list[dict], protocol: Protocol) -> list[Figure]:
     """Return the figures of `hypothesis_charts`."""
     out = []
-    for scale, chart in hypothesis_charts(rows, protocol).items():
-        kind = next((kind for kind in ("slope", "correlation") if scale.startswith(kind)), "contrast")
+    for (kind, scale), chart in _by_scale(rows, protocol).items():
         about = f"{_GROUPS[kind]} Red: the margin the test holds it against. Intervals: 95%, of an equivalence 90%."
         out.append(figure(f"forest-{scale}", scale, about, chart, label=f"Hypotheses on {scale}"))
     return out
@@ -125,9 +133,9 @@ def margin_ends(row: dict) -> tuple[float | None, float | None]:
     size = row["margin_size"]
     if size is None:
         return None, None
-    if row["test"].startswith("within"):
+    if row["kind"] == "equivalent":
         return -size, size
-    return (-size, None) if MINUS in row["test"] or row["direction"] == "negative" else (None, size)
+    return (-size, None) if row["side"] == -1 else (None, size)
 
 
 def effect_charts(effects: list[dict], protocol: Protocol, phase: str) -> dict[str, charts.AnyChart]:

@@ -7,7 +7,10 @@ from typing import Any
 
 from kvpatch.protocols.schema import Hypothesis, Margin, Protocol
 from kvpatch.report.text import DASH, MINUS, as_float, number
+from kvpatch.statistics import gates as passing
 from kvpatch.statistics.criteria import WEAKEST
+from kvpatch.statistics.margins import claimed_side
+from kvpatch.statistics.wording import pairs_text
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ PASSED, FAILED, UNKNOWN = (
     Badge("fails", "✕", "no", ""),
     Badge("not recorded", DASH, "void", ""),
 )
+STATES: dict[passing.GateState, Badge] = {
+    "open": Badge("open", "✓", "yes", ""),
+    "closed": Badge("closed", "✕", "no", ""),
+    "undecided": UNKNOWN,
+    "no gatekeeper": Badge("no gatekeeper", DASH, "void", ""),
+}
 
 GATES = {
     0: "Are the instruments right?",
@@ -77,8 +86,13 @@ def verdict_rows(verdicts: list[dict], protocol: Protocol) -> list[dict]:
     """Return a row a verdict, hypotheses first in the protocol's order, with what the protocol adds to it."""
     given = {str(v.get("id")): v for v in verdicts}
     known = {h.id: h for h in protocol.hypotheses}
+    keepers = {h.id for h in passing.gatekeepers(protocol)}
     ids = [*known, *(i for i in given if i not in known)]
-    return [_row(name, given.get(name), known.get(name)) for name in ids]
+    rows = [_row(name, given.get(name), known.get(name)) for name in ids]
+    for row in rows:
+        row["is_gatekeeper"] = row["id"] in keepers
+        row["side"] = claimed_side(protocol, known[row["id"]]) if row["id"] in known else None
+    return rows
 
 
 def _row(name: str, verdict: dict | None, hypothesis: Hypothesis | None) -> dict:
@@ -98,22 +112,29 @@ def _row(name: str, verdict: dict | None, hypothesis: Hypothesis | None) -> dict
         "phase": told("phase"),
         "contrast": told("contrast") or "",
         "readout": told("readout") or "",
+        "kind": test,
         "test": TESTS.get(test, test or ""),
         "gate": told("gate"),
         "family": told("family"),
         "alpha": as_float(told("alpha")),
         "criterion": hypothesis.criterion if hypothesis else entry.get("criterion"),
-        "is_gatekeeper": bool(hypothesis and hypothesis.is_gatekeeper),
         "is_exploratory": confirmatory is False,
         "because": entry.get("because") or ("" if verdict else "The run's verdicts do not name this hypothesis."),
         "margin": margin_text(told("margin")),
         "margin_size": as_float(entry.get("margin")),
-        "direction": hypothesis.direction if hypothesis else None,
+        "counted": _counted(entry),
         "bayes_factor": as_float(entry.get("bayes_factor")),
         "ci_level": as_float(entry.get("ci_level")) or (0.9 if test == "equivalent" else 0.95),
         **{key: as_float(entry.get(key)) for key in ("estimate", "ci_low", "ci_high", "effect_size", "n")},
         **{key: as_float(entry.get(key)) for key in ("p", "p_adjusted")},
     }
+
+
+def _counted(entry: dict) -> str:
+    """Return what a verdict rests on, as its sentence tells it."""
+    n = as_float(entry.get("n"))
+    n_pairs = as_float(entry.get("n_pairs"))
+    return "" if n is None else pairs_text(int(n), int(n if n_pairs is None else n_pairs))
 
 
 def margin_text(margin: Any) -> str:
@@ -145,35 +166,28 @@ def weakest(rows: list[dict]) -> Badge:
     return min((row["badge"] for row in rows), key=lambda badge: ranks.get(badge.word, -1))
 
 
-def gates(rows: list[dict], instruments: Badge) -> list[dict]:
+def gates(rows: list[dict], instruments: Badge, protocol: Protocol) -> list[dict]:
     """Return the gates in order, each with its question, its state and the rows it holds.
 
-    A gate with gatekeepers is open when all of them are supported; one without has no say in what follows.
+    The states are those that decided what could be read (`statistics.gates.gate_states`).
     """
-    out = [{"gate": 0, "asks": GATES[0], "state": instruments, "rows": [], "keeps": True}]
+    words = {row["id"]: row["badge"].word for row in rows if row["badge"] is not MISSING}
+    states = passing.gate_states(protocol, words)
+    out = [{"gate": 0, "asks": GATES[0], "state": instruments, "rows": []}]
     for gate in sorted({row["gate"] for row in rows if isinstance(row["gate"], int)}):
         members = [row for row in rows if row["gate"] == gate]
-        keepers = [row for row in members if row["is_gatekeeper"]]
-        words = {row["badge"].word for row in keepers}
-        if not keepers:
-            state = Badge("no gatekeeper", DASH, "void", "")
-        elif words == {"supported"}:
-            state = Badge("open", "✓", "yes", "")
-        elif MISSING.word in words:
-            state = UNKNOWN
-        else:
-            state = Badge("closed", "✕", "no", "")
-        asks = GATES.get(gate, "")
-        out.append({"gate": gate, "asks": asks, "state": state, "rows": members, "keeps": bool(keepers)})
+        state = STATES[states.get(gate, "no gatekeeper")]
+        out.append({"gate": gate, "asks": GATES.get(gate, ""), "state": state, "rows": members})
     return out
 
 
 def instruments_badge(checks: list[dict], validation: Any) -> Badge:
     """Return whether gate 0 holds: every identity of the check, and the validation if it says so itself."""
     passed = validation_passed(validation)
-    if any(check.get("holds") is False for check in checks) or passed is False:
+    holds = passing.instrument_holds(checks)
+    if holds is False or passed is False:
         return FAILED
-    if not checks or passed is None:
+    if holds is None or passed is None:
         return UNKNOWN
     return PASSED
 

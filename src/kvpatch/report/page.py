@@ -136,7 +136,9 @@ def _context(
         "primary": [row for row in rows if (row["gate"] or 9) <= 2 and row["badge"].word != "tautological"],
         "criteria": judgements.criteria(rows),
         "badges": judgements.BADGES.values(),
-        "gates": judgements.gates(rows, judgements.instruments_badge(instruments["checks"], run.get("validation"))),
+        "gates": judgements.gates(
+            rows, judgements.instruments_badge(instruments["checks"], run.get("validation")), protocol
+        ),
         "instruments": instruments,
         "gate_zero": gate_zero(run.get("validation")),
         "strip": strip,

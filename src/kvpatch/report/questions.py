@@ -106,7 +106,7 @@ def attacks(rows: list[dict], strip: list[dict], protocol: Protocol, pairs: int,
     protocol is the one that was stored before the first trial.
     """
     circular = [row for row in rows if row["badge"].word == "tautological"]
-    nulls = [row for row in rows if row["gate"] == 3 and row["test"].startswith("within")]
+    nulls = [row for row in rows if row["gate"] == 3 and row["kind"] == "equivalent"]
     inert = [row for row in nulls if row["badge"].word == "equivalent"]
     copied = [row for row in rows if row["readout"] == "recursive_score_masked"]
     late = [row for row in rows if row["is_exploratory"]]

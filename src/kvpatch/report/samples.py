@@ -78,19 +78,20 @@ def sample(
     once = {row["condition"]: row for row in part.to_dict("records")}
     source, target = (first_text(part, f"{side}_text") for side in ("source", "target"))
     names = tables.conditions_of(part, protocol)
-    outputs = {name: _output(once[name], name, protocol, source, mark) for name in names}
+    roles = {name: tables.role(protocol, once[name]["phase"], name) for name in names}
+    outputs = {name: _output(once[name], tables.about(protocol, name), roles[name], source, mark) for name in names}
     prompts = {"source": shown_text(source, "", None), "target": shown_text(target, "", None)}
     beside = [outputs[name] for name in first if name in outputs]
     others = [outputs[name] for name in names if name not in first]
     return {"pair": pair, "gap": gap, "prompts": prompts, "outputs": beside, "others": others}
 
 
-def _output(row: dict, name: str, protocol: Protocol, source: str, mark: Marker | None) -> dict:
+def _output(row: dict, about: str, role: str, source: str, mark: Marker | None) -> dict:
     text, error, hits = row.get("text"), row.get("error"), row.get("mode_hits")
     return {
-        "name": name,
-        "about": tables.about(protocol, name),
-        "role": tables.role(protocol, name),
+        "name": row["condition"],
+        "about": about,
+        "role": role,
         "text": shown_text(text, source, mark, hits) if isinstance(text, str) else None,
         "error": error if isinstance(error, str) and error.strip() else "",
         "coherent": None if pd.isna(row.get("coherent")) else bool(row.get("coherent")),

@@ -93,12 +93,17 @@ def strip(run: dict, found: dict) -> list[dict]:
     checked = instruments_badge(found["checks"], {"passed": True})
     if any(not model["checks"] for model in found["models"]):
         checked = FAILED if checked is FAILED else UNKNOWN
-    judged = [row for phase in found["phases"] for row in phase["coherence"] if row["judged"]]
+    judged = [
+        row
+        for phase in found["phases"]
+        for row in phase["coherence"]
+        if not (pd.isna(row["share"]) or row["is_baseline"])
+    ]
     weak = [row for row in judged if row["is_below"]]
     strict = [twin for twin in found["twins"] if twin["strict"]]
     differ = [twin for twin in strict if twin["same"] != twin["shared"]]
     names = ", ".join(str(model["name"]) for model in found["models"])
-    damaged = f"{len(weak)} of {len(judged)} conditions fall below 90%" if weak else "every condition is above 90%"
+    damaged = f"{len(weak)} of the {len(judged)} that need it fall below 90%" if weak else "none is below 90%"
     agreed = f"{len(strict) - len(differ)} of {len(strict)} agreements hold exactly"
     return [
         {
@@ -130,12 +135,12 @@ def twin_rows(parts: Parts, protocol: Protocol) -> list[dict]:
     out = []
     pairs = tables.twins(protocol)
     wanted = {name for name, twin, _ in pairs for name in (name, twin)}
-    for _, _, part in parts:
+    for phase, _, part in parts:
         said = tables.outputs(part[part["condition"].isin(wanted)])
         for name, twin, why in pairs:
             same, shared = tables.sameness(said, name, twin)
             if shared:
-                strict = tables.role(protocol, name) == "integrity"
+                strict = tables.role(protocol, phase, name) == "integrity"
                 state = (PASSED if same == shared else DIFFERS) if strict else None
                 row = {"name": name, "twin": twin, "why": why, "same": same, "shared": shared}
                 out.append({**row, "badge": state, "strict": strict})
@@ -165,7 +170,9 @@ def readout_figures(parts: Parts, protocol: Protocol) -> list[dict]:
             figures.append(figure(name, readout.title, readout.about, chart, label=label, note=note))
             means_of.append(means.set_index("condition"))
         names = tables.conditions_of(part, protocol)
-        conditions = [{"name": n, "about": tables.about(protocol, n), "role": tables.role(protocol, n)} for n in names]
+        conditions = [
+            {"name": n, "about": tables.about(protocol, n), "role": tables.role(protocol, phase, n)} for n in names
+        ]
         cells = {n: [means.loc[n].to_dict() for means in means_of] for n in names}
         row = {"phase": phase, "question": question, "figures": figures[:MAIN_READOUTS]}
         row |= {"more": figures[MAIN_READOUTS:], "readouts": tables.READOUTS, "conditions": conditions, "cells": cells}
@@ -177,7 +184,8 @@ def effect_phases(effects: list[dict], protocol: Protocol) -> list[dict]:
     """Return, for every phase, its forest plots, and one row a condition with its effects on every readout."""
     found: dict[str, dict[str, dict]] = {}
     for effect in effects:
-        head = {key: effect[key] for key in ("condition", "about", "natural", "coherent")}
+        head = {key: effect[key] for key in ("condition", "about", "natural", "coherent", "is_incoherent")}
+        head["role"] = tables.role(protocol, effect["phase"], effect["condition"])
         row = found.setdefault(effect["phase"], {}).setdefault(effect["condition"], {**head, "cells": []})
         row["cells"].append(effect)
     return [

@@ -1,14 +1,15 @@
 """From trials to the small tables the report shows: pure functions that bear missing readouts.
 
-What a pair's value, a failed trial and a coherent condition are is said once, in the statistics, and
-taken from there. Rows of the calibration split fix bounds and limits before any test; they are left out here.
+What a pair's value, a failed trial, a coherent condition and a pair that shares its prompts are is said once, in the
+statistics, and taken from there. Rows of the calibration split fix bounds and limits before any test; they are left
+out here.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ import pandas as pd
 from scipy import stats
 
 from kvpatch.protocols.schema import Condition, Protocol
-from kvpatch.statistics import pairs
-from kvpatch.statistics.gates import COHERENT_SHARE
+from kvpatch.statistics import gates, pairs
+from kvpatch.statistics.measure import units_of
 
 MAX_DOTS = 1500
 
@@ -136,20 +137,29 @@ def interval(sample: Iterable[float], level: float = 0.95) -> tuple[float, float
     return mean, mean - half, mean + half
 
 
+def unit_means(points: pd.DataFrame, units: Mapping[str, str]) -> pd.DataFrame:
+    """Return `condition`, `unit`, `value`: points (`pair_means`), averaged where pairs share prompts, as the statistics
+    average them. units: pair -> unit (`measure.units_of`)."""
+    labelled = points.assign(unit=[units.get(pair, pair) for pair in points["pair"]])
+    return labelled.groupby(["condition", "unit"])["value"].mean().rename("value").reset_index()
+
+
 def condition_means(trials: pd.DataFrame, column: str, protocol: Protocol) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return (points, means) of a readout: pair means, and their mean and 95% interval a condition.
 
-    Points have `condition`, `pair`, `value`, `role`; means have `condition`, `about`, `role`, `mean`, `low`,
-    `high`, `n`, in the protocol's order; a condition that ran but has no value has a row of missing values.
+    trials: of one phase. Points have `condition`, `pair`, `value`, `role`; means have `condition`, `about`, `role`,
+    `mean`, `low`, `high`, `n`, in the protocol's order; a condition that ran but has no value has a row of missing
+    values. Means are over pairs, those that share a prompt averaged first.
     """
-    points = pair_means(trials, column)
-    samples = {str(name): group.to_numpy() for name, group in points.groupby("condition")["value"]}
+    phase, points = phase_of(trials), pair_means(trials, column)
+    averaged = unit_means(points, units_of(protocol, trials))
+    samples = {str(name): group.to_numpy() for name, group in averaged.groupby("condition")["value"]}
     rows = []
     for name in conditions_of(trials, protocol):
         sample = samples.get(name, np.array([]))
-        rows.append((name, about(protocol, name), role(protocol, name), *interval(sample), len(sample)))
+        rows.append((name, about(protocol, name), role(protocol, phase, name), *interval(sample), len(sample)))
     means = pd.DataFrame(rows, columns=["condition", "about", "role", "mean", "low", "high", "n"])
-    return points.assign(role=[role(protocol, c) for c in points["condition"]]), means
+    return points.assign(role=[role(protocol, phase, c) for c in points["condition"]]), means
 
 
 def thinned(points: pd.DataFrame, limit: int = MAX_DOTS) -> pd.DataFrame:
@@ -174,9 +184,21 @@ def about(protocol: Protocol, name: str) -> str:
     return protocol.conditions[name].about if name in protocol.conditions else "not in the protocol"
 
 
-def role(protocol: Protocol, name: str) -> str:
-    """Return a condition's role; "control" where the protocol does not know it."""
-    return protocol.conditions[name].role if name in protocol.conditions else "control"
+def phase_of(trials: pd.DataFrame) -> str:
+    """Return the one phase that trials are of, "" where there is none.
+
+    Raises:
+        ValueError: for trials of several phases, which a table by condition would mix.
+    """
+    found = trials["phase"].unique().tolist()
+    if len(found) > 1:
+        raise ValueError(f"a table by condition is of one phase, these trials are of {', '.join(map(str, found))}")
+    return str(found[0]) if found else ""
+
+
+def role(protocol: Protocol, phase: str, name: str) -> str:
+    """Return a condition's role in a phase, as the protocol has it; "control" where the protocol does not know it."""
+    return protocol.role(phase, name) if name in protocol.conditions else "control"
 
 
 def baseline_of(protocol: Protocol) -> str | None:
@@ -191,35 +213,35 @@ def natural_run(protocol: Protocol, side: str) -> str | None:
 
 
 def coherence(trials: pd.DataFrame, protocol: Protocol) -> pd.DataFrame:
-    """Return, a condition: `rows`, `errors`, `judged`, `coherent`, `share` and `is_below` the line.
+    """Return, a condition: `rows`, `errors`, `judged`, `share`, `is_baseline` and `is_below` the line.
 
-    As in the statistics, the share is of the trials without an error, and one that was not judged is not
-    coherent. Natural conditions are the baseline that the limits come from; they are never below the line.
-    `share` is missing where no trial was judged.
+    trials: of one phase. `share`, `is_baseline` and `is_below` are the coherence gate's own, which decides verdicts:
+    the share is of the trials without an error, and one that was not judged is not coherent; what is no baseline and
+    is below the line can't be interpreted. `share` is missing where every trial is an error, or none says whether it
+    is coherent.
     """
+    phase = phase_of(trials)
+    shares = gates.coherence_shares(trials) if "coherent" in trials else {}
     column = trials["coherent"] if "coherent" in trials else pd.Series(None, trials.index, dtype=object)
     rows = []
     for name in conditions_of(trials, protocol):
         here = trials["condition"] == name
         ran = column[here & ~trials["failed"]]
-        known = ran.dropna().astype(bool)
-        share = known.sum() / len(ran) if len(known) else math.nan
-        known_condition = protocol.conditions.get(name)
-        is_natural = known_condition is not None and known_condition.is_natural
+        share = shares.get((phase, name), math.nan)
         rows.append(
             {
                 "condition": name,
                 "about": about(protocol, name),
-                "role": role(protocol, name),
+                "role": role(protocol, phase, name),
                 "rows": int(here.sum()),
                 "errors": int((here & trials["failed"]).sum()),
-                "judged": len(known),
-                "coherent": int(known.sum()),
-                "share": float(share),
-                "is_below": bool(share < COHERENT_SHARE) and not is_natural,
+                "judged": int(ran.notna().sum()),
+                "share": share,
+                "is_baseline": not gates.needs_coherence(protocol, name),
+                "is_below": gates.is_incoherent(protocol, name, share),
             }
         )
-    columns = ["condition", "about", "role", "rows", "errors", "judged", "coherent", "share", "is_below"]
+    columns = ["condition", "about", "role", "rows", "errors", "judged", "share", "is_baseline", "is_below"]
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from kvpatch.statistics import wording
+
 Span = tuple[int, int, str]
 MARK_KINDS = ("hit", "copied")
 NOT_RECORDED = "not recorded"
@@ -85,49 +87,36 @@ def as_float(value: Any) -> float | None:
 
 
 def number(value: Any) -> str:
-    """Return a number with about three digits that matter; an en dash where there is none.
+    """Return a number rounded as the verdicts' sentences round it, with a minus sign; an en dash where there is none.
 
     >>> number(1234.5), number(0.0421), number(7), number(float("nan")) == DASH
-    ('1,234', '0.042', '7', True)
+    ('1,234', '0.0421', '7', True)
     """
     x = as_float(value)
     if x is None:
         return DASH
-    if x == int(x) and abs(x) < 1e15:
-        out = f"{int(x):,}"
-    elif abs(x) >= 1000:
-        out = f"{x:,.0f}"
-    elif abs(x) >= 100:
-        out = f"{x:.1f}"
-    elif abs(x) >= 1:
-        out = f"{x:.2f}"
-    elif abs(x) >= 0.001:
-        out = f"{x:.3f}"
-    else:
-        out = f"{x:.1e}"
-    return out.replace("-", MINUS, 1) if out.startswith("-") else out
+    out = wording.number(x)
+    return MINUS + out[1:] if out.startswith("-") else out
 
 
 def p_value(value: Any) -> str:
-    """Return a p-value: three decimals, or one digit and the power of ten where that would show too little.
+    """Return a p-value as the verdicts' sentences tell it; an en dash where there is none.
 
     >>> p_value(0.0412), p_value(0.00005)
-    ('0.041', '5.0e-05')
+    ('0.0412', '< 0.0001')
     """
     x = as_float(value)
-    if x is None:
-        return DASH
-    return f"{x:.3f}" if x >= 0.001 or x == 0 else f"{x:.1e}"
+    return DASH if x is None else wording.p_value(x)
 
 
 def percent(value: Any) -> str:
-    """Return a share as a whole percentage, rounded down short of 100 so that "100%" means all.
+    """Return a share as a whole percentage, as the verdicts' sentences tell it; an en dash where there is none.
 
     >>> percent(0.999), percent(1)
     ('99%', '100%')
     """
     x = as_float(value)
-    return DASH if x is None else f"{math.floor(x * 100 + 1e-9)}%"
+    return DASH if x is None else wording.percent(x)
 
 
 def facts(value: Any, prefix: str = "") -> list[tuple[str, str]]:

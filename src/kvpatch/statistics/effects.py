@@ -9,8 +9,9 @@ import pandas as pd
 
 from kvpatch.patch import Frozen
 from kvpatch.protocols.schema import Protocol
-from kvpatch.statistics.gates import coherence_shares
+from kvpatch.statistics.gates import coherence_shares, is_incoherent
 from kvpatch.statistics.intervals import bca_interval
+from kvpatch.statistics.measure import units_of
 from kvpatch.statistics.pairs import Transform, contrast_table, on_grid, pair_means, prepare, rows_of
 
 READOUTS: tuple[tuple[str, Transform], ...] = (
@@ -24,8 +25,9 @@ READOUTS: tuple[tuple[str, Transform], ...] = (
 
 
 class Effect(Frozen):
-    """One readout of one condition, less the natural run of the same prompt, over pairs. `coherent` is the share of
-    the condition's outputs within the coherence limits."""
+    """One readout of one condition, less the natural run of the same prompt. `n` counts pairs, or groups of pairs that
+    share a prompt, as a verdict does. `coherent` is the share of the condition's outputs within the coherence limits;
+    `is_incoherent` is the coherence gate's word on it."""
 
     phase: str
     condition: str
@@ -37,6 +39,7 @@ class Effect(Frozen):
     ci_low: float | None
     ci_high: float | None
     coherent: float | None
+    is_incoherent: bool
 
 
 def effects(
@@ -44,7 +47,8 @@ def effects(
 ) -> list[Effect]:
     """Effects of every condition of a phase that is not natural, in the protocol's order.
 
-    The interval is BCa at 95%, over pairs. A condition put into the source is compared with the natural source.
+    The interval is BCa at 95%, over pairs; pairs that share a prompt are averaged first. A condition put into the
+    source is compared with the natural source.
     """
     rows = prepare(trials)
     shares = coherence_shares(rows)
@@ -62,11 +66,13 @@ def effects(
         if not is_own and base is not None and name in present:
             compared[name] = base
     wanted = list(dict.fromkeys([*compared, *compared.values()]))
+    units = units_of(protocol, rows)
     means = {readout: pair_means(rows, wanted, readout, transform) for readout, transform in readouts}
     out = []
     for name, base in compared.items():
+        share = shares.get((phase, name), math.nan)
         for readout, _ in readouts:
-            table = contrast_table(means[readout][[name, base]], {"change": {name: 1, base: -1}})
+            table = contrast_table(means[readout][[name, base]], {"change": {name: 1, base: -1}}, units)
             values = on_grid(table["change"].to_numpy(dtype=float))
             interval = bca_interval(values)
             out.append(
@@ -80,7 +86,8 @@ def effects(
                     estimate=math.fsum(values) / len(values) if len(values) else None,
                     ci_low=_known(interval.low),
                     ci_high=_known(interval.high),
-                    coherent=_known(shares.get((phase, name), math.nan)),
+                    coherent=_known(share),
+                    is_incoherent=is_incoherent(protocol, name, share),
                 )
             )
     return out

@@ -1,10 +1,11 @@
 """Gates: what must hold before a contrast may be read. Conditions must be coherent; earlier gates must have
-passed."""
+passed. What the report and the view show of either is asked here."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -13,6 +14,7 @@ from kvpatch.protocols.schema import Hypothesis, Protocol
 
 COHERENT_SHARE = 0.9
 PASSED = ("supported", "equivalent")
+GateState = Literal["open", "closed", "undecided", "no gatekeeper"]
 
 
 def coherence_shares(trials: pd.DataFrame) -> dict[tuple[str, str], float]:
@@ -37,17 +39,39 @@ def coherence_shares(trials: pd.DataFrame) -> dict[tuple[str, str], float]:
     return {key: sum(good) / len(good) if good else math.nan for key, good in sorted(judged.items())}
 
 
+def needs_coherence(protocol: Protocol, condition: str) -> bool:
+    """Whether a condition's outputs must be coherent for it to be read.
+
+    Natural runs of the pair's own texts, full swaps among them, are the baseline that others are held against. A
+    condition that the protocol does not have is no such run.
+    """
+    known = protocol.conditions.get(condition)
+    return known is None or not known.is_text_of_pair
+
+
+def is_incoherent(protocol: Protocol, condition: str, share: float) -> bool:
+    """Whether a condition can't be read because too few of its outputs are coherent.
+
+    share: of coherent outputs, as `coherence_shares` has it; NaN, where every trial is an error, is not too few.
+    """
+    return share < COHERENT_SHARE and needs_coherence(protocol, condition)
+
+
 def incoherent_conditions(
     protocol: Protocol, hypothesis: Hypothesis, shares: Mapping[tuple[str, str], float]
 ) -> dict[str, float]:
-    """Condition -> share, for those of the contrast under the limit of 0.9. Natural runs of the pair's own texts,
-    full swaps among them, are the baseline."""
-    return {
-        name: share
-        for name in hypothesis.conditions
-        if not protocol.conditions[name].is_text_of_pair
-        and (share := shares.get((hypothesis.phase, name), math.nan)) < COHERENT_SHARE
-    }
+    """Condition -> share, for those of the contrast that are too incoherent to be read."""
+    found = {name: shares.get((hypothesis.phase, name), math.nan) for name in hypothesis.conditions}
+    return {name: share for name, share in found.items() if is_incoherent(protocol, name, share)}
+
+
+def instrument_holds(checks: Iterable[Mapping[str, Any]]) -> bool | None:
+    """Whether gate 0 lets verdicts be read: no identity of a check failed; None where nothing was checked.
+
+    checks: identities of the checks of every model of a run, each with `holds`.
+    """
+    found = [check.get("holds") for check in checks]
+    return all(holds is not False for holds in found) if found else None
 
 
 def gatekeepers(protocol: Protocol) -> list[Hypothesis]:
@@ -64,3 +88,21 @@ def failed_gatekeeper(keepers: Iterable[Hypothesis], verdict_of: Mapping[str, st
         if keeper.gate < gate and verdict_of[keeper.id] not in PASSED:
             return keeper
     return None
+
+
+def gate_states(protocol: Protocol, verdict_of: Mapping[str, str]) -> dict[int, GateState]:
+    """Gate -> its state, for every gate that has a hypothesis.
+
+    "closed": a gatekeeper did not pass, so nothing behind the gate is read. "undecided": none did not pass, but one
+    has no verdict. verdict_of: id -> verdict, of those that are decided.
+    """
+    states: dict[int, GateState] = {gate: "no gatekeeper" for gate in sorted({h.gate for h in protocol.hypotheses})}
+    words: dict[int, list[str | None]] = {}
+    for keeper in gatekeepers(protocol):
+        words.setdefault(keeper.gate, []).append(verdict_of.get(keeper.id))
+    for gate, found in words.items():
+        if any(word is not None and word not in PASSED for word in found):
+            states[gate] = "closed"
+        else:
+            states[gate] = "undecided" if None in found else "open"
+    return states

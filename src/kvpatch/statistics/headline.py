@@ -113,11 +113,27 @@ def _without_primary(protocol: Protocol, asked: Sequence[Verdict]) -> str:
 
 def few_pairs(verdicts: Sequence[Verdict]) -> str | None:
     """How many hypotheses had fewer pairs than their alpha needs, whatever the data say; None where none had."""
-    short = [v for v in verdicts if 0 < v.n < smallest_n(v.alpha)]
+    short, total = sum(0 < v.n < smallest_n(v.alpha) for v in verdicts), len(verdicts)
     open_ = sum(v.verdict in ("inconclusive", "not interpretable") for v in verdicts)
     if not short:
         return None
+    which = f"{short} of {total} {'hypothesis' if total == 1 else 'hypotheses'}"
+    their = "its" if short == 1 else "their"
+    still_open = f"{open_} are open" if open_ > 1 else f"{open_ or 'none'} is open"
     return (
-        f"n is too small for most verdicts: {len(short)} of {len(verdicts)} hypotheses had fewer pairs than their "
-        f"alpha needs at all, and {open_} are open. kvpatch power says how many pairs see what."
+        f"n is too small for {_extent(short, total)}: {which} had fewer pairs than {their} alpha needs at all, and "
+        f"{still_open}. kvpatch power says how many pairs see what."
     )
+
+
+def _extent(count: int, total: int) -> str:
+    """How many verdicts of all a count is, in words. count: at least 1."""
+    if count == total:
+        return "the only verdict" if total == 1 else "all verdicts"
+    if 2 * count > total:
+        return "most verdicts"
+    if 2 * count == total:
+        return "half of the verdicts"
+    if count == 1:
+        return "one verdict"
+    return "a few verdicts" if 4 * count <= total else "some verdicts"

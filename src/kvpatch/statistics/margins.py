@@ -85,6 +85,13 @@ def margin_of(hypothesis: Hypothesis, differences: PairDifferences, gap: Bound) 
     return Bound(largest)
 
 
+def claimed_side(protocol: Protocol, hypothesis: Hypothesis) -> int:
+    """+1 or -1: the side of 0 on which the hypothesis' margin lies. An equivalence has one on either side, and a
+    replication that of what it repeats."""
+    first = hypothesis if hypothesis.of is None else protocol.hypothesis(hypothesis.of)
+    return -1 if first.sign == -1 or first.direction == "negative" else 1
+
+
 def too_small_to_matter(hypothesis: Hypothesis, differences: PairDifferences, gap: Bound) -> float:
     """Up to where an effect is too small to matter: the margin, or 20% of the natural gap without one; NaN if
     unknown."""

@@ -68,7 +68,7 @@ def measure(protocol: Protocol, trials: pd.DataFrame, hypothesis: Hypothesis) ->
         StoreError: if the readout is not a column.
     """
     rows = rows_of(trials, split="test", phase=hypothesis.phase)
-    units = independent_units(rows.loc[rows["condition"].isin(_of_the_pair_alone(protocol))])
+    units = units_of(protocol, rows)
     if hypothesis.is_ordering:
         found = _ordering(rows, hypothesis, units)
     elif hypothesis.test == "correlates":
@@ -83,10 +83,14 @@ def measure(protocol: Protocol, trials: pd.DataFrame, hypothesis: Hypothesis) ->
     return replace(found, absent=tuple(name for name in hypothesis.conditions if name not in present))
 
 
-def _of_the_pair_alone(protocol: Protocol) -> list[str]:
-    """Conditions that hold no prompt but the pair's own target and source."""
+def units_of(protocol: Protocol, rows: pd.DataFrame) -> dict[str, str]:
+    """Pair -> the unit it counts in, for the test rows of one phase (`independent_units`).
+
+    Prompts are shared where conditions that hold no prompt but the pair's own target and source share them.
+    """
     own = (None, "target", "source")
-    return [name for name, c in protocol.conditions.items() if c.from_ in own and c.text_of in own]
+    alone = [name for name, c in protocol.conditions.items() if c.from_ in own and c.text_of in own]
+    return independent_units(rows.loc[rows["condition"].isin(alone)])
 
 
 def _contrast(

@@ -26,7 +26,7 @@ from kvpatch.statistics.pairs import prepare, rows_of
 from kvpatch.statistics.records import Verdict, verdicts_json
 from kvpatch.statistics.rules import Decision, decide
 from kvpatch.statistics.sensitivity import Sensitivity, sensitivity
-from kvpatch.statistics.wording import tautology
+from kvpatch.statistics.wording import percent, tautology
 
 __all__ = ["Verdict", "headline", "verdicts", "verdicts_json"]
 
@@ -89,7 +89,7 @@ def _blocked(
         return Decision("not interpretable", because, "gate")
     weak = incoherent_conditions(protocol, h, shares)
     if weak:
-        told = " and ".join(f"{share:.0%} of the outputs of {name}" for name, share in weak.items())
+        told = " and ".join(f"{percent(share)} of the outputs of {name}" for name, share in weak.items())
         because = f"Only {told} are coherent in phase {h.phase}, where at least {COHERENT_SHARE:.0%} are needed."
         return Decision("not interpretable", because, "coherence")
     return None

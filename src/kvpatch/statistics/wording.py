@@ -10,6 +10,8 @@ from kvpatch.statistics.margins import NATURAL_SOURCE, NATURAL_TARGET
 from kvpatch.statistics.measure import Measured
 
 _TERM = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+SMALLEST_P = 1e-4
+"""A p-value below this is told as being below it."""
 NAMED = 4
 """Hypotheses that a sentence names; the rest it counts."""
 UNITS = {
@@ -24,13 +26,39 @@ UNITS = {
 
 
 def number(value: float) -> str:
-    """Three significant digits, without an exponent where that reads well."""
+    """A whole number in full, any other at three significant digits; without an exponent where that reads well.
+
+    Sentences, tables, charts' captions and the live view all round by this.
+
+    >>> number(7), number(1234567), number(1234.5), number(0.04213), number(-0.000012), number(float("nan"))
+    ('7', '1,234,567', '1,234', '0.0421', '-1.20e-05', 'unknown')
+    """
     if not math.isfinite(value):
         return "unknown"
-    if value != 0 and (abs(value) < 1e-4 or abs(value) >= 1e6):
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    if abs(value) < 1e-4 or abs(value) >= 1e6:
         return f"{value:.2e}"
     text = f"{value:.3g}"
-    return f"{value:.0f}" if "e" in text else text
+    return f"{value:,.0f}" if "e" in text else text
+
+
+def percent(share: float) -> str:
+    """A share as a whole percentage, rounded down, so that "100%" means all and "90%" is not said of less.
+
+    >>> percent(0.999), percent(1), percent(0.8999), percent(0.29)
+    ('99%', '100%', '89%', '29%')
+    """
+    return f"{math.floor(share * 100 + 1e-9)}%" if math.isfinite(share) else "unknown"
+
+
+def p_value(p: float) -> str:
+    """A p-value; what is below 0.0001 is said to be so.
+
+    >>> p_value(0.0412), p_value(0.00005)
+    ('0.0412', '< 0.0001')
+    """
+    return "unknown" if math.isnan(p) else f"< {SMALLEST_P:.4f}" if p < SMALLEST_P else number(p)
 
 
 def quantity(value: float, hypothesis: Hypothesis) -> str:
@@ -44,15 +72,16 @@ def quantity(value: float, hypothesis: Hypothesis) -> str:
 
 def chance(p: float) -> str:
     """ "p = 0.012" or "p < 0.0001"."""
-    return "p unknown" if math.isnan(p) else "p < 0.0001" if p < 1e-4 else f"p = {number(p)}"
+    equals = "" if math.isnan(p) or p < SMALLEST_P else "= "
+    return f"p {equals}{p_value(p)}"
 
 
-def pairs_text(m: Measured) -> str:
-    """How many pairs the numbers rest on, and how they were grouped."""
-    found = m.differences
-    if found.n == found.n_pairs:
-        return f"{found.n} pairs"
-    return f"{found.n} groups of pairs that share no prompt ({found.n_pairs} pairs)"
+def pairs_text(n: int, n_pairs: int) -> str:
+    """How many pairs numbers rest on, and how they were grouped. n: units, as a verdict counts them."""
+    pairs = f"{n_pairs} {'pair' if n_pairs == 1 else 'pairs'}"
+    if n == n_pairs:
+        return pairs
+    return f"{n} {'group' if n == 1 else 'groups'} of pairs that share no prompt ({pairs})"
 
 
 def interval_text(m: Measured) -> str:
@@ -65,7 +94,7 @@ def interval_text(m: Measured) -> str:
 def figures(m: Measured) -> str:
     """What was measured: the contrast, slope or correlation, how large, on how many pairs, how sure."""
     h = m.hypothesis
-    rest = f"over {pairs_text(m)} ({interval_text(m)})"
+    rest = f"over {pairs_text(m.differences.n, m.differences.n_pairs)} ({interval_text(m)})"
     if h.is_ordering:
         return f"{h.contrast} in {h.readout} has a mean slope of {quantity(m.estimate, h)} a step {rest}"
     if h.against is not None:

@@ -4,7 +4,6 @@ is no p and no verdict here."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
@@ -15,10 +14,9 @@ from kvpatch.protocols.schema import Hypothesis, Protocol
 from kvpatch.report import charts
 from kvpatch.report.figure import rounded
 from kvpatch.report.tables import interval
-from kvpatch.statistics.correlation import partial_correlation
-from kvpatch.statistics.intervals import bca_interval
-from kvpatch.statistics.pairs import contrast_table, pair_means, prepare, rows_of
-from kvpatch.statistics.trend import slopes
+from kvpatch.statistics.measure import Measured, measure, units_of
+from kvpatch.statistics.pairs import prepare, rows_of
+from kvpatch.statistics.wording import pairs_text
 
 LOOKS = 24
 """How many times along the way an interval is drawn."""
@@ -29,78 +27,74 @@ FIRST = 3
 def estimates(protocol: Protocol, trials: pd.DataFrame) -> list[dict[str, Any]]:
     """Return, for every hypothesis, its estimate and interval over the pairs stored so far, and how they came there.
 
-    trials: as `light_rows` gives them, in the order they were stored. `path` holds `n`, `estimate`, `low` and `high` at
-    up to LOOKS numbers of pairs in the order in which they came; its intervals are Student's, the last one BCa, as
-    the report's.
+    trials: as `light_rows` gives them, in the order they were stored. `n`, `estimate`, `low` and `high` are what a
+    verdict would say of these trials, measured by the verdicts' own function; `n_pairs` counts the pairs before those
+    that share a prompt were averaged, `counted` tells both in words, and `counts` what `n` counts. `path` holds `n`,
+    `estimate`, `low` and `high` at up to LOOKS numbers of units, in the order in which their first pairs came; its
+    intervals are Student's, the last one is the verdict's. A correlation has no path.
     """
-    rows = rows_of(prepare(trials), split="test")
-    parts = {str(name): part for name, part in rows.groupby("phase", sort=False)}
-    return [_estimate(h, parts[h.phase]) for h in protocol.hypotheses if h.phase in parts]
+    prepared = prepare(trials)
+    tested = rows_of(prepared, split="test")
+    arrived = {str(name): _arrival(protocol, part) for name, part in tested.groupby("phase", sort=False)}
+    return [_estimate(protocol, h, prepared, arrived[h.phase]) for h in protocol.hypotheses if h.phase in arrived]
 
 
-def _estimate(h: Hypothesis, rows: pd.DataFrame) -> dict[str, Any]:
+def _arrival(protocol: Protocol, rows: pd.DataFrame) -> dict[str, int]:
+    """Pair -> the place of its unit in the order in which units came, each with its first pair. rows: of one phase."""
+    units = units_of(protocol, rows)
+    places: dict[str, int] = {}
+    return {pair: places.setdefault(units.get(pair, pair), len(places)) for pair in map(str, rows["pair_id"].unique())}
+
+
+def _estimate(protocol: Protocol, h: Hypothesis, trials: pd.DataFrame, arrived: dict[str, int]) -> dict[str, Any]:
     head = {key: getattr(h, key) for key in ("id", "claim", "phase", "contrast", "readout", "gate", "test")}
     head |= {"transform": h.transform, "is_correlation": h.test == "correlates"}
-    if any(variable.readout not in rows for variable in (h, *_others(h))):
-        return {**head, "n": 0, "estimate": None, "low": None, "high": None, "path": []}
-    if h.test == "correlates":
-        return {**head, **_correlation(h, rows)}
-    values = _values(h, rows)
-    if not len(values):
-        return {**head, "n": 0, "estimate": None, "low": None, "high": None, "path": []}
-    last = bca_interval(values, 0.90 if h.test == "equivalent" else 0.95)
-    now = {"n": len(values), "estimate": float(values.mean()), "low": _known(last.low), "high": _known(last.high)}
-    looks = np.unique(np.geomspace(FIRST, len(values), LOOKS).round().astype(int)) if len(values) > FIRST else []
+    others = [v for v in (h.against, *h.controlling) if v is not None]
+    if any(variable.readout not in trials for variable in (h, *others)):
+        return {**head, **_counted(0, 0), "estimate": None, "low": None, "high": None, "path": []}
+    m = measure(protocol, trials, h)
+    found = m.differences
+    now = {"n": found.n, "estimate": _known(m.estimate), "low": _known(m.interval.low), "high": _known(m.interval.high)}
+    has_path = found.n > 0 and h.test != "correlates"
+    return {**head, **_counted(found.n, found.n_pairs), **now, "path": [*_path(m, arrived), now] if has_path else []}
+
+
+def _counted(n: int, n_pairs: int) -> dict[str, Any]:
+    counts = "pairs" if n == n_pairs else "groups of pairs that share no prompt"
+    return {"n": n, "n_pairs": n_pairs, "counted": pairs_text(n, n_pairs), "counts": counts}
+
+
+def _path(m: Measured, arrived: dict[str, int]) -> list[dict[str, Any]]:
+    """Estimates on fewer units than there are, in the order in which they came."""
+    found = m.differences
+    values = found.values[sorted(range(found.n), key=lambda i: arrived[found.unit_ids[i]])]
+    looks = np.unique(np.geomspace(FIRST, found.n, LOOKS).round().astype(int)) if found.n > FIRST else []
     path = []
-    for n in (int(n) for n in looks if n < len(values)):
+    for n in (int(n) for n in looks if n < found.n):
         mean, low, high = interval(values[:n])
         path.append({"n": n, "estimate": mean, "low": low, "high": high})
-    return {**head, **now, "path": [*path, now]}
-
-
-def _others(h: Hypothesis) -> Sequence[Any]:
-    return [v for v in (h.against, *h.controlling) if v is not None]
-
-
-def _values(h: Hypothesis, rows: pd.DataFrame) -> np.ndarray:
-    """One number a pair, in the order in which the pairs were stored."""
-    arrived = {pair: place for place, pair in enumerate(rows["pair_id"].unique())}
-    names = h.order()[0] if h.is_ordering else list(h.weights())
-    means = pair_means(rows, names, h.readout, h.transform)
-    means = means.loc[sorted(means.index, key=lambda pair: arrived[pair])]
-    if h.is_ordering:
-        table = contrast_table(means, {name: {name: 1} for name in names})
-        return slopes(table[names].to_numpy(dtype=float).reshape(len(table), len(names)), h.order()[1])
-    return contrast_table(means, {"value": h.weights()})["value"].to_numpy(dtype=float)
-
-
-def _correlation(h: Hypothesis, rows: pd.DataFrame) -> dict[str, Any]:
-    columns = {}
-    for place, variable in enumerate((h, *_others(h))):
-        means = pair_means(rows, variable.weights(), variable.readout, variable.transform)
-        columns[place] = contrast_table(means, {"value": variable.weights()})["value"]
-    table = pd.DataFrame(columns).dropna().to_numpy(dtype=float)
-    found = partial_correlation(table[:, 0], table[:, 1], table[:, 2:])
-    low, high = _known(found.interval.low), _known(found.interval.high)
-    return {"n": len(table), "estimate": _known(found.r), "low": low, "high": high, "path": []}
+    return path
 
 
 def _known(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def narrowing_chart(path: list[dict[str, Any]], title: str) -> charts.AnyChart:
-    """Chart an estimate and its interval against the number of pairs. path: as `estimates` gives it."""
+def narrowing_chart(path: list[dict[str, Any]], title: str, counts: str = "pairs") -> charts.AnyChart:
+    """Chart an estimate and its interval against the number of pairs, or of groups of pairs that share a prompt.
+
+    path: as `estimates` gives it. counts: what its `n` counts.
+    """
     if not path:
         return charts.no_data_chart()
     frame = rounded(pd.DataFrame(path))
     base = alt.Chart(frame)
-    x = alt.X("n:Q", title="pairs", axis=alt.Axis(tickMinStep=1))
+    x = alt.X("n:Q", title=counts, axis=alt.Axis(tickMinStep=1))
 
     def y(field: str) -> alt.Y:
         return alt.Y(f"{field}:Q", title=title, axis=alt.Axis(tickCount=4))
 
-    tips = [alt.Tooltip("n:Q", title="pairs")]
+    tips = [alt.Tooltip("n:Q", title=counts)]
     tips += [alt.Tooltip(f"{name}:Q", format=".4g") for name in ("estimate", "low", "high")]
     zero = alt.Chart(pd.DataFrame({"zero": [0.0]}), name="_zero").mark_rule(strokeWidth=1, color=charts.NEUTRAL)
     layers: list[charts.AnyChart] = [zero.encode(y=y("zero"))]

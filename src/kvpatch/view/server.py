@@ -30,7 +30,7 @@ from kvpatch.outcome import light_rows, mark, outcome_of, report_page
 from kvpatch.report import charts, page, text
 from kvpatch.view import estimates, query, trial
 from kvpatch.view.guard import Guard
-from kvpatch.view.runs import LiveRun, Runs, dumps
+from kvpatch.view.runs import LiveRun, Progress, Runs, dumps
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at the run directories."""
@@ -223,11 +223,11 @@ def _status(run: LiveRun) -> dict[str, Any]:
         "select trial_id, phase, condition, pair_id, mode_llr, recursive_score, left(text, 160) as text, error "
         "from trials order by place desc limit 12"
     )
-    clean = [
-        {k: (None if isinstance(v, float) and text.as_float(v) is None else v) for k, v in r.items()} for r in newest
-    ]
+    for row in newest:
+        row |= {name: text.number(row[name]) for name in ("mode_llr", "recursive_score")}
+    shown = {"speed": speed(progress), "left_text": duration(progress.left), "newest_text": clock(progress.newest)}
     known = {"run": run.key, "version": run.version, "trouble": run.trouble}
-    return {**known, **progress.to_dict(), "newest_trials": clean}
+    return {**known, **progress.to_dict(), **shown, "newest_trials": newest}
 
 
 def _estimates(run: LiveRun) -> list[dict[str, Any]]:
@@ -241,11 +241,11 @@ def _estimates(run: LiveRun) -> list[dict[str, Any]]:
     out = estimates.estimates(protocol, rows)
     with charts.unchecked():
         for found in out:
+            found["shown"] = {key: text.number(found[key]) for key in ("estimate", "low", "high")}
             unit = f"{'log ' if found['transform'] == 'log' else ''}{found['readout']}"
             title = "r" if found["is_correlation"] else unit
-            found["chart"] = (
-                charts.packed(estimates.narrowing_chart(found.pop("path"), title)) if found["path"] else None
-            )
+            path = found.pop("path")
+            found["chart"] = charts.packed(estimates.narrowing_chart(path, title, found["counts"])) if path else None
     return out
 
 
@@ -265,6 +265,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": text.number, "plain": text.plain, "duration": duration, "clock": clock}
+    environment.filters["speed"] = speed
     environment.filters["segment"] = lambda value: quote(str(value), safe="")
     return environment
 
@@ -286,6 +287,13 @@ def duration(seconds: Any) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min"
+
+
+def speed(progress: Progress) -> str:
+    """Return how fast a run goes, in words."""
+    if not progress.trials_per_second:
+        return text.DASH
+    return f"{text.number(progress.trials_per_second)} trials/s, {text.number(progress.tokens_per_second)} tokens/s"
 
 
 def clock(moment: Any) -> str:

@@ -105,7 +105,9 @@ const tools = (box, spec, tables) => {
   }
   const table = element("details", { class: "data" }, element("summary", { "aria-label": `Table: ${name}` }, "Table"));
   table.addEventListener("toggle", () => {
-    if (table.open && table.children.length === 1) table.append(...tables.map(tableOf));
+    if (!table.open || table.dataset.drawn) return;
+    table.append(...tables.map(tableOf));
+    table.dataset.drawn = "yes";
   });
   box.after(bar, table);
 };
@@ -113,6 +115,7 @@ const tools = (box, spec, tables) => {
 const failed = (box) => {
   box.textContent = "This chart could not be drawn; its numbers are in the table.";
   box.classList.add("empty");
+  box.dataset.drawn = "failed";
 };
 
 const draw = async (script) => {
@@ -133,11 +136,17 @@ const draw = async (script) => {
 const breath = () => new Promise((next) => setTimeout(next));
 const isFolded = (script) => script.parentElement.closest("details:not([open])") !== null;
 
+// The page says whether it is at rest, so that who prints it, or reads it by a program, can wait for it.
+let rounds = 0;
 const drawAll = async (scripts) => {
+  rounds += 1;
+  document.documentElement.dataset.charts = "drawing";
   for (const script of scripts) {
     await draw(script);
     await breath();
   }
+  rounds -= 1;
+  if (rounds === 0) document.documentElement.dataset.charts = "done";
 };
 
 // What is folded is drawn when it is unfolded.
@@ -235,4 +244,3 @@ if (live) {
 
 await drawAll([...document.querySelectorAll("script.spec")].filter((script) => !isFolded(script)));
 if (location.hash) unfold();
-document.documentElement.dataset.charts = "done";

@@ -1,5 +1,5 @@
 // Follows the server's events: numbers, newest trials, and estimates as their intervals narrow. Every text is set as
-// text, never as markup.
+// text, never as markup. Numbers to be read come as text from the server, which rounds them as it rounds everywhere.
 const { base, page, run: own } = document.body.dataset;
 const address = (path) => `${base}/${path}`;
 const of = (run, path) => address(`run/${encodeURIComponent(run)}/${path}`);
@@ -13,20 +13,6 @@ const element = (tag, attributes = {}, ...children) => {
 const bdi = (text) => element("bdi", {}, text ?? "");
 const cell = (kind, ...children) => element("td", kind ? { class: kind } : {}, ...children);
 
-const number = (value) => {
-  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
-  if (Number.isInteger(value)) return value.toLocaleString("en").replace("-", "−");
-  const size = Math.abs(value);
-  const text = size >= 0.001 && size < 1e6 ? value.toFixed(size >= 100 ? 1 : size >= 1 ? 2 : 3) : value.toExponential(1);
-  return text.replace("-", "−");
-};
-const duration = (seconds) => {
-  if (seconds === null || seconds === undefined) return "–";
-  const whole = Math.round(seconds);
-  if (whole < 60) return `${whole} s`;
-  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
-  return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
-};
 
 const setTrouble = (status) => {
   const place = document.querySelector(`.trouble[data-run="${CSS.escape(status.run)}"]`);
@@ -50,11 +36,9 @@ const setFacts = (status) => {
   bar.max = status.planned || 1;
   bar.value = status.done;
   fact("failed").textContent = status.failed;
-  fact("speed").textContent = status.trials_per_second
-    ? `${number(status.trials_per_second)} trials/s, ${number(status.tokens_per_second)} tokens/s`
-    : "–";
-  fact("left").textContent = duration(status.left);
-  fact("newest").textContent = status.newest ? new Date(status.newest * 1000).toLocaleString() : "–";
+  fact("speed").textContent = status.speed;
+  fact("left").textContent = status.left_text;
+  fact("newest").textContent = status.newest_text;
 };
 
 const setPhases = (status) => {
@@ -75,8 +59,8 @@ const setNewest = (status) => {
       cell("", bdi(row.phase)),
       cell("", link),
       cell("", bdi(row.pair_id)),
-      cell("n", number(row.mode_llr)),
-      cell("n", number(row.recursive_score)),
+      cell("n", row.mode_llr),
+      cell("n", row.recursive_score),
       cell("wide", bdi(row.error || row.text)),
     );
   });
@@ -90,12 +74,13 @@ const unpack = (spec) => {
   }
   return { ...spec, datasets };
 };
-const range = (found) => `${number(found.low)} to ${number(found.high)}`;
+const range = (found) => `${found.shown.low} to ${found.shown.high}`;
 
 // One figure a hypothesis, drawn anew only where its numbers changed.
 const drawn = new Map();
 const setEstimates = async (run) => {
   const place = document.getElementById("estimates");
+  place.dataset.drawn = "begun";
   const answer = await fetch(of(run, "estimates"));
   if (!answer.ok) return;
   const found = await answer.json();
@@ -115,12 +100,13 @@ const setEstimates = async (run) => {
     if (known.says === says) continue;
     known.says = says;
     known.now.textContent = item.estimate === null
-      ? `no estimate yet from ${item.n} pairs`
-      : `${number(item.estimate)} (${range(item)}) over ${item.n} pairs${finished.get(run) ? "" : ", not final"}`;
+      ? `no estimate yet from ${item.counted}`
+      : `${item.shown.estimate} (${range(item)}) over ${item.counted}${finished.get(run) ? "" : ", not final"}`;
     if (item.chart) {
       await window.vegaEmbed(known.chart, unpack(item.chart), { mode: "vega-lite", renderer: "svg", actions: false, ast: true });
     }
   }
+  place.dataset.drawn = "yes"; // every estimate that the server gave stands there
 };
 
 // Several runs beside one another: a row a hypothesis, a column a run.
@@ -136,12 +122,13 @@ const setBeside = async (run) => {
       const found = columns.get(name)?.get(item.id);
       if (!found || found.estimate === null) return cell("n", "–");
       const under = element("span", { class: "under" }, `${range(found)}, n ${found.n}`);
-      return cell("n", number(found.estimate), under);
+      return cell("n", found.shown.estimate, under);
     });
     const head = element("th", { scope: "row" }, bdi(item.id), element("span", { class: "under" }, bdi(`${item.contrast} in ${item.readout}`)));
     return element("tr", {}, head, ...cells);
   });
   document.querySelector("#beside tbody").replaceChildren(...rows);
+  if (runs.every((name) => columns.has(name))) document.getElementById("beside").dataset.drawn = "yes";
 };
 
 // One request at a time; news that comes meanwhile is fetched after it.

@@ -1,0 +1,231 @@
+"""What the report shows of a finished run is what the statistics decided: marks, gates, roles, words and numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from finished import RUNS
+from kvpatch.outcome import Outcome, outcome_of, report_page
+from kvpatch.report import tables
+from kvpatch.report.text import MINUS
+from kvpatch.statistics import gates
+from kvpatch.statistics.margins import claimed_side
+from kvpatch.statistics.pairs import prepare
+from kvpatch.statistics.wording import number, p_value, percent
+
+Cell = tuple[str, str]
+"""(phase, condition)."""
+BADGE = re.compile(r'<span class="badge [^"]*"[^>]*><span aria-hidden="true">.</span> ([^<]+)</span>')
+DATA = re.compile(r'<data value="([^"]+)">([^<]+)</data>')
+CONDITION = re.compile(r'<b class="cond ?(\w*)"><bdi>([^<]+)</bdi></b>')
+PHASE = re.compile(r"Phase <bdi>([^<]+)</bdi>")
+
+
+@pytest.fixture(scope="module", params=list(RUNS))
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, str]:
+    """(what a run says, its report)."""
+    store = RUNS[request.param](tmp_path_factory.mktemp("equal") / request.param)
+    outcome = outcome_of(store)
+    return outcome, report_page(store, outcome)
+
+
+def section(html: str, name: str) -> str:
+    return html[html.index(f'<section id="{name}">') :].split("</section>")[0]
+
+
+def by_phase(html: str, name: str) -> Iterator[tuple[str, str]]:
+    """(phase, its part of a section that has one for each)."""
+    for part in section(html, name).split('<details class="phase"')[1:]:
+        found = PHASE.search(part)
+        assert found is not None
+        yield found[1], part
+
+
+def rows_by_condition(html: str, name: str) -> Iterator[tuple[str, str, str, str]]:
+    """(phase, condition, the role it is shown with, its row of a table) of a section."""
+    for phase, part in by_phase(html, name):
+        for row in part.split("<tr>"):
+            found = CONDITION.search(row)
+            if found is not None:
+                yield phase, found[2], found[1], row.split("</tr>")[0]
+
+
+def datasets(html: str) -> dict[str, dict[str, list[dict]]]:
+    """Chart -> name of a data set -> its rows."""
+    out = {}
+    for chart, content in re.findall(r'class="spec" data-for="([^"]+)">(.*?)</script>', html):
+        sets = json.loads(content)["datasets"].values()
+        out[chart] = {s["name"]: [dict(zip(s["columns"], row, strict=True)) for row in s["rows"]] for s in sets}
+    return out
+
+
+def shares_of(outcome: Outcome) -> dict[Cell, float]:
+    return gates.coherence_shares(prepare(outcome.rows))
+
+
+def incoherent(outcome: Outcome) -> set[Cell]:
+    """The cells that the gate calls incoherent."""
+    return {cell for cell, share in shares_of(outcome).items() if gates.is_incoherent(outcome.protocol, cell[1], share)}
+
+
+def test_every_mark_of_incoherence_is_the_gates(made: tuple[Outcome, str]) -> None:
+    outcome, html = made
+    wanted = incoherent(outcome)
+    assert wanted
+    for name in ("instruments", "effects"):
+        rows = list(rows_by_condition(html, name))
+        shown = {(phase, condition) for phase, condition, _, row in rows if "below 90%" in row}
+        assert shown == wanted & {(phase, condition) for phase, condition, *_ in rows}
+    listed = re.findall(
+        r"<b><bdi>([^<]+)</bdi></b> \(phase <bdi>([^<]+)</bdi>\) is coherent", section(html, "not-shown")
+    )
+    assert sorted((phase, condition) for condition, phase in listed) == sorted(wanted)
+    assert {(e.phase, e.condition) for e in outcome.effects if e.is_incoherent} <= wanted
+    judged = [c for c in shares_of(outcome) if gates.needs_coherence(outcome.protocol, c[1])]
+    assert f"{len(wanted)} of the {len(judged)} that need it fall below 90%" in section(html, "answer")
+    for phase, part in by_phase(html, "instruments"):
+        count = sum(cell[0] == phase for cell in wanted)
+        told = f"{count} condition{'s' * (count != 1)} below the 90% needed"
+        assert (told if count else "no condition below the 90% needed") in part
+
+
+def test_a_mark_of_incoherence_is_what_blocks_a_verdict(made: tuple[Outcome, str]) -> None:
+    outcome, html = made
+    marked = {(phase, c) for phase, c, _, row in rows_by_condition(html, "instruments") if "below 90%" in row}
+    for h, verdict in zip(outcome.protocol.hypotheses, outcome.verdicts, strict=True):
+        weak = {(h.phase, name) for name in h.conditions} & marked
+        if verdict.blocked_by in (None, "coherence") and verdict.verdict != "tautological":
+            assert bool(weak) == (verdict.blocked_by == "coherence"), h.id
+
+
+def test_every_share_of_coherence_is_the_gates(made: tuple[Outcome, str]) -> None:
+    outcome, html = made
+    shares = shares_of(outcome)
+    found = {
+        (phase, condition): DATA.findall(row) for phase, condition, _, row in rows_by_condition(html, "instruments")
+    }
+    assert {cell: [(float(value), text) for value, text in data] for cell, data in found.items()} == {
+        cell: [(share, percent(share))] for cell, share in shares.items()
+    }
+    for verdict in outcome.verdicts:
+        if verdict.blocked_by == "coherence":
+            weak = [c for c in verdict.coherence if (verdict.phase, c) in incoherent(outcome)]
+            assert all(f"{percent(shares[verdict.phase, c])} of the outputs of {c}" in verdict.because for c in weak)
+
+
+def test_every_gate_is_in_the_state_that_decided(made: tuple[Outcome, str]) -> None:
+    outcome, html = made
+    items = section(html, "instruments").split('<span class="gate-number">')[1:]
+    shown = {int(item[0]): BADGE.findall(item)[0] for item in items}
+    words = {v.id: v.verdict for v in outcome.verdicts}
+    assert {gate: state for gate, state in shown.items() if gate} == gates.gate_states(outcome.protocol, words)
+    closed = {gate for gate, state in shown.items() if state == "closed"}
+    for h, verdict in zip(outcome.protocol.hypotheses, outcome.verdicts, strict=True):
+        if verdict.verdict != "tautological":
+            assert (verdict.blocked_by == "gate") == any(gate < h.gate for gate in closed), h.id
+    keepers = re.findall(r"<bdi>(\w+)</bdi> <span class=\"quiet\">\(gatekeeper\)", section(html, "instruments"))
+    assert sorted(keepers) == sorted(h.id for h in gates.gatekeepers(outcome.protocol))
+
+
+def test_every_role_is_the_one_the_condition_has_in_its_phase(made: tuple[Outcome, str]) -> None:
+    outcome, html = made
+    roles: dict[Cell, str] = {
+        (str(phase), str(c)): role
+        for (phase, c), role in outcome.rows[outcome.rows["split"] == "test"]
+        .groupby(["phase", "condition"])["condition_role"]
+        .first()
+        .items()  # pyright: ignore[reportGeneralTypeIssues]
+    }
+    assert len(set(roles.values())) == 3
+    assert {cell: outcome.protocol.role(*cell) for cell in roles} == roles
+    for name in ("instruments", "effects", "conditions"):
+        shown = {(phase, condition): role for phase, condition, role, _ in rows_by_condition(html, name)}
+        assert shown == {cell: roles[cell] for cell in shown} != {}
+    drawn = 0
+    for chart, sets in datasets(html).items():
+        kind, phase = [*chart.split("-"), ""][:2]
+        for row in [row for rows in sets.values() for row in rows if kind in ("coherence", "readout", "effect")]:
+            key = "colour" if kind == "effect" else "role"
+            if key in row:
+                drawn += 1
+                assert row[key] == roles[phase, row.get("condition", row.get("name"))], (chart, row)
+    assert drawn > 100
+    for part in section(html, "texts").split('<div class="sample-phase" data-phase="Phase ')[1:]:
+        for role, name in CONDITION.findall(part):
+            assert role == roles[part.split(":")[0], name]
+
+
+def test_every_verdict_is_shown_with_its_word_and_numbers(made: tuple[Outcome, str]) -> None:
+    outcome, html = made
+    rows = dict(re.findall(r'<tr id="h-(\w+)">(.*?)</tr>', section(html, "verdicts"), re.S))
+    assert list(rows) == [v.id for v in outcome.verdicts]
+    for verdict in outcome.verdicts:
+        row = rows[verdict.id]
+        assert BADGE.findall(row)[0] == verdict.verdict
+        ends = [] if None in (verdict.ci_low, verdict.ci_high) else [verdict.ci_low, verdict.ci_high]
+        numbers = [verdict.estimate, *ends]
+        wanted = [(value, number(value)) for value in numbers if value is not None]
+        wanted += [(p, p_value(p)) for p in (verdict.p, verdict.p_adjusted) if p is not None]
+        wanted += [(value, number(value)) for value in (verdict.effect_size, float(verdict.n)) if value is not None]
+        shown = [(float(value), text.replace(MINUS, "-").replace("&lt;", "<")) for value, text in DATA.findall(row)]
+        assert shown == [(pytest.approx(value, rel=1e-9), text) for value, text in wanted]
+        if verdict.blocked_by is None and verdict.n:
+            assert all(number(value) in verdict.because for value in numbers if value is not None), verdict.because
+
+
+def test_every_hypothesis_is_drawn_with_its_numbers_and_the_margin_on_its_side(made: tuple[Outcome, str]) -> None:
+    outcome, html = made
+    sets = datasets(html)
+    drawn = {row["name"]: row for chart in sets if chart.startswith("forest-") for row in sets[chart]["estimates"]}
+    assert set(drawn) == {v.id for v in outcome.verdicts if v.estimate is not None}
+    for h, verdict in zip(outcome.protocol.hypotheses, outcome.verdicts, strict=True):
+        if verdict.estimate is None:
+            continue
+        row = drawn[h.id]
+        for key, value in (("estimate", verdict.estimate), ("low", verdict.ci_low), ("high", verdict.ci_high)):
+            assert row[key] == (None if value is None else pytest.approx(value, rel=1e-5)), h.id
+        assert (row["n"], row["colour"]) == (verdict.n, verdict.verdict)
+        size = verdict.margin
+        sides = (-1, 1) if h.test == "equivalent" else (claimed_side(outcome.protocol, h),)
+        for side, key in ((-1, "margin_low"), (1, "margin_high")):
+            assert row[key] == (pytest.approx(side * size, rel=1e-5) if size is not None and side in sides else None)
+
+
+def test_every_effect_is_the_verdict_on_the_same_contrast(made: tuple[Outcome, str]) -> None:
+    """A condition less its natural run is what a hypothesis on that contrast measures: same units, same mean."""
+    outcome, html = made
+    verdicts = {(v.phase, v.contrast, v.readout): v for v in outcome.verdicts if v.test == "greater"}
+    verdicts |= {(v.phase, v.contrast, v.readout): v for v in outcome.verdicts if v.test == "equivalent"}
+    shown = {(phase, c): DATA.findall(row) for phase, c, _, row in rows_by_condition(html, "effects")}
+    compared = 0
+    for effect in outcome.effects:
+        verdict = verdicts.get((effect.phase, f"{effect.condition} - {effect.natural}", effect.readout))
+        if verdict is not None:
+            compared += 1
+            assert (effect.n, effect.estimate) == (verdict.n, pytest.approx(verdict.estimate, rel=1e-9)), effect
+            assert any(
+                float(value) == pytest.approx(effect.estimate) for value, _ in shown[effect.phase, effect.condition]
+            )
+    assert compared >= 3
+
+
+def test_means_of_conditions_differ_by_what_the_verdicts_say(made: tuple[Outcome, str]) -> None:
+    """Where every pair has both conditions, the difference of their means is the estimate, over as many units."""
+    outcome, html = made
+    found = {(phase, c): DATA.findall(row) for phase, c, _, row in rows_by_condition(html, "conditions")}
+    places = {readout.column: 3 * place for place, readout in enumerate(tables.READOUTS)}
+    sets, compared = datasets(html), 0
+    for h, verdict in zip(outcome.protocol.hypotheses, outcome.verdicts, strict=True):
+        is_simple = h.test != "correlates" and not h.is_ordering and h.transform == "none" and not verdict.n_error_rows
+        if not is_simple or verdict.n_dropped or not verdict.n or h.readout not in places:
+            continue
+        values = {c: float(found[h.phase, c][places[h.readout]][0]) for c in h.conditions}
+        assert sum(w * values[c] for c, w in h.weights().items()) == pytest.approx(verdict.estimate, abs=1e-9), h.id
+        means = {row["condition"]: row for row in sets[f"readout-{h.phase}-{h.readout}"]["means"]}
+        assert {means[c]["n"] for c in h.conditions} == {verdict.n}
+        compared += 1
+    assert compared > 8

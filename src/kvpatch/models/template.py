@@ -41,13 +41,13 @@ def has_template(tokenizer: Any) -> bool:
 
 def settings_of(tokenizer: Any) -> tuple[object, ...]:
     """What may change in a tokenizer that decides how a prompt is rendered and tokenised; equal where nothing has."""
-    names = ("add_bos_token", "add_eos_token", "split_special_tokens")
     return (
         id(tokenizer),
         str(tokenizer.chat_template),
         str(tokenizer.special_tokens_map),
         len(tokenizer),
-        *(getattr(tokenizer, name, None) for name in names),
+        tuple(tokenizer("")["input_ids"]),  # what it adds of its own
+        getattr(tokenizer, "split_special_tokens", None),
     )
 
 

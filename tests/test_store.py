@@ -26,6 +26,7 @@ from kvpatch.store import (
     TRIAL_COLUMNS,
     TRIAL_SCHEMA,
     ModelRecord,
+    OtherModel,
     RunRecord,
     Store,
 )
@@ -476,6 +477,27 @@ def test_read_only_disk_is_named(tiny_disk):
 )
 def test_another_run_is_told_apart_from_the_stored_one(change, words):
     assert re.search(words, str(RECORD.model_copy(update=change).differs_from(RECORD)))
+
+
+def with_scaffolds(own: str | None, other: str | None) -> RunRecord:
+    """The record of a run of two models whose templates wrote these texts around the words."""
+    first, second = (MODEL.model_copy(update={"scaffold_sha256": sha256}) for sha256 in (own, other))
+    return RECORD.model_copy(update={"model": first, "other_models": {"big": OtherModel(model=second)}})
+
+
+@pytest.mark.parametrize("now", [("b", "a"), ("a", "b")])
+def test_a_run_whose_template_writes_another_text_than_before_is_told_apart(now):
+    with pytest.raises(StoreError, match=r"renders other words around the prompt than when the run began") as raised:
+        with_scaffolds(*now).continued(with_scaffolds("a", "a"))
+    assert "it writes the date?" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_record_that_holds_no_scaffold_is_not_compared_by_it():
+    assert with_scaffolds("a", "a").differs_from(with_scaffolds("a", "a")) is None
+    assert with_scaffolds("a", "a").differs_from(with_scaffolds(None, None)) is None
+    content = RECORD.model_dump()
+    del content["model"]["scaffold_sha256"]
+    assert RunRecord.model_validate(content) == RECORD
 
 
 def test_what_does_not_make_a_run_is_no_difference():

@@ -82,6 +82,7 @@ def run(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
+    _warn_of_clocks(loaded)
     with run_progress() as watcher:
         outcome = run_protocol(
             chosen, loaded, out, seed=seed, n=n, phases=_names(phases), command=sys.argv, watcher=watcher
@@ -131,6 +132,7 @@ def plan(
     from kvpatch.summaries import plan_summary, print_plan
 
     loaded = _load_all(chosen, model, _names(phases), other_model, device=device, dtype=dtype)
+    _warn_of_clocks(loaded)
     made, _ = plan_for(loaded, chosen, load_bank(chosen.bank, chosen.folder), seed=seed, n=n, phases=_names(phases))
     cost = None
     if timing:
@@ -467,6 +469,17 @@ def _warn_of_too_few(protocol: Protocol, n: int | None, phases: list[str] | None
     chosen_phases(protocol, phases, n)
     for line in warnings_before(protocol, n, phases):
         typer.echo(f"warning: {line}", err=True)
+
+
+def _warn_of_clocks(loaded: dict[str | None, Model]) -> None:
+    """Say which models' prompts hold the date, since a run of theirs can't be resumed when it has changed."""
+    for model in loaded.values():
+        if model.scaffold is not None and model.scaffold.depends_on_clock:
+            typer.echo(
+                f"warning: the chat template of {model.loaded.name} writes the date or time into every prompt; a run "
+                "can be resumed only while the template writes the same",
+                err=True,
+            )
 
 
 def _load_all(

@@ -20,7 +20,8 @@ from kvpatch.errors import CacheError, EmptySelection, ModelError, ProtocolError
 from kvpatch.models.hf import Backbone, Geometry
 from kvpatch.models.load import Loaded, load_model
 from kvpatch.models.named import Progress
-from kvpatch.models.template import EncodedPrompt, encode
+from kvpatch.models.scaffold import Scaffold, scaffold_of
+from kvpatch.models.template import EncodedPrompt, encode, has_template, settings_of
 from kvpatch.patch import Patch, SlotQuery
 from kvpatch.selection import chosen_layers, slot_mask, told
 
@@ -61,8 +62,9 @@ class Model:
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer
         self.backbone = Backbone(loaded.hf)
-        self._encoded: dict[tuple[str, bool | None, bool, str], EncodedPrompt] = {}
-        self._continuations: dict[str, list[int]] = {}
+        self._encoded: dict[tuple[object, ...], EncodedPrompt] = {}
+        self._continuations: dict[tuple[object, ...], list[int]] = {}
+        self._scaffolds: dict[tuple[object, ...], Scaffold] = {}
 
     def __repr__(self) -> str:
         g = self.geometry
@@ -100,16 +102,33 @@ class Model:
                 return known
         return []
 
+    @property
+    def scaffold(self) -> Scaffold | None:
+        """What the chat template writes around a prompt's words; None without a template.
+
+        A template that writes the date goes on with the moment of the first prompt, however long the model is used.
+
+        Raises:
+            ModelError: where the template does not write the user's words once and unchanged.
+        """
+        if not has_template(self.tokenizer):
+            return None
+        key = settings_of(self.tokenizer)
+        if key not in self._scaffolds:
+            self._scaffolds[key] = scaffold_of(self.tokenizer, self.loaded.name)
+        return self._scaffolds[key]
+
     def encode(self, text: str, *, chat: bool | None = None, may_be_empty: bool = False) -> EncodedPrompt:
         """Tokenise one prompt; see `models.template.encode`. A run asks for its few prompts in every phase, so
         they are remembered."""
         if not isinstance(text, str):
             raise ProtocolError(f"a prompt must be text, got {arguments.shown(text)}")
-        key = (text, chat, may_be_empty, str(self.tokenizer.chat_template))
+        key = (text, chat, may_be_empty, settings_of(self.tokenizer))
         if key not in self._encoded:
             if len(self._encoded) >= REMEMBERED:
                 self._encoded.clear()
-            self._encoded[key] = encode(self.tokenizer, text, chat=chat, may_be_empty=may_be_empty)
+            scaffold = None if chat is False else self.scaffold
+            self._encoded[key] = encode(self.tokenizer, text, chat=chat, may_be_empty=may_be_empty, scaffold=scaffold)
         return self._encoded[key]
 
     def prefill(self, prompts: str | Sequence[str | EncodedPrompt], *, chat: bool | None = None) -> KVCache:
@@ -276,11 +295,12 @@ class Model:
         """Token ids of a continuation: the text as it is, no special token added."""
         if not isinstance(text, str):
             raise CacheError(f"a continuation must be text, got {arguments.shown(text)}")
-        if text not in self._continuations:
+        key = (text, settings_of(self.tokenizer))
+        if key not in self._continuations:
             if len(self._continuations) >= REMEMBERED:
                 self._continuations.clear()
-            self._continuations[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return list(self._continuations[text])
+            self._continuations[key] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(self._continuations[key])
 
     def texts(self, token_ids: Tensor) -> list[str]:
         """Decode rows of token ids, -1 left out, special tokens skipped."""

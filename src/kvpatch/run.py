@@ -247,6 +247,7 @@ def model_record(model: Model) -> ModelRecord:
         weights_sha256=weights_sha256(model.loaded),
         tokenizer_sha256=tokenizer_sha256(model.tokenizer),
         template_sha256=template_sha256(model.tokenizer),
+        scaffold_sha256=None if model.scaffold is None else model.scaffold.sha256,
     )
 
 

@@ -158,7 +158,8 @@ NEEDED_OF_HEADS = ("trial_id", "stage", "layer", "head")
 
 
 class ModelRecord(Frozen):
-    """The model of a run. The three hashes name weights, tokenizer and chat template."""
+    """The model of a run. The hashes name weights, tokenizer, chat template, and the text that the template wrote
+    around the user's words (None without a template, and in records of runs that did not store it)."""
 
     name: str
     architecture: str
@@ -171,6 +172,7 @@ class ModelRecord(Frozen):
     weights_sha256: str
     tokenizer_sha256: str
     template_sha256: str | None
+    scaffold_sha256: str | None = None
 
 
 class OtherModel(Frozen):
@@ -255,6 +257,12 @@ class RunRecord(Frozen):
             for key in ("weights_sha256", "tokenizer_sha256", "template_sha256", "dtype", "device"):
                 if getattr(mine, key) != getattr(theirs, key):
                     return f"another model ({key.removesuffix('_sha256')} of {theirs.name})"
+            scaffolds = {mine.scaffold_sha256, theirs.scaffold_sha256} - {None}
+            if len(scaffolds) > 1:
+                return (
+                    f"other prompts: the chat template of {theirs.name} renders other words around the prompt than "
+                    "when the run began (it writes the date?)"
+                )
         if self.seed != other.seed:
             return f"seed {other.seed}"
         if self.n != other.n:

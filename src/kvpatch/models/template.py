@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from kvpatch.cache import Segment
 from kvpatch.errors import ModelError, ProtocolError
-
-_STAND_IN = "Zq7wordsZq7"
+from kvpatch.models.scaffold import Scaffold, scaffold_of
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,32 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def encode(tokenizer: Any, text: str, *, chat: bool | None = None, may_be_empty: bool = False) -> EncodedPrompt:
+def settings_of(tokenizer: Any) -> tuple[object, ...]:
+    """What may change in a tokenizer that decides how a prompt is rendered and tokenised; equal where nothing has."""
+    return (
+        id(tokenizer),
+        str(tokenizer.chat_template),
+        str(tokenizer.special_tokens_map),
+        len(tokenizer),
+        tuple(tokenizer("")["input_ids"]),  # what it adds of its own
+        getattr(tokenizer, "split_special_tokens", None),
+    )
+
+
+def encode(
+    tokenizer: Any,
+    text: str,
+    *,
+    chat: bool | None = None,
+    may_be_empty: bool = False,
+    scaffold: Scaffold | None = None,
+) -> EncodedPrompt:
     """Tokenise one prompt.
+
+    The body is every token that holds a character of the user's words, so that a token which joins the end of the
+    template with the first word belongs to the body. Where the template trims the words, the body is the trimmed words.
+    A special token that the user wrote is that special token, as transformers has it, and body. Where nothing follows
+    the words, the pending token is the last one of the body.
 
     Args:
         tokenizer: a transformers tokenizer with character offsets ("fast").
@@ -48,9 +72,11 @@ def encode(tokenizer: Any, text: str, *, chat: bool | None = None, may_be_empty:
         chat: True renders them as the user's turn of the model's chat template, ready for the assistant's; False gives
             exactly `tokenizer(text)`; None is True where there is a template.
         may_be_empty: allow an empty text (the neutral scaffold), which only a template can carry.
+        scaffold: what the template writes around words, where it is known already.
     Raises:
-        ProtocolError: for an empty text.
-        ModelError: for a tokenizer without offsets, or `chat=True` without a template.
+        ProtocolError: for a text that is empty, or of which the tokenizer leaves nothing.
+        ModelError: for a tokenizer without offsets, `chat=True` without a template, or a template that does not write
+            the user's words once and unchanged.
     """
     if not text.strip() and not (may_be_empty and chat is not False and has_template(tokenizer)):
         raise ProtocolError("a prompt is empty; give it at least one word")
@@ -61,45 +87,65 @@ def encode(tokenizer: Any, text: str, *, chat: bool | None = None, may_be_empty:
     if chat and not has_template(tokenizer):
         raise ModelError("this model has no chat template; use chat=False")
     if chat:
-        rendered, start, end = _rendered(tokenizer, text)
-        coded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        rendered, start, end = (scaffold or scaffold_of(tokenizer)).around(tokenizer, text)
     else:
         rendered, start, end = text, 0, len(text)
-        coded = tokenizer(rendered, return_offsets_mapping=True)
-    ids, offsets = coded["input_ids"], coded["offset_mapping"]
+    coded = tokenizer(rendered, add_special_tokens=not chat, return_offsets_mapping=True)
+    ids = coded["input_ids"]
     if not ids:
         raise ProtocolError("a prompt has no tokens; give it at least one word")
-    special = set(tokenizer.all_special_ids)
-    segments, pieces, seen = [], [], 0
-    for index, (token, (low, high)) in enumerate(zip(ids, offsets, strict=True)):
-        pieces.append(rendered[seen : max(high, seen)])  # with the space that a word-level token leaves out
-        seen = max(seen, high)
-        segments.append(_segment(index, token, low, high, start, end, special, chat))
-    return EncodedPrompt(tuple(ids), tuple(segments), tuple(pieces))
+    is_written = [sequence is not None for sequence in coded.sequence_ids(0)]  # False: the tokenizer added it
+    last = max((index for index, written in enumerate(is_written) if written), default=-1)
+    offsets = [*coded["offset_mapping"][: last + 1], *[(len(rendered),) * 2] * (len(ids) - last - 1)]
+    pieces, spans = _pieces(rendered, offsets, start, end)
+    segments = _segments(spans, is_written, start, end, Segment.body if end == len(rendered) else Segment.trailer)
+    if ids[0] in tokenizer.all_special_ids and not (is_written[0] and segments[0] == Segment.body):
+        segments[0] = Segment.bos
+    if not chat and len(ids) > 1 and ids[0] == tokenizer.bos_token_id:
+        segments[0] = Segment.bos  # also where the user wrote it
+    if Segment.body not in segments and rendered[start:end].strip():
+        raise ProtocolError(f"the tokenizer leaves nothing of the prompt {text[:40]!r}; give it other words")
+    return EncodedPrompt(tuple(ids), tuple(int(segment) for segment in segments), tuple(pieces))
 
 
-def _segment(index: int, token: int, low: int, high: int, start: int, end: int, special: set, chat: bool) -> int:
-    if index == 0 and token in special:
-        return Segment.bos
-    if not chat:
-        return Segment.body if high > low else Segment.template if index == 0 else Segment.trailer
-    if low < end and high > start:
-        return Segment.body
-    return Segment.template if low < start or (low == start == end and high <= start) else Segment.trailer
+def _pieces(
+    rendered: str, offsets: Sequence[tuple[int, int]], start: int, end: int
+) -> tuple[list[str], list[tuple[int, int]]]:
+    """The text of each token, and the characters it holds.
+
+    The texts join to the whole: characters that a tokenizer leaves out go to the token after them, but never past the
+    first or the last of the user's words.
+    """
+    cuts, spans, seen = [0], [], 0
+    for low, high in offsets:
+        reach = max(high, seen)
+        # A blank whose offsets were trimmed away stands where no token has been yet.
+        spans.append((low, high) if high > low else (seen, reach))
+        if len(spans) > 1:
+            cuts[-1] = max([seen, *(edge for edge in (start, end) if seen < edge <= low)])
+        cuts.append(reach)
+        seen = reach
+    cuts[-1] = len(rendered)
+    return [rendered[low:high] for low, high in pairwise(cuts)], spans
 
 
-def _rendered(tokenizer: Any, text: str) -> tuple[str, int, int]:
-    """The whole turn as text, and where the user's words stand in it."""
+def _segments(
+    spans: Sequence[tuple[int, int]], is_written: Sequence[bool], start: int, end: int, following: Segment
+) -> list[Segment]:
+    """The segment of each token: body where it holds a character between start and end.
 
-    def turn(content: str) -> str:
-        messages = [{"role": "user", "content": content}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
-    before, _, after = turn(_STAND_IN).partition(_STAND_IN)
-    rendered = turn(text)
-    if rendered.startswith(before) and rendered.endswith(after) and len(rendered) >= len(before) + len(after):
-        return rendered, len(before), len(rendered) - len(after)
-    start = rendered.find(text.strip())
-    if start < 0:
-        raise ModelError("this model's chat template rewrites the user's words, so their slots can't be found")
-    return rendered, start, start + len(text.strip())
+    A token without a character, such as a mark for the beginning of a word, goes with the token after it; `following`
+    is for the last. What the tokenizer added of its own is template or trailer.
+    """
+    segments: list[Segment] = []
+    added = Segment.trailer
+    for (low, high), written in zip(reversed(spans), reversed(is_written), strict=True):
+        if not written:
+            segments.append(added)
+            continue
+        added = Segment.template
+        if high > low:
+            is_body = low < end and high > start and start < end
+            following = Segment.body if is_body else Segment.template if low < start else Segment.trailer
+        segments.append(following)
+    return segments[::-1]

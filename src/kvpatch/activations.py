@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvpatch.cache import PAD, KVCache
+from kvpatch.cache import PAD, KVCache, refuse_unlike
+from kvpatch.engine.decode import refuse_foreign
 from kvpatch.engine.prefill import prefill_pass
-from kvpatch.errors import ModelError
+from kvpatch.errors import CacheError, ModelError
 from kvpatch.interventions import InPrefill, ValueSteering
 from kvpatch.models.hf import Backbone, Edits, LayerEdit
 from kvpatch.models.template import EncodedPrompt
@@ -56,6 +57,7 @@ def run_in_prefill(
         sources, targets: one of each a row; slots are matched from the last cached one backwards.
         natural: the targets' natural caches, which slot selections are read from.
     """
+    refuse_foreign(backbone, natural)
     layers = layer_indices(spec.layers, backbone.geometry.layers)
     if spec.site == "residual":
         with recorded_residual(backbone, layers) as seen:
@@ -88,6 +90,8 @@ def run_value_steering(
     natural: KVCache,
 ) -> Intervened:
     """Prefill targets while alpha times a direction, [kv_heads, head_dim] a layer, is added to their values."""
+    refuse_foreign(backbone, natural)
+    refuse_foreign_directions(directions, backbone.identity)
     is_put, _ = _landing(spec.slots, natural, natural.lengths.tolist())
     mask = is_put[:, None, :, None]
 
@@ -215,14 +219,37 @@ def _hooked(
             handle.remove()
 
 
-def mean_difference(sources: KVCache, targets: KVCache) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+class Directions(dict[int, Tensor]):
+    """Directions that were read off caches: layer -> [kv_heads, head_dim], and the identity of their `model`."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self.model = model
+
+
+def refuse_foreign_directions(directions: dict[int, Tensor], model: str) -> None:
+    """Refuse directions that were read off another model's caches; a plain dict holds the user's own numbers.
+
+    Raises:
+        CacheError: where the models differ.
+    """
+    if isinstance(directions, Directions) and directions.model != model:
+        raise CacheError(
+            f"these directions were read off another model ({directions.model or 'unknown'}, this one is "
+            f"{model or 'unknown'}); take them from caches of this model"
+        )
+
+
+def mean_difference(sources: KVCache, targets: KVCache) -> tuple[Directions, Directions]:
     """Mean over prompts of the body's mean key (before RoPE) and value, sources less targets.
 
     Returns:
-        Two dicts, layer -> [kv_heads, head_dim], float32: keys and values.
+        Two `Directions`, layer -> [kv_heads, head_dim], float32: keys and values.
+    Raises:
+        CacheError: where the caches are of different models.
     """
-    keys: dict[int, Tensor] = {}
-    values: dict[int, Tensor] = {}
+    refuse_unlike(sources, targets, "sources and targets")
+    keys, values = Directions(sources.model), Directions(sources.model)
     for layer in range(sources.layers):
         key_means, value_means = zip(*(_body_means(cache, layer) for cache in (sources, targets)), strict=True)
         keys[layer] = key_means[0] - key_means[1]

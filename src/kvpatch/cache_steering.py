@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpatch.cache import KVCache, Segment
+from kvpatch.activations import refuse_foreign_directions
+from kvpatch.cache import KVCache, Segment, refuse_unlike
 from kvpatch.errors import CacheError
 from kvpatch.interventions import CacheSteering, Joined
 from kvpatch.models.template import EncodedPrompt
@@ -32,6 +33,8 @@ def steer_cache(
     Returns:
         A new cache; strength 0 gives the same bits.
     """
+    for known in directions:
+        refuse_foreign_directions(known, cache.model)
     if spec.strength == 0:
         return cache
     is_put = slot_mask(cache, spec.slots)
@@ -92,6 +95,7 @@ def without_giver(joined: KVCache, natural: KVCache) -> KVCache:
     Raises:
         CacheError: where the tokens kept are not the receiver's.
     """
+    refuse_unlike(joined, natural, "a joined prompt and the receiver's own")
     index = torch.full(natural.positions.shape, -1)
     for row in range(natural.batch):
         length, whole = natural.row_lengths[row], joined.row_lengths[row]

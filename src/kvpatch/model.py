@@ -60,7 +60,7 @@ class Model:
         self.loaded = loaded
         self.hf = loaded.hf
         self.tokenizer = loaded.tokenizer
-        self.backbone = Backbone(loaded.hf)
+        self.backbone = Backbone(loaded.hf, loaded.tokenizer)
         self._encoded: dict[tuple[str, bool | None, bool, str], EncodedPrompt] = {}
         self._continuations: dict[str, list[int]] = {}
 

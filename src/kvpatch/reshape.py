@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpatch.cache import KVCache
+from kvpatch.cache import KVCache, refuse_unlike
 from kvpatch.errors import CacheError
 from kvpatch.interventions import Reshape
 from kvpatch.readouts.geometry import participation_ratio
@@ -38,6 +38,7 @@ def reshape_cache(cache: KVCache, giver: KVCache, spec: Reshape, seeds: Sequence
     Raises:
         CacheError: where a row has fewer slots than the window, or can't have the ratio.
     """
+    refuse_unlike(giver, cache, "giver and receiver")
     window = spec.window or r_v_window
     for name, side in (("receiver", cache), ("giver", giver)):
         if int(side.lengths.min()) < window:

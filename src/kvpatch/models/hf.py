@@ -17,6 +17,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvpatch.cache import PAD
 from kvpatch.errors import ModelError
+from kvpatch.models.fingerprint import identity, tensors_sha256, vocabulary_sha256
 from kvpatch.models.products import fast_products
 from kvpatch.rope import LayerRope, rotate
 
@@ -46,6 +48,7 @@ class Geometry:
         context: most positions the model takes.
         windows: attention window of each layer in tokens, None for full attention.
         rope: how each layer turns its keys.
+        dtype: type of the keys that are cached.
     """
 
     architecture: str
@@ -57,6 +60,7 @@ class Geometry:
     context: int
     windows: tuple[int | None, ...]
     rope: tuple[LayerRope, ...]
+    dtype: torch.dtype
 
 
 @dataclass
@@ -310,13 +314,15 @@ class Backbone:
 
     Attributes:
         hf: the transformers model itself.
+        tokenizer: its tokenizer, None where token ids are all there is.
         blocks: its layers, in order.
         geometry: its cache's shape.
         kept: what the engine keeps with a model from call to call (buffers, graphs); clear it to free them.
     """
 
-    def __init__(self, hf: PreTrainedModel) -> None:
+    def __init__(self, hf: PreTrainedModel, tokenizer: Any = None) -> None:
         self.kept: dict[str, Any] = {}
+        self.tokenizer = tokenizer
         self.hf = hf.eval()
         self.config = hf.config.get_text_config()
         self.decoder = hf.base_model
@@ -328,6 +334,13 @@ class Backbone:
         self.head = head
         self.blocks = _blocks(self.decoder, self.config.num_hidden_layers)
         self.geometry = _probe(self)
+
+    @cached_property
+    def identity(self) -> str:
+        """What this model's caches carry as their `model`: a hash of weights and tokenizer, taken when it is first
+        asked for. Later changes of the weights leave it, so that caches from before and after can be compared."""
+        words = "" if self.tokenizer is None else vocabulary_sha256(self.tokenizer)
+        return identity(tensors_sha256(self.hf), words)
 
     @property
     def device(self) -> torch.device:
@@ -500,6 +513,7 @@ def _probe(backbone: Backbone) -> Geometry:
         context=int(getattr(config, "max_position_embeddings", 0) or 1 << 30),
         windows=tuple(step.windows[layer] for layer in range(layers)),
         rope=rope,
+        dtype=first.keys.dtype,
     )
 
 

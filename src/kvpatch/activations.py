@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvpatch.cache import PAD, KVCache
+from kvpatch.cache import PAD, KVCache, refuse_unlike
+from kvpatch.engine.decode import refuse_foreign
 from kvpatch.engine.prefill import prefill_pass
-from kvpatch.errors import ModelError
+from kvpatch.errors import CacheError, ModelError
 from kvpatch.interventions import InPrefill, ValueSteering
 from kvpatch.models.hf import Backbone, Edits, LayerEdit
 from kvpatch.models.template import EncodedPrompt
@@ -59,6 +60,7 @@ def run_in_prefill(
         natural: the targets' natural caches, which slot selections are read from.
         may_be_empty: a row in which nothing is found to change is left as it is; otherwise it is an error.
     """
+    refuse_foreign(backbone, natural)
     backbone.catch_up()
     layers = chosen_layers(spec.layers, backbone.geometry.layers, may_be_empty=may_be_empty)
     lengths = [len(p.token_ids) - 1 for p in sources]
@@ -94,6 +96,8 @@ def run_value_steering(
     may_be_empty: bool = False,
 ) -> Intervened:
     """Prefill targets while alpha times a direction, [kv_heads, head_dim] a layer, is added to their values."""
+    refuse_foreign(backbone, natural)
+    refuse_foreign_directions(directions, backbone.identity)
     backbone.catch_up()
     layers = chosen_layers(spec.layers, backbone.geometry.layers, may_be_empty=may_be_empty)
     is_put = chosen_mask(natural, spec.slots, may_be_empty=may_be_empty)
@@ -242,14 +246,37 @@ def _hooked(
             handle.remove()
 
 
-def mean_difference(sources: KVCache, targets: KVCache) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+class Directions(dict[int, Tensor]):
+    """Directions that were read off caches: layer -> [kv_heads, head_dim], and the identity of their `model`."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self.model = model
+
+
+def refuse_foreign_directions(directions: dict[int, Tensor], model: str) -> None:
+    """Refuse directions that were read off another model's caches; a plain dict holds the user's own numbers.
+
+    Raises:
+        CacheError: where the models differ.
+    """
+    if isinstance(directions, Directions) and directions.model != model:
+        raise CacheError(
+            f"these directions were read off another model ({directions.model or 'unknown'}, this one is "
+            f"{model or 'unknown'}); take them from caches of this model"
+        )
+
+
+def mean_difference(sources: KVCache, targets: KVCache) -> tuple[Directions, Directions]:
     """Mean over prompts of the body's mean key (before RoPE) and value, sources less targets.
 
     Returns:
-        Two dicts, layer -> [kv_heads, head_dim], float32: keys and values.
+        Two `Directions`, layer -> [kv_heads, head_dim], float32: keys and values.
+    Raises:
+        CacheError: where the caches are of different models.
     """
-    keys: dict[int, Tensor] = {}
-    values: dict[int, Tensor] = {}
+    refuse_unlike(sources, targets, "sources and targets")
+    keys, values = Directions(sources.model), Directions(sources.model)
     for layer in range(sources.layers):
         key_means, value_means = zip(*(_body_means(cache, layer) for cache in (sources, targets)), strict=True)
         keys[layer] = key_means[0] - key_means[1]

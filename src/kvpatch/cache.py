@@ -56,6 +56,8 @@ class KVCache:
         pending_position: [batch], the position it will be fed at.
         pieces: per row, the text of each of its own slots (padding left out).
         rope: one `LayerRope` a layer.
+        model: identity of the model that made it (`Backbone.identity`: a hash of weights and tokenizer). "" is unknown,
+            for caches made by hand: it fits other unknown ones alone, never a model's.
     """
 
     keys: tuple[Tensor, ...]
@@ -68,6 +70,7 @@ class KVCache:
     pending_position: Tensor
     pieces: tuple[tuple[str, ...], ...]
     rope: tuple[LayerRope, ...]
+    model: str = ""
 
     def __post_init__(self) -> None:
         shape = tuple(self.positions.shape)
@@ -176,12 +179,16 @@ class KVCache:
 
     @classmethod
     def concat(cls, caches: Sequence[KVCache]) -> KVCache:
-        """Rows of several caches of one model in one batch, padded on the left to the longest."""
+        """Rows of several caches of one model in one batch, padded on the left to the longest.
+
+        Raises:
+            CacheError: for no cache, or caches of different models, types or devices.
+        """
         if not caches:
             raise CacheError("there is nothing to concatenate")
         first = caches[0]
-        if any(c.rope != first.rope for c in caches):
-            raise CacheError("caches of different models can't share a batch")
+        for other in caches[1:]:
+            refuse_unlike(first, other, "two caches of a batch")
         slots = max(c.slots for c in caches)
 
         def joined(tensors: Sequence[Tensor], fill: int, axis: int) -> Tensor:
@@ -236,6 +243,35 @@ class KVCache:
                 mixed = _fold_((_bits(tensor) ^ place).mul_(0x2545F4914F6CDD1D))
                 total += (mixed.sum(dim=(1, 3)) * self.is_real).sum(dim=1)
         return [f"{value % 2**64:016x}" for value in total.tolist()]
+
+
+def refuse_unlike(one: KVCache, other: KVCache, names: str, *, may_differ_in_type: bool = False) -> None:
+    """Refuse two caches that can't be put together.
+
+    Args:
+        names: what they are, for the message: "source and target".
+        may_differ_in_type: where statistics of one are all that the other is given.
+    Raises:
+        CacheError: where their models, shapes, types or devices differ.
+    """
+    if one is other:
+        return
+    heads = [
+        [(k.shape[1], k.shape[3], v.shape[3]) for k, v in zip(c.keys, c.values, strict=True)] for c in (one, other)
+    ]
+    if heads[0] != heads[1] or one.rope != other.rope:
+        raise CacheError(f"{names} are of different models: models of different shape ({one!r} and {other!r})")
+    tensors = [(*c.keys, *c.values) for c in (one, other)]
+    for a, b in zip(*tensors, strict=True):
+        if a.dtype != b.dtype and not may_differ_in_type:
+            raise CacheError(f"{names} are of different types, {a.dtype} and {b.dtype}; load the model in one type")
+        if a.device != b.device:
+            raise CacheError(f"{names} are on different devices, {a.device} and {b.device}; move one with .to()")
+    if one.model != other.model:
+        raise CacheError(
+            f"{names} are of different models ({one.model or 'unknown'} and {other.model or 'unknown'}); "
+            "prefill both with the same model"
+        )
 
 
 _READ: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpatch.cache import KVCache, Segment
+from kvpatch.activations import refuse_foreign_directions
+from kvpatch.cache import KVCache, Segment, refuse_unlike
 from kvpatch.errors import CacheError
 from kvpatch.interventions import CacheSteering, Joined
 from kvpatch.models.template import EncodedPrompt
@@ -49,6 +50,8 @@ def counted_steering(
     is_put = chosen_mask(cache, spec.slots, may_be_empty=may_be_empty)
     layers = chosen_layers(spec.layers, cache.layers, may_be_empty=may_be_empty)
     touched = Touched(tuple(is_put.sum(dim=1).tolist()), len(layers), cache.keys[0].shape[1])
+    for known in directions:
+        refuse_foreign_directions(known, cache.model)
     if spec.strength == 0:
         return cache, touched
     at = torch.where(is_put, cache.positions, 0)
@@ -113,6 +116,7 @@ def without_giver(joined: KVCache, natural: KVCache) -> KVCache:
     Raises:
         CacheError: where the tokens kept are not the receiver's.
     """
+    refuse_unlike(joined, natural, "a joined prompt and the receiver's own")
     index = torch.full(natural.positions.shape, -1)
     for row in range(natural.batch):
         length, whole = natural.row_lengths[row], joined.row_lengths[row]

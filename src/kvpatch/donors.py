@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from kvpatch.cache import KVCache
+from kvpatch.cache import KVCache, refuse_unlike
 from kvpatch.errors import CacheError
 from kvpatch.noise import int64_seeds, normal
 from kvpatch.rope import rotate
@@ -39,6 +39,8 @@ def make_donor(name: str, source: KVCache, seeds: Sequence[int], reference: KVCa
     """
     if len(seeds) != source.batch:
         raise CacheError(f"{len(seeds)} seeds for a batch of {source.batch}")
+    if reference is not None:
+        refuse_unlike(source, reference, "source and reference", may_differ_in_type=True)
     if name == "gaussian_fitted" and reference is None and source.batch > 1:
         return KVCache.concat([make_donor(name, row, [seed]) for row, seed in zip(source, seeds, strict=True)])
     return _MAKERS[name](source, seeds, source if reference is None else reference)

@@ -61,7 +61,7 @@ class Model:
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer
-        self.backbone = Backbone(loaded.hf)
+        self.backbone = Backbone(loaded.hf, loaded.tokenizer)
         self._encoded: dict[tuple[object, ...], EncodedPrompt] = {}
         self._continuations: dict[tuple[object, ...], list[int]] = {}
         self._scaffolds: dict[tuple[object, ...], Scaffold] = {}

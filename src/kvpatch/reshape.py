@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpatch.cache import KVCache
+from kvpatch.cache import KVCache, refuse_unlike
 from kvpatch.errors import CacheError
 from kvpatch.interventions import Reshape
 from kvpatch.readouts.geometry import participation_ratio
@@ -52,6 +52,7 @@ def counted_reshaping(
     may_be_empty: bool = False,
 ) -> tuple[KVCache, Touched]:
     """`reshape_cache`, and how much of every row it touched; `may_be_empty` allows that to be nothing."""
+    refuse_unlike(giver, cache, "giver and receiver")
     window = spec.window or r_v_window
     for name, side in (("receiver", cache), ("giver", giver)):
         if int(side.lengths.min()) < window:

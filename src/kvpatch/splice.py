@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpatch.arguments import plain, refuse_other, whole
-from kvpatch.cache import PAD, KVCache, Origin
+from kvpatch.cache import PAD, KVCache, Origin, refuse_unlike
 from kvpatch.donors import make_donor
 from kvpatch.errors import CacheError
 from kvpatch.patch import Patch, SlotQuery
@@ -277,10 +277,7 @@ def _row_pieces(donor: KVCache, target: KVCache, row: int, to: list[int], of: li
 
 def _broadcast(source: KVCache, target: KVCache) -> KVCache:
     """Check that the caches are of one model, and give a source of one row the target's batch size."""
-    if source.rope != target.rope or any(
-        a.shape[1] != b.shape[1] or a.shape[3] != b.shape[3] for a, b in zip(source.keys, target.keys, strict=True)
-    ):
-        raise CacheError("source and target caches come from models of different shape")
+    refuse_unlike(source, target, "source and target")
     if source.batch == target.batch:
         return source
     if source.batch != 1:

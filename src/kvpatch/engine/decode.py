@@ -98,7 +98,7 @@ def decode(
     longest = int(cache.pending_position.max()) + max_new_tokens
     if longest > backbone.geometry.context:
         raise ProtocolError(f"{longest} positions are needed; the model's context is {backbone.geometry.context}")
-    _refuse_foreign(backbone, cache)
+    refuse_foreign(backbone, cache)
     request = Request(
         limit=max_new_tokens,
         sampling=Sampling(temperature, top_p, tuple(end_tokens)),
@@ -159,14 +159,32 @@ def _stopped(written: Written, sampling: Sampling) -> tuple[str, ...]:
     return tuple("eos" if token in sampling.end_tokens else "length" for token in last)
 
 
-def _refuse_foreign(backbone: Backbone, cache: KVCache) -> None:
-    if cache.rope != backbone.geometry.rope:
-        raise CacheError("this cache was made by another model")
+def refuse_foreign(backbone: Backbone, cache: KVCache) -> None:
+    """Refuse a cache that this model did not make.
+
+    Raises:
+        CacheError: for another shape, type, device or identity.
+    """
+    geometry = backbone.geometry
+    first = (cache.keys[0].shape[1], cache.keys[0].shape[3]) if cache.keys else None
+    if cache.rope != geometry.rope or first != (geometry.kv_heads, geometry.head_dim):
+        raise CacheError("this cache was made by another model: its layers, heads or rotations are not this one's")
+    if dtypes := {tensor.dtype for tensor in (*cache.keys, *cache.values)} - {geometry.dtype}:
+        raise CacheError(
+            f"this cache holds {dtypes.pop()}, the model makes {geometry.dtype}; load the model in one type"
+        )
+    if cache.positions.device != backbone.device or cache.keys[0].device != backbone.device:
+        raise CacheError(f"this cache is on {cache.keys[0].device}, the model on {backbone.device}; move it with .to()")
+    if cache.model != backbone.identity:
+        raise CacheError(
+            f"this cache was made by another model ({cache.model or 'unknown'}, this one is {backbone.identity}); "
+            "prefill the prompts with this model"
+        )
 
 
 def slab_of(backbone: Backbone, cache: KVCache, room: int) -> Slab:
     """A slab holding a copy of a cache, with room for `room` more slots."""
-    _refuse_foreign(backbone, cache)
+    refuse_foreign(backbone, cache)
     return Slab.holding(cache.keys, cache.values, cache.positions, room)
 
 

@@ -106,6 +106,7 @@ def prefill_pass(
         values=tuple(_right_aligned(x.values, positions, shared) for x in slab.slab_layers),
         **labels,
         rope=backbone.geometry.rope,
+        model=backbone.identity,
     )
 
 
@@ -130,7 +131,8 @@ def watched_prefill(backbone: Backbone, prompts: Sequence[EncodedPrompt], look: 
 
 
 def labels_of(prompts: Sequence[EncodedPrompt], device: str | torch.device) -> dict[str, Any]:
-    """What the slots of the prompts' caches stand for: every field of `KVCache` but keys, values and rope."""
+    """What the slots of the prompts' caches stand for: every field of `KVCache` but keys, values, rope and
+    model."""
     slots = max(len(prompt.token_ids) for prompt in prompts) - 1
 
     def table(rows: Sequence[Sequence[int]]) -> Tensor:

@@ -17,6 +17,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvpatch.cache import PAD
 from kvpatch.errors import ModelError
 from kvpatch.models.changes import ModelState, dropout_in_training, is_plain_linear, without_hooks
+from kvpatch.models.fingerprint import identity, tensors_sha256, vocabulary_sha256
 from kvpatch.models.products import fast_products
 from kvpatch.rope import LayerRope, rotate
 
@@ -47,6 +49,7 @@ class Geometry:
         context: most positions the model takes.
         windows: attention window of each layer in tokens, None for full attention.
         rope: how each layer turns its keys.
+        dtype: type of the keys that are cached.
     """
 
     architecture: str
@@ -58,6 +61,7 @@ class Geometry:
     context: int
     windows: tuple[int | None, ...]
     rope: tuple[LayerRope, ...]
+    dtype: torch.dtype
 
 
 @dataclass
@@ -311,14 +315,16 @@ class Backbone:
 
     Attributes:
         hf: the transformers model itself.
+        tokenizer: its tokenizer, None where token ids are all there is.
         blocks: its layers, in order.
         geometry: its cache's shape.
         kept: what the engine keeps with a model from call to call (buffers, graphs); clear it to free them.
         state: the model as it was when all this was found.
     """
 
-    def __init__(self, hf: PreTrainedModel) -> None:
+    def __init__(self, hf: PreTrainedModel, tokenizer: Any = None) -> None:
         self.kept: dict[str, Any] = {}
+        self.tokenizer = tokenizer
         self.hf = hf.eval()
         self._settle()
         self.state = ModelState.of(hf)
@@ -340,6 +346,13 @@ class Backbone:
         held = [self.config, *(vars(m).get("config") for m in self.decoder.modules())]
         self._configs = list({id(c): c for c in held if isinstance(c, type(self.config))}.values())
         self.geometry = _probe(self)
+
+    @cached_property
+    def identity(self) -> str:
+        """What this model's caches carry as their `model`: a hash of weights and tokenizer, taken when it is first
+        asked for. Later changes of the weights leave it, so that caches from before and after can be compared."""
+        words = "" if self.tokenizer is None else vocabulary_sha256(self.tokenizer)
+        return identity(tensors_sha256(self.hf), words)
 
     def catch_up(self) -> None:
         """Take over what was changed in the model since the last look; without a change this costs a millisecond or
@@ -591,6 +604,7 @@ def _probe(backbone: Backbone) -> Geometry:
         context=int(getattr(config, "max_position_embeddings", 0) or 1 << 30),
         windows=tuple(step.windows[layer] for layer in range(layers)),
         rope=rope,
+        dtype=first.keys.dtype,
     )
 
 

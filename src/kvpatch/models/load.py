@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,30 @@ from typing import Any
 import filelock
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from kvpatch.errors import ModelError
+from kvpatch.models.checkpoint import (
+    Reports,
+    one_line,
+    refuse_doubtful_names,
+    refuse_incomplete,
+    refuse_not_finite,
+    refuse_unread,
+    tensors_of,
+)
+from kvpatch.models.fingerprint import tensors_sha256
 from kvpatch.models.named import Progress, cache_directory, fetch_gguf, named_models
+from kvpatch.models.note import refuse_changed, write_note
 from kvpatch.models.processor import fastest_type
 from kvpatch.organisms.directories import ORGANISMS, PREFIX, organism_directory
 
-CONVERSION = 1
-"""Version of the conversion from GGUF; part of the cache path, so that a changed conversion converts again."""
+CONVERSION = 2
+"""Version of the conversion from GGUF; part of the cache path, so that a changed conversion converts again. Since 2 a
+file that lacks tensors is refused."""
+NAMED_CONVERSION = 1
+"""The same for named models: their files are known by hash, and known to be whole."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,10 @@ def load_model(
     kind = _dtype(dtype, device)
     where, is_converted = resolve(str(name), report)
     is_local = isinstance(where, Path)
+    if is_local and is_converted:
+        refuse_changed(where)
+    if is_local and (where / "adapter_config.json").exists():
+        raise ModelError(f"{where} holds an adapter; merge it into its model (merge_and_unload) and save that")
     if is_local and not allow_pickle and not any(where.glob("*.safetensors")):
         found = "pickled weights only (allow_pickle=True reads them)" if any(where.glob("*.bin")) else "no weights"
         raise ModelError(f"{where} holds {found}; kvpatch reads safetensors and GGUF")
@@ -74,16 +91,19 @@ def load_model(
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(where, **settings)
-            hf: Any = AutoModelForCausalLM.from_pretrained(
+            hf, info = _from_pretrained(
                 where,
                 dtype=kind,
                 use_safetensors=None if allow_pickle else True,
                 generation_config=_generation_tokens(where, is_local),
                 **settings,
             )
+            refuse_incomplete(hf, info)
+            refuse_doubtful_names(hf, tensors_of(_files_of(where)))
             hf.to(device=torch.device(device))
+            refuse_not_finite(hf)
         except Exception as error:
-            raise ModelError(f"{name}: {_first_line(error)}") from error
+            raise ModelError(f"{name}: {one_line(error)}") from error
     hf.requires_grad_(False)
     return Loaded(hf, tokenizer, str(name), where if is_local else None, is_converted)
 
@@ -109,13 +129,13 @@ def resolve(name: str, report: Progress) -> tuple[Path | str, bool]:
     if name.removeprefix(PREFIX) in ORGANISMS and name.startswith(PREFIX):
         return organism_directory(name.removeprefix(PREFIX), cache_directory()), False
     if name in named_models():
-        return _converted(name, f"{name}-{named_models()[name].key}", report), True
+        return _converted(name, _named_key(name), report), True
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is a file, but not a .gguf file; give a .gguf file or a model directory")
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return _converted(str(path.resolve()), f"gguf-{digest[:24]}", report), True
+        return _converted(str(path.resolve()), f"gguf-{digest[:24]}-v{CONVERSION}", report), True
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ModelError(f"{name} is a directory without config.json; give a model saved by transformers")
@@ -142,22 +162,12 @@ def pull(name: str, progress: Progress | None = None) -> Path:
 
 def is_pulled(name: str) -> bool:
     """Whether a named model is already in the cache."""
-    return _home(f"{name}-{named_models()[name].key}").exists()
+    return _home(_named_key(name)).exists()
 
 
 def weights_sha256(loaded: Loaded) -> str:
-    """Hash of the weights: of the safetensors files in the order of their names, or of the tensors themselves."""
-    if loaded.directory is None or not list(loaded.directory.glob("*.safetensors")):
-        total = hashlib.sha256()
-        for key, tensor in sorted(loaded.hf.state_dict().items()):
-            total.update(
-                key.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
-        return total.hexdigest()
-    note = loaded.directory / "kvpatch.json"
-    if loaded.is_converted and note.exists():
-        return json.loads(note.read_text())["weights_sha256"]
-    return _files_sha256(loaded.directory)
+    """Hash of the weights as they are in memory now; see `fingerprint.tensors_sha256`."""
+    return tensors_sha256(loaded.hf)
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
@@ -171,23 +181,12 @@ def template_sha256(tokenizer: Any) -> str | None:
     return None if not template else hashlib.sha256(json.dumps(template).encode()).hexdigest()
 
 
-def _files_sha256(directory: Path) -> str:
-    paths = sorted(directory.glob("*.safetensors"))
-    with ThreadPoolExecutor(max_workers=8) as threads:  # hashing lets go of the interpreter
-        digests = list(threads.map(_file_digest, paths))
-    total = hashlib.sha256()
-    for path, digest in zip(paths, digests, strict=True):
-        total.update(path.name.encode() + digest)
-    return total.hexdigest()
-
-
-def _file_digest(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+def _named_key(name: str) -> str:
+    return f"{name}-{named_models()[name].key}-v{NAMED_CONVERSION}"
 
 
 def _home(key: str) -> Path:
-    return cache_directory() / "models" / f"{key}-v{CONVERSION}"
+    return cache_directory() / "models" / key
 
 
 def _converted(source: str, key: str, report: Progress) -> Path:
@@ -224,19 +223,44 @@ def _convert(gguf: Path, out: Path, report: Progress) -> None:
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            hf: Any = AutoModelForCausalLM.from_pretrained(
+            hf, info = _from_pretrained(
                 gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
             )
+            refuse_incomplete(hf, info)
+            refuse_unread(hf, gguf)
+            refuse_not_finite(hf)
             hf.save_pretrained(out)
             tokenizer.save_pretrained(out)
         except OSError:
             shutil.rmtree(out, ignore_errors=True)
             raise
         except Exception as error:
-            raise ModelError(f"{gguf.name} can't be read as a GGUF: {_first_line(error)}") from error
-    note = {"converted_from": gguf.name, "gguf_bytes": size, "weights_sha256": _files_sha256(out)}
-    (out / "kvpatch.json").write_text(json.dumps(note, indent=1))
+            raise ModelError(f"{gguf.name} can't be read as a GGUF: {one_line(error)}") from error
+    write_note(out, {"converted_from": gguf.name, "gguf_bytes": size, "weights_sha256": tensors_sha256(hf)})
     report(f"converting {gguf.name} to safetensors", size, size)
+
+
+def _from_pretrained(where: Path | str, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """A causal language model, and what transformers tells of its loading.
+
+    Raises:
+        ModelError: where the tensors can't be put into the model at all.
+    """
+    with Reports() as reports:
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+            )
+            return loaded
+        except RuntimeError as error:
+            raise ModelError(reports.explain(error)) from error
+
+
+def _files_of(where: Path | str) -> Path:
+    """The directory that a model's files were read from; a hub's are in its cache by now."""
+    if isinstance(where, Path):
+        return where
+    return Path(str(cached_file(where, CONFIG_NAME, local_files_only=True))).parent
 
 
 def _dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype:
@@ -250,11 +274,6 @@ def _dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ModelError(f"no dtype {dtype!r}; use float32, bfloat16, float16 or auto")
     return found
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 class _quiet:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -178,7 +179,7 @@ def test_buffers_that_older_versions_saved_are_let_through(variant):
 def test_a_conversion_that_fails_names_the_tensors(tmp_path: Path):
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: Any = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = MixtralConfig(vocab_size=len(tiny_tokenizer()), num_hidden_layers=1, num_local_experts=4, **sizes)
     MixtralForCausalLM(config).save_pretrained(tmp_path)
     tiny_tokenizer(CHATML).save_pretrained(tmp_path)

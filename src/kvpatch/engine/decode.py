@@ -87,18 +87,18 @@ def decode(
         look: what to capture of attention; `marked` is of the cache's slots.
         places: rows decoded at a time; as many as there are, or as fit on the GPU, if None.
     Raises:
-        CacheError: where the seeds do not fit the batch.
+        CacheError: where the seeds do not fit the batch, or another model made the cache.
         ProtocolError: where the context has no room for the new tokens.
     """
     if len(seeds) != cache.batch:
         raise CacheError(f"{len(seeds)} seeds for a batch of {cache.batch}; give one a row")
     if max_new_tokens < 1:
         raise ProtocolError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    refuse_foreign(backbone, cache)
     fast = fast_of(backbone)
     longest = int(cache.pending_position.max()) + max_new_tokens
     if longest > backbone.geometry.context:
         raise ProtocolError(f"{longest} positions are needed; the model's context is {backbone.geometry.context}")
-    refuse_foreign(backbone, cache)
     request = Request(
         limit=max_new_tokens,
         sampling=Sampling(temperature, top_p, tuple(end_tokens)),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvpatch.cache import PAD, KVCache
 from kvpatch.engine.attention import Attention, AttentionCapture, Look
-from kvpatch.engine.decode import slab_of
+from kvpatch.engine.decode import refuse_foreign, slab_of
 from kvpatch.engine.passes import run_in_passes
 from kvpatch.errors import CacheError, ProtocolError
 from kvpatch.models.hf import Backbone, Edits
@@ -66,13 +66,14 @@ def score(
         edits: for a slice of the rows, changes to the queries, keys and values of what is fed.
         look: what to capture of attention; `marked` is of the cache's slots.
     Raises:
-        CacheError: where the continuations do not fit the batch.
+        CacheError: where the continuations do not fit the batch, or another model made the cache.
         ProtocolError: for an empty continuation, or one the context has no room for.
     """
     if len(continuations) != (cache.batch if of is None else len(of)):
         raise CacheError(f"{len(continuations)} continuations for a batch of {cache.batch}")
     if not all(row and all(row) for row in continuations):
         raise ProtocolError("a continuation is empty; give it at least one token")
+    refuse_foreign(backbone, cache)
     backbone.catch_up()
     longest = max(len(branch) for row in continuations for branch in row)
     starts = cache.pending_position.tolist()

@@ -61,7 +61,8 @@ def refuse_incomplete(hf: PreTrainedModel, info: Mapping[str, Any]) -> None:
         faults.append(f"holds {_some(shapes)}")
     faults += [" ".join(str(message).split()) for message in info.get("error_msgs") or []]
     if faults:
-        raise ModelError(f"the checkpoint {'; it '.join(faults)}. {_advice(hf, missing, unexpected)}")
+        others = unexpected or [name for name, *_ in mismatched]
+        raise ModelError(f"the checkpoint {'; it '.join(faults)}. {_advice(hf, missing, others)}")
 
 
 def refuse_doubtful_names(hf: PreTrainedModel, tensors: Sequence[tuple[str, str]]) -> None:
@@ -165,6 +166,16 @@ def tensors_of(directory: Path) -> list[tuple[str, str]]:
         read = _of_safetensors if suffix == "safetensors" else _of_pickle
         return [found for file in files for found in read(directory / file)]
     return []
+
+
+def damaged_file(directory: Path) -> str:
+    """Name of the first safetensors file that can't be opened, with a colon behind it; nothing where all can."""
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            safe_open(path, framework="pt")
+        except Exception:
+            return f"{path.name}: "
+    return ""
 
 
 class Reports(logging.Handler):

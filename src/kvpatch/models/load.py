@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from kvpatch.errors import ModelError
 from kvpatch.models.checkpoint import (
     Reports,
+    damaged_file,
     one_line,
     refuse_doubtful_names,
     refuse_incomplete,
@@ -103,7 +104,8 @@ def load_model(
             hf.to(device=torch.device(device))
             refuse_not_finite(hf)
         except Exception as error:
-            raise ModelError(f"{name}: {one_line(error)}") from error
+            file = damaged_file(where) if isinstance(where, Path) else ""
+            raise ModelError(f"{name}: {file}{one_line(error)}") from error
     hf.requires_grad_(False)
     return Loaded(hf, tokenizer, str(name), where if is_local else None, is_converted)
 

@@ -19,6 +19,7 @@ from kvpatch.errors import CacheError, ProtocolError
 from kvpatch.models.hf import Backbone, Geometry
 from kvpatch.models.load import Loaded, load_model
 from kvpatch.models.named import Progress
+from kvpatch.models.second_opinion import Opinion, second_opinion
 from kvpatch.models.template import EncodedPrompt, encode
 from kvpatch.patch import SlotQuery
 from kvpatch.selection import slot_mask
@@ -54,7 +55,10 @@ class Model:
         hf: the transformers model.
         tokenizer: its tokenizer.
         backbone: the model as the engine sees it.
+        opinion: how its logits compared with transformers' own when it was loaded; None if it was not loaded by `load`.
     """
+
+    opinion: Opinion | None = None
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
@@ -225,4 +229,6 @@ def load(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    return Model(loaded)
+    model = Model(loaded)
+    model.opinion = second_opinion(model.backbone, loaded)
+    return model

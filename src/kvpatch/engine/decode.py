@@ -96,7 +96,7 @@ def decode(
         raise ProtocolError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     longest = int(cache.pending_position.max()) + max_new_tokens
     if longest > backbone.geometry.context:
-        raise ProtocolError(f"{longest} positions are needed; the model's context is {backbone.geometry.context}")
+        raise ProtocolError(f"{longest} positions are needed; {backbone.geometry.limit}")
     _refuse_foreign(backbone, cache)
     request = Request(
         limit=max_new_tokens,

@@ -76,7 +76,7 @@ def score(
     longest = max(len(branch) for row in continuations for branch in row)
     last = int(cache.pending_position.max()) + longest
     if last > backbone.geometry.context:
-        raise ProtocolError(f"{last} positions are needed; the model's context is {backbone.geometry.context}")
+        raise ProtocolError(f"{last} positions are needed; {backbone.geometry.limit}")
     count, device = len(continuations), backbone.device
     branches, first = max(map(len, continuations)), max(len(row[0]) for row in continuations)
     geometry = backbone.geometry

@@ -227,7 +227,8 @@ FAULTS = (
         "random_head",
         "a checkpoint without an output head loads with a random one",
         "models/load.py",
-        (("            refuse_incomplete(hf, info)\n            refuse_doubtful_names", "            refuse_doubtful_names"),),
+        (("            refuse_incomplete(hf, info)\n            refuse_doubtful_names",
+          "            refuse_doubtful_names"),),
         "wired", "tests/models/test_checkpoints.py",
     ),
 )  # fmt: skip

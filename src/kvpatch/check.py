@@ -16,13 +16,16 @@ from kvpatch.cache import KVCache
 from kvpatch.engine.decode import decode, slab_of
 from kvpatch.engine.prefill import prefill
 from kvpatch.model import Model
-from kvpatch.models.hf import LayerEdit, native_greedy, native_logits
+from kvpatch.models.hf import LayerEdit, native_greedy
+from kvpatch.models.second_opinion import compare
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.patch import Frozen, Patch
 from kvpatch.rope import rotate
 
 BOUND = 1e-5
 NOISE_LIMIT = 5e-2
+CHECK_WORK = 10.0
+"""Work that a check may spend on long prompts, against that of loading."""
 _SOURCE = "Watch how each of these words arrives, and say what it is like to be the one that is choosing them now."
 _TARGET = "Explain how bread rises in a warm oven, and which of the usual steps a beginner can leave out safely."
 _SHIFT = 7
@@ -116,17 +119,11 @@ def _longer(prompt: EncodedPrompt) -> EncodedPrompt:
 
 
 def _model_logits(s: _Setup) -> tuple[float, str, float]:
-    windows = [w for w in s.model.geometry.windows if w]
-    want = min(max([64, *(w + 8 for w in windows)]), 1200, s.model.geometry.context - 1)
-    ids = (list(s.source_prompt.token_ids) * (want // len(s.source_prompt.token_ids) + 1))[:want]
-    tokens = torch.tensor([ids], device=s.model.backbone.device)
-    slab = s.model.backbone.slab(1, want)
-    hidden = s.model.backbone.forward(tokens, torch.arange(want, device=tokens.device)[None], slab)
-    with torch.no_grad():
-        ours = s.model.backbone.logits(hidden[:, -8:])
-    error = _off(ours, native_logits(s.model.hf, tokens)[:, -8:])
-    note = f"{want} tokens" + (f", past the window of {min(windows)}" if windows and want > min(windows) else "")
-    return error, note, max(s.bound, BOUND)
+    found = compare(s.model.backbone, CHECK_WORK)
+    windows = sorted({w for w in s.model.geometry.windows if w and w < found.lengths[-1]})
+    note = found.note + (f"; past the window of {' and '.join(map(str, windows))}" if windows else "")
+    bound = BOUND if s.model.backbone.dtype == torch.float32 else max(s.bound, found.bound)
+    return found.error, note, bound
 
 
 def _model_greedy(s: _Setup) -> tuple[float, str, float]:

@@ -21,6 +21,7 @@ from kvpatch.models.hf import Backbone, Geometry
 from kvpatch.models.load import Loaded, load_model
 from kvpatch.models.named import Progress
 from kvpatch.models.scaffold import Scaffold, scaffold_of
+from kvpatch.models.second_opinion import Opinion, second_opinion
 from kvpatch.models.template import EncodedPrompt, encode, has_template, settings_of
 from kvpatch.patch import Patch, SlotQuery
 from kvpatch.selection import chosen_layers, slot_mask, told
@@ -56,7 +57,10 @@ class Model:
         hf: the transformers model.
         tokenizer: its tokenizer.
         backbone: the model as the engine sees it.
+        opinion: how its logits compared with transformers' own when it was loaded; None if it was not loaded by `load`.
     """
+
+    opinion: Opinion | None = None
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
@@ -330,4 +334,6 @@ def load(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    return Model(loaded)
+    model = Model(loaded)
+    model.opinion = second_opinion(model.backbone, loaded)
+    return model

@@ -82,8 +82,7 @@ def plan_for(
         longest = max(len(encoders[key](prompt.text).token_ids) for prompt in bank.prompts)
         if longest + room > model.geometry.context:
             raise ProtocolError(
-                f"the longest prompt has {longest} tokens and {room} are to follow; "
-                f"the model's context is {model.geometry.context}"
+                f"the longest prompt has {longest} tokens and {room} are to follow; {model.geometry.limit}"
             )
     planning = {
         key: PlanningModel(

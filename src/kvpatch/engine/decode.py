@@ -98,7 +98,7 @@ def decode(
     fast = fast_of(backbone)
     longest = int(cache.pending_position.max()) + max_new_tokens
     if longest > backbone.geometry.context:
-        raise ProtocolError(f"{longest} positions are needed; the model's context is {backbone.geometry.context}")
+        raise ProtocolError(f"{longest} positions are needed; {backbone.geometry.limit}")
     request = Request(
         limit=max_new_tokens,
         sampling=Sampling(temperature, top_p, tuple(end_tokens)),

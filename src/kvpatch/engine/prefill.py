@@ -33,10 +33,9 @@ def prefill(backbone: Backbone, prompts: Sequence[EncodedPrompt]) -> KVCache:
     if not prompts:
         raise ProtocolError("there is no prompt to prefill")
     backbone.catch_up()
-    context = backbone.geometry.context
     for prompt in prompts:
-        if len(prompt.token_ids) > context:
-            raise ProtocolError(f"a prompt has {len(prompt.token_ids)} tokens; the model's context is {context}")
+        if len(prompt.token_ids) > backbone.geometry.context:
+            raise ProtocolError(f"a prompt has {len(prompt.token_ids)} tokens; {backbone.geometry.limit}")
     shared = _shared_beginning(prompts)
     beginning = _beginning(backbone, prompts[0].token_ids[:shared]) if shared else None
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))

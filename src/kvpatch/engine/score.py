@@ -80,7 +80,7 @@ def score(
     goes_on_from = range(cache.batch) if of is None else of
     last = max(starts[of_row] + max(map(len, row)) for of_row, row in zip(goes_on_from, continuations, strict=True))
     if last > backbone.geometry.context:
-        raise ProtocolError(f"{last} positions are needed; the model's context is {backbone.geometry.context}")
+        raise ProtocolError(f"{last} positions are needed; {backbone.geometry.limit}")
     count, device = len(continuations), backbone.device
     branches, first = max(map(len, continuations)), max(len(row[0]) for row in continuations)
     geometry = backbone.geometry

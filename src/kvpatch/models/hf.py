@@ -6,8 +6,9 @@ after RoPE and after the cache: the mask comes from explicit positions, and grou
 axis, so that keys and values are never repeated. The interface is registered under a name of its own and
 switched on only while a forward pass of ours runs; the model is untouched before and after.
 
-At load the model is probed with single tokens: how each layer turns its keys, which window it attends in, and whether
-our forward pass gives the model's own logits. A model that fails is refused with the reason.
+At load the model is probed with a few tokens: what it caches, how each layer turns its keys, what each layer attends to
+(`masks`), up to which length that holds (`limits`), and whether our forward pass gives the model's own logits. A model
+that fails is refused with the reason.
 """
 
 from __future__ import annotations
@@ -27,14 +28,18 @@ from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpatch.cache import PAD
-from kvpatch.errors import ModelError
+from kvpatch.errors import ModelError, ProtocolError
 from kvpatch.models.changes import ModelState, dropout_in_training, is_plain_linear, without_hooks
 from kvpatch.models.fingerprint import identity, tensors_sha256, vocabulary_sha256
+from kvpatch.models.limits import reset_rotaries, rotaries_that_grow, rotary_switch
+from kvpatch.models.masks import FURTHEST, read_masks
 from kvpatch.models.products import fast_products
 from kvpatch.rope import LayerRope, rotate
 
 ATTENTION = "kvpatch_slab"
 VOCABULARY_CHUNK = 16_384
+NO_CONTEXT = 1 << 30
+"""The context of a model whose configuration names none."""
 _PROBE_POSITION = 37
 
 
@@ -50,6 +55,7 @@ class Geometry:
         windows: attention window of each layer in tokens, None for full attention.
         rope: how each layer turns its keys.
         dtype: type of the keys that are cached.
+        ends_because: what changes past the context, where kvpatch ends it before the model does; else empty.
     """
 
     architecture: str
@@ -62,6 +68,17 @@ class Geometry:
     windows: tuple[int | None, ...]
     rope: tuple[LayerRope, ...]
     dtype: torch.dtype
+    ends_because: str = ""
+
+    @property
+    def limit(self) -> str:
+        """The context as the end of a sentence for a person."""
+        if not self.ends_because:
+            return f"the model's context is {self.context}"
+        return (
+            f"prompts of this model may have at most {self.context} tokens, new ones included: "
+            f"past that {self.ends_because}"
+        )
 
 
 @dataclass
@@ -234,8 +251,8 @@ class _Step:
     slot_branches: Tensor | None = None  # [batch, slots]
     edits: Edits = field(default_factory=dict)
     watch: Watch | None = None
-    windows: dict[int, int | None] = field(default_factory=dict)
-    query_heads: int = 0
+    windows: tuple[int | None, ...] = ()  # by layer; all look at all where empty, as while one token is probed
+    attended: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None  # by layer: query, key, value; None: not kept
     _bias: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
     def bias(self, window: int | None, groups: int = 1) -> Tensor:
@@ -276,22 +293,22 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention over the slab. query [batch, query_heads, queries, dim], key and value [batch, kv_heads, slots, dim];
-    returns [batch, queries, query_heads, dim]."""
+    returns [batch, queries, query_heads, dim]. Some modules pass a window, some don't: it is read off the masks."""
     step: _Step = _running.step
     layer = int(module.layer_idx)
-    step.windows[layer], step.query_heads = sliding_window, query.shape[1]
+    if step.attended is not None:
+        step.attended[layer] = (query, key, value)
     if edit := step.edits.get(layer):
         query = edit.apply("query", query)
     batch, heads, queries, dim = query.shape
     kv_heads = key.shape[1]
     groups = heads // kv_heads
     folded = query.reshape(batch, kv_heads, groups * queries, dim)
-    bias = step.bias(sliding_window, groups)
+    bias = step.bias(step.windows[layer] if step.windows else None, groups)
     if step.watch is not None:
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         step.watch.see(layer, Seen(query, key, bias[:, :, :queries], scale, softcap))
@@ -345,6 +362,7 @@ class Backbone:
         # A copied block has a configuration of its own.
         held = [self.config, *(vars(m).get("config") for m in self.decoder.modules())]
         self._configs = list({id(c): c for c in held if isinstance(c, type(self.config))}.values())
+        self._growing = rotaries_that_grow(self.decoder)
         self.geometry = _probe(self)
 
     @cached_property
@@ -391,6 +409,11 @@ class Backbone:
         self.state = ModelState.of(self.hf)
 
     @property
+    def name(self) -> str:
+        """transformers' name of the architecture."""
+        return type(self.hf).__name__
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.head.weight.device
@@ -425,15 +448,21 @@ class Backbone:
             watch: is shown what every layer's attention is made from.
         Returns:
             Hidden states [batch, new, width], after the final norm.
+        Raises:
+            ProtocolError: for a position past which the model's frequencies or masks would be others.
         """
         slab.extend(positions, branches)
         of_slots = None if branches is None else slab.branches[:, : slab.length]
-        step = _Step(slab.positions[:, : slab.length], positions, self.dtype, of_slots, edits or {}, watch)
+        if self.geometry.ends_because and int(positions.max()) >= self.geometry.context:
+            raise ProtocolError(f"position {int(positions.max())} is asked for; {self.geometry.limit}")
+        windows = self.geometry.windows
+        step = _Step(slab.positions[:, : slab.length], positions, self.dtype, of_slots, edits or {}, watch, windows)
         if watch is not None:
             watch.begin(token_ids, positions)
         return self._run(token_ids, positions.clamp(min=0), slab, step)
 
     def _run(self, token_ids: Tensor, position_ids: Tensor, slab: Slab, step: _Step) -> Tensor:
+        reset_rotaries(self._growing)
         with _slab_attention(self._configs, step), fast_products(self.head.weight):
             out = self.decoder(
                 input_ids=token_ids, position_ids=position_ids, use_cache=True, **{self._cache_argument: slab}
@@ -576,16 +605,15 @@ def _probe(backbone: Backbone) -> Geometry:
         at = torch.tensor([[position]], device=backbone.device)
         slab = backbone.slab(1, 1)
         slab.extend(at)
-        step = _Step(slab.positions, at, backbone.dtype)
+        step = _Step(slab.positions, at, backbone.dtype, attended={})
         with _explained(name), torch.no_grad():
             out = backbone._run(token, at, slab, step)
         hidden = out if hidden is None else hidden
         slabs.append(slab)
     assert hidden is not None
     assert step is not None
-    missing = [i for i, layer in enumerate(slabs[0].slab_layers) if not layer.is_initialized or i not in step.windows]
-    if missing:
-        raise ModelError(f"{name} keeps no key-value cache of its own in layer {missing[0]}, so it can't be patched")
+    assert step.attended is not None
+    _refuse_other_caches(name, slabs[1], step.attended)
     rope = tuple(_layer_rope(backbone, layer, slabs) for layer in range(layers))
     with _explained(name):
         own = native_logits(hf, token)[0, -1]
@@ -593,27 +621,89 @@ def _probe(backbone: Backbone) -> Geometry:
     scale = float(own.abs().max()) + 1e-9
     if not float((own - ours).abs().max()) / scale < (1e-3 if backbone.dtype == torch.float32 else 5e-2):
         raise ModelError(f"{name}: our forward pass does not give the model's own logits; it can't be patched safely")
+    context = int(getattr(config, "max_position_embeddings", 0) or NO_CONTEXT)
+    with _explained(name):
+        masks = read_masks(backbone.decoder, backbone._configs, layers, context, backbone.device)
+    ends = {context: ""}
+    if switch := rotary_switch(config):
+        ends[switch] = "its rotary frequencies change with the length"
+    for chunk in {mask.chunk for mask in masks if mask.chunk}:
+        ends[chunk] = "its attention is cut into chunks"
+    end = min(ends)
+    if context < NO_CONTEXT and end > _PROBE_POSITION + 1:
+        _refuse_frequencies_that_change(backbone, end, slabs[1])
     first = slabs[0].slab_layers[0]
     return Geometry(
         architecture=name,
         layers=layers,
-        query_heads=step.query_heads,
+        query_heads=step.attended[0][0].shape[1],
         kv_heads=first.keys.shape[1],
         head_dim=first.keys.shape[3],
         vocabulary=backbone.head.weight.shape[0],
-        context=int(getattr(config, "max_position_embeddings", 0) or 1 << 30),
-        windows=tuple(step.windows[layer] for layer in range(layers)),
+        context=end,
+        windows=tuple(mask.window for mask in masks),
         rope=rope,
         dtype=first.keys.dtype,
+        ends_because=ends[end],
     )
+
+
+def _refuse_other_caches(name: str, slab: Slab, attended: Mapping[int, tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Stop where a layer caches anything but the keys and values that its attention uses.
+
+    `slab` holds one token, `attended` the queries, keys and values of each layer in the same pass. Heads may be
+    repeated between the two, but each must be one that is cached.
+    """
+    for number, layer in enumerate(slab.slab_layers):
+        if not layer.is_initialized or number not in attended:
+            raise ModelError(f"{name} keeps no key-value cache of its own in layer {number}, so it can't be patched")
+        keys, values = layer.keys.shape, layer.values.shape
+        if not all(_are_heads_of(u, c) for u, c in zip(attended[number][1:], (layer.keys, layer.values), strict=True)):
+            raise ModelError(
+                f"{name} caches other things than the keys and values that it attends to, such as the latent and the "
+                f"rotary part of multi-head latent attention (layer {number} caches {keys[1]} x {keys[3]} and "
+                f"{values[1]} x {values[3]} numbers a token); kvpatch can't patch that"
+            )
+        if keys != values:
+            raise ModelError(
+                f"{name} caches keys of {keys[1]} heads of {keys[3]} numbers, but values of {values[1]} heads of "
+                f"{values[3]}, in layer {number}; kvpatch wants the two of one shape"
+            )
+
+
+def _are_heads_of(used: Tensor, cached: Tensor) -> bool:
+    """Whether each head of [1, heads, 1, dim] is one of the cached heads."""
+    if used.shape[3] != cached.shape[3]:
+        return False
+    return bool((used[0, :, None] == cached[0, None]).all(dim=(2, 3)).any(dim=1).all())
+
+
+def _refuse_frequencies_that_change(backbone: Backbone, context: int, slab: Slab) -> None:
+    """Stop where a token's keys depend on how long the pass is in which they are made: a token at the probe position
+    has others beside a token at the end of the context than alone, as in `slab`."""
+    at = torch.tensor([[_PROBE_POSITION, min(context, FURTHEST) - 1]], device=backbone.device)
+    token = backbone.config.vocab_size // 2
+    beside = backbone.slab(1, 2)
+    beside.extend(at)
+    step = _Step(beside.positions, at, backbone.dtype)
+    with _explained(backbone.name):
+        backbone._run(torch.full_like(at, token), at, beside, step)
+    for layer, (one, two) in enumerate(zip(slab.slab_layers, beside.slab_layers, strict=True)):
+        if _off(two.keys[:, :, :1].float(), one.keys.float()) > _bound(backbone):
+            raise ModelError(
+                f"{backbone.name}: the keys of layer {layer} depend on how long the text is, in a way kvpatch does not "
+                "know, so cached keys can't be patched"
+            )
 
 
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
     try:
         yield
-    except ModelError:
-        raise
+    except ModelError as error:
+        if str(error).startswith(name):
+            raise
+        raise ModelError(f"{name}: {error}") from error
     except Exception as error:
         raise ModelError(f"{name} can't be run over a cache of ours: {type(error).__name__}: {error}") from error
 
@@ -621,25 +711,30 @@ def _explained(name: str) -> Iterator[None]:
 def _layer_rope(backbone: Backbone, layer: int, slabs: list[Slab]) -> LayerRope:
     """The rotation that turns a layer's key at position 0 into its key at the probe position."""
     (k0, v0), (k1, v1) = ((s.slab_layers[layer].keys.float(), s.slab_layers[layer].values.float()) for s in slabs)
-    bound = 1e-3 if backbone.dtype == torch.float32 else 3e-2
-
-    def off(a: Tensor, b: Tensor) -> float:
-        return float((a - b).norm() / (b.norm() + 1e-9))
-
-    if off(v0, v1) > bound:
+    bound = _bound(backbone)
+    if _off(v0, v1) > bound:
         return LayerRope("absolute")
     candidates = [LayerRope("none")]
     for frequencies in _frequencies(backbone.hf):
         candidates += [LayerRope("half", frequencies), LayerRope("interleaved", frequencies)]
     delta = torch.tensor([[_PROBE_POSITION]], device=k0.device)
     fitting = [c for c in candidates if c.rotary_dim <= k0.shape[3]]
-    best = min(fitting, key=lambda c: off(rotate(k0, delta, c), k1))
-    if off(rotate(k0, delta, best), k1) > bound:
+    best = min(fitting, key=lambda c: _off(rotate(k0, delta, c), k1))
+    if _off(rotate(k0, delta, best), k1) > bound:
         raise ModelError(
             f"{type(backbone.hf).__name__}: layer {layer} turns its keys in a way kvpatch does not know, "
             "so cached keys can't be moved"
         )
     return best
+
+
+def _bound(backbone: Backbone) -> float:
+    """What two ways of making the same keys may differ by, over their norm."""
+    return 1e-3 if backbone.dtype == torch.float32 else 3e-2
+
+
+def _off(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / (b.norm() + 1e-9))
 
 
 def _frequencies(hf: PreTrainedModel) -> list[tuple[float, ...]]:

@@ -1,0 +1,283 @@
+"""A second opinion at load: the engine's logits against transformers' own, where the model may begin to do otherwise.
+
+The engine runs a batch of unequal lengths over its slab, fed in pieces. The reference is the model's own uncached
+forward pass, each row alone and unpadded, under its own masks and its own attention. The lengths lie on both sides of
+every limit that the configuration names (`limits`). Tokens are random and distinct, so that their order counts.
+
+A model that agrees is not asked again: the answer is stored under a hash of all that it rests on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpatch.cache import PAD
+from kvpatch.errors import ModelError
+from kvpatch.models.hf import Backbone
+from kvpatch.models.limits import lengths_around, named_limits
+from kvpatch.models.load import Loaded
+from kvpatch.models.named import cache_directory
+
+BOUND = 1e-4
+"""Largest difference of a logit in float32, over the largest logit."""
+READ = 16
+"""Last positions of each row whose logits are compared; by causality they stand for prompts that end there."""
+PIECE = 512
+"""Tokens the engine is fed at a time."""
+WORK = {"cpu": 3e11, "cuda": 3e13}
+"""Multiplications that may be spent on lengths past the shortest two: a few seconds."""
+DRAWS = 3
+"""Prompts that a model of experts is given before it is said to differ: rounding may send a token to another expert."""
+SMALL_ENOUGH_TO_HASH = 1 << 26
+"""Bytes of weights up to which the files' content is hashed; larger ones are known by name, size and time."""
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What was compared, and how far the logits were apart.
+
+    Attributes:
+        lengths: tokens of the prompts, rising.
+        left_out: limits that would have taken too long to reach, in tokens.
+        error, at: largest difference over the largest logit, and the prompt's length there.
+        bound: what it must stay under.
+    """
+
+    lengths: tuple[int, ...]
+    left_out: tuple[int, ...]
+    error: float
+    at: int
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the logits agree."""
+        return self.error <= self.bound
+
+    @property
+    def note(self) -> str:
+        """How far was compared, for a person."""
+        far = f"prompts of {self.lengths[0]} to {self.lengths[-1]} tokens"
+        return far + (f", not past {_listed(self.left_out)}: too long" if self.left_out else "")
+
+
+def second_opinion(backbone: Backbone, loaded: Loaded) -> Opinion:
+    """Compare a model's logits with transformers' own, or read what came out when this was done before.
+
+    Raises:
+        ModelError: where they differ; names the architecture, the length and the difference.
+    """
+    place = _place(backbone, loaded)
+    if place is not None and (known := _read(*place)):
+        return known
+    found = compare(backbone)
+    if not found.holds:
+        raise ModelError(
+            f"{backbone.geometry.architecture}: with {found.at} tokens kvpatch's logits differ from transformers' own "
+            f"by {found.error:.2g} of the largest logit (at most {found.bound:.2g} may come of rounding); it can't be "
+            "patched safely"
+        )
+    if place is not None:
+        # Where nothing can be written the model is asked again next time.
+        with contextlib.suppress(OSError):
+            _write(*place, found)
+    return found
+
+
+@torch.no_grad()
+def compare(backbone: Backbone, work: float = 1.0) -> Opinion:
+    """Compare logits at every length that matters.
+
+    Args:
+        work: how much may be spent on long prompts, 1 as at load.
+    """
+    lengths, left_out = lengths_to_compare(backbone, work)
+    bound = BOUND if backbone.dtype == torch.float32 else _bound_of_noise(backbone, lengths[-1])
+    errors = _errors(backbone, lengths, 0)
+    for seed in range(1, DRAWS if _has_experts(backbone.config) else 1):
+        if all(error <= bound for error in errors):
+            break
+        errors = [min(pair) for pair in zip(errors, _errors(backbone, lengths, seed), strict=True)]
+    worst = max(range(len(lengths)), key=lambda i: errors[i])
+    return Opinion(tuple(lengths), left_out, errors[worst], lengths[worst], bound)
+
+
+def lengths_to_compare(backbone: Backbone, work: float = 1.0) -> tuple[list[int], tuple[int, ...]]:
+    """Lengths of prompts on both sides of every limit, and the limits left out as too dear."""
+    geometry = backbone.geometry
+    limits = {*named_limits(backbone.config, geometry.context), *(w for w in geometry.windows if w)}
+    if geometry.ends_because:
+        limits.add(geometry.context)
+    reached: list[int] = []
+    left = work * WORK.get(backbone.device.type, WORK["cpu"])
+    for limit in sorted(limits):
+        left -= sum(_work(backbone, length) for length in lengths_around([limit], geometry.context)[-2:])
+        if left < 0:
+            break
+        reached.append(limit)
+    return lengths_around(reached, geometry.context), tuple(sorted(limits - set(reached)))
+
+
+def _work(backbone: Backbone, length: int) -> float:
+    """Multiplications of one row, run by the model and by the engine."""
+    geometry = backbone.geometry
+    weights = sum(p.numel() for p in backbone.blocks.parameters())
+    attention = 2 * geometry.layers * geometry.query_heads * geometry.head_dim * length
+    return 2 * length * (weights + attention)
+
+
+def _errors(backbone: Backbone, lengths: Sequence[int], seed: int) -> list[float]:
+    """The largest difference of a logit at each length, over the largest logit. Each longer row is run together with
+    the shortest one, so that a batch is unequal and little of it padding."""
+    rows = [_tokens(backbone, length, seed) for length in lengths]
+    found = [_off(alone, of_model(backbone, rows[0])) for alone in of_engine(backbone, rows[:1])]
+    for row in rows[1:]:
+        short, long = of_engine(backbone, [rows[0], row])
+        found[0] = max(found[0], _off(short, of_model(backbone, rows[0])))
+        found.append(_off(long, of_model(backbone, row)))
+    return found
+
+
+def of_engine(backbone: Backbone, rows: Sequence[Tensor]) -> list[Tensor]:
+    """Logits of the last `READ` tokens of each row by the engine, the rows one batch; [tokens, vocabulary] a row."""
+    width = max(map(len, rows))
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64, device=backbone.device)
+    positions = torch.full_like(tokens, PAD)
+    for number, row in enumerate(rows):
+        tokens[number, width - len(row) :] = row
+        positions[number, width - len(row) :] = torch.arange(len(row), device=backbone.device)
+    slab, states = backbone.slab(len(rows), width), []
+    # The last piece is short, so that it looks back on slots of a pass before.
+    ends = [*range(PIECE, width - READ, PIECE), *([width - READ] if width > READ else []), width]
+    for low, high in zip([0, *ends], ends, strict=False):
+        states.append(backbone.forward(tokens[:, low:high], positions[:, low:high], slab))
+    logits = backbone.logits(torch.cat(states, dim=1)[:, -READ:])
+    return [logits[number, -min(READ, len(row)) :] for number, row in enumerate(rows)]
+
+
+def of_model(backbone: Backbone, row: Tensor) -> Tensor:
+    """The same of one row by transformers alone, uncached."""
+    hf: Any = backbone.hf
+    less = {"logits_to_keep": READ} if "logits_to_keep" in inspect.signature(hf.forward).parameters else {}
+    return hf(input_ids=row[None], use_cache=False, **less)[0][0, -READ:].float()
+
+
+def _tokens(backbone: Backbone, length: int, seed: int) -> Tensor:
+    """Random token ids, all distinct as far as the vocabulary goes."""
+    generator = torch.Generator().manual_seed(seed)
+    known = min(backbone.geometry.vocabulary, int(backbone.hf.get_input_embeddings().weight.shape[0]))
+    turns = [torch.randperm(known, generator=generator) for _ in range(-(-length // known))]
+    return torch.cat(turns)[:length].to(backbone.device)
+
+
+def _bound_of_noise(backbone: Backbone, longest: int) -> float:
+    """Ten times what rounding alone does to the model's own logits, at least one rounding: the same row alone, and with
+    one more token behind it or another row beside it, which takes products of another shape."""
+    row = _tokens(backbone, min(longest, backbone.geometry.context - 1), 0)
+    alone = of_model(backbone, row)
+    longer = torch.cat([row, row[:1]])
+    hf: Any = backbone.hf
+    off = [
+        _off(hf(input_ids=rows, use_cache=False)[0][0, : len(row)][-READ:].float(), alone)
+        for rows in (longer[None], torch.stack([row, row.flip(0)]))
+    ]
+    return 10 * max(*off, torch.finfo(backbone.dtype).eps / 2)
+
+
+def _off(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected value; infinite where either is no number."""
+    off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    return off if off == off else float("inf")
+
+
+def _has_experts(config: Any) -> bool:
+    """Whether tokens are sent to some of many experts, so that a hair's breadth decides."""
+    return any("expert" in name and isinstance(value, int) and value > 1 for name, value in config.to_dict().items())
+
+
+# --- what is remembered ---
+
+
+def _place(backbone: Backbone, loaded: Loaded) -> tuple[Path, str] | None:
+    """The file and key under which a model's opinion is kept; None where what it rests on has no hash."""
+    weights = _identity(loaded)
+    if weights is None:
+        return None
+    device = backbone.device
+    parts = [
+        weights,
+        backbone.hf.config.to_json_string(use_diff=False),
+        str(backbone.hf.config._attn_implementation),
+        str(backbone.dtype),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        *(version(name) for name in ("kvpatch", "transformers", "torch")),
+        _own_sources(),
+    ]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    if loaded.is_converted and loaded.directory is not None:
+        return loaded.directory / "second_opinion.json", key
+    return cache_directory() / "opinions" / f"{key[:32]}.json", key
+
+
+def _identity(loaded: Loaded) -> str | None:
+    """What tells a model's weights and code from others': its files, or the hub's commit."""
+    if loaded.directory is None:
+        commit = getattr(loaded.hf.config, "_commit_hash", None)
+        return f"{loaded.name}@{commit}" if commit else None
+    weights = sorted(p for ending in ("safetensors", "bin") for p in loaded.directory.glob(f"*.{ending}"))
+    is_small = sum(p.stat().st_size for p in weights) <= SMALL_ENOUGH_TO_HASH
+    total = hashlib.sha256()
+    for path in [*weights, *sorted(loaded.directory.glob("*.py"))]:
+        total.update(path.name.encode())
+        if is_small or path.suffix == ".py":
+            total.update(path.read_bytes())
+        else:
+            total.update(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    return total.hexdigest()
+
+
+def _own_sources() -> str:
+    """Hash of the code that the engine's logits come from: a checkout changes without its version changing."""
+    total = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def _read(path: Path, key: str) -> Opinion | None:
+    try:
+        kept = json.loads(path.read_text()).get(key)
+        if kept is None:
+            return None
+        lengths, left_out = tuple(kept["lengths"]), tuple(kept["left_out"])
+        return Opinion(lengths, left_out, float(kept["error"]), int(kept["at"]), float(kept["bound"]))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return None  # not there, or not written by this version: ask again
+
+
+def _write(path: Path, key: str, opinion: Opinion) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        kept = json.loads(path.read_text())
+    except (OSError, ValueError):
+        kept = {}
+    part.write_text(json.dumps({**kept, key: dataclasses.asdict(opinion)}, indent=1))
+    os.replace(part, path)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return " and ".join(map(str, numbers))

@@ -29,6 +29,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvpatch.cache import PAD
 from kvpatch.errors import ModelError, ProtocolError
+from kvpatch.models.cached import refuse_other_caches
 from kvpatch.models.changes import ModelState, dropout_in_training, is_plain_linear, without_hooks
 from kvpatch.models.fingerprint import identity, tensors_sha256, vocabulary_sha256
 from kvpatch.models.limits import reset_rotaries, rotaries_that_grow, rotary_switch
@@ -613,7 +614,7 @@ def _probe(backbone: Backbone) -> Geometry:
     assert hidden is not None
     assert step is not None
     assert step.attended is not None
-    _refuse_other_caches(name, slabs[1], step.attended)
+    refuse_other_caches(name, slabs[1].slab_layers, step.attended)
     rope = tuple(_layer_rope(backbone, layer, slabs) for layer in range(layers))
     with _explained(name):
         own = native_logits(hf, token)[0, -1]
@@ -648,38 +649,8 @@ def _probe(backbone: Backbone) -> Geometry:
     )
 
 
-def _refuse_other_caches(name: str, slab: Slab, attended: Mapping[int, tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Stop where a layer caches anything but the keys and values that its attention uses.
-
-    `slab` holds one token, `attended` the queries, keys and values of each layer in the same pass. Heads may be
-    repeated between the two, but each must be one that is cached.
-    """
-    for number, layer in enumerate(slab.slab_layers):
-        if not layer.is_initialized or number not in attended:
-            raise ModelError(f"{name} keeps no key-value cache of its own in layer {number}, so it can't be patched")
-        keys, values = layer.keys.shape, layer.values.shape
-        if not all(_are_heads_of(u, c) for u, c in zip(attended[number][1:], (layer.keys, layer.values), strict=True)):
-            raise ModelError(
-                f"{name} caches other things than the keys and values that it attends to, such as the latent and the "
-                f"rotary part of multi-head latent attention (layer {number} caches {keys[1]} x {keys[3]} and "
-                f"{values[1]} x {values[3]} numbers a token); kvpatch can't patch that"
-            )
-        if keys != values:
-            raise ModelError(
-                f"{name} caches keys of {keys[1]} heads of {keys[3]} numbers, but values of {values[1]} heads of "
-                f"{values[3]}, in layer {number}; kvpatch wants the two of one shape"
-            )
-
-
-def _are_heads_of(used: Tensor, cached: Tensor) -> bool:
-    """Whether each head of [1, heads, 1, dim] is one of the cached heads."""
-    if used.shape[3] != cached.shape[3]:
-        return False
-    return bool((used[0, :, None] == cached[0, None]).all(dim=(2, 3)).any(dim=1).all())
-
-
 def _refuse_frequencies_that_change(backbone: Backbone, context: int, slab: Slab) -> None:
-    """Stop where a token's keys depend on how long the pass is in which they are made: a token at the probe position
+    """Stop where a token's keys depend on how long the pass is that makes them: whether a token at the probe position
     has others beside a token at the end of the context than alone, as in `slab`."""
     at = torch.tensor([[_PROBE_POSITION, min(context, FURTHEST) - 1]], device=backbone.device)
     token = backbone.config.vocab_size // 2

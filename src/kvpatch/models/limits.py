@@ -33,7 +33,7 @@ def named_limits(config: Any, context: int) -> dict[int, str]:
         for name, value in settings.items():
             if isinstance(value, Mapping):
                 look(value)
-            elif isinstance(value, int) and not isinstance(value, bool) and WORDS.search(name) and 1 < value < context:
+            elif type(value) is int and 1 < value < context and WORDS.search(name) and "pattern" not in name:
                 found.setdefault(value, name)
 
     look(config.to_dict())

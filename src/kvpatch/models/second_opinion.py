@@ -86,9 +86,8 @@ def second_opinion(backbone: Backbone, loaded: Loaded) -> Opinion:
     found = compare(backbone)
     if not found.holds:
         raise ModelError(
-            f"{backbone.geometry.architecture}: with {found.at} tokens kvpatch's logits differ from transformers' own "
-            f"by {found.error:.2g} of the largest logit (at most {found.bound:.2g} may come of rounding); it can't be "
-            "patched safely"
+            f"{backbone.geometry.architecture}: with {found.at} tokens kvpatch's logits differ from transformers' by "
+            f"{found.error:.2g} of the largest logit (rounding explains {found.bound:.2g}); it can't be patched safely"
         )
     if place is not None:
         # Where nothing can be written the model is asked again next time.
@@ -140,14 +139,17 @@ def _work(backbone: Backbone, length: int) -> float:
 
 
 def _errors(backbone: Backbone, lengths: Sequence[int], seed: int) -> list[float]:
-    """The largest difference of a logit at each length, over the largest logit. Each longer row is run together with
-    the shortest one, so that a batch is unequal and little of it padding."""
+    """The largest difference of a logit at each length, over the largest logit.
+
+    The engine runs two neighbours of the list at a time, a batch that is unequal and holds little padding.
+    """
     rows = [_tokens(backbone, length, seed) for length in lengths]
-    found = [_off(alone, of_model(backbone, rows[0])) for alone in of_engine(backbone, rows[:1])]
-    for row in rows[1:]:
-        short, long = of_engine(backbone, [rows[0], row])
-        found[0] = max(found[0], _off(short, of_model(backbone, rows[0])))
-        found.append(_off(long, of_model(backbone, row)))
+    expected = [of_model(backbone, row) for row in rows]
+    found = [0.0] * len(rows)
+    for first in sorted({0, *range(len(rows) % 2, len(rows), 2)}):
+        pair = range(first, min(first + 2, len(rows)))
+        for place, logits in zip(pair, of_engine(backbone, [rows[i] for i in pair]), strict=True):
+            found[place] = max(found[place], _off(logits, expected[place]))
     return found
 
 
@@ -178,7 +180,8 @@ def of_model(backbone: Backbone, row: Tensor) -> Tensor:
 def _tokens(backbone: Backbone, length: int, seed: int) -> Tensor:
     """Random token ids, all distinct as far as the vocabulary goes."""
     generator = torch.Generator().manual_seed(seed)
-    known = min(backbone.geometry.vocabulary, int(backbone.hf.get_input_embeddings().weight.shape[0]))
+    embedding: Any = backbone.hf.get_input_embeddings()
+    known = min(backbone.geometry.vocabulary, len(embedding.weight))
     turns = [torch.randperm(known, generator=generator) for _ in range(-(-length // known))]
     return torch.cat(turns)[:length].to(backbone.device)
 
@@ -187,13 +190,12 @@ def _bound_of_noise(backbone: Backbone, longest: int) -> float:
     """Ten times what rounding alone does to the model's own logits, at least one rounding: the same row alone, and with
     one more token behind it or another row beside it, which takes products of another shape."""
     row = _tokens(backbone, min(longest, backbone.geometry.context - 1), 0)
-    alone = of_model(backbone, row)
-    longer = torch.cat([row, row[:1]])
+    alone, longer = of_model(backbone, row), torch.cat([row, row[:1]])
     hf: Any = backbone.hf
-    off = [
-        _off(hf(input_ids=rows, use_cache=False)[0][0, : len(row)][-READ:].float(), alone)
-        for rows in (longer[None], torch.stack([row, row.flip(0)]))
-    ]
+    off = []
+    for rows in (longer[None], torch.stack([row, row.flip(0)])):
+        logits = hf(input_ids=rows, use_cache=False)[0][0, : len(row)]
+        off.append(_off(logits[-READ:].float(), alone))
     return 10 * max(*off, torch.finfo(backbone.dtype).eps / 2)
 
 
@@ -260,11 +262,9 @@ def _own_sources() -> str:
 def _read(path: Path, key: str) -> Opinion | None:
     try:
         kept = json.loads(path.read_text()).get(key)
-        if kept is None:
-            return None
-        lengths, left_out = tuple(kept["lengths"]), tuple(kept["left_out"])
-        return Opinion(lengths, left_out, float(kept["error"]), int(kept["at"]), float(kept["bound"]))
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (kept or {}).items()}
+        return Opinion(**settings) if settings else None
+    except (OSError, ValueError, TypeError, AttributeError):
         return None  # not there, or not written by this version: ask again
 
 

@@ -22,6 +22,7 @@ from kvpatch.models.checkpoint import (
     Reports,
     damaged_file,
     one_line,
+    recompute_buffers,
     refuse_doubtful_names,
     refuse_incomplete,
     refuse_not_finite,
@@ -94,6 +95,7 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(where, **settings)
             hf, info = _from_pretrained(where, dtype=kind, use_safetensors=None if allow_pickle else True, **settings)
             refuse_incomplete(hf, info)
+            recompute_buffers(hf)
             refuse_doubtful_names(hf, tensors_of(_files_of(where)))
             hf.to(device=torch.device(device))
             refuse_not_finite(hf)

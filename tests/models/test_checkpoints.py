@@ -52,7 +52,7 @@ def variant(tiny_dirs, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def refusal(where: Path, **settings: object) -> str:
+def refusal(where: Path, **settings: Any) -> str:
     with pytest.raises(ModelError) as error:
         load_model(where, device="cpu", **settings)
     assert "\n" not in str(error.value)
@@ -258,6 +258,56 @@ def test_weights_too_large_for_a_type_are_refused_in_it_and_read_in_another(vari
 def test_errors_are_told_on_one_line_with_what_follows_a_heading():
     assert one_line(RuntimeError("Error(s) in loading:\n\tlm_head is odd\n")) == "Error(s) in loading: lm_head is odd"
     assert one_line(KeyError()) == "KeyError"
+
+
+# --- remote code ---
+
+REMOTE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OddConfig(LlamaConfig):
+    model_type = "odd_llama"
+
+
+class OddForCausalLM(LlamaForCausalLM):
+    config_class = OddConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("tones", torch.arange(1000.0) + 1, persistent=False)
+"""
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with code of its own, whose constructor computes a buffer that is not saved."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    where = tmp_path / "odd"
+    tiny_hf("llama").save_pretrained(where)
+    tiny_tokenizer(CHATML).save_pretrained(where)
+    (where / "odd.py").write_text(REMOTE)
+    config = json.loads((where / "config.json").read_text())
+    config |= {"model_type": "odd_llama", "architectures": ["OddForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddForCausalLM"}
+    (where / "config.json").write_text(json.dumps(config))
+    return where
+
+
+def test_remote_code_has_the_buffers_that_its_constructor_computes(remote: Path):
+    for _ in range(3):
+        hf: Any = load_model(remote, device="cpu", trust_remote_code=True).hf
+        assert hf.is_custom_code()
+        assert torch.equal(hf.tones, torch.arange(1000.0) + 1)
+    assert torch.equal(hf.model.rotary_emb.inv_freq, tiny_hf("llama").model.rotary_emb.inv_freq)
+
+
+def test_remote_code_is_held_to_its_tensors_too(remote: Path):
+    tensors = load_file(remote / "model.safetensors")
+    save_file(without(DOWN)(tensors), remote / "model.safetensors", {"format": "pt"})
+    assert f"lacks {DOWN}" in refusal(remote, trust_remote_code=True)
 
 
 # --- hashes ---

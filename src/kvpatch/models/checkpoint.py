@@ -6,6 +6,7 @@ transformers fills a missing tensor with random numbers and leaves an unknown on
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 from safetensors import safe_open
 from torch import Tensor
@@ -133,6 +135,23 @@ def refuse_unread(hf: PreTrainedModel, gguf: Path) -> None:
         f"{left} numbers of {gguf.name} have no place in {type(hf).__name__} (probably {_some(unread)}), so it would "
         "not be the same model; give the model as safetensors"
     )
+
+
+@torch.no_grad()
+def recompute_buffers(hf: PreTrainedModel) -> None:
+    """Give a model of remote code the buffers that its constructor computes and no checkpoint holds.
+
+    transformers makes models without memory and computes such buffers again for its own classes alone; in remote code
+    it leaves whatever the memory held.
+    """
+    kept = set(hf.state_dict())
+    if not hf.is_custom_code() or all(name in kept for name, _ in hf.named_buffers()):
+        return
+    with init_empty_weights(include_buffers=False):
+        fresh = dict(type(hf)(copy.deepcopy(hf.config)).named_buffers())
+    for name, buffer in hf.named_buffers():
+        if name not in kept and name in fresh and not fresh[name].is_meta:
+            buffer.copy_(fresh[name])
 
 
 def refuse_not_finite(hf: PreTrainedModel) -> None:

@@ -22,6 +22,7 @@ from kvpatch.models.checkpoint import (
     Reports,
     damaged_file,
     one_line,
+    recompute_buffers,
     refuse_doubtful_names,
     refuse_incomplete,
     refuse_not_finite,
@@ -100,6 +101,7 @@ def load_model(
                 **settings,
             )
             refuse_incomplete(hf, info)
+            recompute_buffers(hf)
             refuse_doubtful_names(hf, tensors_of(_files_of(where)))
             hf.to(device=torch.device(device))
             refuse_not_finite(hf)

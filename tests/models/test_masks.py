@@ -195,13 +195,13 @@ def test_other_masks_are_refused(name: str):
 
 def test_bidirectional_gemma3_is_refused_by_name():
     hf = tiny_of("Gemma3TextConfig", head_dim=12, sliding_window=W, use_bidirectional_attention=True)
-    with pytest.raises(ModelError, match="^Gemma3ForCausalLM: layer 0 lets tokens see later ones") as refusal:
+    with pytest.raises(ModelError, match=r"^Gemma3ForCausalLM: layer 0 lets tokens see later ones") as refusal:
         Backbone(hf)
     assert "\n" not in str(refusal.value)
 
 
 def test_doge_whose_mask_depends_on_the_values_is_refused_by_name():
-    with pytest.raises(ModelError, match="^DogeForCausalLM: layer 0 makes a mask of its own"):
+    with pytest.raises(ModelError, match=r"^DogeForCausalLM: layer 0 makes a mask of its own"):
         Backbone(tiny_of("DogeConfig"))
 
 
@@ -217,7 +217,7 @@ def test_a_layer_that_hides_more_in_longer_texts_only_is_refused(monkeypatch: py
         return forward(hidden_states, position_embeddings=position_embeddings, attention_mask=changed, **rest)
 
     monkeypatch.setattr(attention, "forward", sparse)
-    with pytest.raises(ModelError, match="layer 1 makes a mask of its own"):
+    with pytest.raises(ModelError, match=r"layer 1 makes a mask of its own"):
         Backbone(hf)
 
 
@@ -236,5 +236,5 @@ def test_the_context_of_a_model_that_attends_in_chunks_is_its_first_chunk(chunke
     ids = torch.tensor([random_prompts([16])[0].token_ids])
     ours = backbone.logits(backbone.forward(ids, torch.arange(16)[None], backbone.slab(1, 16)))
     assert off(ours, native_logits(chunked, ids)) < 1e-5
-    with pytest.raises(ProtocolError, match="at most 16 tokens, new ones included: past that its attention is cut"):
+    with pytest.raises(ProtocolError, match=r"at most 16 tokens, new ones included: past that its attention is cut"):
         prefill(backbone, random_prompts([17]))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -631,8 +631,8 @@ def _probe(backbone: Backbone) -> Geometry:
     for chunk in {mask.chunk for mask in masks if mask.chunk}:
         ends[chunk] = "its attention is cut into chunks"
     end = min(ends)
-    if context < NO_CONTEXT and end > _PROBE_POSITION + 1:
-        _refuse_frequencies_that_change(backbone, end, slabs[1])
+    if context < NO_CONTEXT and end > _PROBE_POSITION + 2:
+        _refuse_frequencies_that_change(backbone, end, rope)
     first = slabs[0].slab_layers[0]
     return Geometry(
         architecture=name,
@@ -649,18 +649,20 @@ def _probe(backbone: Backbone) -> Geometry:
     )
 
 
-def _refuse_frequencies_that_change(backbone: Backbone, context: int, slab: Slab) -> None:
-    """Stop where a token's keys depend on how long the pass is that makes them: whether a token at the probe position
-    has others beside a token at the end of the context than alone, as in `slab`."""
-    at = torch.tensor([[_PROBE_POSITION, min(context, FURTHEST) - 1]], device=backbone.device)
-    token = backbone.config.vocab_size // 2
-    beside = backbone.slab(1, 2)
-    beside.extend(at)
-    step = _Step(beside.positions, at, backbone.dtype)
-    with _explained(backbone.name):
-        backbone._run(torch.full_like(at, token), at, beside, step)
-    for layer, (one, two) in enumerate(zip(slab.slab_layers, beside.slab_layers, strict=True)):
-        if _off(two.keys[:, :, :1].float(), one.keys.float()) > _bound(backbone):
+def _refuse_frequencies_that_change(backbone: Backbone, context: int, rope: Sequence[LayerRope]) -> None:
+    """Stop where a token's keys depend on how long the pass is that makes them: whether it has others beside a token at
+    the next position than beside one at the end of the context. Of the layers that turn keys alike, the first tells:
+    there rounding has added up least."""
+    token, slabs = backbone.config.vocab_size // 2, []
+    for other in (_PROBE_POSITION + 1, min(context, FURTHEST) - 1):
+        at = torch.tensor([[_PROBE_POSITION, other]], device=backbone.device)
+        slabs.append(backbone.slab(1, 2))
+        slabs[-1].extend(at)
+        with _explained(backbone.name):
+            backbone._run(torch.full_like(at, token), at, slabs[-1], _Step(slabs[-1].positions, at, backbone.dtype))
+    for layer in {rope.index(kind) for kind in rope}:
+        near, far = (slab.slab_layers[layer].keys[:, :, :1].float() for slab in slabs)
+        if _off(far, near) > _bound(backbone):
             raise ModelError(
                 f"{backbone.name}: the keys of layer {layer} depend on how long the text is, in a way kvpatch does not "
                 "know, so cached keys can't be patched"
@@ -691,7 +693,8 @@ def _layer_rope(backbone: Backbone, layer: int, slabs: list[Slab]) -> LayerRope:
     delta = torch.tensor([[_PROBE_POSITION]], device=k0.device)
     fitting = [c for c in candidates if c.rotary_dim <= k0.shape[3]]
     best = min(fitting, key=lambda c: _off(rotate(k0, delta, c), k1))
-    if _off(rotate(k0, delta, best), k1) > bound:
+    # Keys without a position are made by the very same products, so that a small turn can't pass for none.
+    if _off(rotate(k0, delta, best), k1) > (1e-5 if best.layout == "none" else bound):
         raise ModelError(
             f"{type(backbone.hf).__name__}: layer {layer} turns its keys in a way kvpatch does not know, "
             "so cached keys can't be moved"

@@ -19,6 +19,8 @@ WORDS = re.compile(
     r"window|chunk|local|original_max_position|block_size|topk_tokens|index_topk|sparse.*(size|len)|max_seq_len"
 )
 """Names of settings that may be limits, in tokens."""
+OTHER = re.compile(r"pattern|expert")
+"""Names among them that count layers or experts."""
 SHORT = (9, 33)
 """Lengths that are compared whatever the limits are."""
 PAST = 8
@@ -33,7 +35,7 @@ def named_limits(config: Any, context: int) -> dict[int, str]:
         for name, value in settings.items():
             if isinstance(value, Mapping):
                 look(value)
-            elif type(value) is int and 1 < value < context and WORDS.search(name) and "pattern" not in name:
+            elif type(value) is int and 1 < value < context and WORDS.search(name) and not OTHER.search(name):
                 found.setdefault(value, name)
 
     look(config.to_dict())

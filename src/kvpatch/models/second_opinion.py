@@ -259,23 +259,26 @@ def _own_sources() -> str:
     return total.hexdigest()
 
 
+def _kept(path: Path) -> dict[str, Any]:
+    """What a file holds, by key; nothing where it is not there or damaged."""
+    try:
+        kept = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
 def _read(path: Path, key: str) -> Opinion | None:
     try:
-        kept = json.loads(path.read_text()).get(key)
-        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (kept or {}).items()}
-        return Opinion(**settings) if settings else None
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None  # not there, or not written by this version: ask again
+        return Opinion(**{k: tuple(v) if isinstance(v, list) else v for k, v in _kept(path)[key].items()})
+    except (KeyError, TypeError, AttributeError):
+        return None  # never asked, or damaged: ask again
 
 
 def _write(path: Path, key: str, opinion: Opinion) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        kept = json.loads(path.read_text())
-    except (OSError, ValueError):
-        kept = {}
-    part.write_text(json.dumps({**kept, key: dataclasses.asdict(opinion)}, indent=1))
+    part.write_text(json.dumps({**_kept(path), key: dataclasses.asdict(opinion)}, indent=1))
     os.replace(part, path)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import kvpatch
 from kvpatch.cache import PAD
 from kvpatch.errors import ModelError
 from kvpatch.models.hf import Backbone
@@ -225,7 +226,8 @@ def _place(backbone: Backbone, loaded: Loaded) -> tuple[Path, str] | None:
         str(backbone.hf.config._attn_implementation),
         str(backbone.dtype),
         torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        *(version(name) for name in ("kvpatch", "transformers", "torch")),
+        kvpatch.__version__,
+        *(version(name) for name in ("transformers", "torch")),
         _own_sources(),
     ]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -113,7 +113,8 @@ class Reference:
     @torch.no_grad()
     def prefill(self, prompt: Prompt) -> Row:
         """The cache of one prompt alone, in layers that drop nothing."""
-        self.must_fit(len(prompt.token_ids), fed=len(prompt.token_ids) - 1)
+        # The pending token counts: a prompt after which nothing could be fed is of no use.
+        self.must_fit(len(prompt.token_ids), fed=len(prompt.token_ids))
         cached = list(prompt.token_ids[:-1])
         keys: list[Tensor] = []
         values: list[Tensor] = []

@@ -220,9 +220,11 @@ def _place(backbone: Backbone, loaded: Loaded) -> tuple[Path, str] | None:
     if weights is None:
         return None
     device = backbone.device
+    # Where a model lies says nothing of it.
+    settings = {name: value for name, value in backbone.hf.config.to_dict().items() if name != "_name_or_path"}
     parts = [
         weights,
-        backbone.hf.config.to_json_string(use_diff=False),
+        json.dumps(settings, sort_keys=True, default=str),
         str(backbone.hf.config._attn_implementation),
         str(backbone.dtype),
         torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

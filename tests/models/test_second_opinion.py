@@ -256,6 +256,12 @@ def test_a_model_is_asked_once(asked, tmp_path: Path):
     assert asked == ["MistralForCausalLM"]
 
 
+def test_the_same_model_elsewhere_is_not_asked_again(asked, tmp_path: Path):
+    for place in ("here", "there"):
+        kv.load(saved(tiny_hf("llama"), tmp_path / place), device="cpu")
+    assert len(asked) == 1
+
+
 def change_weights(where: Path) -> None:
     hf = tiny_hf("mistral")
     hf.lm_head.weight.data *= 2

@@ -217,7 +217,7 @@ def test_a_layer_that_hides_more_in_longer_texts_only_is_refused(monkeypatch: py
         return forward(hidden_states, position_embeddings=position_embeddings, attention_mask=changed, **rest)
 
     monkeypatch.setattr(attention, "forward", sparse)
-    with pytest.raises(ModelError, match=r"layer 1 makes a mask of its own"):
+    with pytest.raises(ModelError, match="layer 1 makes a mask of its own"):
         Backbone(hf)
 
 
@@ -236,5 +236,5 @@ def test_the_context_of_a_model_that_attends_in_chunks_is_its_first_chunk(chunke
     ids = torch.tensor([random_prompts([16])[0].token_ids])
     ours = backbone.logits(backbone.forward(ids, torch.arange(16)[None], backbone.slab(1, 16)))
     assert off(ours, native_logits(chunked, ids)) < 1e-5
-    with pytest.raises(ProtocolError, match=r"at most 16 tokens, new ones included: past that its attention is cut"):
+    with pytest.raises(ProtocolError, match="at most 16 tokens, new ones included: past that its attention is cut"):
         prefill(backbone, random_prompts([17]))

@@ -94,8 +94,8 @@ def decode(
         raise CacheError(f"{len(seeds)} seeds for a batch of {cache.batch}; give one a row")
     if max_new_tokens < 1:
         raise ProtocolError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    fast = fast_of(backbone)  # first, since it takes over what was changed in the model
     refuse_foreign(backbone, cache)
-    fast = fast_of(backbone)
     longest = int(cache.pending_position.max()) + max_new_tokens
     if longest > backbone.geometry.context:
         raise ProtocolError(f"{longest} positions are needed; {backbone.geometry.limit}")

@@ -73,8 +73,8 @@ def score(
         raise CacheError(f"{len(continuations)} continuations for a batch of {cache.batch}")
     if not all(row and all(row) for row in continuations):
         raise ProtocolError("a continuation is empty; give it at least one token")
-    refuse_foreign(backbone, cache)
     backbone.catch_up()
+    refuse_foreign(backbone, cache)
     longest = max(len(branch) for row in continuations for branch in row)
     starts = cache.pending_position.tolist()
     goes_on_from = range(cache.batch) if of is None else of

@@ -274,7 +274,8 @@ def _kept(path: Path) -> dict[str, Any]:
 
 def _read(path: Path, key: str) -> Opinion | None:
     try:
-        return Opinion(**{k: tuple(v) if isinstance(v, list) else v for k, v in _kept(path)[key].items()})
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in _kept(path)[key].items()}
+        return Opinion(**settings)
     except (KeyError, TypeError, AttributeError):
         return None  # never asked, or damaged: ask again
 

@@ -198,7 +198,7 @@ def test_cache_that_grows_past_the_context(kvpatch, model_dir, tmp_path):
     fits = write_protocol(tmp_path, **with_patch({"align": "end"}), generation=generation)
     assert kvpatch("plan", fits, "--model", model_dir).code == 0
     grows = write_protocol(tmp_path, **with_patch({"align": "append"}), generation=generation)
-    assert_one_line(kvpatch("plan", grows, "--model", model_dir), "condition X", "too many; the model's context is 256")
+    assert_one_line(kvpatch("plan", grows, "--model", model_dir), "condition X", "more than the context, 256")
 
 
 def test_replace_on_a_subset_of_layers(kvpatch, model_dir, tmp_path):

@@ -175,7 +175,10 @@ def _refuse_unmarked(batch: Batch, place: _Place) -> None:
 
 def _refuse_too_long(what: str, tokens: int, room: int, geometry: Geometry) -> None:
     if tokens + room > geometry.context:
-        raise CacheError(f"{what} of {tokens} tokens and the {room} to follow are too many; {geometry.limit}")
+        why = f"; {geometry.limit}" if geometry.ends_because else ""
+        raise CacheError(
+            f"{what} of {tokens} tokens and the {room} to follow are more than the context, {geometry.context}{why}"
+        )
 
 
 def _empty_caches(prompts: Sequence[EncodedPrompt], geometry: Geometry) -> KVCache:

@@ -183,14 +183,20 @@ class Reference:
             return key
         if self.adds_positions:
             raise IllegalError("keys of a model that adds positions to its embeddings can't be moved")
-        self.must_fit(0, fed=new + 1)
         turned = key.double() @ torch.linalg.inv(self._rotation(layer, old, key)) @ self._rotation(layer, new, key)
         return turned.to(key.dtype)
 
     @torch.no_grad()
     def _rotation(self, layer: int, position: int, key: Tensor) -> Tensor:
-        """[head_dim, head_dim]: row i is what the model's rotary module makes of unit vector i at a position."""
+        """[head_dim, head_dim]: row i is what the model's rotary module makes of unit vector i at a position.
+
+        No pass makes keys past the switch of RoPE. A key that a patch moves there keeps the frequencies below it, so
+        its rotation is put together from two below; and nothing may follow such a cache (`must_follow`).
+        """
         assert self.rotary is not None
+        if self.switch is not None and position >= self.switch:
+            last, none = self.switch - 1, torch.linalg.inv(self._rotation(layer, 0, key))
+            return self._rotation(layer, last, key) @ none @ self._rotation(layer, position - last, key)
         has_kinds = "layer_type" in inspect.signature(type(self.rotary).forward).parameters
         kind = self.layer_types[layer] if has_kinds and self.layer_types is not None else ""
         if (kind, position) not in self._matrices:

@@ -68,7 +68,7 @@ def changes_for(ways: Mapping[str, Mapping[str, Any]], n: int = 4) -> dict[str, 
     return {
         "conditions": conditions,
         "phases": {"1": {"question": "?", "n": n, "conditions": list(conditions)}},
-        "pairing": {"max_length_difference": 0.5, "also": ["pseudo_recursive"]},
+        "pairing": {"max_length_difference": 0.5, "also": ["pseudo_recursive"] if "N4" in ways else []},
         "hypotheses": [],
     }
 

@@ -19,7 +19,7 @@ $(BIN)/python:
 # Pinned in constraints.txt; torch is named first so that its pin decides which build is taken.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[run,view]'
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

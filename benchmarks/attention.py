@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 import kvpatch as kv
-from kvpatch.cache import Segment
-from kvpatch.engine.attention import Look
-from kvpatch.engine.prefill import prefill_pass, watched_prefill
+from kvpatch.caches.kvcache import Segment
+from kvpatch.engine.attention import AttentionRequest
+from kvpatch.engine.prefill import prefill_pass, prefill_with_attention
 from kvpatch.models.template import EncodedPrompt
 
 TEXT = "The model reads each word of this sentence, and what it has read changes how the next one is read. "
@@ -50,7 +50,7 @@ def main() -> None:
     prompt = EncodedPrompt(tuple(ids), (int(Segment.body),) * len(ids), ("",) * len(ids))
     ways = {
         "without": lambda: prefill_pass(model.backbone, [prompt]),
-        "captured": lambda: watched_prefill(model.backbone, [prompt], Look()),
+        "captured": lambda: prefill_with_attention(model.backbone, [prompt], AttentionRequest()),
     }
     found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in ways}
     ways["without"]()  # what is made once, is made

@@ -19,7 +19,7 @@ import transformers
 
 import kvpatch
 from kvpatch.engine.calibration import calibrate
-from kvpatch.model import Model
+from kvpatch.engine.model import Model
 from kvpatch.models.processor import fastest_type
 
 

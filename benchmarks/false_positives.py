@@ -28,10 +28,10 @@ from kvpatch.statistics.clustering import two_way_clustered
 from kvpatch.statistics.correlation import partial_correlation
 from kvpatch.statistics.hurdle import hurdle
 from kvpatch.statistics.multiplicity import adjusted
-from kvpatch.statistics.pairs import contrast_differences, independent_units, prepare
+from kvpatch.statistics.paired_tests import sign_flip
 from kvpatch.statistics.simulation import critical_of, passes_dz
-from kvpatch.statistics.tests import sign_flip
 from kvpatch.statistics.trend import ordered_trend, slopes
+from kvpatch.verdicts.pairs import contrast_differences, independent_units, prepare
 
 Floats = NDArray[np.float64]
 SD_OF_SCORES = math.sqrt(2 * (0.25 * 6 - 0.25))

@@ -107,22 +107,22 @@ stand_in("pingouin", "altair", "altair.utils", "altair.utils.schemapi", "vl_conv
 
 # Imported here because some of them import what was stood in for above; pyproject.toml allows it.
 from growth import grow
-from kvpatch.check import check
-from kvpatch.engine import fast as fast_room
-from kvpatch.engine import places as places_room
+from kvpatch.checks.identities import check
+from kvpatch.engine import backend as fast_room
+from kvpatch.engine import batching as places_room
 from kvpatch.engine.decode import decode
-from kvpatch.engine.passes import tokens_at_once
+from kvpatch.engine.model import Model
 from kvpatch.engine.prefill import prefill
 from kvpatch.engine.score import score
+from kvpatch.engine.token_budget import tokens_at_once
 from kvpatch.executors.local import LocalExecutor
-from kvpatch.model import Model
-from kvpatch.models.hf import Backbone
+from kvpatch.models.backbone import Backbone
 from kvpatch.models.load import Loaded
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.load import load_protocol
 from kvpatch.run import plan_for
-from kvpatch.store import Store
+from kvpatch.store.directory import Store
 
 
 class Bench:
@@ -253,15 +253,15 @@ def same_texts(bench: Bench) -> None:
         EncodedPrompt(tuple((t + i) % 1000 for t in p.token_ids), p.segments, p.pieces) for i, p in enumerate(prompts)
     ]
     cache = prefill(backbone, prompts)
-    known = backbone.kept["fast"]
+    known = backbone.kept.backend
     for temperature in (0.0, 0.8):
-        backbone.kept["fast"] = fast_room.Fast(None, "model", "")
+        backbone.kept.backend = fast_room.Fast(None, "model", "")
         free = decode(backbone, cache, max_new_tokens=48, temperature=temperature, seeds=range(96))
         ends = sorted({int(free.token_ids[row, 5 + row % 30]) for row in range(0, 96, 3)})
         settings = {"max_new_tokens": 48, "temperature": temperature, "seeds": range(96), "end_tokens": ends}
         own = decode(backbone, cache, **settings, keep_values=[1])
         for ops in dict.fromkeys([known.ops, "plain"]):
-            backbone.kept["fast"] = fast_room.Fast(known.network, ops, "")
+            backbone.kept.backend = fast_room.Fast(known.network, ops, "")
             for places in (96, 40):
                 out = decode(backbone, cache, **settings, keep_values=[1], places=places)
                 same = bool((out.token_ids == own.token_ids).all())
@@ -272,7 +272,7 @@ def same_texts(bench: Bench) -> None:
                     f"{sum(n < 48 for n in out.lengths)} early stops, log-probabilities off by {off:.1e}, "
                     f"values by {values:.1e}"
                 )
-    backbone.kept["fast"] = known
+    backbone.kept.backend = known
 
 
 def noise(bench: Bench) -> None:
@@ -298,7 +298,7 @@ def noise(bench: Bench) -> None:
 def decoding(bench: Bench) -> None:
     """Decode tokens a second of the 8B shape, against the floor."""
     backbone = bench.model("8b").backbone
-    backbone.kept["tokens_at_once"] = tokens_at_once(backbone)
+    backbone.kept.tokens_at_once = tokens_at_once(backbone)
     for batch in bench.options.batch:
         try:
             forget_peak()
@@ -374,12 +374,12 @@ def plain(bench: Bench) -> None:
     cache = prefill(backbone, random_prompts(batch, PROMPT, 1000))
     settings: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 0.7, "seeds": range(batch), "places": batch}
     try:
-        backbone.kept["fast"] = fast_room.Fast(known.network, "plain", "")
+        backbone.kept.backend = fast_room.Fast(known.network, "plain", "")
         first = timed(lambda: decode(backbone, cache, **settings))
         seconds = timed(lambda: decode(backbone, cache, **settings))
         print(f"torch operations in graphs: {batch * NEW / seconds:,.0f} tokens/s; capture {first - seconds:+.1f} s")
     finally:
-        backbone.kept["fast"] = known
+        backbone.kept.backend = known
         places_room.release(backbone)
 
 

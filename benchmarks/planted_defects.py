@@ -42,7 +42,7 @@ FAULTS = (
     Fault(
         "unrotated",
         "keys are not re-rotated where they land",
-        "splice.py",
+        "interventions/splice.py",
         (("    return rotate(taken, torch.where(slots != PAD, landing - _pick(positions, slots), 0), rope)",
           "    return taken"),),
         "early", "tests/core/test_patch.py",
@@ -63,7 +63,7 @@ FAULTS = (
     Fault(
         "slot_off_by_one",
         "every selection means the next slot",
-        "selection.py",
+        "caches/selection.py",
         (("    return sorted(slot + padding for slot in own)",
           "    return sorted({min(slot + padding + 1, cache.slots - 1) for slot in own})"),),
         "wired", "tests/core/test_selection.py",
@@ -71,21 +71,21 @@ FAULTS = (
     Fault(
         "band_off_by_one",
         "a layer band starts and ends a layer late",
-        "selection.py",
+        "caches/selection.py",
         (("        inside = range(low, high)\n", "        inside = range(low + 1, high + 1)\n"),),
         "wired", "tests/core/test_selection.py",
     ),
     Fault(
         "query_heads",
         "query heads are taken for KV heads",
-        "selection.py",
+        "caches/selection.py",
         (('else _in_range("KV head", kv_heads, count)', "else sorted({head // 2 for head in kv_heads})"),),
         "wired", "tests/core/test_selection.py",
     ),
     Fault(
         "aliased_donor",
         "a donor is made in place, in the live cache",
-        "donors.py",
+        "interventions/donors.py",
         (("values=tuple(_gather_slots(v, order) for v in source.values))\n\n\ndef _shuffle_jointly",
           "values=tuple(v.copy_(_gather_slots(v, order)) for v in source.values))\n\n\ndef _shuffle_jointly"),),
         "wired", "tests/core/test_donors.py",
@@ -93,7 +93,7 @@ FAULTS = (
     Fault(
         "joint_shuffle",
         "condition E shuffles keys and values together, which changes nothing",
-        "donors.py",
+        "interventions/donors.py",
         (('"shuffle_values": _shuffle_values', '"shuffle_values": _shuffle_jointly'),),
         "wired", "tests/core/test_donors.py",
     ),
@@ -109,7 +109,7 @@ FAULTS = (
     Fault(
         "samples_as_n",
         "samples of a pair count as pairs",
-        "statistics/pairs.py",
+        "verdicts/pairs.py",
         (('pair = out["phase"].astype(str), out["pair_id"].astype(str)',
           'pair = out["phase"].astype(str), out["pair_id"].astype(str) + out["sample"].astype(str)'),),
         "null", "tests/statistics",
@@ -117,7 +117,7 @@ FAULTS = (
     Fault(
         "margin_from_test",
         "margins come from the test pairs",
-        "statistics/margins.py",
+        "verdicts/margins.py",
         (('rows = rows_of(trials, split="calibration")', 'rows = rows_of(trials, split="test")'),),
         "wired", "tests/statistics",
     ),
@@ -138,7 +138,7 @@ FAULTS = (
     Fault(
         "one_theta",
         "sliding layers are turned by the other layers' RoPE theta",
-        "models/hf.py",
+        "models/probe.py",
         (("rope = tuple(_layer_rope(backbone, layer, slabs) for layer in range(layers))",
           "rope = (_layer_rope(backbone, layers - 1, slabs),) * layers"),),
         "wired", "tests/models/test_hf.py",
@@ -153,7 +153,7 @@ FAULTS = (
     Fault(
         "unseeded",
         "random donors are not seeded",
-        "donors.py",
+        "interventions/donors.py",
         (("return [np.random.Generator(np.random.Philox(key=seed % 2**64)) for seed in seeds]",
           "return [np.random.default_rng() for _ in seeds]"),),
         "wired", "tests/core/test_donors.py",
@@ -162,8 +162,8 @@ FAULTS = (
         "pairs_misaligned",
         "a pair is given the next pair's source",
         "executors/conditions.py",
-        (("        source = natural.rows(pairs, str(condition.from_))\n",
-          "        source = natural.rows([(p + 1) % len(batch.pairs) for p in pairs], str(condition.from_))\n"),),
+        (("giver_caches=functools.partial(natural.rows, pairs, giver),",
+          "giver_caches=functools.partial(natural.rows, [(p + 1) % len(batch.pairs) for p in pairs], giver),"),),
         "early", "tests/executors",
     ),
     Fault(
@@ -185,7 +185,7 @@ FAULTS = (
     Fault(
         "pending_misplaced",
         "after a swap the pending token is fed one position late",
-        "splice.py",
+        "interventions/splice.py",
         (("pending = (start + real.sum(dim=1, keepdim=True)).squeeze(1)",
           "pending = (start + real.sum(dim=1, keepdim=True)).squeeze(1) + 1"),),
         "early", "tests/core/test_patch.py",
@@ -193,9 +193,8 @@ FAULTS = (
     Fault(
         "stale_weights",
         "decoding goes on with the weights of its first call",
-        "models/hf.py",
-        (('            self.kept.pop("fast", None)\n            self.kept.pop("runner", None)\n',
-          '            self.kept.pop("runner", None)\n'),),
+        "models/backbone.py",
+        (("            self.kept.drop_decoding()\n", "            self.kept.runner = None\n"),),
         "wired", "tests/differential",
     ),
     Fault(
@@ -208,7 +207,7 @@ FAULTS = (
     Fault(
         "empty_selection",
         "a patch that finds no slot changes nothing and says nothing",
-        "selection.py",
+        "caches/selection.py",
         (("    for row, count in enumerate(counts):\n        if not count:\n",
           "    for row, count in enumerate(counts):\n        if count < 0:\n"),),
         "wired", "tests/differential",
@@ -306,7 +305,7 @@ def search_path(copy: Path) -> str:
 
 def catchers(copy: Path, models: list[Path], organisms: str, tests: str, *, is_all: bool = True) -> dict[str, str]:
     """Catcher -> how the fault showed, empty where it did not; up to the first that catches unless `is_all`."""
-    command = [sys.executable, "-m", "kvpatch.cli"]
+    command = [sys.executable, "-m", "kvpatch"]
     asked = {
         "check": [[*command, "check", str(model), "--json"] for model in models],
         "validate": [[*command, "validate", "--quick", "--only", organisms, "--json"]],

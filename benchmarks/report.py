@@ -106,7 +106,7 @@ def new_row() -> float:
     """The longest of five times from a part being stored to the event that tells of it, over HTTP."""
     import urllib.request
 
-    from kvpatch.store import Store
+    from kvpatch.store.directory import Store
     from synthetic import dec7, record_of, run_parts
 
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +114,7 @@ def new_row() -> float:
         longest = 0.0
         with store.locked():
             store.write_record(record_of(dec7(), {"4": 1000}, finished=None))
-            command = [sys.executable, "-m", "kvpatch.cli", "view", str(store.directory), "--no-token"]
+            command = [sys.executable, "-m", "kvpatch", "view", str(store.directory), "--no-token"]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
                 assert server.stdout is not None
                 address = server.stdout.readline().removeprefix("view: ").strip()

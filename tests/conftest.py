@@ -9,6 +9,13 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
+
+CHECKED = ["kvpatch.statistics", "kvpatch.caches.rope", "kvpatch.caches.selection", "kvpatch.caches.noise"]
+"""Modules whose functions are held to their annotations while the tests run. Not those whose public functions are given
+wrong types by the tests, to see them refused in words."""
+
+install_import_hook(CHECKED, "annotations.checked")
 
 # Tiny models gain nothing from threads, and lose much where several test processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -9,8 +9,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from kvpatch.cache import PAD, KVCache, Origin, Segment
-from kvpatch.rope import LayerRope
+from kvpatch.caches.kvcache import PAD, KVCache, Origin, Segment
+from kvpatch.caches.rope import LayerRope
 
 LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 8
 HALF = LayerRope("half", tuple(10000.0 ** (-i / 4) for i in range(4)))
@@ -98,7 +98,7 @@ def row_of(cache: KVCache, row: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def slow_rotation(vector: Tensor, delta: float, rope: LayerRope) -> Tensor:
-    """One key vector turned by complex multiplication, pair by pair, in float64. Independent of `kvpatch.rope`."""
+    """One key vector turned by complex multiplication, pair by pair, in float64. Independent of `caches.rope`."""
     out = [float(x) for x in vector]
     n = len(rope.inv_freq)
     for i, frequency in enumerate(rope.inv_freq):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpatch.protocols.schema import Protocol
-from kvpatch.store import Store
+from kvpatch.store.directory import Store
 from synthetic import write_run
 
 CONDITIONS = {

@@ -11,9 +11,12 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from kvpatch.heads import STATISTICS
-from kvpatch.protocols.schema import Condition, Protocol, calibration_of
-from kvpatch.store import ATTENTION_SCHEMA, ModelRecord, OtherModel, RunRecord, Store
+from kvpatch.protocols.conditions import Condition
+from kvpatch.protocols.schema import Protocol, calibration_of
+from kvpatch.specs.attention import STATISTICS
+from kvpatch.store.columns import ATTENTION_SCHEMA
+from kvpatch.store.directory import Store
+from kvpatch.store.record import ModelRecord, OtherModel, RunRecord
 
 _WORDS = (
     "the process of writing shows itself while attention turns back on its own sentence and I notice that bread "

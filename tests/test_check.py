@@ -11,16 +11,16 @@ import pytest
 import torch
 
 import kvpatch as kv
-import kvpatch.activations
-import kvpatch.check as check_room
-import kvpatch.donors as donors
+import kvpatch.checks.identities as check_room
+import kvpatch.engine.batching as places_room
 import kvpatch.engine.decode as decode_room
-import kvpatch.engine.places as places_room
 import kvpatch.engine.step as step_room
-import kvpatch.splice as splice_room
-from kvpatch.cache import PAD
-from kvpatch.check import check
-from kvpatch.models import hf
+import kvpatch.interventions.donors as donors
+import kvpatch.interventions.in_prefill
+import kvpatch.interventions.splice as splice_room
+from kvpatch.caches.kvcache import PAD
+from kvpatch.checks.identities import check
+from kvpatch.models import backbone, hf
 from tiny import ARCHITECTURES
 
 pytestmark = pytest.mark.model
@@ -105,23 +105,23 @@ def rotation_the_wrong_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def attention_without_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    bias = hf._Step.bias
-    monkeypatch.setattr(hf._Step, "bias", lambda step, window, *groups: bias(step, None, *groups))
+    bias = hf.Step.bias
+    monkeypatch.setattr(hf.Step, "bias", lambda step, window, *groups: bias(step, None, *groups))
 
 
 def attention_with_a_window_one_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    bias = hf._Step.bias
-    monkeypatch.setattr(hf._Step, "bias", lambda step, window, *groups: bias(step, window and window + 1, *groups))
+    bias = hf.Step.bias
+    monkeypatch.setattr(hf.Step, "bias", lambda step, window, *groups: bias(step, window and window + 1, *groups))
 
 
 def attention_to_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    bias = hf._Step.bias
+    bias = hf.Step.bias
 
     def seeing_padding(step, window, *groups):
         seen = replace(step, slot_positions=step.slot_positions.clamp(min=0), _bias={})
         return bias(seen, window, *groups)
 
-    monkeypatch.setattr(hf._Step, "bias", seeing_padding)
+    monkeypatch.setattr(hf.Step, "bias", seeing_padding)
 
 
 def decoding_of_the_second_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def decoding_of_the_second_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def decoding_at_a_position_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = hf.Backbone.forward
+    run = backbone.Backbone.forward
 
     def standing(self, token_ids, positions, slab, *rest, **settings):
         if token_ids.shape[1] == 1 and slab.length > 1:
@@ -143,7 +143,7 @@ def decoding_at_a_position_that_stands_still(monkeypatch: pytest.MonkeyPatch) ->
         places.position.clamp_(max=20)
         begin(self, places)
 
-    monkeypatch.setattr(hf.Backbone, "forward", standing)
+    monkeypatch.setattr(backbone.Backbone, "forward", standing)
     monkeypatch.setattr(step_room.PlainOps, "begin", standing_in_places)
 
 
@@ -239,8 +239,8 @@ def an_edit_that_does_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def logits_off_by_a_ten_thousandth(monkeypatch: pytest.MonkeyPatch) -> None:
-    scaled = hf.Backbone.scaled
-    monkeypatch.setattr(hf.Backbone, "scaled", lambda self, logits: scaled(self, logits) * 1.0001)
+    scaled = backbone.Backbone.scaled
+    monkeypatch.setattr(backbone.Backbone, "scaled", lambda self, logits: scaled(self, logits) * 1.0001)
 
 
 BREAKS: list[tuple[str, Callable, str]] = [
@@ -291,13 +291,13 @@ def test_every_identity_is_caught_failing_at_least_once():
 
 def test_hooks_are_gone_when_the_pass_inside_them_fails(tiny):
     backbone = tiny("llama").backbone
-    with pytest.raises(RuntimeError, match="on purpose"), kvpatch.activations.recorded_residual(backbone, range(4)):
+    with pytest.raises(RuntimeError, match="on purpose"), kvpatch.engine.residual.recorded_residual(backbone, range(4)):
         raise RuntimeError("on purpose")
     at = torch.ones(1, 3, dtype=torch.bool)
     stream = {layer: torch.zeros(1, 3, 48) for layer in range(4)}
     with (
         pytest.raises(RuntimeError, match="on purpose"),
-        kvpatch.activations.replaced_residual(backbone, stream, at),
+        kvpatch.engine.residual.replaced_residual(backbone, stream, at),
     ):
         raise RuntimeError("on purpose")
     assert not any(block._forward_pre_hooks for block in backbone.blocks)
@@ -309,7 +309,7 @@ def test_a_residual_patch_changes_the_positions_it_names_and_no_earlier_ones(tin
     plain, patched = backbone.slab(1, 5), backbone.slab(1, 5)
     backbone.forward(ids, positions, plain)
     at = torch.tensor([[False, False, True, False, False]])
-    with kvpatch.activations.replaced_residual(backbone, {1: torch.ones(1, 5, 48)}, at) as firings:
+    with kvpatch.engine.residual.replaced_residual(backbone, {1: torch.ones(1, 5, 48)}, at) as firings:
         backbone.forward(ids, positions, patched)
     assert (firings.planned, firings.fired) == (1, 1)
     moved = [

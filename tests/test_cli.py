@@ -19,8 +19,8 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from kvpatch import cli
-from kvpatch.store import Store
+from kvpatch.cli import main as cli
+from kvpatch.store.directory import Store
 from small import CONDITIONS, bank_entries, protocol_content, with_patch, write_bank, write_protocol
 
 pytestmark = pytest.mark.model
@@ -84,7 +84,7 @@ def trials(directory: Path) -> list[tuple]:
 def test_help_of_every_command_has_an_example_and_loads_no_torch():
     code = (
         "import json, sys, io, contextlib, typer\n"
-        "from kvpatch.cli import app\n"
+        "from kvpatch.cli.main import app\n"
         "pages = {}\n"
         "for name in ['', *typer.main.get_command(app).commands]:\n"
         "    with contextlib.redirect_stdout(io.StringIO()) as page:\n"
@@ -173,7 +173,7 @@ def test_head_shuffle_on_one_kv_head(kvpatch, tmp_path, tiny, monkeypatch):
     from dataclasses import replace
 
     from kvpatch.errors import ProtocolError
-    from kvpatch.fit import refuse_misfits
+    from kvpatch.planning.fit import refuse_misfits
     from kvpatch.prompts.bank import load_bank
     from kvpatch.protocols.load import load_protocol
     from kvpatch.run import plan_for
@@ -290,7 +290,7 @@ def test_directory_that_is_no_run(kvpatch, tmp_path, command):
 
 
 def test_debug_shows_where_an_error_came_from(tmp_path):
-    arguments = [sys.executable, "-m", "kvpatch.cli", "--debug", "status", str(tmp_path)]
+    arguments = [sys.executable, "-m", "kvpatch", "--debug", "status", str(tmp_path)]
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode != 0
     assert "Traceback (most recent call last)" in done.stderr
@@ -306,7 +306,7 @@ def finished(model_dir, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("finished")
     protocol = write_protocol(folder, generation={"max_new_tokens": 10, "samples": 4})
     done = subprocess.run(
-        [sys.executable, "-m", "kvpatch.cli", "run", protocol, "--model", model_dir, "--out", folder / "run"],
+        [sys.executable, "-m", "kvpatch", "run", protocol, "--model", model_dir, "--out", folder / "run"],
         capture_output=True,
         text=True,
     )
@@ -394,7 +394,7 @@ def test_verdicts_report_and_status_need_no_torch(finished, tmp_path):
         "        if name.split('.')[0] in ('torch', 'transformers'):\n"
         "            raise ModuleNotFoundError(f'no {name} here', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
-        "from kvpatch.cli import app\n"
+        "from kvpatch.cli.main import app\n"
         "directory = sys.argv[1]\n"
         "for arguments in (['status', directory], ['verdicts', directory], ['report', directory, '-o', sys.argv[2]]):\n"
         "    app(arguments, standalone_mode=False)\n"
@@ -525,7 +525,7 @@ def test_run_killed_at_random_moments_ends_as_one_that_was_not(kvpatch, finished
     arguments = ["run", str(protocol), "--model", str(model_dir), "--out", str(out)]
     rng = random.Random(seed)
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvpatch.cli", *arguments],
+        [sys.executable, "-m", "kvpatch", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -15,16 +15,16 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from kvpatch import cli
+from kvpatch.cli import main as cli
 from kvpatch.errors import ProtocolError
+from kvpatch.planning.pairing import form_pairs
+from kvpatch.planning.plan import Batch
 from kvpatch.prompts.bank import Bank, load_bank
-from kvpatch.prompts.pairing import form_pairs
 from kvpatch.protocols.load import load_protocol
-from kvpatch.protocols.plan import Batch
 from kvpatch.readouts.behavior import Lexicon, content_words, normalise
 from kvpatch.readouts.scorer import read_scorer
 from kvpatch.run import plan_for
-from kvpatch.store import Store
+from kvpatch.store.directory import Store
 from small import protocol_content, write_bank
 
 pytestmark = pytest.mark.model

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kvpatch.cli import app
-from kvpatch.store import Store
+from kvpatch.cli.app import app
+from kvpatch.store.directory import Store
 from small import CONDITIONS, protocol_content, write_bank, write_protocol
 
 pytestmark = pytest.mark.model

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import kvpatch as kv
-from kvpatch.check import next_logits
-from kvpatch.models.hf import native_greedy, native_logits
+from kvpatch.checks.identities import next_logits
+from kvpatch.models.probe import native_greedy, native_logits
 from kvpatch.models.template import EncodedPrompt
 
 pytestmark = pytest.mark.model

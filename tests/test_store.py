@@ -18,18 +18,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from kvpatch import store as store_room
 from kvpatch.errors import StoreError
-from kvpatch.store import (
-    ATTENTION_COLUMNS,
-    ATTENTION_SCHEMA,
-    TRIAL_COLUMNS,
-    TRIAL_SCHEMA,
-    ModelRecord,
-    OtherModel,
-    RunRecord,
-    Store,
-)
+from kvpatch.store import directory as store_room
+from kvpatch.store.columns import ATTENTION_COLUMNS, ATTENTION_SCHEMA, TRIAL_COLUMNS, TRIAL_SCHEMA
+from kvpatch.store.directory import Store
+from kvpatch.store.record import ModelRecord, OtherModel, RunRecord
 
 DESIGN_COLUMNS = """
     trial_id phase condition pair_id source_id target_id sample seed patch source_token_ids target_token_ids
@@ -362,7 +355,7 @@ def test_directory_without_a_run_is_named(tmp_path):
 
 def test_second_process_is_refused_and_the_first_goes_on(store):
     code = (
-        "import sys\nfrom kvpatch.store import Store\n"
+        "import sys\nfrom kvpatch.store.directory import Store\n"
         "with Store(sys.argv[1]).locked():\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     holder = subprocess.Popen(

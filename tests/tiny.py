@@ -17,7 +17,7 @@ import transformers
 from tokenizers import decoders, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from kvpatch.cache import Segment
+from kvpatch.caches.kvcache import Segment
 from kvpatch.models.template import EncodedPrompt
 
 WINDOW = 16

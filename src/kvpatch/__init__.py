@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from kvpatch.errors import CacheError, KvpatchError, ModelError, ProtocolError, StoreError
-from kvpatch.patch import LayerBand, Patch, SlotQuery
+import kvpatch.organisms  # noqa: F401 (so that `load` takes the organisms' names)
+from kvpatch.errors import CacheError, KvpatchError, MissingExtra, ModelError, ProtocolError, StoreError, missing_extra
+from kvpatch.specs.patch import Patch
+from kvpatch.specs.selectors import LayerAt, LayerBand, SlotQuery
 
 if TYPE_CHECKING:
-    from kvpatch.cache import KVCache, Segment
+    from kvpatch.caches.kvcache import KVCache, Segment
     from kvpatch.engine.attention import Attention, Maps
-    from kvpatch.model import Model, load
+    from kvpatch.engine.model import Model, load
     from kvpatch.notebook import Run
     from kvpatch.readouts.geometry import cache_ratios, participation_ratio, principal_angles, r_v
 
@@ -21,11 +23,11 @@ __version__ = "0.1.0"
 _LAZY = {
     "Attention": "kvpatch.engine.attention",
     "Maps": "kvpatch.engine.attention",
-    "KVCache": "kvpatch.cache",
-    "Segment": "kvpatch.cache",
-    "Model": "kvpatch.model",
+    "KVCache": "kvpatch.caches.kvcache",
+    "Segment": "kvpatch.caches.kvcache",
+    "Model": "kvpatch.engine.model",
     "Run": "kvpatch.notebook",
-    "load": "kvpatch.model",
+    "load": "kvpatch.engine.model",
     "cache_ratios": "kvpatch.readouts.geometry",
     "participation_ratio": "kvpatch.readouts.geometry",
     "principal_angles": "kvpatch.readouts.geometry",
@@ -37,8 +39,10 @@ __all__ = [
     "CacheError",
     "KVCache",
     "KvpatchError",
+    "LayerAt",
     "LayerBand",
     "Maps",
+    "MissingExtra",
     "Model",
     "ModelError",
     "Patch",
@@ -58,4 +62,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'kvpatch' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    try:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    except ImportError as error:
+        raise (missing_extra(error) or error) from error
+
+
+def __dir__() -> list[str]:
+    """Every public name, also those that are imported only when they are asked for."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import pandas as pd
 
 from kvpatch.errors import StoreError
-from kvpatch.outcome import Outcome, outcome_of, watched_rows
-from kvpatch.store import RunRecord, Store
+from kvpatch.report.build import watched_rows
+from kvpatch.specs.readouts import MODE
+from kvpatch.store.directory import Store
+from kvpatch.store.record import RunRecord
+from kvpatch.verdicts.outcome import Outcome, outcome_of
 
 if TYPE_CHECKING:
     import polars
@@ -61,7 +64,7 @@ class Run:
     @overload
     def trials(self, kind: Literal["pandas"]) -> pd.DataFrame: ...
     def trials(self, kind: str = "polars") -> Any:
-        """Every trial with every column (`kvpatch.store.TRIAL_COLUMNS`), as a Polars or a pandas frame.
+        """Every trial with every column (`kvpatch.store.columns.TRIAL_COLUMNS`), as a Polars or a pandas frame.
 
         Raises:
             StoreError: where there are no trials, or a part is damaged.
@@ -124,7 +127,7 @@ class Plots:
     def __init__(self, run: Run) -> None:
         self._run = run
 
-    def conditions(self, readout: str = "mode_llr", phase: str | None = None) -> AnyChart:
+    def conditions(self, readout: str = MODE, phase: str | None = None) -> AnyChart:
         """A dot a pair, a line through the dots of one pair, and each condition's mean with its interval."""
         from kvpatch.report import charts, tables
 
@@ -143,11 +146,11 @@ class Plots:
         rows = self._tested()
         return charts.coherence_chart(tables.coherence(rows[rows["phase"] == phase], protocol))
 
-    def forest(self, readout: str = "mode_llr") -> AnyChart:
+    def forest(self, readout: str = MODE) -> AnyChart:
         """Every hypothesis on one readout, with its interval and margin."""
         return self._figure(lambda f: f.hypothesis_charts(self._judged(), self._run.outcome.protocol), readout)
 
-    def effects(self, readout: str = "mode_llr", phase: str | None = None) -> AnyChart:
+    def effects(self, readout: str = MODE, phase: str | None = None) -> AnyChart:
         """Every condition of a phase, less the natural run of the same prompt."""
         protocol = self._run.outcome.protocol
         phase = phase or next(iter(protocol.phases))
@@ -163,7 +166,8 @@ class Plots:
 
     def trajectory(self, phase: str = "5", column: str = "rv_forced_trajectory") -> AnyChart:
         """R_V along the tokens, a line a condition."""
-        from kvpatch.report import attention, attention_charts
+        from kvpatch.report import head_charts as attention_charts
+        from kvpatch.report import head_maps as attention
 
         outcome = self._run.outcome
         rows, _ = watched_rows(self._run.store, outcome)
@@ -172,8 +176,8 @@ class Plots:
 
     def heads(self, statistic: str = "mass_body", contrast: str = "C - N1", phase: str = "6") -> AnyChart:
         """A map of heads: the difference of a statistic of attention between conditions."""
-        from kvpatch.report import attention_charts
-        from kvpatch.statistics.heads import head_differences
+        from kvpatch.report import head_charts as attention_charts
+        from kvpatch.verdicts.head_contrasts import head_differences
 
         rows, heads = watched_rows(self._run.store, self._run.outcome)
         found = head_differences(rows, heads, phase=phase, contrast=contrast, statistic=statistic)

@@ -4,57 +4,42 @@ from __future__ import annotations
 
 import functools
 import gc
-import platform
-import subprocess
-import sys
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 import kvpatch
-from kvpatch.check import check
+from kvpatch.checks.identities import check
+from kvpatch.checks.noise_floor import noise_floor
+from kvpatch.engine.backend import fast_of
 from kvpatch.engine.calibration import calibrate
-from kvpatch.engine.fast import fast_of
+from kvpatch.engine.model import Model
 from kvpatch.errors import ModelError, ProtocolError
 from kvpatch.executors.local import LocalExecutor
-from kvpatch.fit import refuse_misfits
-from kvpatch.model import Model
-from kvpatch.models.load import cache_directory, template_sha256, tokenizer_sha256, weights_sha256
+from kvpatch.files import cache_directory
 from kvpatch.models.template import has_template
-from kvpatch.noise_floor import noise_floor
-from kvpatch.organisms.record import newest_validation
-from kvpatch.outcome import Outcome, outcome_of, write_report, write_verdicts
+from kvpatch.planning.fit import refuse_misfits
+from kvpatch.planning.listener import ProgressListener
+from kvpatch.planning.plan import Batch, Plan, PlanningModel, chosen_phases, make_plan
 from kvpatch.prompts.bank import Bank, load_bank
-from kvpatch.protocols.plan import Batch, Plan, PlanningModel, chosen_phases, make_plan
 from kvpatch.protocols.schema import Protocol, calibration_of
+from kvpatch.provenance import model_record, now, record_of
 from kvpatch.readouts.geometry import layer_at
+from kvpatch.readouts.outside import measure_outside
 from kvpatch.readouts.scorer import Scorer
-from kvpatch.store import ModelRecord, OtherModel, RunRecord, Store
+from kvpatch.report.build import write_report
+from kvpatch.specs.readouts import TrialRecord
+from kvpatch.store.directory import Store
+from kvpatch.store.record import ModelRecord, RunRecord
+from kvpatch.store.validation import newest_validation
+from kvpatch.verdicts.outcome import Outcome, outcome_of, write_verdicts
+from kvpatch.verdicts.procedures import refuse_unknown
 
 WORTH_CALIBRATING = 1500
 """Trials from which on a run on a processor begins with a calibration of a few seconds."""
-
-
-class Watcher:
-    """What a run tells whoever watches; every method may be replaced."""
-
-    def stage(self, what: str) -> None:
-        """A new stage has begun."""
-
-    def planned(self, plan: Plan) -> None:
-        """The plan is made."""
-
-    def tokens(self, rows_going: int) -> None:
-        """A decoding step wrote this many tokens."""
-
-    def batch(self, batch: Batch, tokens: int) -> None:
-        """A batch is stored, or found stored; it wrote this many tokens now."""
 
 
 Models = Mapping[str | None, Model]
@@ -95,17 +80,21 @@ def plan_for(
         for key, r in records.items()
     }
     plan = make_plan(protocol, bank, planning, seed=seed, n=n, phases=phases)
-    _try_out(plan.scorer, bank)
+    _try_out(plan.scorer, bank, models[next(iter(models))].continuation_ids)
     for key, model in models.items():
         own = plan.model_copy(update={"batches": [batch for batch in plan.batches if batch.model == key]})
         refuse_misfits(own, model.geometry, encoders[key], model.continuation_ids, room)
     return plan, records
 
 
-def _try_out(scorer: Scorer, bank: Bank) -> None:
-    """Score the empty text and a continuation of each mode, so that a broken scorer is told before a trial is run."""
+def _try_out(scorer: Scorer, bank: Bank, ids_of: Callable[[str], list[int]]) -> None:
+    """Score the empty text and a continuation of each mode, and measure the readouts from outside on them, so that a
+    broken one is told before a trial is run. ids_of: the token ids of a text."""
     for text in ("", *{c.mode: c.text for c in bank.continuations}.values()):
         scorer.score(text, text)
+        ids = tuple(ids_of(text)) or (0,)  # an output that ends at once has the end token
+        chances = (-1.0,) * len(ids)
+        measure_outside(TrialRecord(text, ids, chances, "length", text, text, ids, ids, ids))
 
 
 def other_models(protocol: Protocol, phases: Sequence[str] | None) -> dict[str, str]:
@@ -123,37 +112,38 @@ def run(
     n: int | None = None,
     phases: Sequence[str] | None = None,
     command: Sequence[str] = (),
-    watcher: Watcher | None = None,
+    listener: ProgressListener | None = None,
 ) -> Outcome:
     """Run a protocol, or what is left of it, and write verdicts and report.
 
     Raises:
         KvpatchError: before anything is written, where something can't be right.
     """
-    watcher = watcher or Watcher()
+    listener = listener or ProgressListener()
+    refuse_unknown(protocol.hypotheses)
     bank = load_bank(protocol.bank, protocol.folder)
     plan, records = plan_for(models, protocol, bank, seed=seed, n=n, phases=phases)
-    watcher.planned(plan)
+    listener.planned(plan)
     store = Store(out)
     with store.locked():
-        record = _record(protocol, bank, plan, records, seed, n, phases, command)
+        record = record_of(protocol, bank, plan, records, seed, n, phases, command)
         if store.has_record():
             record = record.continued(store.read_record())
         if record.check is None:
-            found, floor = _checked(models[None], watcher)
+            found, floor = _checked(models[None], listener)
             record = record.model_copy(update={"check": found, "noise_floor": floor})
         others = dict(record.other_models)
         for key, other in others.items():
             if other.check is None:
-                found, floor = _checked(models[key], watcher)
+                found, floor = _checked(models[key], listener)
                 others[key] = other.model_copy(update={"check": found, "noise_floor": floor})
         newest = newest_validation(cache_directory(), kvpatch.__version__)
         validation = None if newest is None else newest.summary()
-        engine = record.engine or {_named(key): _engine(model, plan, key, watcher) for key, model in models.items()}
+        engine = record.engine or {_named(key): _engine(model, plan, key, listener) for key, model in models.items()}
         record = record.model_copy(update={"other_models": others, "validation": validation, "engine": engine})
         store.write_record(record)
-        record = _execute(plan, models, store, record, watcher)
-        watcher.stage("deciding and writing the report")
+        record = _execute(plan, models, store, record, listener)
+        listener.stage("deciding and writing the report")
         outcome = replace(outcome_of(store), record=record)
         write_verdicts(store, outcome)
         store.write_record(record)
@@ -161,13 +151,13 @@ def run(
     return outcome
 
 
-def _checked(model: Model, watcher: Watcher) -> tuple[list[dict[str, object]], dict[str, object]]:
+def _checked(model: Model, listener: ProgressListener) -> tuple[list[dict[str, object]], dict[str, object]]:
     """What the check of a model found, and its noise floor.
 
     Raises:
         ModelError: naming the identity that fails.
     """
-    watcher.stage(f"checking that {model.loaded.name} is patched correctly")
+    listener.stage(f"checking that {model.loaded.name} is patched correctly")
     found = check(model)
     if bad := [i for i in found if i.holds is False]:
         raise ModelError(
@@ -188,25 +178,25 @@ def _named(key: str | None) -> str:
     return key or "own"
 
 
-def _engine(model: Model, plan: Plan, key: str | None, watcher: Watcher) -> dict[str, object]:
+def _engine(model: Model, plan: Plan, key: str | None, listener: ProgressListener) -> dict[str, object]:
     """How a model's trials are decoded: what carries out a step, and on a processor threads and rows at a time, found
     by timing where a run is long enough to gain from it."""
     fast = fast_of(model.backbone)
     found: dict[str, object] = {"step": fast.ops, "note": fast.note, "difference": fast.error}
     if sum(len(batch.trials) for batch in plan.batches if batch.model == key) < WORTH_CALIBRATING:
         return found
-    watcher.stage(f"finding how to run {model.loaded.name} fastest")
+    listener.stage(f"finding how to run {model.loaded.name} fastest")
     how = calibrate(model.backbone)
     return found if how is None else found | asdict(how)
 
 
-def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, watcher: Watcher) -> RunRecord:
+def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, listener: ProgressListener) -> RunRecord:
     start, written = time.monotonic(), [0]
-    watcher.stage("running")
+    listener.stage("running")
 
     def on_batch(batch: Batch, tokens: int) -> None:
         written[0] += tokens
-        watcher.batch(batch, tokens)
+        listener.batch(batch, tokens)
 
     if threads := record.engine.get(_named(None), {}).get("threads"):
         torch.set_num_threads(threads)
@@ -214,7 +204,7 @@ def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, watche
     # Whatever was imported and read so far stays; the collector need not look through it again and again.
     gc.collect()
     gc.freeze()
-    limits = LocalExecutor(models, rows).run(plan, store, on_tokens=watcher.tokens, on_batch=on_batch)
+    limits = LocalExecutor(models, rows).run(plan, store, on_tokens=listener.tokens, on_batch=on_batch)
     found = {phase: asdict(limit) for phase, limit in limits.items()}
     others = {
         key: other.model_copy(update={"coherence_limits": found.get(calibration_of(key), other.coherence_limits)})
@@ -222,102 +212,10 @@ def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, watche
     }
     return record.model_copy(
         update={
-            "finished": _now(),
+            "finished": now(),
             "seconds": round(record.seconds + time.monotonic() - start, 1),
             "tokens": record.tokens + written[0],
             "coherence_limits": found.get(calibration_of(None), record.coherence_limits),
             "other_models": others,
         }
-    )
-
-
-def model_record(model: Model) -> ModelRecord:
-    """What run.json says of a model."""
-    g = model.geometry
-    return ModelRecord(
-        name=model.loaded.name,
-        architecture=g.architecture,
-        layers=g.layers,
-        kv_heads=g.kv_heads,
-        query_heads=g.query_heads,
-        head_dim=g.head_dim,
-        dtype=str(model.backbone.dtype).removeprefix("torch."),
-        device=str(model.backbone.device.type),
-        weights_sha256=weights_sha256(model.loaded),
-        tokenizer_sha256=tokenizer_sha256(model.tokenizer),
-        template_sha256=template_sha256(model.tokenizer),
-        scaffold_sha256=None if model.scaffold is None else model.scaffold.sha256,
-    )
-
-
-def _record(
-    protocol: Protocol,
-    bank: Bank,
-    plan: Plan,
-    records: Mapping[str | None, ModelRecord],
-    seed: int,
-    n: int | None,
-    phases: Sequence[str] | None,
-    command: Sequence[str],
-) -> RunRecord:
-    return RunRecord(
-        kvpatch_version=kvpatch.__version__,
-        protocol=protocol.model_dump(mode="json", by_alias=True),
-        protocol_sha256=protocol.sha256,
-        bank_sha256=bank.sha256,
-        scorer_sha256=plan.scorer.sha256,
-        model=records[None],
-        other_models={key: OtherModel(model=record) for key, record in records.items() if key is not None},
-        seed=seed,
-        n=n,
-        phases=chosen_phases(protocol, phases),
-        planned_by_phase=dict(Counter(batch.phase for batch in plan.batches for _ in batch.trials)),
-        versions={name: version(name) for name in ("torch", "transformers", "numpy", "scipy", "pyarrow")},
-        git=_git(),
-        hardware=_hardware(),
-        command=list(command),
-        created=_now(),
-        skipped=[s.model_dump() for s in plan.skipped],
-        dropped_pairs=plan.dropped_pairs,
-    )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _git() -> dict[str, object]:
-    """Commit of kvpatch's own source tree, where it is one."""
-
-    def ask(*arguments: str) -> str | None:
-        folder = Path(__file__).parent
-        try:
-            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = ask("rev-parse", "HEAD")
-    return {"commit": commit, "dirty": bool(ask("status", "--porcelain", "--", ".")) if commit else None}
-
-
-def _hardware() -> dict[str, object]:
-    out: dict[str, object] = {
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "python": sys.version.split()[0],
-    }
-    if torch.cuda.is_available():
-        out["gpu"] = torch.cuda.get_device_name()
-    return out
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )

@@ -10,19 +10,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from core_caches import ABSOLUTE, copied, is_same, make_cache, slow_rotation, tensors
-from kvpatch.activations import (
-    RowSteering,
-    mean_difference,
-    recorded_residual,
-    replaced_residual,
-    run_in_prefill,
-    run_value_steering,
-)
-from kvpatch.cache import KVCache, Segment
+from kvpatch.caches.kvcache import KVCache, Segment
 from kvpatch.engine.prefill import prefill_pass
-from kvpatch.interventions import InPrefill, ValueSteering
+from kvpatch.engine.residual import recorded_residual, replaced_residual
+from kvpatch.interventions.directions import mean_difference
+from kvpatch.interventions.in_prefill import run_in_prefill
+from kvpatch.interventions.steering import RowSteering, run_value_steering
 from kvpatch.models.hf import LayerEdit
 from kvpatch.models.template import EncodedPrompt
+from kvpatch.specs.interventions import InPrefill, ValueSteering
 from tiny import LAYERS, WINDOW, random_prompts
 
 pytestmark = pytest.mark.model

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from core_caches import make_cache
-from kvpatch.arguments import LEAST_TEMPERATURE
-from kvpatch.cache import KVCache
+from kvpatch.caches.kvcache import KVCache
 from kvpatch.errors import CacheError, KvpatchError, ProtocolError
-from kvpatch.interventions import CacheSteering, ValueSteering
 from kvpatch.models.template import EncodedPrompt
-from kvpatch.patch import LayerAt, LayerBand, Patch, SlotQuery
 from kvpatch.protocols.schema import Generation
 from kvpatch.readouts.geometry import cache_ratios, participation_ratio, r_v
+from kvpatch.specs.arguments import LEAST_TEMPERATURE
+from kvpatch.specs.interventions import CacheSteering, ValueSteering
+from kvpatch.specs.patch import Patch
+from kvpatch.specs.selectors import LayerAt, LayerBand, SlotQuery
 
 NAN, INF = float("nan"), float("inf")
 

@@ -11,9 +11,9 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 from core_caches import NO_ROPE, ROPES, copied, is_same, make_cache, row_of, tensors
-from kvpatch.cache import PAD, KVCache, pad_left
+from kvpatch.caches.kvcache import PAD, KVCache, pad_left
 from kvpatch.errors import CacheError
-from kvpatch.patch import Patch
+from kvpatch.specs.patch import Patch
 
 LENGTHS = (4, 7, 1, 5)
 

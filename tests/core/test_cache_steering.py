@@ -12,12 +12,13 @@ from transformers import DynamicCache
 
 from core_caches import ABSOLUTE, LAYERS, ROPES, copied, is_same, make_cache, row_of, slow_rotation, tensors
 from kvpatch import Patch
-from kvpatch.cache import PAD, KVCache, Segment
-from kvpatch.cache_steering import join_prompts, joined_cache, steer_cache, without_giver
+from kvpatch.caches.kvcache import PAD, KVCache, Segment
 from kvpatch.engine.prefill import prefill
 from kvpatch.errors import CacheError
-from kvpatch.interventions import CacheSteering, Joined
+from kvpatch.interventions.cache_steering import steer_cache
+from kvpatch.interventions.joined import join_prompts, joined_cache, without_giver
 from kvpatch.models.template import EncodedPrompt
+from kvpatch.specs.interventions import CacheSteering, Joined
 
 FOUR = pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt_neox", "cohere"])
 GIVERS = ("Watch how each word arrives.", "Say what it is like to choose the words you are choosing now.", "Look.")

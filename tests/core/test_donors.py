@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from core_caches import ABSOLUTE, HALF, NO_ROPE, copied, is_same, make_cache, row_of, slow_rotation, tensors
-from kvpatch.cache import KVCache
-from kvpatch.donors import make_donor
+from kvpatch.caches.kvcache import KVCache
+from kvpatch.caches.rope import LayerRope
 from kvpatch.errors import CacheError
-from kvpatch.rope import LayerRope
+from kvpatch.interventions.donors import make_donor
 
 RANDOM = (
     "shuffle_values",

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from core_caches import ABSOLUTE, HEAD_DIM, KV_HEADS, LAYERS, is_same, make_cache
-from kvpatch.cache import KVCache
-from kvpatch.cache_steering import counted_steering, steer_cache
+from kvpatch.caches.kvcache import KVCache
+from kvpatch.caches.selection import Touched, chosen_layers
 from kvpatch.errors import CacheError, EmptySelection
-from kvpatch.interventions import CacheSteering, Reshape
-from kvpatch.patch import LayerBand, Patch, SlotQuery
-from kvpatch.reshape import counted_reshaping
-from kvpatch.selection import Touched, chosen_layers
-from kvpatch.splice import counted_splice
+from kvpatch.interventions.cache_steering import counted_steering, steer_cache
+from kvpatch.interventions.reshape import counted_reshaping
+from kvpatch.interventions.splice import counted_splice
+from kvpatch.specs.interventions import CacheSteering, Reshape
+from kvpatch.specs.patch import Patch
+from kvpatch.specs.selectors import LayerBand, SlotQuery
 
 IN_PLACE = ("start", "end", "stretch")
 EVERY_ALIGN = (*IN_PLACE, "replace", "append")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from kvpatch.noise import normal, uniform
+from kvpatch.caches.noise import normal, uniform
 
 SEEDS = torch.tensor([0, 1, 2**62, -5])
 

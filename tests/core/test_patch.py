@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from core_caches import ABSOLUTE, NO_ROPE, copied, is_same, make_cache, row_of, slow_rotation, tensors
-from kvpatch.cache import PAD, KVCache, Origin
+from kvpatch.caches.kvcache import PAD, KVCache, Origin
 from kvpatch.errors import CacheError, EmptySelection
-from kvpatch.patch import Patch
-from kvpatch.splice import counted_splice, splice
+from kvpatch.interventions.splice import counted_splice, splice
+from kvpatch.specs.patch import Patch
 
 EVERY_ALIGN = ("start", "end", "stretch", "replace", "append")
 IN_PLACE = ("start", "end", "stretch")

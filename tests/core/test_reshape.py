@@ -13,9 +13,9 @@ from torch import Tensor
 
 from core_caches import make_cache
 from kvpatch.errors import CacheError
-from kvpatch.interventions import Reshape
+from kvpatch.interventions.reshape import reshape_cache, turned, with_ratio
 from kvpatch.readouts.geometry import participation_ratio, r_v
-from kvpatch.reshape import reshape_cache, turned, with_ratio
+from kvpatch.specs.interventions import Reshape
 
 seeds = st.integers(0, 2**31)
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from core_caches import HALF, INTERLEAVED, PARTIAL, slow_rotation
+from kvpatch.caches.rope import LayerRope, rotate
 from kvpatch.errors import CacheError
-from kvpatch.rope import LayerRope, rotate
 
 PARTIAL_INTERLEAVED = LayerRope("interleaved", (1.0, 0.25))
 FULL_INTERLEAVED = LayerRope("interleaved", (1.0, 0.3, 0.02, 1e-3))

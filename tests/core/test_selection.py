@@ -11,10 +11,11 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 from core_caches import make_cache, usual_segments
-from kvpatch.cache import KVCache, Segment
+from kvpatch.caches.kvcache import KVCache, Segment
+from kvpatch.caches.selection import SINKS, head_indices, layer_indices, mirrored_slots, slot_indices
 from kvpatch.errors import CacheError
-from kvpatch.patch import LayerBand, Patch, SlotQuery
-from kvpatch.selection import SINKS, head_indices, layer_indices, mirrored_slots, slot_indices
+from kvpatch.specs.patch import Patch
+from kvpatch.specs.selectors import LayerBand, SlotQuery
 
 WORDS = ("<s>", "[INST]", " I", " watch", " my", "self", ", and", " your", "self", " in", " it", "[/IN", "ST]")
 

@@ -15,7 +15,7 @@ from reference import NAMES, IllegalError, Prompt, Reference, Row, UndecidedErro
 from torch import Tensor, nn
 
 import kvpatch as kv
-from kvpatch.cache import KVCache, Segment
+from kvpatch.caches.kvcache import KVCache, Segment
 from kvpatch.engine.score import score
 from kvpatch.errors import KvpatchError
 from kvpatch.models.template import EncodedPrompt

@@ -12,16 +12,16 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvpatch import Patch, SlotQuery
-from kvpatch.cache import KVCache, Origin, Segment
-from kvpatch.engine.attention import BLOCK_BYTES, AttentionCapture, Look, Maps
+from kvpatch.caches.kvcache import KVCache, Origin, Segment
+from kvpatch.caches.selection import SINKS
+from kvpatch.engine.attention import BLOCK_BYTES, AttentionCapture, AttentionRequest, Maps
 from kvpatch.engine.decode import decode
-from kvpatch.engine.prefill import prefill, watched_prefill
+from kvpatch.engine.prefill import prefill, prefill_with_attention
 from kvpatch.engine.score import score
 from kvpatch.errors import ProtocolError
-from kvpatch.heads import DISTANCES, STATISTICS
 from kvpatch.models.hf import LayerEdit
 from kvpatch.models.template import EncodedPrompt
-from kvpatch.selection import SINKS
+from kvpatch.specs.attention import DISTANCES, STATISTICS
 from tiny import WINDOW, random_prompts
 
 pytestmark = pytest.mark.model
@@ -45,8 +45,8 @@ def marks(cache: KVCache) -> Tensor:
     return (cache.token_ids % 3 == 0) & cache.is_real
 
 
-def look_at(cache: KVCache) -> Look:
-    return Look(marks(cache))
+def request_for(cache: KVCache) -> AttentionRequest:
+    return AttentionRequest(marks(cache))
 
 
 # --- the slow way ---
@@ -155,7 +155,7 @@ def test_statistics_of_prompts_equal_eager_attention(architecture: str, tiny, mo
     for block in (None, 700):  # and in blocks of a query or two
         if block:
             monkeypatch.setitem(BLOCK_BYTES, "cpu", block)
-        cache, found = watched_prefill(model.backbone, prompts, look_at(natural))
+        cache, found = prefill_with_attention(model.backbone, prompts, request_for(natural))
         assert cache.checksums() == natural.checksums()
         for row, prompt in enumerate(prompts):
             ids = list(prompt.token_ids[:-1])
@@ -167,7 +167,7 @@ def test_a_prompt_of_one_token_or_none_is_refused(tiny):
     model = tiny("llama")
     for prompts in ([], random_prompts([1])):
         with pytest.raises(ProtocolError, match="prompts of 2 to 256 tokens can be watched"):
-            watched_prefill(model.backbone, prompts, Look())
+            prefill_with_attention(model.backbone, prompts, AttentionRequest())
 
 
 # --- decode ---
@@ -182,7 +182,7 @@ def test_statistics_of_decoding_equal_eager_attention(architecture: str, align: 
     plain = decode(model.backbone, cache, **settings)
     # One row ends early; what its steps go on to do must not count.
     end = int(plain.token_ids[1, 4])
-    written = decode(model.backbone, cache, **settings, end_tokens=[end], look=look_at(cache))
+    written = decode(model.backbone, cache, **settings, end_tokens=[end], to_capture=request_for(cache))
     assert torch.equal(written.token_ids[0, : written.lengths[0]], plain.token_ids[0, : written.lengths[0]])
     assert written.lengths[1] <= 5
     assert written.attention is not None
@@ -207,20 +207,20 @@ def test_forcing_a_text_shows_what_the_heads_did_while_it_was_written(architectu
     def edits(rows: slice = slice(None)) -> dict[int, LayerEdit]:
         return {1: LayerEdit(steer=steer[rows])}
 
-    written = decode(model.backbone, cache, **settings, end_tokens=[end], look=look_at(cache), edits=edits())
+    written = decode(model.backbone, cache, **settings, end_tokens=[end], to_capture=request_for(cache), edits=edits())
     texts = [row[:length].tolist() for row, length in zip(written.token_ids, written.lengths, strict=True)]
-    forced = score(model.backbone, cache, [[text] for text in texts], look=look_at(cache), edits=edits)
+    forced = score(model.backbone, cache, [[text] for text in texts], to_capture=request_for(cache), edits=edits)
     assert written.attention is not None and forced.attention is not None
     assert torch.equal(forced.attention.queries, written.attention.queries)
     assert torch.allclose(forced.attention.values, written.attention.values, atol=1e-5, equal_nan=True)
-    unsteered = score(model.backbone, cache, [[text] for text in texts], look=look_at(cache))
+    unsteered = score(model.backbone, cache, [[text] for text in texts], to_capture=request_for(cache))
     assert unsteered.attention is not None
     assert not torch.allclose(unsteered.attention.values, written.attention.values, atol=1e-5, equal_nan=True)
 
 
 def test_nothing_is_watched_where_nothing_is_asked(tiny, monkeypatch):
     model = tiny("llama")
-    monkeypatch.setattr(AttentionCapture, "see", None)
+    monkeypatch.setattr(AttentionCapture, "observe", None)
     cache = prefill(model.backbone, prompts_of([20]))
     written = decode(model.backbone, cache, max_new_tokens=3, temperature=0, seeds=[0])
     assert written.attention is None
@@ -238,8 +238,8 @@ def test_statistics_of_a_forced_continuation_equal_eager_attention(architecture:
     forced = [[11, 12, 30, 11, 12, 31], [40, 41, 42]]
     wanted = [[row, [20, 21, 22], [23]] for row in forced]
     for rows in (2, 1):
-        monkeypatch.setattr("kvpatch.engine.passes.TOKENS_AT_ONCE", {"cpu": 16 * rows})
-        found = score(model.backbone, cache, wanted, keep_values=[0], look=look_at(cache)).attention
+        monkeypatch.setattr("kvpatch.engine.token_budget.TOKENS_AT_ONCE", {"cpu": 16 * rows})
+        found = score(model.backbone, cache, wanted, keep_values=[0], to_capture=request_for(cache)).attention
         assert found is not None
         for row in range(2):
             own = cache[row]
@@ -255,14 +255,14 @@ def test_maps_asked_for_are_the_model_s_own(tiny):
     model = tiny("gemma3")
     prompts = prompts_of([40])
     whole = eager(model, list(prompts[0].token_ids[:-1]))
-    _, found = watched_prefill(model.backbone, prompts, Look(maps=Maps([1, 2], [3, 0])))
+    _, found = prefill_with_attention(model.backbone, prompts, AttentionRequest(maps=Maps([1, 2], [3, 0])))
     assert found.maps.keys() == {1, 2}
     for layer, kept in found.maps.items():
         assert kept.shape == (1, 2, 39, 39)
         assert torch.allclose(kept[0].double(), whole[layer][[3, 0]], atol=1e-5)
     cache = prefill(model.backbone, prompts)
-    some = Look(maps=Maps([2], [1], queries=[0, 3]))
-    written = decode(model.backbone, cache, max_new_tokens=6, temperature=0, seeds=[0], look=some)
+    some = AttentionRequest(maps=Maps([2], [1], queries=[0, 3]))
+    written = decode(model.backbone, cache, max_new_tokens=6, temperature=0, seeds=[0], to_capture=some)
     fed = [int(cache.pending), *written.token_ids[0, :5].tolist()]
     own = eager(model, fed, cache)[2][1]
     assert written.attention is not None
@@ -277,7 +277,9 @@ def test_maps_asked_for_are_the_model_s_own(tiny):
 def test_shares_add_to_1(tiny):
     model = tiny("llama")
     cache = patched(model, "stretch")
-    written = decode(model.backbone, cache, max_new_tokens=8, temperature=0.7, seeds=[0, 1], look=look_at(cache))
+    written = decode(
+        model.backbone, cache, max_new_tokens=8, temperature=0.7, seeds=[0, 1], to_capture=request_for(cache)
+    )
     found = written.attention
     assert found is not None
     segments = sum(found[f"mass_{name}"] for name in ("sinks", "template", "body", "trailer", "generated"))
@@ -292,10 +294,10 @@ def test_a_row_gives_the_same_whatever_its_batch(tiny):
     model = tiny("qwen3")
     cache = patched(model, "replace")
     settings = {"max_new_tokens": 8, "temperature": 0.7}
-    together = decode(model.backbone, cache, **settings, seeds=[0, 1], look=look_at(cache)).attention
+    together = decode(model.backbone, cache, **settings, seeds=[0, 1], to_capture=request_for(cache)).attention
     for row in range(2):
         own = cache[row]
-        alone = decode(model.backbone, own, **settings, seeds=[row], look=look_at(own)).attention
+        alone = decode(model.backbone, own, **settings, seeds=[row], to_capture=request_for(own)).attention
         assert together is not None and alone is not None
         assert torch.allclose(together.values[row], alone.values[0], atol=1e-5, equal_nan=True)
 
@@ -303,7 +305,9 @@ def test_a_row_gives_the_same_whatever_its_batch(tiny):
 def test_an_empty_cache_is_watched_too(tiny):
     model = tiny("llama")
     cache = prefill(model.backbone, random_prompts([1, 4]))
-    found = decode(model.backbone, cache, max_new_tokens=3, temperature=0, seeds=[0, 1], look=Look()).attention
+    found = decode(
+        model.backbone, cache, max_new_tokens=3, temperature=0, seeds=[0, 1], to_capture=AttentionRequest()
+    ).attention
     assert found is not None and found.queries.tolist() == [3, 3]
     assert torch.isfinite(found["mass_generated"]).all()
 

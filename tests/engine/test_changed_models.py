@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-import kvpatch.engine.fast as fast_room
-import kvpatch.models.hf as hf_room
+import kvpatch.engine.backend as fast_room
+import kvpatch.models.backbone as backbone_room
+from kvpatch.engine.backend import Fast, fast_of
 from kvpatch.engine.decode import Continuations, decode
-from kvpatch.engine.fast import Fast, fast_of
+from kvpatch.engine.model import Model
 from kvpatch.engine.prefill import prefill
 from kvpatch.engine.score import score
 from kvpatch.errors import CacheError, ModelError
-from kvpatch.model import Model
-from kvpatch.models.hf import LayerEdit, native_greedy, native_logits
+from kvpatch.models.hf import LayerEdit
 from kvpatch.models.load import Loaded
+from kvpatch.models.probe import native_greedy, native_logits
 from tiny import LAYERS, random_prompts, tiny_hf
 
 pytestmark = pytest.mark.model
@@ -44,12 +45,10 @@ def run(model: Model, **settings: Any) -> Continuations:
 
 def by_the_model(model: Model, **settings: Any) -> Continuations:
     """The same by the model's own forward pass."""
-    held = model.backbone.kept.pop("fast", None)
-    model.backbone.kept["fast"] = Fast(None, "model", "")
+    held = model.backbone.kept.backend
+    model.backbone.kept.backend = Fast(None, "model", "")
     found = run(model, **settings)
-    model.backbone.kept.pop("fast", None)
-    if held is not None:
-        model.backbone.kept["fast"] = held
+    model.backbone.kept.backend = held
     return found
 
 
@@ -667,7 +666,7 @@ def test_hooks_are_not_called_while_the_model_is_looked_at():
 def test_an_unchanged_model_is_looked_at_once(architecture: str, monkeypatch: pytest.MonkeyPatch):
     model = fresh(architecture)
     looks: list[str] = []
-    for room, name in ((fast_room, "_find"), (hf_room, "_probe")):
+    for room, name in ((fast_room, "_find"), (backbone_room, "geometry_of")):
         own = getattr(room, name)
         monkeypatch.setattr(room, name, lambda backbone, own=own, name=name: (looks.append(name), own(backbone))[1])
     for _ in range(3):
@@ -686,7 +685,7 @@ def test_an_unchanged_model_is_looked_at_once(architecture: str, monkeypatch: py
     model.backbone.blocks[1].added = 1.0
     run(model)
     run(model)
-    assert looks == ["_find", "_probe", "_find"]
+    assert looks == ["_find", "geometry_of", "_find"]
 
 
 def test_a_hook_that_comes_and_goes_costs_no_new_look(monkeypatch: pytest.MonkeyPatch):

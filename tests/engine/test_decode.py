@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from kvpatch.cache import PAD
+from kvpatch.caches.kvcache import PAD
 from kvpatch.engine.decode import Continuations, decode
 from kvpatch.engine.prefill import prefill
 from kvpatch.engine.sampling import choose
 from kvpatch.errors import CacheError, ProtocolError
-from kvpatch.models.hf import native_logits
+from kvpatch.models.probe import native_logits
 from tiny import ARCHITECTURES, CONTEXT, WINDOW, prompt_of, random_prompts
 
 pytestmark = pytest.mark.model

@@ -12,17 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kvpatch as kv
-from kvpatch.activations import mean_difference, run_in_prefill, run_value_steering
-from kvpatch.cache import KVCache
-from kvpatch.cache_steering import steer_cache, without_giver
-from kvpatch.donors import make_donor
-from kvpatch.engine.attention import Look
-from kvpatch.engine.prefill import prefill, prefill_pass, watched_prefill
+from kvpatch.caches.kvcache import KVCache
+from kvpatch.engine.attention import AttentionRequest
+from kvpatch.engine.model import Model
+from kvpatch.engine.prefill import prefill, prefill_pass, prefill_with_attention
 from kvpatch.engine.score import score
 from kvpatch.errors import CacheError
-from kvpatch.interventions import CacheSteering, InPrefill, Reshape, ValueSteering
-from kvpatch.model import Model
-from kvpatch.reshape import reshape_cache
+from kvpatch.interventions.cache_steering import steer_cache
+from kvpatch.interventions.directions import mean_difference
+from kvpatch.interventions.donors import make_donor
+from kvpatch.interventions.in_prefill import run_in_prefill
+from kvpatch.interventions.joined import without_giver
+from kvpatch.interventions.reshape import reshape_cache
+from kvpatch.interventions.steering import run_value_steering
+from kvpatch.specs.interventions import CacheSteering, InPrefill, Reshape, ValueSteering
 from tiny import random_prompts, tiny_tokenizer
 
 pytestmark = pytest.mark.model
@@ -122,7 +125,7 @@ def test_every_operation_keeps_the_model(tiny):
     made = [
         cache,
         prefill_pass(backbone, PROMPTS),
-        watched_prefill(backbone, PROMPTS, Look())[0],
+        prefill_with_attention(backbone, PROMPTS, AttentionRequest())[0],
         tiny("llama").prefill("Explain how bread rises."),
         cache[0],
         cache[::-1],

@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 
+from kvpatch.engine.backend import Fast, fast_of
 from kvpatch.engine.decode import decode
-from kvpatch.engine.fast import Fast, fast_of
 from kvpatch.engine.prefill import prefill
-from kvpatch.models.hf import Backbone
+from kvpatch.models.backbone import Backbone
 from tiny import CONFIGS, WINDOW, random_prompts
 
 pytestmark = [
@@ -36,11 +36,11 @@ def test_texts_equal_those_of_the_model_s_own_forward_pass(architecture: str, te
     assert known.ops == "fused", known.note
     cache = prefill(backbone, random_prompts(LENGTHS))
     settings = {"max_new_tokens": 40, "temperature": temperature, "seeds": range(len(LENGTHS))}
-    backbone.kept["fast"] = Fast(None, "model", "")
+    backbone.kept.backend = Fast(None, "model", "")
     free = decode(backbone, cache, **settings)
     ends = [int(free.token_ids[row, row]) for row in range(3, 30, 4)]
     expected = decode(backbone, cache, **settings, end_tokens=ends, keep_values=[1])
-    backbone.kept["fast"] = Fast(known.network, ops, "")
+    backbone.kept.backend = Fast(known.network, ops, "")
     for places in (40, 16):
         found = decode(backbone, cache, **settings, end_tokens=ends, keep_values=[1], places=places)
         assert torch.equal(found.token_ids, expected.token_ids)

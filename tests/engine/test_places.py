@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-import kvpatch.engine.fast as fast_room
-import kvpatch.engine.places as room
+import kvpatch.engine.backend as fast_room
+import kvpatch.engine.batching as room
+from kvpatch.engine.backend import Fast, fast_of
 from kvpatch.engine.decode import Continuations, decode
-from kvpatch.engine.fast import Fast, fast_of
+from kvpatch.engine.model import Model
 from kvpatch.engine.prefill import prefill
-from kvpatch.model import Model
 from kvpatch.models.hf import LayerEdit
+from kvpatch.models.kept import Kept
 from kvpatch.models.llamalike import Network
 from kvpatch.models.load import Loaded
 from tiny import WINDOW, random_prompts, tiny_hf
@@ -39,15 +40,13 @@ def by_the_model(tiny) -> Iterator:
 
     def switch(architecture: str) -> Model:
         model = tiny(architecture)
-        switched.append((model.backbone, model.backbone.kept.get("fast")))
-        model.backbone.kept["fast"] = Fast(None, "model", "")
+        switched.append((model.backbone, model.backbone.kept.backend))
+        model.backbone.kept.backend = Fast(None, "model", "")
         return model
 
     yield switch
     for backbone, known in switched:
-        backbone.kept.pop("fast")
-        if known is not None:
-            backbone.kept["fast"] = known
+        backbone.kept.backend = known
 
 
 def run(model: Model, count: int = 20, **settings) -> Continuations:
@@ -71,7 +70,7 @@ def test_texts_are_those_of_the_forward_pass_in_any_number_of_places(architectur
     ends = [int(free.token_ids[0, 4]), int(free.token_ids[3, 9]), int(free.token_ids[5, 2])]
     expected = run(model, temperature=temperature, end_tokens=ends)
     assert 2 < min(expected.lengths) + 2 < max(expected.lengths)
-    del model.backbone.kept["fast"]
+    model.backbone.kept.backend = None
     assert fast_of(model.backbone).network is not None
     for places in (None, 7, 3, 1):
         assert_same(run(model, temperature=temperature, end_tokens=ends, places=places), expected)
@@ -80,7 +79,7 @@ def test_texts_are_those_of_the_forward_pass_in_any_number_of_places(architectur
 def test_a_nucleus_is_cut_alike(by_the_model):
     model = by_the_model("llama")
     expected = run(model, top_p=0.7)
-    del model.backbone.kept["fast"]
+    model.backbone.kept.backend = None
     assert_same(run(model, top_p=0.7, places=3), expected)
 
 
@@ -122,7 +121,7 @@ def test_weights_that_are_changed_or_exchanged_are_seen(architecture):
         layer.input_layernorm.weight.add_(0.5)
         layer.mlp.up_proj.weight = nn.Parameter(layer.mlp.up_proj.weight * 0.5, requires_grad=False)
     found = run(model)
-    model.backbone.kept["fast"] = Fast(None, "model", "")
+    model.backbone.kept.backend = Fast(None, "model", "")
     assert_same(found, run(model))
 
 
@@ -186,7 +185,7 @@ def test_a_network_that_differs_from_the_model_is_not_used(defect: str, dtype, m
         pytest.skip("smaller than the bound that this type's rounding asks for")
     model = Model(Loaded(tiny_hf("mistral").to(dtype), None, "mistral", None, False))
     assert fast_of(model.backbone).network is not None
-    model.backbone.kept.clear()
+    model.backbone.kept = Kept()
     made = fast_room.network_of
     monkeypatch.setattr(fast_room, "network_of", lambda backbone: DEFECTS[defect](made(backbone)))
     fast = fast_of(model.backbone)
@@ -201,7 +200,7 @@ def test_steering_goes_with_the_row(by_the_model):
     edits = {2: LayerEdit(steer=steps)}
     expected, plain = run(model, edits=edits), run(model)
     assert edits[2].fired == 20
-    del model.backbone.kept["fast"]
+    model.backbone.kept.backend = None
     for places in (None, 2):
         edits = {2: LayerEdit(steer=steps)}
         assert_same(run(model, edits=edits, places=places), expected)
@@ -222,7 +221,7 @@ def test_where_memory_runs_out_half_the_rows_go_on_with_the_same_texts(tiny, mon
         return made(backbone, fast, cache, request, count, **settings)
 
     monkeypatch.setattr(room, "_runner", scarce)
-    monkeypatch.setattr(model.backbone, "kept", dict(model.backbone.kept))
+    monkeypatch.setattr(model.backbone, "kept", replace(model.backbone.kept))
     assert_same(run(model), expected)
     assert tried == [7, 4, 2]
     run(model)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-import kvpatch.engine.passes as pass_room
-from kvpatch.cache import PAD, Origin, Segment
+import kvpatch.engine.token_budget as pass_room
+from kvpatch.caches.kvcache import PAD, Origin, Segment
 from kvpatch.engine.prefill import prefill
 from kvpatch.errors import ProtocolError
-from kvpatch.models.hf import Backbone
+from kvpatch.models.backbone import Backbone
 from tiny import ARCHITECTURES, CONTEXT, WINDOW, prompt_of, random_prompts
 
 pytestmark = pytest.mark.model

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-import kvpatch.engine.passes as pass_room
+import kvpatch.engine.token_budget as pass_room
 from kvpatch.engine.decode import decode
 from kvpatch.engine.prefill import prefill
 from kvpatch.engine.score import score
 from kvpatch.errors import CacheError, ProtocolError
-from kvpatch.models.hf import native_logits
+from kvpatch.models.probe import native_logits
 from tiny import ARCHITECTURES, CONTEXT, WINDOW, prompt_of, random_prompts
 
 pytestmark = pytest.mark.model

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from kvpatch.planning.plan import Batch, Plan
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.load import load_protocol
-from kvpatch.protocols.plan import Batch, Plan
 from kvpatch.run import plan_for
 from small import write_protocol
 

@@ -13,12 +13,13 @@ import torch
 from kvpatch.executors import batch as batch_room
 from kvpatch.executors import conditions as condition_room
 from kvpatch.executors.batch import run_batch
-from kvpatch.executors.shape import OPTIONAL_COLUMNS
-from kvpatch.protocols.plan import Batch
-from kvpatch.protocols.schema import Watched
+from kvpatch.executors.optional_columns import OPTIONAL_COLUMNS
+from kvpatch.interventions import directions
+from kvpatch.planning.plan import Batch
+from kvpatch.protocols.schema import AttentionSettings
 from kvpatch.readouts.behavior import Lexicon, recursive_score, recursive_score_masked
 from kvpatch.readouts.fluency import CoherenceLimits, is_coherent, repetition
-from kvpatch.store import TRIAL_COLUMNS, TRIAL_SCHEMA
+from kvpatch.store.columns import TRIAL_COLUMNS, TRIAL_SCHEMA
 from small import with_patch
 
 pytestmark = pytest.mark.model
@@ -48,7 +49,7 @@ def test_every_column_is_filled(rows, batch):
         assert (row["patch"] is None) is (row["condition"] in ("A", "B", "S1"))
 
 
-@pytest.mark.parametrize("asks", [{}, {"geometry": True, "watched": Watched()}])
+@pytest.mark.parametrize("asks", [{}, {"geometry": True, "watched": AttentionSettings()}])
 def test_a_batch_leaves_no_tensor_to_the_garbage_collector(model, batch, asks):
     """It counts objects, not bytes, and a GPU is full before it looks."""
     asked = batch.model_copy(update=asks)
@@ -262,8 +263,9 @@ def test_each_distinct_prompt_is_prefilled_once(model, batch, monkeypatch):
         return prefill(backbone, prompts)
 
     prefill = condition_room.prefill
-    monkeypatch.setattr(condition_room, "prefill", counting)
-    condition_room._reference.cache_clear()
+    for room in (condition_room, directions):
+        monkeypatch.setattr(room, "prefill", counting)
+    directions.reference_caches.cache_clear()
     run_batch(model, batch)
     distinct = {text for pair in batch.pairs for role, text in pair.texts.items()}
     with_swapped = len(distinct) + sum("S1" in batch.conditions for _ in batch.pairs)

@@ -11,22 +11,23 @@ from typing import Any
 import pytest
 import torch
 
-from kvpatch import activations
-from kvpatch.activations import run_value_steering
-from kvpatch.cache_steering import join_prompts, without_giver
-from kvpatch.engine.attention import Look
+from kvpatch.engine import residual
+from kvpatch.engine.attention import AttentionRequest
 from kvpatch.engine.decode import decode
 from kvpatch.engine.prefill import prefill, prefill_pass
 from kvpatch.errors import KvpatchError, ProtocolError
-from kvpatch.executors import conditions as room
 from kvpatch.executors.batch import measure, run_batch
 from kvpatch.executors.conditions import build_all, prefill_all
+from kvpatch.interventions import in_prefill as activations
+from kvpatch.interventions.directions import mean_directions
+from kvpatch.interventions.joined import join_prompts, without_giver
+from kvpatch.interventions.steering import run_value_steering
 from kvpatch.models.hf import LayerEdit
+from kvpatch.planning import plan as planner
+from kvpatch.planning.plan import Batch
 from kvpatch.prompts.bank import load_bank
-from kvpatch.protocols import plan as planner
 from kvpatch.protocols.load import load_protocol
-from kvpatch.protocols.plan import Batch
-from kvpatch.protocols.schema import Watched
+from kvpatch.protocols.schema import AttentionSettings
 from kvpatch.readouts.geometry import participation_ratio
 from kvpatch.run import plan_for
 from small import CONDITIONS, bank_entries, write_bank, write_protocol
@@ -148,13 +149,13 @@ def test_change_that_was_not_made_is_an_error_of_its_condition_alone(model, batc
 )
 def test_residual_hook_that_did_not_fire_is_an_error(model, batch, monkeypatch, lost, error):
     """The hook of the first layer is lost on its way."""
-    hooked, own = activations._hooked, getattr(activations, lost)
+    hooked, own = residual._hooked, getattr(activations, lost)
 
     @contextmanager
     def losing(*args):
         with monkeypatch.context() as patched:
             patched.setattr(
-                activations,
+                residual,
                 "_hooked",
                 lambda backbone, layers, *rest: hooked(backbone, [i for i in layers if i], *rest),
             )
@@ -174,7 +175,7 @@ def test_condition_that_can_t_be_built_gives_error_rows_and_leaves_the_others_al
     def refuse(*args):
         raise KvpatchError("it can't be done")
 
-    monkeypatch.setattr(room, "run_in_prefill", refuse)
+    monkeypatch.setattr(activations, "run_in_prefill", refuse)
     for row in run_batch(model, batch):
         if "in_prefill" in WAYS.get(row["condition"], {}):
             assert row["error"] == "it can't be done"
@@ -205,7 +206,7 @@ def test_steering_with_alpha_0_is_the_natural_run_bit_for_bit(model, batch):
     spec = batch.conditions["ST0"].steer_values
     prompts = [model.encode(pair.texts["target"]) for pair in batch.pairs]
     natural = prefill_pass(model.backbone, prompts)
-    _, values = room._directions(model, tuple(batch.reference_texts), tuple(batch.reference_targets))
+    _, values = mean_directions(model, tuple(batch.reference_texts), tuple(batch.reference_targets))
     done = run_value_steering(model.backbone, spec, values, prompts, natural)
     assert done.cache.checksums() == natural.checksums()
 
@@ -234,7 +235,7 @@ def test_steering_while_decoding_steers_the_rows_of_its_condition_alone(model, r
 def test_steered_text_and_readouts_equal_an_edit_at_every_step_by_hand(model, batch, by_condition):
     """One row at a time: the direction is added to the values of the pending token and of all that follow."""
     built = build_all(model, batch, prefill_all(model, batch))
-    _, values = room._directions(model, tuple(batch.reference_texts), tuple(batch.reference_targets))
+    _, values = mean_directions(model, tuple(batch.reference_texts), tuple(batch.reference_targets))
     step = 40 * values[1][None, :, None]
     for index, trial in enumerate(batch.trials):
         if trial.condition != "STD":
@@ -255,9 +256,9 @@ def test_steered_text_and_readouts_equal_an_edit_at_every_step_by_hand(model, ba
 
 def test_a_steered_trial_is_watched_as_it_wrote(model, batch):
     """Its heads are read after it is written, steered as it was."""
-    watched = batch.model_copy(update={"watched": Watched()})
+    watched = batch.model_copy(update={"watched": AttentionSettings()})
     built = build_all(model, batch, prefill_all(model, batch))
-    _, values = room._directions(model, tuple(batch.reference_texts), tuple(batch.reference_targets))
+    _, values = mean_directions(model, tuple(batch.reference_texts), tuple(batch.reference_targets))
     step = 40 * values[1][None, :, None]
     for index, found in enumerate(measure(model, watched)):
         trial = batch.trials[index]
@@ -271,7 +272,7 @@ def test_a_steered_trial_is_watched_as_it_wrote(model, batch):
             seeds=[trial.seed],
             end_tokens=model.end_tokens,
             edits={1: LayerEdit(value=lambda v: v + step)},
-            look=Look(),
+            to_capture=AttentionRequest(),
         ).attention
         assert by_hand is not None
         assert torch.allclose(found.attention["own"].values, by_hand.values, atol=1e-5, equal_nan=True)

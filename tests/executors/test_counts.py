@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kvpatch.cache import Segment
+from kvpatch.caches.kvcache import Segment
 from kvpatch.errors import ProtocolError
 from kvpatch.executors.batch import run_batch
-from kvpatch.parts import read_file
+from kvpatch.protocols.conditions import Condition
 from kvpatch.protocols.load import load_protocol
-from kvpatch.protocols.schema import Condition
-from kvpatch.store import NEEDED, TRIAL_SCHEMA, Store
+from kvpatch.store.columns import NEEDED, TRIAL_SCHEMA
+from kvpatch.store.directory import Store
+from kvpatch.store.parts import read_file
 from small import CONDITIONS, bank_entries, write_bank, write_protocol
 from tiny import LAYERS
 

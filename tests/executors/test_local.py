@@ -7,8 +7,8 @@ import pytest
 
 from kvpatch.executors import local
 from kvpatch.executors.local import LocalExecutor, stored_limits
-from kvpatch.protocols import plan as planner
-from kvpatch.store import Store
+from kvpatch.planning import plan as planner
+from kvpatch.store.directory import Store
 from small import with_patch
 
 pytestmark = pytest.mark.model

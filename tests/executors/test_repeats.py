@@ -9,10 +9,10 @@ import pytest
 
 from kvpatch.executors import local
 from kvpatch.executors.local import LocalExecutor
-from kvpatch.executors.shape import OPTIONAL_COLUMNS
-from kvpatch.heads import STAGES
-from kvpatch.protocols import plan as planner
-from kvpatch.store import Store
+from kvpatch.executors.optional_columns import OPTIONAL_COLUMNS
+from kvpatch.planning import plan as planner
+from kvpatch.specs.attention import STAGES
+from kvpatch.store.directory import Store
 from small import CONDITIONS
 from tiny import LAYERS
 

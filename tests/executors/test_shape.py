@@ -11,15 +11,15 @@ import pandas as pd
 import pytest
 import torch
 
-from kvpatch.engine.attention import Look
+from kvpatch.engine.attention import AttentionRequest
 from kvpatch.engine.decode import decode
 from kvpatch.engine.score import score
 from kvpatch.executors.batch import run_batch
-from kvpatch.executors.shape import MEANS, OPTIONAL_COLUMNS
-from kvpatch.heads import STAGES, STATISTICS
-from kvpatch.patch import Patch
+from kvpatch.executors.optional_columns import MEANS, OPTIONAL_COLUMNS
 from kvpatch.readouts.geometry import cache_ratios, participation_ratio
-from kvpatch.store import ATTENTION_SCHEMA
+from kvpatch.specs.attention import STAGES, STATISTICS
+from kvpatch.specs.patch import Patch
+from kvpatch.store.columns import ATTENTION_SCHEMA
 from small import CONDITIONS, with_patch
 from tiny import LAYERS
 
@@ -83,7 +83,7 @@ def test_table_is_what_capturing_one_trial_by_hand_gives(model, asked):
     source, target = model.prefill([pair.texts["source"]]), model.prefill([pair.texts["target"]])
     for name, cache in (("A", target), ("C", Patch(align="replace").apply(source, target))):
         row = by_condition[name][pair.pair_id]
-        look = Look(torch.tensor([[piece.strip().lower() == "how" for piece in cache.pieces[0]]]))
+        to_capture = AttentionRequest(torch.tensor([[piece.strip().lower() == "how" for piece in cache.pieces[0]]]))
         written = decode(
             model.backbone,
             cache,
@@ -91,10 +91,10 @@ def test_table_is_what_capturing_one_trial_by_hand_gives(model, asked):
             temperature=0.7,
             seeds=[row["seed"]],
             end_tokens=model.end_tokens,
-            look=look,
+            to_capture=to_capture,
         )
         forced = model.continuation_ids(pair.forced)[:12]
-        read = score(model.backbone, cache, [[forced]], keep_values=[0], look=look)
+        read = score(model.backbone, cache, [[forced]], keep_values=[0], to_capture=to_capture)
         for stage, found in (("own", written.attention), ("forced", read.attention)):
             assert found is not None
             own = frame.loc[(row["trial_id"], stage)]

@@ -13,9 +13,9 @@ import torch
 from transformers import CompileConfig, GenerationConfig, WatermarkingConfig
 
 import kvpatch as kv
-from kvpatch.check import check
+from kvpatch.checks.identities import check
 from kvpatch.errors import ModelError
-from kvpatch.models.hf import native_greedy
+from kvpatch.models.probe import native_greedy
 
 pytestmark = pytest.mark.model
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-import kvpatch.models.hf as hf_room
-from kvpatch.cache import PAD
+import kvpatch.models.backbone as backbone_room
+import kvpatch.models.probe as probe_room
+from kvpatch.caches.kvcache import PAD
 from kvpatch.errors import ModelError
-from kvpatch.models.hf import Backbone, native_logits
+from kvpatch.models.backbone import Backbone
+from kvpatch.models.probe import native_logits
 from tiny import ARCHITECTURES, LAYERS, REFUSED, VOCABULARY, WINDOW, random_prompts, tiny_hf
 
 pytestmark = pytest.mark.model
@@ -174,7 +176,7 @@ def test_models_that_cannot_be_patched_are_refused_by_name_in_one_line(architect
 
 
 def test_a_model_whose_keys_turn_in_an_unknown_way_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hf_room, "rotate", lambda keys, delta, rope: keys)
+    monkeypatch.setattr(probe_room, "rotate", lambda keys, delta, rope: keys)
     with pytest.raises(ModelError, match="LlamaForCausalLM: layer 0 turns its keys in a way"):
         Backbone(tiny_hf("llama"))
 
@@ -197,7 +199,7 @@ def test_token_logprobs_equal_log_softmax_whatever_the_chunk(
     ids = torch.tensor([random_prompts([31], seed=3)[0].token_ids])
     hidden = model.backbone.forward(ids, torch.arange(31)[None], model.backbone.slab(1, 31))[0]
     expected = native_logits(model.hf, ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    monkeypatch.setattr(hf_room, "VOCABULARY_CHUNK", chunk)
+    monkeypatch.setattr(backbone_room, "VOCABULARY_CHUNK", chunk)
     found = model.backbone.token_logprobs(hidden[:-1], ids[0, 1:])
     assert found.dtype == torch.float32
     assert off(found, expected) < 1e-5

@@ -10,9 +10,10 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import kvpatch as kv
+from kvpatch.caches.rope import LayerRope, rotate
 from kvpatch.errors import ModelError
-from kvpatch.models.hf import Backbone, _layer_rope
-from kvpatch.rope import LayerRope, rotate
+from kvpatch.models.backbone import Backbone
+from kvpatch.models.probe import _layer_rope
 from tiny import VOCABULARY, tiny_hf, tiny_tokenizer
 
 pytestmark = pytest.mark.model

@@ -11,15 +11,16 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import kvpatch as kv
-from kvpatch.cache import KVCache
-from kvpatch.engine.attention import Look
+from kvpatch.caches.kvcache import KVCache
+from kvpatch.caches.rope import rotate
+from kvpatch.engine.attention import AttentionRequest
 from kvpatch.engine.decode import decode
-from kvpatch.engine.prefill import prefill, watched_prefill
+from kvpatch.engine.prefill import prefill, prefill_with_attention
 from kvpatch.engine.score import score
 from kvpatch.errors import KvpatchError, ModelError, ProtocolError
-from kvpatch.models.hf import Backbone, native_logits
+from kvpatch.models.backbone import Backbone
 from kvpatch.models.limits import rotary_switch
-from kvpatch.rope import rotate
+from kvpatch.models.probe import native_logits
 from tiny import LAYERS, VOCABULARY, prompt_of, random_prompts, tiny_hf, tiny_tokenizer
 
 pytestmark = pytest.mark.model
@@ -205,7 +206,7 @@ def test_nothing_goes_past_the_switch(name: str, what: str):
 def test_longer_prompts_can_not_be_watched_either():
     backbone = Backbone(changing("llama, longrope"))
     with pytest.raises(KvpatchError, match=f"prompts of 2 to {SWITCH} tokens can be watched"):
-        watched_prefill(backbone, random_prompts([SWITCH + 1]), Look())
+        prefill_with_attention(backbone, random_prompts([SWITCH + 1]), AttentionRequest())
 
 
 def test_load_takes_such_a_model_and_compares_it_at_the_switch(tmp_path):

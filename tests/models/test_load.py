@@ -18,10 +18,11 @@ import torch
 
 import kvpatch as kv
 from kvpatch.errors import ModelError
+from kvpatch.files import cache_directory
 from kvpatch.models import load as load_room
 from kvpatch.models import named
-from kvpatch.models.hf import native_logits
-from kvpatch.models.load import cache_directory, load_model, pull, weights_sha256
+from kvpatch.models.load import load_model, pull, weights_sha256
+from kvpatch.models.probe import native_logits
 from tiny import CONTEXT, random_prompts, tiny_hf, tiny_tokenizer
 
 pytestmark = pytest.mark.model
@@ -331,9 +332,9 @@ def one_named(monkeypatch: pytest.MonkeyPatch, gguf_file: Path, tmp_path: Path) 
 
 
 def test_a_named_model_is_put_together_from_its_wheels_once(one_named: dict, home: Path):
-    assert not load_room.is_pulled("tiny")
+    assert not named.is_pulled("tiny")
     where = pull("tiny")
-    assert load_room.is_pulled("tiny")
+    assert named.is_pulled("tiny")
     assert where.parent == home / "models"
     loaded = load_model("tiny", device="cpu")
     assert (loaded.directory, loaded.name, loaded.is_converted) == (where, "tiny", True)
@@ -342,20 +343,37 @@ def test_a_named_model_is_put_together_from_its_wheels_once(one_named: dict, hom
     assert torch.allclose(native_logits(loaded.hf, ids), native_logits(tiny_hf("llama"), ids), atol=1e-5)
 
 
+def test_a_model_that_was_fetched_without_torch_is_converted_when_it_is_loaded(one_named: dict, home: Path):
+    kept = named.pull_unconverted("tiny", lambda *_: None)
+    assert kept.read_bytes()[:4] == b"GGUF"
+    assert not named.is_pulled("tiny")
+    assert named.pull_unconverted("tiny", lambda *_: None) == kept
+    where = pull("tiny")
+    assert one_named["downloads"] == ["tiny-part0==1.0", "tiny-part1==1.0"]
+    assert not kept.exists()
+    assert named.pull_unconverted("tiny", lambda *_: None) == where
+
+
+def test_a_fetched_file_that_was_changed_is_not_converted(one_named: dict, home: Path):
+    kept = named.pull_unconverted("tiny", lambda *_: None)
+    kept.write_bytes(kept.read_bytes()[:-1] + b"?")
+    assert refusal("tiny").startswith("tiny.gguf has SHA-256 ")
+
+
 def test_a_wheel_that_is_not_the_known_one_is_not_used(one_named: dict, home: Path):
     with zipfile.ZipFile(one_named["store"] / one_named["wheels"][1].file, "a") as archive:
         archive.writestr("tiny/more.bin", b"more")
     message = refusal("tiny")
     assert message.startswith("tiny_part1-1.0-py3-none-any.whl has SHA-256 ")
     assert message.endswith("damaged or changed, not used")
-    assert not load_room.is_pulled("tiny")
+    assert not named.is_pulled("tiny")
     assert [p for p in (home / "models").iterdir() if p.is_dir()] == []
 
 
 def test_wheels_that_do_not_join_to_the_known_file_are_not_used(one_named: dict):
     one_named["model"] = one_named["model"].model_copy(update={"wheels": one_named["wheels"][::-1]})
     assert refusal("tiny").startswith("tiny.gguf has SHA-256 ")
-    assert not load_room.is_pulled("tiny")
+    assert not named.is_pulled("tiny")
 
 
 def test_terms_are_named_before_anything_is_fetched(one_named: dict, capsys: pytest.CaptureFixture):

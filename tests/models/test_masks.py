@@ -10,12 +10,13 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.masking_utils import create_chunked_causal_mask
 
-from kvpatch.cache import PAD
+from kvpatch.caches.kvcache import PAD
 from kvpatch.engine.decode import decode
 from kvpatch.engine.prefill import prefill
 from kvpatch.errors import ModelError, ProtocolError
-from kvpatch.models.hf import Backbone, native_logits
+from kvpatch.models.backbone import Backbone
 from kvpatch.models.masks import LayerMask, classify
+from kvpatch.models.probe import native_logits
 from tiny import CONTEXT, LAYERS, VOCABULARY, WINDOW, random_prompts, tiny_hf
 
 pytestmark = pytest.mark.model

@@ -14,12 +14,13 @@ from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
 import kvpatch as kv
-from kvpatch import cli
+from kvpatch.cli import main as cli
 from kvpatch.errors import ModelError, StoreError
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.load import load_protocol
-from kvpatch.run import Watcher, model_record, plan_for, run
-from kvpatch.store import Store
+from kvpatch.provenance import model_record
+from kvpatch.run import ProgressListener, plan_for, run
+from kvpatch.store.directory import Store
 from small import CONDITIONS, write_protocol
 from tiny import CHATML, tiny_hf, tiny_tokenizer
 
@@ -142,7 +143,7 @@ def test_a_record_is_the_same_on_one_day_and_another_on_the_next(dated, clock):
     assert later.template_sha256 == first.template_sha256
 
 
-class Stopping(Watcher):
+class Stopping(ProgressListener):
     """Stops a run whose record is written and whose first trial is not."""
 
     def stage(self, what: str) -> None:
@@ -154,10 +155,10 @@ def test_a_run_is_not_resumed_on_another_day(dated, protocol, tmp_path, clock):
     chosen, out = load_protocol(protocol), tmp_path / "out"
     for _ in range(2):  # on its own day it is
         with pytest.raises(KeyboardInterrupt):
-            run(chosen, {None: kv.load(dated, device="cpu")}, out, watcher=Stopping())
+            run(chosen, {None: kv.load(dated, device="cpu")}, out, listener=Stopping())
     clock.moment += timedelta(days=1)
     with pytest.raises(StoreError, match="renders other words around the prompt than when the run began"):
-        run(chosen, {None: kv.load(dated, device="cpu")}, out, watcher=Stopping())
+        run(chosen, {None: kv.load(dated, device="cpu")}, out, listener=Stopping())
     assert Store(out).read_record().model.scaffold_sha256
 
 

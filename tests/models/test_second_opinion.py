@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 import kvpatch as kv
 import kvpatch.models.second_opinion as room
-from kvpatch.check import check
+from kvpatch.checks.identities import check
 from kvpatch.errors import ModelError
 from kvpatch.models import hf as hf_room
-from kvpatch.models.hf import Backbone
+from kvpatch.models.backbone import Backbone
 from kvpatch.models.limits import lengths_around, named_limits
 from kvpatch.models.second_opinion import Opinion, compare, lengths_to_compare, of_engine, of_model, second_opinion
 from tiny import ARCHITECTURES, CONTEXT, VOCABULARY, WINDOW, tiny_hf, tiny_tokenizer
@@ -152,22 +152,22 @@ Break = Callable[[pytest.MonkeyPatch], None]
 
 
 def no_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    bias = hf_room._Step.bias
-    monkeypatch.setattr(hf_room._Step, "bias", lambda step, window, *groups: bias(step, None, *groups))
+    bias = hf_room.Step.bias
+    monkeypatch.setattr(hf_room.Step, "bias", lambda step, window, *groups: bias(step, None, *groups))
 
 
 def window_one_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    bias = hf_room._Step.bias
-    monkeypatch.setattr(hf_room._Step, "bias", lambda step, window, *groups: bias(step, window and window + 1, *groups))
+    bias = hf_room.Step.bias
+    monkeypatch.setattr(hf_room.Step, "bias", lambda step, window, *groups: bias(step, window and window + 1, *groups))
 
 
 def padding_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    bias = hf_room._Step.bias
+    bias = hf_room.Step.bias
 
     def seeing(step, window, *groups):
         return bias(replace(step, slot_positions=step.slot_positions.clamp(min=0), _bias={}), window, *groups)
 
-    monkeypatch.setattr(hf_room._Step, "bias", seeing)
+    monkeypatch.setattr(hf_room.Step, "bias", seeing)
 
 
 @pytest.mark.parametrize(

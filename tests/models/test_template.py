@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from kvpatch.cache import Segment
+from kvpatch.caches.kvcache import Segment
 from kvpatch.errors import ModelError, ProtocolError
 from kvpatch.models.template import encode
 from tiny import CHATML, tiny_tokenizer

@@ -11,7 +11,7 @@ from known_templates import GEMMA, GOOD, LLAMA31, LLAMA32, NO_TRAILER
 from test_template import parts
 from transformers.utils import chat_template_utils
 
-from kvpatch.cache import Segment
+from kvpatch.caches.kvcache import Segment
 from kvpatch.errors import KvpatchError, ModelError
 from kvpatch.models.load import template_sha256
 from kvpatch.models.scaffold import scaffold_of

@@ -12,7 +12,7 @@ from test_template import parts
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kvpatch.cache import Segment
+from kvpatch.caches.kvcache import Segment
 from kvpatch.errors import ProtocolError
 from kvpatch.models.template import encode
 from tiny import CHATML

@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 
 import kvpatch as kv
-from kvpatch.organisms.banks import Sizes, bank_entries, write_bank
-from kvpatch.organisms.recovery import decide
 from kvpatch.organisms.wired import KV_HEADS, QUERY_HEADS, Wiring, wire, write_directory
 from kvpatch.protocols.load import load_protocol
-from kvpatch.statistics.heads import head_differences, heads_standing_out
-from kvpatch.statistics.verdicts import Verdict
-from kvpatch.store import Store
+from kvpatch.store.directory import Store
+from kvpatch.validation.banks import Sizes, bank_entries, write_bank
+from kvpatch.validation.recovery import decide
+from kvpatch.verdicts.decide import Verdict
+from kvpatch.verdicts.head_contrasts import head_differences, heads_standing_out
 
 pytestmark = pytest.mark.model
 

@@ -6,14 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kvpatch.organisms import judging
-from kvpatch.organisms.directories import ORGANISMS, WEIGHTS
-from kvpatch.organisms.jobs import Job, Reading
-from kvpatch.organisms.record import Finding
-from kvpatch.organisms.recovery import Found, Place
-from kvpatch.organisms.validation import FULL, QUICK, jobs_of
+from kvpatch.organisms.directories import WEIGHTS
 from kvpatch.protocols.load import load_protocol
-from kvpatch.statistics.verdicts import Verdict
+from kvpatch.specs.organisms import ORGANISMS
+from kvpatch.store.validation import Finding
+from kvpatch.validation import judging
+from kvpatch.validation.jobs import Job, Reading
+from kvpatch.validation.pipeline import FULL, QUICK, jobs_of
+from kvpatch.validation.recovery import Found, Place
+from kvpatch.verdicts.decide import Verdict
 
 JOB = Job("locate", "early", 0, 8, "")
 

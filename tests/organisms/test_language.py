@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from kvpatch.models.template import encode
-from kvpatch.organisms.banks import SHIPPED, Sizes, bank_entries, write_bank
 from kvpatch.organisms.language import (
     BODY,
     BODY_STARTS,
@@ -22,10 +21,11 @@ from kvpatch.organisms.language import (
     stems,
     topic_words,
     vocabulary,
-)  # fmt: skip
+)
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.load import load_protocol
 from kvpatch.readouts.behavior import STOPWORDS, Lexicon, content_words
+from kvpatch.validation.banks import SHIPPED, Sizes, bank_entries, write_bank
 
 SMALL = Sizes(pairs=6, others=2, subjects=2)
 

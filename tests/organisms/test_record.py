@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvpatch.errors import StoreError
-from kvpatch.organisms.record import (
+from kvpatch.store import validation as record
+from kvpatch.store.validation import (
     Finding,
     Validation,
     code_sha256,
@@ -15,7 +16,7 @@ from kvpatch.organisms.record import (
     newest_validation,
     place_in,
     write_validation,
-)  # fmt: skip
+)
 
 
 def validation(created: str, *, holds: bool = True, **changes) -> Validation:
@@ -60,3 +61,22 @@ def test_a_place_that_cant_be_written_is_told(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="can't be written"):
         write_validation(validation("2026-01-01T00:00:00+00:00"), tmp_path / "file")
+
+
+def test_code_that_only_shows_results_and_comments_leave_a_validation_what_it_was(tmp_path: Path, monkeypatch):
+    def hash_of(**files: str) -> str:
+        for name, text in files.items():
+            path = tmp_path / name.replace("__", "/")
+            path.parent.mkdir(exist_ok=True)
+            path.with_suffix(".py").write_text(text)
+        code_sha256.cache_clear()
+        return code_sha256()
+
+    monkeypatch.setattr(record, "PACKAGE", tmp_path)
+    try:
+        first = hash_of(engine__step="x = 1\n", view__guard="y = 1\n", cli__main="z = 1\n")
+        assert hash_of(view__guard="y = 2\n", cli__main="z = 2\n") == first
+        assert hash_of(engine__step="x = 1  # one\n") == first
+        assert hash_of(engine__step="x = 2\n") != first
+    finally:
+        code_sha256.cache_clear()

@@ -11,7 +11,7 @@ import torch
 
 import kvpatch as kv
 from kvpatch.errors import ModelError
-from kvpatch.organisms.directories import ORGANISMS, WEIGHTS
+from kvpatch.organisms.directories import WEIGHTS
 from kvpatch.organisms.language import BLANK, MARKER, ids
 from kvpatch.organisms.trained import (
     ANSWER,
@@ -24,8 +24,9 @@ from kvpatch.organisms.trained import (
     config,
     samples,
     train,
-)  # fmt: skip
+)
 from kvpatch.organisms.weights import load_weights, script_sha256
+from kvpatch.specs.organisms import ORGANISMS
 
 pytestmark = pytest.mark.model
 

@@ -14,10 +14,10 @@ PARENT = """
 import os, time
 from concurrent.futures import ProcessPoolExecutor
 import multiprocessing
-from kvpatch.organisms import validation
+from kvpatch.validation import pipeline
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(1, mp_context=context, initializer=validation._begin)
+    pool = ProcessPoolExecutor(1, mp_context=context, initializer=pipeline._begin)
     print(pool.submit(os.getpid).result(), flush=True)
     time.sleep(600)
 """

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import kvpatch as kv
-from kvpatch.check import check
-from kvpatch.organisms.banks import Sizes, bank_entries, write_bank
-from kvpatch.organisms.directories import ORGANISMS, Plant, organism_directory
+from kvpatch.checks.identities import check
+from kvpatch.organisms.directories import organism_directory
 from kvpatch.organisms.language import BODY_STARTS, MODE
-from kvpatch.organisms.recovery import expected_carriers, locate
 from kvpatch.organisms.wired import WINDOW, Wiring, wire, write_directory
 from kvpatch.protocols.load import load_protocol
+from kvpatch.specs.organisms import ORGANISMS, Plant
+from kvpatch.validation.banks import Sizes, bank_entries, write_bank
+from kvpatch.validation.recovery import expected_carriers, locate
 
 pytestmark = pytest.mark.model
 

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
+from kvpatch.planning.pairing import cells_of, form_pairs
 from kvpatch.prompts.bank import Bank, Continuation, Prompt, load_bank
-from kvpatch.prompts.pairing import cells_of, form_pairs
 from kvpatch.protocols.load import load_protocol
 from kvpatch.protocols.schema import Protocol
 from kvpatch.readouts.behavior import content_words

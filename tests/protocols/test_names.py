@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import yaml
 
-from kvpatch import cli
+from kvpatch.cli import main as cli
 from kvpatch.errors import ProtocolError
+from kvpatch.planning.plan import PlanningModel, make_plan
 from kvpatch.protocols.load import load_protocol, parse_protocol, shipped_protocols
-from kvpatch.protocols.plan import PlanningModel, make_plan
 from kvpatch.protocols.schema import Protocol
-from kvpatch.readouts.catalogue import readouts
 from kvpatch.readouts.scorer import read_scorer
-from kvpatch.store import TRIAL_COLUMNS
+from kvpatch.specs.readouts import readouts
+from kvpatch.store.columns import TRIAL_COLUMNS
 from small import protocol_content, write_bank
 
 CORRELATION: dict[str, Any] = {
@@ -235,7 +235,7 @@ def test_code_is_not_run_to_check_a_name(tmp_path):
 def test_commands_refuse_a_misspelt_readout_before_they_load_anything(tmp_path, capsys, monkeypatch, command):
     file = written(tmp_path, put(put(content(), "hypotheses/0/readout", "scoree"), "hypotheses/3/contrast", "C - N9"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kvpatch.cli._load_all", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("kvpatch.cli.runs.load_all", lambda *_, **__: pytest.fail("a model was loaded"))
     monkeypatch.setattr(sys, "argv", ["kvpatch", command[0], str(file), *command[1:]])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

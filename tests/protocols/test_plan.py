@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from kvpatch.errors import ProtocolError
+from kvpatch.planning.plan import Batch, Plan, PlanningModel, make_plan
 from kvpatch.prompts.bank import Bank, load_bank
 from kvpatch.protocols.load import load_protocol
-from kvpatch.protocols.plan import Batch, Plan, PlanningModel, make_plan
 from kvpatch.protocols.schema import Protocol
 from small import CONDITIONS, PAIRS, protocol_content, write_bank
 
@@ -378,7 +378,7 @@ def test_only_conditions_with_directions_depend_on_the_calibration_prompts(bank)
 
 
 def test_pairs_are_numbered_through_the_batches_of_a_phase(bank, monkeypatch):
-    monkeypatch.setattr("kvpatch.protocols.plan.ROWS_PER_BATCH", 25)
+    monkeypatch.setattr("kvpatch.planning.plan.ROWS_PER_BATCH", 25)
     plan = plan_of(with_others(bank, 8, 8), intervening())
     batches = [batch for batch in plan.batches if batch.split == "test"]
     assert len(batches) > 1

@@ -10,8 +10,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from kvpatch.protocols.conditions import Condition
+from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.load import load_protocol, parse_protocol
-from kvpatch.protocols.schema import Condition, Hypothesis, Protocol
+from kvpatch.protocols.schema import Protocol
 from small import CONDITIONS, protocol_content
 
 CONTENT = protocol_content("recursion")

@@ -7,13 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpatch.readouts.fluency import (
-    CoherenceLimits,
-    coherence_limits,
-    is_coherent,
-    repetition,
-    repetition_profile,
-)
+from kvpatch.readouts.fluency import CoherenceLimits, coherence_limits, is_coherent, repetition, repetition_profile
 
 token_lists = st.lists(st.integers(0, 3), max_size=40)
 lengths = st.sampled_from([1, 2, 4, 8])

@@ -12,7 +12,9 @@ from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from core_caches import ABSOLUTE, make_cache, row_of
-from kvpatch.cache import KVCache
+from kvpatch.caches.kvcache import KVCache
+from kvpatch.caches.rope import rotate
+from kvpatch.caches.selection import SINKS
 from kvpatch.errors import CacheError
 from kvpatch.readouts.geometry import (
     cache_ratios,
@@ -24,8 +26,6 @@ from kvpatch.readouts.geometry import (
     r_v_of,
     r_v_trajectory,
 )
-from kvpatch.rope import rotate
-from kvpatch.selection import SINKS
 
 sizes = st.integers(1, 24)
 seeds = st.integers(0, 2**31)

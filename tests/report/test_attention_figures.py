@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 import vl_convert
 
-from kvpatch.heads import STATISTICS
 from kvpatch.protocols.schema import Protocol
-from kvpatch.report import attention as tables
-from kvpatch.report import attention_charts as charts
+from kvpatch.report import head_charts as charts
+from kvpatch.report import head_maps as tables
 from kvpatch.report.charts import AnyChart, specification
-from kvpatch.statistics.heads import head_differences
+from kvpatch.specs.attention import STATISTICS
+from kvpatch.verdicts.head_contrasts import head_differences
 
 LAYERS, HEADS, PAIRS = 3, 4, 12
 NAMES = ("A", "B", "C", "N1")
@@ -85,11 +85,11 @@ def test_maps_of_the_statistic_itself_stand_side_by_side(run):
 
 @pytest.mark.parametrize("by", ["origin", "segment"])
 def test_shares_of_a_condition_add_to_1(run, by):
-    shares = tables.looks(run[0], "6", by)
+    shares = tables.attention_shares(run[0], "6", by)
     assert shares.groupby("condition")["share"].sum().tolist() == pytest.approx([1.0] * 4)
-    drawn = svg(charts.looks_chart(shares))
+    drawn = svg(charts.attention_shares_chart(shares))
     assert drawn.count('aria-roledescription="bar"') == len(shares)
-    assert tables.looks(run[0], "5", by).empty
+    assert tables.attention_shares(run[0], "5", by).empty
 
 
 def test_trajectory_is_the_mean_of_the_log_over_the_pairs_that_reach_a_token(run):
@@ -133,12 +133,12 @@ def test_charts_of_nothing_say_so():
     for chart in (
         charts.head_map_chart(empty, "x"),
         charts.head_means_chart(empty, "x"),
-        charts.looks_chart(empty),
+        charts.attention_shares_chart(empty),
         charts.trajectory_chart(empty),
     ):
         assert "no data" in svg(chart)
 
 
 def test_neither_tables_nor_charts_need_torch():
-    code = "import sys, kvpatch.report.attention, kvpatch.store; sys.exit('torch' in sys.modules)"
+    code = "import sys, kvpatch.report.head_maps, kvpatch.store.directory; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

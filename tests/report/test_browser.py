@@ -14,9 +14,10 @@ import pandas as pd
 import pytest
 
 from chromium import HOSTILE, NEEDED, assert_fits, chromium, expect, opened, serious, settled
-from kvpatch.outcome import outcome_of, write_report
 from kvpatch.protocols.schema import Protocol
+from kvpatch.report.build import write_report
 from kvpatch.report.page import render
+from kvpatch.verdicts.outcome import outcome_of
 from synthetic import write_run
 
 pytestmark = NEEDED

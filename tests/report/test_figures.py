@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import vl_convert
 
-from kvpatch.outcome import Outcome, outcome_of
 from kvpatch.report import across, charts, dose, forest, geometry, maps, questions, samples, tables
 from kvpatch.report.judgements import verdict_rows
+from kvpatch.verdicts.outcome import Outcome, outcome_of
 from synthetic import write_run
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from kvpatch.outcome import outcome_of, write_report, write_verdicts
-from kvpatch.report import tables
-from kvpatch.store import Store
+from kvpatch.report.build import write_report
+from kvpatch.specs.readouts import shown
+from kvpatch.store.directory import Store
+from kvpatch.verdicts.outcome import outcome_of, write_verdicts
 from synthetic import write_run
 
 # Mean over pairs of a pair's mean over samples, as the report's tables have it.
@@ -77,11 +78,11 @@ def test_every_mean_is_what_duckdb_counts(made: tuple[Path, str], place: int) ->
     parts = html.split('<details class="phase" id="phase-')
     part = next(p for p in parts[1:] if f"<bdi>{phase}</bdi>" in p[:200])
     found = {head: numbers for _, head, numbers in Cells(part).rows if head}
-    for column, readout in enumerate(tables.READOUTS):
-        query = MEANS.format(readout=readout.column, directory=directory, phase=phase)
+    for column, readout in enumerate(shown("report")):
+        query = MEANS.format(readout=readout.name, directory=directory, phase=phase)
         for condition, mean, n in duckdb.sql(query).fetchall():
             assert n >= 5
-            assert found[condition][3 * column] == pytest.approx(mean, rel=1e-9), (condition, readout.column)
+            assert found[condition][3 * column] == pytest.approx(mean, rel=1e-9), (condition, readout.name)
 
 
 def test_counts_are_what_duckdb_counts(made: tuple[Path, str]) -> None:
@@ -110,7 +111,7 @@ def test_coherence_is_what_duckdb_counts(made: tuple[Path, str]) -> None:
 
 
 def test_light_rows_give_the_verdicts_that_all_columns_give(made: tuple[Path, str]) -> None:
-    from kvpatch.statistics.verdicts import verdicts, verdicts_json
+    from kvpatch.verdicts.decide import verdicts, verdicts_json
 
     store = Store(made[0])
     outcome = outcome_of(store)

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from kvpatch.protocols.schema import Protocol
-from kvpatch.report import tables
 from kvpatch.report.page import render
+from kvpatch.specs.readouts import shown
 
 HOSTILE = [
     "<script>window.ran = 1</script>",
@@ -125,9 +125,9 @@ def test_every_verdict_shows_its_numbers_word_and_reason(
 
 def test_charts_hold_one_dot_a_pair(run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]) -> None:
     page = Page(render(run, protocol, trials, verdicts, ""))
-    for readout in tables.READOUTS:
-        assert len(page.table(f"readout-1-{readout.column}", "points")) == 202
-        means = page.table(f"readout-1-{readout.column}", "means")
+    for readout in shown("report"):
+        assert len(page.table(f"readout-1-{readout.name}", "points")) == 202
+        means = page.table(f"readout-1-{readout.name}", "means")
         assert [row["condition"] for row in means] == protocol.phases["1"].all_conditions
     assert len(page.table("coherence-1", "bars")) == 17
 

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 import pytest
 
 from finished import RUNS
-from kvpatch.outcome import Outcome, outcome_of, report_page
-from kvpatch.report import tables
+from kvpatch.report.build import report_page
 from kvpatch.report.text import MINUS
-from kvpatch.statistics import gates
-from kvpatch.statistics.margins import claimed_side
-from kvpatch.statistics.pairs import prepare
-from kvpatch.statistics.wording import number, p_value, percent
+from kvpatch.specs.readouts import shown
+from kvpatch.verdicts import prerequisites as gates
+from kvpatch.verdicts.margins import claimed_side
+from kvpatch.verdicts.outcome import Outcome, outcome_of
+from kvpatch.verdicts.pairs import prepare
+from kvpatch.verdicts.wording import number, p_value, percent
 
 Cell = tuple[str, str]
 """(phase, condition)."""
@@ -217,7 +218,7 @@ def test_means_of_conditions_differ_by_what_the_verdicts_say(made: tuple[Outcome
     """Where every pair has both conditions, the difference of their means is the estimate, over as many units."""
     outcome, html = made
     found = {(phase, c): DATA.findall(row) for phase, c, _, row in rows_by_condition(html, "conditions")}
-    places = {readout.column: 3 * place for place, readout in enumerate(tables.READOUTS)}
+    places = {readout.name: 3 * place for place, readout in enumerate(shown("report"))}
     sets, compared = datasets(html), 0
     for h, verdict in zip(outcome.protocol.hypotheses, outcome.verdicts, strict=True):
         is_simple = h.test != "correlates" and not h.is_ordering and h.transform == "none" and not verdict.n_error_rows

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from kvpatch.report import text
-from kvpatch.statistics import wording
+from kvpatch.verdicts import wording
 
 
 class Shown(HTMLParser):

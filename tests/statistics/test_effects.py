@@ -8,11 +8,13 @@ import pytest
 from scipy import stats
 
 from kvpatch.protocols.schema import Protocol
-from kvpatch.statistics.effects import READOUTS, Effect, effects
-from kvpatch.statistics.verdicts import verdicts
+from kvpatch.specs.readouts import shown
+from kvpatch.verdicts.decide import verdicts
+from kvpatch.verdicts.effects import Effect, effects
 
 NAMES = ("A", "B", "C", "D", "N1", "N2", "X")
 SCORE = (("score", "none"),)
+READOUTS = [(readout.name, readout.transform) for readout in shown("effects")]
 
 
 def trials(make_trials, seed: int = 0, pairs: int = 12, samples: int = 2, names=NAMES) -> pd.DataFrame:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from kvpatch.protocols.schema import Protocol
-from kvpatch.statistics.headline import few_pairs
-from kvpatch.statistics.verdicts import headline, verdicts
+from kvpatch.verdicts.decide import headline, verdicts
+from kvpatch.verdicts.headline import few_pairs
 
 Make = Callable[..., Any]
 N = 30

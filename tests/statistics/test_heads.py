@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from kvpatch.errors import StoreError
-from kvpatch.statistics import tests
-from kvpatch.statistics.heads import (
+from kvpatch.statistics import paired_tests as tests
+from kvpatch.verdicts.head_contrasts import (
     head_differences,
     head_means,
     head_tests,

@@ -12,12 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
-from kvpatch.statistics import tests
-from kvpatch.statistics.multiplicity import adjusted, adjusted_by_family
-from kvpatch.statistics.pairs import contrast_differences, independent_units, prepare
+from kvpatch.statistics import paired_tests as tests
+from kvpatch.statistics.multiplicity import adjusted
 from kvpatch.statistics.resampling import DRAWS, mean_above
+from kvpatch.verdicts.families import adjusted_by_family
+from kvpatch.verdicts.pairs import contrast_differences, independent_units, prepare
 
 # Darwin's maize, cross- minus self-fertilised, eighths of an inch. Fisher 1935, The Design of Experiments,
 # section 21: of the 2**15 sign patterns 863 have a sum as large as that observed.
@@ -182,6 +184,13 @@ def test_rank_biserial_agrees_with_counting_ranks_and_with_pingouin():
 def test_holm_agrees_with_r():
     # R: p.adjust(c(0.01, 0.02, 0.03, 0.04, 0.05), "holm") gives 0.05 0.08 0.09 0.09 0.09
     assert adjusted([0.03, 0.01, 0.05, 0.02, 0.04]) == pytest.approx([0.09, 0.05, 0.09, 0.08, 0.09])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
+def test_both_corrections_are_those_of_statsmodels_to_the_bit(p: list[float]):
+    for ours, theirs in (("holm", "holm"), ("benjamini_hochberg", "fdr_bh")):
+        assert adjusted(p, ours) == multipletests(p, method=theirs)[1].tolist()
 
 
 def test_benjamini_hochberg_on_the_paper_s_fifteen_p_values():

@@ -12,15 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvpatch.errors import StoreError
-from kvpatch.statistics.pairs import (
-    contrast_differences,
-    grid_step,
-    independent_units,
-    on_grid,
-    pair_means,
-    prepare,
-    rows_of,
-)
+from kvpatch.statistics.grid import grid_step, on_grid
+from kvpatch.verdicts.pairs import contrast_differences, independent_units, pair_means, prepare, rows_of
 
 CELLS = [
     ("p1", "A", 1.0), ("p1", "A", 3.0), ("p1", "B", 10.0), ("p1", "B", 20.0), ("p1", "B", 60.0),

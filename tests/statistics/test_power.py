@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,13 +13,16 @@ from scipy import stats
 from statsmodels.stats.power import TTestPower
 
 from conftest import build_protocol, build_trials
-from kvpatch import cli
+from kvpatch.cli import main as cli
 from kvpatch.errors import ProtocolError
 from kvpatch.protocols.load import load_protocol
-from kvpatch.statistics import tests as rule
+from kvpatch.specs.test_kinds import kinds
+from kvpatch.statistics import paired_tests as rule
 from kvpatch.statistics.intervals import bca_interval
-from kvpatch.statistics.power import KINDS, power, smallest_effects, warnings_before
 from kvpatch.statistics.simulation import critical_of
+from kvpatch.verdicts import procedures
+from kvpatch.verdicts.power import power
+from kvpatch.verdicts.smallest import smallest_effects, warnings_before
 
 GREATER = {"id": "h", "contrast": "C - N1", "test": "greater", "alpha": 0.001}
 EQUIVALENT = {"id": "h", "contrast": "C - N1", "test": "equivalent", "margin": {"natural_gap": 0.2}}
@@ -139,7 +143,8 @@ OF_KIND = {
 
 
 def test_every_kind_of_test_is_simulated():
-    assert set(KINDS) == {*OF_KIND, "replicates"}
+    assert set(kinds()) == {*OF_KIND, "replicates"}
+    assert all(procedures.procedure_of(name).simulate is not None for name in kinds())
 
 
 @pytest.mark.parametrize("test", sorted(OF_KIND))
@@ -181,7 +186,8 @@ def test_no_n_shows_an_effect_of_the_margin_itself():
 
 
 def test_kind_that_has_no_simulation_says_so(monkeypatch):
-    monkeypatch.delitem(KINDS, "greater")
+    without = replace(procedures.procedure_of("greater"), simulate=None)
+    monkeypatch.setitem(procedures._OWN, "greater", without)
     found = of(GREATER, 30)
     assert found.plain is None
     assert found.notes == ["test 'greater' is not simulated"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from scipy import stats
 from statsmodels.stats.power import TTestPower
 
 from conftest import build_protocol
-from kvpatch import cli
+from kvpatch.cli import main as cli
+from kvpatch.planning.plan import PlanningModel, make_plan
 from kvpatch.prompts.bank import Bank, Continuation, Prompt
-from kvpatch.protocols.plan import PlanningModel, make_plan
 from kvpatch.protocols.schema import Protocol
-from kvpatch.statistics import power as room
-from kvpatch.statistics.power import LARGEST_N, power, smallest_effects, warnings_before
+from kvpatch.verdicts import power as room
+from kvpatch.verdicts import procedures
+from kvpatch.verdicts.power import LARGEST_N, power
+from kvpatch.verdicts.smallest import smallest_effects, warnings_before
 from small import CONTINUATIONS, protocol_content, write_protocol
 
 GREATER = {"id": "h", "contrast": "C - N1", "test": "greater", "alpha": 0.001}
@@ -90,7 +93,7 @@ def test_what_can_not_be_computed_is_left_out_with_a_note(monkeypatch, error):
     def failing(question):
         raise error
 
-    monkeypatch.setitem(room.KINDS, "less", failing)
+    monkeypatch.setitem(procedures._OWN, "less", replace(procedures.procedure_of("less"), simulate=failing))
     protocol = build_protocol({**GREATER, "test": "less"}, {**GREATER, "id": "other"})
     lines = warnings_before(protocol, 12)
     reason = " ".join(str(error).split()) or "ZeroDivisionError"
@@ -146,7 +149,7 @@ def test_run_of_more_than_a_thousand_pairs_is_not_stopped_by_its_power(tmp_path,
         raise Reached
 
     protocol = write_protocol(tmp_path, **{k: v for k, v in content().items() if k != "bank"})
-    monkeypatch.setattr("kvpatch.cli._load_all", reached)
+    monkeypatch.setattr("kvpatch.cli.runs.load_all", reached)
     monkeypatch.setattr(room, "QUICK_SETS", 50)
     arguments = ["run", str(protocol), "--model", "m", "--out", str(tmp_path / "out"), *asked]
     monkeypatch.setattr(sys, "argv", ["kvpatch", *arguments])
@@ -161,7 +164,7 @@ def test_run_of_more_than_a_thousand_pairs_is_not_stopped_by_its_power(tmp_path,
 def test_request_that_can_not_be_run_is_still_refused_before_a_model_is_loaded(
     tmp_path, capsys, monkeypatch, asked, words
 ):
-    monkeypatch.setattr("kvpatch.cli._load_all", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("kvpatch.cli.runs.load_all", lambda *_, **__: pytest.fail("a model was loaded"))
     protocol = write_protocol(tmp_path)
     monkeypatch.setattr(sys, "argv", ["kvpatch", "run", str(protocol), "--model", "m", "--out", "out", *asked])
     with pytest.raises(SystemExit) as stopped:

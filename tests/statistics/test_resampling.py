@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kvpatch.statistics import tests
+from kvpatch.statistics import paired_tests as tests
 from kvpatch.statistics.resampling import dz_above, mean_above
 
 RNG = np.random.default_rng(11)

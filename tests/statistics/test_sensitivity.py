@@ -13,7 +13,7 @@ from conftest import build_protocol, build_trials
 from kvpatch.statistics.clustering import two_way_clustered
 from kvpatch.statistics.hurdle import hurdle
 from kvpatch.statistics.lee import lee_bounds
-from kvpatch.statistics.verdicts import verdicts
+from kvpatch.verdicts.decide import verdicts
 
 RNG = np.random.default_rng(4)
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import kvpatch.protocols.schema as schema
-from kvpatch.statistics.verdicts import Verdict, headline, verdicts, verdicts_json
+from kvpatch.verdicts.decide import Verdict, headline, verdicts, verdicts_json
 
 Make = Callable[..., Any]
 DEC7 = schema.Protocol.model_validate(

@@ -10,8 +10,8 @@ import pytest
 
 from kvpatch.errors import StoreError
 from kvpatch.protocols.schema import Protocol
-from kvpatch.statistics.gates import gate_states
-from kvpatch.statistics.verdicts import Verdict, verdicts
+from kvpatch.verdicts.decide import Verdict, verdicts
+from kvpatch.verdicts.prerequisites import gate_states
 
 Make = Callable[..., Any]
 N = 30

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvpatch.statistics.measure import measure
-from kvpatch.statistics.pairs import prepare
-from kvpatch.statistics.rules import decide as decide_rule
-from kvpatch.statistics.verdicts import Verdict, verdicts
+from kvpatch.verdicts.decide import Verdict, verdicts
+from kvpatch.verdicts.measure import measure
+from kvpatch.verdicts.pairs import prepare
+from kvpatch.verdicts.rules import decide as decide_rule
 
 Make = Callable[..., Any]
 N = 30

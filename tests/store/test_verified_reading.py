@@ -17,9 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import kvpatch as kv
-from kvpatch import cli, parts
+from kvpatch.cli import main as cli
 from kvpatch.errors import KvpatchError, StoreError
-from kvpatch.store import TRIAL_SCHEMA, Store
+from kvpatch.store import parts
+from kvpatch.store.columns import TRIAL_SCHEMA
+from kvpatch.store.directory import Store
 from synthetic import dec7, record_of, write_run
 
 READERS = ("verdicts", "report", "effects", "status", "Run")

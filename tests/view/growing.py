@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from kvpatch.store import Store
+from kvpatch.store.directory import Store
 from synthetic import dec7, record_of, run_parts
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from kvpatch.store import Store
+from kvpatch.store.directory import Store
 from kvpatch.view.runs import LiveRun
 from kvpatch.view.server import View
 from synthetic import write_run
@@ -66,7 +66,7 @@ def test_several_damaged_parts_are_counted_in_the_one_line(directory: Path) -> N
 
 
 def test_parts_are_not_hashed_again_at_every_look(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvpatch import parts
+    from kvpatch.store import parts
 
     monkeypatch.setattr(parts, "YOUNG", 0)
     run = LiveRun("run", directory)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from kvpatch.outcome import light_rows, outcome_of
 from kvpatch.report import charts
-from kvpatch.store import Store
+from kvpatch.store.directory import Store
+from kvpatch.verdicts.outcome import light_rows, outcome_of
 from kvpatch.view import estimates
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from kvpatch.store import Store
+from kvpatch.store.directory import Store
 
 
 def test_estimates_come_with_their_charts_and_no_verdict(client: TestClient) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from kvpatch.store import Store
+from kvpatch.store.directory import Store
 from kvpatch.view import query
-from kvpatch.view.runs import LiveRun
+from kvpatch.view.runs import LiveRun, dumps
+from synthetic import write_run
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +82,20 @@ def test_what_a_visitor_writes_never_becomes_sql(live: LiveRun, frame: pd.DataFr
 def test_a_query_reads_no_files(live: LiveRun) -> None:
     with pytest.raises(Exception, match=r"[Pp]ermission|disabled"):
         live.ask("select * from read_text('/etc/passwd')")
+
+
+def test_a_number_that_is_not_known_passes_no_range_comes_last_and_is_told_as_json(tmp_path: Path) -> None:
+    def change(row: dict[str, Any]) -> dict[str, Any]:
+        return {"mode_llr": math.nan, "rv_own": math.inf} if row["condition"] == "B" else {}
+
+    store = write_run(tmp_path / "run", n=3, phases=["1"], change=change)
+    frame = store.read().to_pandas()
+    run = LiveRun("run", store.directory)
+    run.refresh()
+    known = (frame["condition"] != "B").sum()
+    assert query.trials(run, {"min_mode_llr": "-1000"})["total"] == known < len(frame)
+    assert query.trials(run, {"min_rv_own": "0"})["total"] == known
+    rows = query.trials(run, {"sort": "-mode_llr"})["rows"]
+    assert rows[0]["mode_llr"] == frame["mode_llr"].max()
+    with_b = query.trials(run, {"condition": "B"})["rows"]
+    assert {row["mode_llr"] for row in json.loads(dumps(with_b))} == {None}

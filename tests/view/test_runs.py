@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvpatch.store import Store
+from kvpatch.store.directory import Store
 from kvpatch.view.runs import LiveRun, Runs, is_held
 from synthetic import dec7, record_of, run_parts
 

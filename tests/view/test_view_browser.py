@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from chromium import HOSTILE, NEEDED, assert_fits, chromium, eventually, expect, opened, serious
-from kvpatch.store import Store
+from kvpatch.store.directory import Store
 from synthetic import dec7, record_of, run_parts, write_run
 
 pytestmark = NEEDED
@@ -41,7 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(home: Path) -> Iterator[str]:
     """Where `kvpatch view` serves it, token included."""
-    command = [sys.executable, "-m", "kvpatch.cli", "view", str(home)]
+    command = [sys.executable, "-m", "kvpatch", "view", str(home)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:

@@ -8,9 +8,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from finished import RUNS, SHARED
-from kvpatch.outcome import Outcome, outcome_of
 from kvpatch.report import text
-from kvpatch.statistics.wording import pairs_text
+from kvpatch.verdicts.outcome import Outcome, outcome_of
+from kvpatch.verdicts.wording import pairs_text
 from kvpatch.view import estimates
 from kvpatch.view.server import View
 

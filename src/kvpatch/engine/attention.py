@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpatch.cache import PAD, KVCache, Origin, Segment
+from kvpatch.caches.kvcache import PAD, KVCache, Origin, Segment
+from kvpatch.caches.selection import SINKS
+from kvpatch.engine.head_statistics import CLASSES, Block, block_statistics
 from kvpatch.errors import CacheError
-from kvpatch.heads import STATISTICS
-from kvpatch.models.hf import Seen
-from kvpatch.readouts.attention import CLASSES, Block, block_statistics
-from kvpatch.selection import SINKS
+from kvpatch.models.hf import AttentionInputs
+from kvpatch.specs.attention import STATISTICS
 
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 """Most bytes of the scores of one block: on a CPU so few that the passes over it stay in its cache, on a GPU so many
@@ -37,16 +37,18 @@ class Maps:
 
 
 @dataclass(frozen=True)
-class Look:
+class AttentionRequest:
     """What of attention is to be captured. `marked` is [batch, slots] of a cache or of prompts: the slots whose mass
     is `mass_marked`."""
 
     marked: Tensor | None = None
     maps: Maps | None = None
 
-    def of_rows(self, rows: slice | Sequence[int], slots: int) -> Look:
+    def of_rows(self, rows: slice | Sequence[int], slots: int) -> AttentionRequest:
         """The same for some rows of the cache, cut on the left to their slots."""
-        return Look(None if self.marked is None else self.marked[rows][:, self.marked.shape[1] - slots :], self.maps)
+        return AttentionRequest(
+            None if self.marked is None else self.marked[rows][:, self.marked.shape[1] - slots :], self.maps
+        )
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Attention:
     """Statistics of every head.
 
     Attributes:
-        values: [batch, layers, query_heads, statistics], float32, in the order of `heads.STATISTICS`: the mean over the
-            queries that have one, NaN where none has.
+        values: [batch, layers, query_heads, statistics], float32, in the order of
+            `specs.attention.STATISTICS`: the mean over the queries that have one, NaN where none has.
         queries: [batch], queries that were counted.
         maps: layer -> [batch, heads, queries, slots] of the maps asked for, zero past a query's own slot.
     """
@@ -80,17 +82,19 @@ class Attention:
 
 
 class AttentionCapture:
-    """Watches forward passes over one slab and sums up what every head does. A `models.hf.Watch`.
+    """Watches forward passes over one slab and sums up what every head does. A `models.hf.AttentionObserver`.
 
     Args:
         segments, origins: [batch, slots] of what the slab will hold, as in `KVCache`; slots past them are generated.
         token_ids: [batch, slots] of what it holds already.
-        look: what to capture.
+        to_capture: what to capture.
     """
 
-    def __init__(self, segments: Tensor, origins: Tensor, token_ids: Tensor, positions: Tensor, look: Look) -> None:
-        self.maps = look.maps
-        self._prompt = _classes(segments, origins, look.marked)  # [batch, classes, slots]
+    def __init__(
+        self, segments: Tensor, origins: Tensor, token_ids: Tensor, positions: Tensor, to_capture: AttentionRequest
+    ) -> None:
+        self.maps = to_capture.maps
+        self._prompt = _classes(segments, origins, to_capture.marked)  # [batch, classes, slots]
         self._token_ids, self._positions = token_ids, positions
         self._only: Tensor | None = None
         self._counted = torch.zeros(0)
@@ -101,15 +105,15 @@ class AttentionCapture:
         self._seen = 0
 
     @classmethod
-    def after(cls, cache: KVCache, look: Look) -> AttentionCapture:
+    def after(cls, cache: KVCache, to_capture: AttentionRequest) -> AttentionCapture:
         """For what goes on from a cache. The pending token is of the last slot's segment, and the prompt's own."""
         last = cache.segments[:, -1:] if cache.slots else torch.full_like(cache.pending[:, None], Segment.trailer)
         pending = torch.where(last == PAD, int(Segment.trailer), last)
         segments = torch.cat([cache.segments, pending], dim=1)
         origins = torch.cat([cache.origins, torch.full_like(pending, Origin.own)], dim=1)
-        if look.marked is not None:
-            look = Look(torch.nn.functional.pad(look.marked, (0, 1)), look.maps)
-        return cls(segments, origins, cache.token_ids, cache.positions, look)
+        if to_capture.marked is not None:
+            to_capture = AttentionRequest(torch.nn.functional.pad(to_capture.marked, (0, 1)), to_capture.maps)
+        return cls(segments, origins, cache.token_ids, cache.positions, to_capture)
 
     def only(self, counted: Tensor) -> None:
         """Count only these queries of the next pass: [batch, queries], or [batch, 1] for all alike; a later one is
@@ -132,26 +136,26 @@ class AttentionCapture:
         self._classes = torch.cat([self._prompt, new], dim=2)[..., :slots]
         self._seen += positions.shape[1]
 
-    def see(self, layer: int, seen: Seen) -> None:
-        batch, heads, queries, dim = seen.query.shape
-        kv_heads, slots = seen.key.shape[1], seen.key.shape[2]
+    def observe(self, layer: int, inputs: AttentionInputs) -> None:
+        batch, heads, queries, dim = inputs.query.shape
+        kv_heads, slots = inputs.key.shape[1], inputs.key.shape[2]
         if layer not in self._sums:
             shape = (batch, heads, len(STATISTICS))
-            self._sums[layer] = torch.zeros(shape, dtype=torch.float64, device=seen.query.device)
+            self._sums[layer] = torch.zeros(shape, dtype=torch.float64, device=inputs.query.device)
             self._counts[layer] = torch.zeros_like(self._sums[layer])
-        entries = BLOCK_BYTES.get(seen.query.device.type, BLOCK_BYTES["cpu"]) // (4 * batch * heads)
+        entries = BLOCK_BYTES.get(inputs.query.device.type, BLOCK_BYTES["cpu"]) // (4 * batch * heads)
         high = 0
         while high < self._last:
             low, before = high, slots - queries + high
             high = min(low + _queries_of_a_block(before, entries), self._last)
             end = slots - queries + high  # no later slot is seen
-            query = seen.query[:, :, low:high].float().reshape(batch, kv_heads, -1, dim) * seen.scaling
-            scores = (query @ seen.key[:, :, :end].float().mT).reshape(batch, heads, high - low, end)
-            if seen.softcap is not None:
-                scores = torch.tanh(scores / seen.softcap) * seen.softcap
+            query = inputs.query[:, :, low:high].float().reshape(batch, kv_heads, -1, dim) * inputs.scaling
+            scores = (query @ inputs.key[:, :, :end].float().mT).reshape(batch, heads, high - low, end)
+            if inputs.softcap is not None:
+                scores = torch.tanh(scores / inputs.softcap) * inputs.softcap
             block = Block(
                 scores,
-                seen.bias[:, :, low:high, :end].float(),
+                inputs.bias[:, :, low:high, :end].float(),
                 self._classes[..., :end],
                 self._positions[:, :end],
                 self._token_ids[:, :end],

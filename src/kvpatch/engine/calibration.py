@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kvpatch.engine.fast import fast_of
+from kvpatch.engine.backend import fast_of
 from kvpatch.engine.step import PlainOps, Sampling, decode_step, make_places
-from kvpatch.models.hf import Backbone
+from kvpatch.models.backbone import Backbone
 from kvpatch.models.products import fast_products
 
 ROWS = (32, 64, 128)

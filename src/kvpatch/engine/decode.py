@@ -17,15 +17,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpatch.cache import PAD, KVCache
-from kvpatch.engine.attention import Attention, AttentionCapture, Look
-from kvpatch.engine.fast import fast_of
-from kvpatch.engine.places import Request, Written, decode_in_places
+from kvpatch.caches.kvcache import PAD, KVCache
+from kvpatch.caches.noise import int64_seeds
+from kvpatch.engine.attention import Attention, AttentionCapture, AttentionRequest
+from kvpatch.engine.backend import fast_of
+from kvpatch.engine.batching import Request, Written, decode_in_places
 from kvpatch.engine.sampling import choose
 from kvpatch.engine.step import Sampling
 from kvpatch.errors import CacheError, ProtocolError
-from kvpatch.models.hf import Backbone, Edits, Slab
-from kvpatch.noise import int64_seeds
+from kvpatch.models.backbone import Backbone
+from kvpatch.models.hf import Edits, Slab
 
 OnStep = Callable[[int], None]
 
@@ -70,7 +71,7 @@ def decode(
     keep_values: Sequence[int] = (),
     on_step: OnStep | None = None,
     edits: Edits | None = None,
-    look: Look | None = None,
+    to_capture: AttentionRequest | None = None,
     places: int | None = None,
 ) -> Continuations:
     """Generate from every row of a cache.
@@ -84,7 +85,7 @@ def decode(
         keep_values: layers whose cached values of the new tokens are returned.
         on_step: called after every step with the number of rows still going.
         edits: changes that every step makes to its queries, keys and values.
-        look: what to capture of attention; `marked` is of the cache's slots.
+        to_capture: what to capture of attention; `marked` is of the cache's slots.
         places: rows decoded at a time; as many as there are, or as fit on the GPU, if None.
     Raises:
         CacheError: where the seeds do not fit the batch, or another model made the cache.
@@ -107,7 +108,7 @@ def decode(
         steering={layer: edit.steer for layer, edit in (edits or {}).items() if edit.steer is not None},
         on_step=on_step,
     )
-    capture = None if look is None else AttentionCapture.after(cache, look)
+    capture = None if to_capture is None else AttentionCapture.after(cache, to_capture)
     must_be_plain = capture is not None or any(not edit.only_steers for edit in (edits or {}).values())
     if fast.network is None or must_be_plain:
         written = _decode_plainly(backbone, cache, request, edits, capture)
@@ -136,7 +137,7 @@ def _decode_plainly(
     for step in range(request.limit):
         if capture is not None:
             capture.only(is_going[:, None])
-        hidden = backbone.forward(feed[:, None], position[:, None], slab, edits=edits, watch=capture)
+        hidden = backbone.forward(feed[:, None], position[:, None], slab, edits=edits, observer=capture)
         logits = backbone.logits(hidden)[:, -1]  # [batch, vocabulary]
         chosen = choose(logits, request.seeds, step, request.sampling.temperature, request.sampling.top_p)
         logprob = logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(dim=-1)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpatch.cache import PAD, KVCache, Origin
-from kvpatch.engine.attention import Attention, AttentionCapture, Look
-from kvpatch.engine.passes import run_in_passes
+from kvpatch.caches.kvcache import PAD, KVCache, Origin
+from kvpatch.engine.attention import Attention, AttentionCapture, AttentionRequest
+from kvpatch.engine.token_budget import run_in_passes
 from kvpatch.errors import ProtocolError
-from kvpatch.models.hf import Backbone, Edits, Slab, Watch
+from kvpatch.models.backbone import Backbone
+from kvpatch.models.hf import AttentionObserver, Edits, Slab
 from kvpatch.models.template import EncodedPrompt
 
 SHARED_AT_LEAST = 8
@@ -75,14 +76,14 @@ def prefill_pass(
     shared: int = 0,
     beginning: Slab | None = None,
     edits: Edits | None = None,
-    watch: Watch | None = None,
+    observer: AttentionObserver | None = None,
 ) -> KVCache:
     """One pass over prompts; `prefill` cuts many prompts into such passes.
 
     Args:
         shared, beginning: tokens all prompts begin with, and a slab of one row that holds them.
         edits: changes to queries, keys and values as they are made; the pass must then share no beginning.
-        watch: is shown every layer's attention; with a shared beginning, that of the rest alone.
+        observer: is shown every layer's attention; with a shared beginning, that of the rest alone.
     """
     labels = labels_of(prompts, backbone.device)
     token_ids, positions = labels["token_ids"], labels["positions"]
@@ -99,7 +100,7 @@ def prefill_pass(
     rest = slots - shared
     if rest or not slots:
         own = torch.where(positions >= shared, positions, PAD)[:, -rest:] if rest else positions.new_zeros(batch, 1)
-        backbone.forward(token_ids[:, -rest:].clamp(min=0) if rest else own, own, slab, edits=edits, watch=watch)
+        backbone.forward(token_ids[:, -rest:].clamp(min=0) if rest else own, own, slab, edits=edits, observer=observer)
     return KVCache(
         keys=tuple(_right_aligned(x.keys, positions, shared) for x in slab.slab_layers),
         values=tuple(_right_aligned(x.values, positions, shared) for x in slab.slab_layers),
@@ -109,11 +110,13 @@ def prefill_pass(
     )
 
 
-def watched_prefill(backbone: Backbone, prompts: Sequence[EncodedPrompt], look: Look) -> tuple[KVCache, Attention]:
+def prefill_with_attention(
+    backbone: Backbone, prompts: Sequence[EncodedPrompt], to_capture: AttentionRequest
+) -> tuple[KVCache, Attention]:
     """Caches of prompts in one pass, and statistics of every head over their tokens (the pending ones left out).
 
     Args:
-        look: what to capture; `marked` is [batch, slots], rows right-aligned as in the cache.
+        to_capture: what to capture; `marked` is [batch, slots], rows right-aligned as in the cache.
     Raises:
         ProtocolError: for no prompt, or one longer than the model's context or of a single token.
     """
@@ -125,8 +128,8 @@ def watched_prefill(backbone: Backbone, prompts: Sequence[EncodedPrompt], look: 
         )
     labels = labels_of(prompts, backbone.device)
     none = labels["positions"][:, :0]
-    capture = AttentionCapture(labels["segments"], labels["origins"], none, none, look)
-    return prefill_pass(backbone, prompts, watch=capture), capture.result()
+    capture = AttentionCapture(labels["segments"], labels["origins"], none, none, to_capture)
+    return prefill_pass(backbone, prompts, observer=capture), capture.result()
 
 
 def labels_of(prompts: Sequence[EncodedPrompt], device: str | torch.device) -> dict[str, Any]:

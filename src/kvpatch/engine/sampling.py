@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpatch.noise import GOLDEN, keys_of, mix_, uniform
+from kvpatch.caches.noise import GOLDEN, keys_of, mix_, uniform
 
 REACH = 20.5
 """Noise lies between -2.82 and 16.64 (23-bit uniforms), so a token further than this below the best can't win."""

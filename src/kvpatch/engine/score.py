@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpatch.cache import PAD, KVCache
-from kvpatch.engine.attention import Attention, AttentionCapture, Look
+from kvpatch.caches.kvcache import PAD, KVCache
+from kvpatch.engine.attention import Attention, AttentionCapture, AttentionRequest
 from kvpatch.engine.decode import refuse_foreign, slab_of
-from kvpatch.engine.passes import run_in_passes
+from kvpatch.engine.token_budget import run_in_passes
 from kvpatch.errors import CacheError, ProtocolError
-from kvpatch.models.hf import Backbone, Edits
+from kvpatch.models.backbone import Backbone
+from kvpatch.models.hf import Edits
 
 Branches = Sequence[Sequence[int]]
 """The continuations of one row, as token ids."""
@@ -51,11 +52,11 @@ def score(
     keep_values: Sequence[int] = (),
     keep_logits: int = 0,
     edits: Callable[[slice], Edits] | None = None,
-    look: Look | None = None,
+    to_capture: AttentionRequest | None = None,
 ) -> Scores:
     """Feed each row its pending token and its continuations, and read what the model gave each token.
 
-    Rows of like length share a pass (`passes.run_in_passes`).
+    Rows of like length share a pass (`token_budget.run_in_passes`).
 
     Args:
         cache: any batch; not changed.
@@ -64,7 +65,7 @@ def score(
         keep_values: layers whose cached values of the first continuation are returned.
         keep_logits: return the logits of so many first positions of the first continuation (0: none).
         edits: for a slice of the rows, changes to the queries, keys and values of what is fed.
-        look: what to capture of attention; `marked` is of the cache's slots.
+        to_capture: what to capture of attention; `marked` is of the cache's slots.
     Raises:
         CacheError: where the continuations do not fit the batch, or another model made the cache.
         ProtocolError: for an empty continuation, or one the context has no room for.
@@ -92,7 +93,7 @@ def score(
     )
     lengths = [1 + sum(map(len, row)) for row in continuations]
     # Edits come for a slice of the rows, and attention goes into one, so those stay in their order.
-    order = list(range(count)) if edits or look else sorted(range(count), key=lengths.__getitem__)
+    order = list(range(count)) if edits or to_capture else sorted(range(count), key=lengths.__getitem__)
     watched: list[Attention] = []
 
     def run(low: int, high: int) -> None:
@@ -103,9 +104,13 @@ def score(
             part = cache.rows(rows[0], rows[0] + len(rows))
         else:
             part = cache[rows]
-        own_look = None if look is None else look.of_rows(rows if of is None else [of[r] for r in rows], part.slots)
+        part_to_capture = (
+            None
+            if to_capture is None
+            else to_capture.of_rows(rows if of is None else [of[r] for r in rows], part.slots)
+        )
         own_edits = edits(slice(low, high)) if edits else None
-        seen = _score_rows(backbone, part, continuations, rows, scores, own_look, own_edits)
+        seen = _score_rows(backbone, part, continuations, rows, scores, part_to_capture, own_edits)
         watched.extend([] if seen is None else [seen])
 
     run_in_passes(backbone, [lengths[row] for row in order], run)
@@ -159,11 +164,11 @@ def _score_rows(
     continuations: Sequence[Branches],
     rows: Sequence[int],
     scores: Scores,
-    look: Look | None,
+    to_capture: AttentionRequest | None,
     edits: Edits | None,
 ) -> Attention | None:
     """Run one pass, its rows going on from the rows of `cache`, and write what it gives into `scores`, but for the
-    attention that `look` asks for, which is returned."""
+    attention that `to_capture` asks for, which is returned."""
     device = backbone.device
     made = _pack(cache.pending.tolist(), continuations, rows, scores.logprobs.shape, bool(scores.values))
     tokens, branches, offsets = (torch.from_numpy(t).to(device) for t in (made.tokens, made.branches, made.offsets))
@@ -171,7 +176,7 @@ def _score_rows(
     width = tokens.shape[1]
     slab = slab_of(backbone, cache, width)
     one_each = all(len(continuations[row]) == 1 for row in rows)
-    capture = None if look is None else AttentionCapture.after(cache, look)
+    capture = None if to_capture is None else AttentionCapture.after(cache, to_capture)
     if capture is not None:
         capture.only(branches <= 1)
     hidden = backbone.forward(tokens, positions, slab, None if one_each else branches, edits, capture).flatten(0, 1)

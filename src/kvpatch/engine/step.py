@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvpatch.cache import PAD
+from kvpatch.caches.kvcache import PAD
 from kvpatch.engine.sampling import choose
-from kvpatch.models.hf import Backbone, LayerEdit
+from kvpatch.models.backbone import Backbone
+from kvpatch.models.hf import LayerEdit
 from kvpatch.models.llamalike import LayerWeights, Network
 
 ROWS_OF_LOGITS = 8

@@ -19,22 +19,22 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from kvpatch.cache import PAD
-from kvpatch.engine.attention import Attention, Look
+from kvpatch.caches.kvcache import PAD
+from kvpatch.engine.attention import Attention, AttentionRequest
 from kvpatch.engine.decode import Continuations, decode
+from kvpatch.engine.model import Model
 from kvpatch.engine.score import score
 from kvpatch.executors.conditions import Built, Natural, build_all, giver_role, prefill_all
-from kvpatch.executors.rows import Measured, attention_of, rows_of
-from kvpatch.executors.shape import (
+from kvpatch.executors.optional_columns import (
     attention_means,
+    attention_request,
     cache_geometry,
     each_trial_s,
     output_geometries,
-    what_to_watch,
 )
-from kvpatch.model import Model
+from kvpatch.executors.rows import Measured, attention_of, rows_of
 from kvpatch.models.hf import Edits
-from kvpatch.protocols.plan import Batch
+from kvpatch.planning.plan import Batch
 from kvpatch.readouts.fluency import CoherenceLimits
 from kvpatch.readouts.geometry import layer_at, r_v, r_v_of, r_v_trajectory
 from kvpatch.readouts.likelihood import js_pulls
@@ -75,9 +75,9 @@ def run_batch(
         batch: what to run.
         limits: coherence limits from the calibration; None leaves `coherent` empty.
         on_tokens: called with the number of tokens a decoding step wrote.
-        on_attention: called with a table of `store.ATTENTION_SCHEMA`, where the phase watches attention.
+        on_attention: called with a table of `store.columns.ATTENTION_SCHEMA`, where the phase watches attention.
     Returns:
-        One row a trial, with the columns of `store.TRIAL_COLUMNS`.
+        One row a trial, with the columns of `store.columns.TRIAL_COLUMNS`.
     """
     measured = measure(model, batch, on_tokens=on_tokens)
     heads = attention_of(batch, measured)
@@ -96,7 +96,7 @@ def measure(
     before = mixed.checksums()
     layers = _rv_layers(model, batch)
     steering = built.steering.edits() if built.steering else {}
-    look = None if batch.watched is None else what_to_watch(batch.watched, mixed)
+    to_capture = None if batch.watched is None else attention_request(batch.watched, mixed)
     written = decode(
         model.backbone,
         mixed,
@@ -114,13 +114,13 @@ def measure(
     outputs = [row[:length] for row, length in zip(written.token_ids.tolist(), lengths, strict=True)]
     _count_steered_steps(built, steering, max(lengths))
     rv_own = _rv_own(written, lengths, layers, batch.readouts.r_v.window).tolist()
-    forced = _force(model, batch, natural, built, layers, look)
-    own_attention = None if look is None else _own_attention(model, built, outputs, look)
+    forced = _force(model, batch, natural, built, layers, to_capture)
+    own_attention = None if to_capture is None else _own_attention(model, built, outputs, to_capture)
     nll_target = _nll_target(model, batch, natural, outputs)
     after = mixed.checksums()
     rv_prompt = r_v(mixed, early=layers[1], late=layers[0], window=batch.readouts.r_v.window).tolist()
     texts = model.texts(written.token_ids)
-    asked, heads = _asked_for(batch, built, look, layers, written, forced, own_attention)
+    asked, heads = _asked_for(batch, built, to_capture, layers, written, forced, own_attention)
     logprobs = written.logprobs.tolist()
     source_ids, target_ids = _prompt_ids(batch, natural)
     pending = mixed.pending.tolist()
@@ -157,7 +157,7 @@ def measure(
 def _asked_for(
     batch: Batch,
     built: Built,
-    look: Look | None,
+    to_capture: AttentionRequest | None,
     layers: tuple[int, int],
     written: Continuations,
     forced: _Forced,
@@ -173,10 +173,10 @@ def _asked_for(
             columns, cache_geometry(cache, layers, window), forced.geometry, own, strict=True
         ):
             row |= of_cache | of_output | {"rv_trajectory": trajectory}
-    if look is not None:
+    if to_capture is not None:
         assert own_attention is not None and forced.attention is not None
         heads = each_trial_s({"own": own_attention, "forced": forced.attention})
-        for row, means in zip(columns, attention_means(forced.attention, cache, look), strict=True):
+        for row, means in zip(columns, attention_means(forced.attention, cache, to_capture), strict=True):
             row |= means
     return columns, heads
 
@@ -207,7 +207,12 @@ def _rv_layers(model: Model, batch: Batch) -> tuple[int, int]:
 
 
 def _force(
-    model: Model, batch: Batch, natural: Natural, built: Built, layers: tuple[int, int], look: Look | None
+    model: Model,
+    batch: Batch,
+    natural: Natural,
+    built: Built,
+    layers: tuple[int, int],
+    to_capture: AttentionRequest | None,
 ) -> _Forced:
     """Force the fixed continuation and the held-out ones on every trial, and the fixed one on the natural prompts."""
     settings = batch.readouts
@@ -245,7 +250,7 @@ def _force(
             keep_values=layers,
             keep_logits=positions,
             edits=_edits_from(built, low),
-            look=None if look is None else look.of_rows(slice(low, low + len(trials)), cache.slots),
+            to_capture=None if to_capture is None else to_capture.of_rows(slice(low, low + len(trials)), cache.slots),
         )
         assert part.logits is not None
         late, early = (part.values[layer] for layer in layers)
@@ -280,11 +285,17 @@ def _edits_from(built: Built, low: int) -> Callable[[slice], Edits] | None:
     return lambda rows: steering.edits(slice(low + rows.start, low + rows.stop))
 
 
-def _own_attention(model: Model, built: Built, outputs: Sequence[Sequence[int]], look: Look) -> Attention:
+def _own_attention(
+    model: Model, built: Built, outputs: Sequence[Sequence[int]], to_capture: AttentionRequest
+) -> Attention:
     """What the heads did while each trial wrote. Read by forcing the text that it wrote: the same tokens are fed after
     the same cache, and decoding need not stop at every step to be watched."""
     found = score(
-        model.backbone, built.cache, [[output] for output in outputs], edits=_edits_from(built, 0), look=look
+        model.backbone,
+        built.cache,
+        [[output] for output in outputs],
+        edits=_edits_from(built, 0),
+        to_capture=to_capture,
     ).attention
     assert found is not None
     return found

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from kvpatch.activations import Intervened, RowSteering, mean_difference, run_in_prefill, run_value_steering
-from kvpatch.cache import KVCache
-from kvpatch.cache_steering import counted_steering, join_prompts, joined_cache, touched_by_joining
+from kvpatch.caches.kvcache import KVCache
+from kvpatch.caches.selection import Touched
+from kvpatch.engine.model import Model
 from kvpatch.engine.prefill import prefill
 from kvpatch.errors import KvpatchError
-from kvpatch.interventions import CacheSteering, InPrefill, Joined, Reshape, ValueSteering
-from kvpatch.model import Model
+from kvpatch.interventions.build import Made, Trials, build
+from kvpatch.interventions.steering import RowSteering
 from kvpatch.models.template import EncodedPrompt
-from kvpatch.protocols.plan import Batch, PlannedPair
-from kvpatch.protocols.schema import Condition
-from kvpatch.reshape import counted_reshaping
-from kvpatch.selection import Touched, chosen_layers
-from kvpatch.splice import counted_splice
+from kvpatch.planning.plan import Batch, PlannedPair
+from kvpatch.protocols.conditions import Condition
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Natural:
 class Built:
     """What the trials of a batch start from, one entry a trial in the order of the batch.
 
-    touched: slots, layers and KV heads of the trial's cache that its condition touched; see `selection.Touched`.
+    touched: slots, layers and KV heads of the trial's cache that its condition touched; see `caches.selection.Touched`.
     """
 
     cache: KVCache
@@ -54,17 +50,6 @@ class Built:
     fired: list[int]
     touched: list[tuple[int, int, int]]
     steering: RowSteering | None
-
-
-@dataclass
-class _Part:
-    """What the trials of one condition start from."""
-
-    cache: KVCache
-    touched: Touched
-    planned: int = 0
-    fired: int = 0
-    steps: dict[int, Tensor] = field(default_factory=dict)  # layer -> [kv_heads, head_dim], added while decoding
 
 
 def giver_role(condition: Condition) -> str:
@@ -120,7 +105,7 @@ def build_all(model: Model, batch: Batch, natural: Natural) -> Built:
         except KvpatchError as error:
             # The rows stay in the batch, as natural runs marked as failed, so that nothing else changes shape.
             own = natural.rows([batch.trials[i].pair for i in places], condition.into)
-            part = _Part(own, Touched.none(own.batch))
+            part = Made(own, Touched.none(own.batch))
             for place in places:
                 errors[place] = str(error)
         parts.append(part.cache)
@@ -137,61 +122,23 @@ def build_all(model: Model, batch: Batch, natural: Natural) -> Built:
     return Built(cache, errors, planned, fired, touched, RowSteering(steps) if steps else None)
 
 
-def _build(model: Model, batch: Batch, natural: Natural, condition: Condition, places: Sequence[int]) -> _Part:
+def _build(model: Model, batch: Batch, natural: Natural, condition: Condition, places: Sequence[int]) -> Made:
     """One condition, for the trials at these places of the batch."""
     trials = [batch.trials[i] for i in places]
     pairs = [trial.pair for trial in trials]
-    own = natural.rows(pairs, giver_role(condition) if condition.text_of else condition.into)
-    seeds = [trial.seed for trial in trials]
-    may_be_empty = condition.may_be_empty
-    if condition.patch is not None:
-        reference = _reference(model, tuple(batch.reference_texts)) if batch.reference_texts else None
-        source = natural.rows(pairs, str(condition.from_))
-        mixed = counted_splice(condition.patch, source, own, seed=seeds, reference=reference, may_be_empty=may_be_empty)
-        return _Part(*mixed)
-    spec = condition.intervention
-    receivers = natural.prompts_of(pairs, condition.into)
-    if isinstance(spec, InPrefill):
-        givers = natural.prompts_of(pairs, str(condition.from_))
-        return _counted(run_in_prefill(model.backbone, spec, givers, receivers, own, may_be_empty))
-    if isinstance(spec, ValueSteering):
-        _, values = _directions(model, tuple(batch.reference_texts), tuple(batch.reference_targets))
-        part = _counted(run_value_steering(model.backbone, spec, values, receivers, own, may_be_empty))
-        if spec.while_decoding:
-            layers = chosen_layers(spec.layers, model.geometry.layers, may_be_empty=may_be_empty)
-            part.steps = {layer: spec.alpha * values[layer] for layer in layers}
-        return part
-    if isinstance(spec, CacheSteering):
-        directions = _directions(model, tuple(batch.reference_texts), tuple(batch.reference_targets))
-        numbers = [batch.pairs[pair].number for pair in pairs]
-        return _Part(*counted_steering(own, spec, directions, numbers, may_be_empty=may_be_empty))
-    if isinstance(spec, Reshape):
-        givers = natural.rows(pairs, str(condition.from_))
-        window = batch.readouts.r_v.window
-        return _Part(*counted_reshaping(own, givers, spec, seeds, window, may_be_empty=may_be_empty))
-    if isinstance(spec, Joined):
-        givers = natural.prompts_of(pairs, str(condition.from_))
-        separator = model.continuation_ids(spec.separator)
-        prompts = [join_prompts(g, r, separator, spec.separator) for g, r in zip(givers, receivers, strict=True)]
-        cache = joined_cache(spec, prefill(model.backbone, prompts), own)
-        return _Part(cache, touched_by_joining(cache, own))
-    return _Part(own, Touched.none(own.batch))
-
-
-def _counted(done: Intervened) -> _Part:
-    return _Part(done.cache, done.touched, done.planned, done.fired)
-
-
-@functools.lru_cache(maxsize=2)
-def _reference(model: Model, texts: tuple[str, ...]) -> KVCache:
-    """Caches that fitted donors take their statistics from; the same for all batches of a run."""
-    return prefill(model.backbone, [model.encode(text) for text in texts])
-
-
-@functools.lru_cache(maxsize=2)
-@torch.no_grad()
-def _directions(
-    model: Model, sources: tuple[str, ...], targets: tuple[str, ...]
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Mean difference of keys and values, sources less targets, over the calibration pairs."""
-    return mean_difference(_reference(model, sources), _reference(model, targets))
+    giver = condition.from_ or condition.into
+    return build(
+        condition.change,
+        Trials(
+            model=model,
+            own=natural.rows(pairs, giver_role(condition) if condition.text_of else condition.into),
+            receivers=natural.prompts_of(pairs, condition.into),
+            givers=natural.prompts_of(pairs, giver),
+            giver_caches=functools.partial(natural.rows, pairs, giver),
+            seeds=[trial.seed for trial in trials],
+            pair_numbers=[batch.pairs[pair].number for pair in pairs],
+            calibration=(tuple(batch.reference_texts), tuple(batch.reference_targets)),
+            r_v_window=batch.readouts.r_v.window,
+            may_be_empty=condition.may_be_empty,
+        ),
+    )

@@ -9,10 +9,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
-from kvpatch.engine.passes import pass_bytes
-from kvpatch.engine.places import AT_MOST, LEFT_FREE, bytes_per_place, free_bytes
-from kvpatch.model import Model
-from kvpatch.protocols.plan import Batch
+from kvpatch.engine.batching import AT_MOST, LEFT_FREE, bytes_per_place, free_bytes
+from kvpatch.engine.model import Model
+from kvpatch.engine.token_budget import pass_bytes
+from kvpatch.interventions.build import prompts_in_cache
+from kvpatch.planning.plan import Batch
 
 
 def groups(batches: Sequence[Batch], most: Callable[[Sequence[Batch]], int]) -> Iterator[list[Batch]]:
@@ -54,8 +55,8 @@ def rows_that_fit(model: Model, batches: Sequence[Batch]) -> int:
         return 1
     texts = {text for batch in batches for pair in batch.pairs for text in pair.texts.values() if text}
     slots = max(len(model.encode(text).token_ids) for text in texts)
-    if any(c.joined is not None for batch in batches for c in batch.conditions.values()):
-        slots *= 2
+    changes = [condition.change for batch in batches for condition in batch.conditions.values()]
+    slots *= max(map(prompts_in_cache, changes), default=1)
     geometry = backbone.geometry
     slot = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * backbone.head.weight.element_size()
     # A trial's own cache is there twice while it is built; its prompts' caches are shared.

@@ -14,15 +14,15 @@ from typing import Protocol as Interface
 import numpy as np
 import torch
 
-from kvpatch.engine.places import release
+from kvpatch.engine.batching import release
+from kvpatch.engine.model import Model
 from kvpatch.executors.batch import OnTokens, measure
 from kvpatch.executors.groups import groups, merged, rows_that_fit
 from kvpatch.executors.repeats import Repeats
 from kvpatch.executors.rows import Measured, attention_of, rows_of
-from kvpatch.model import Model
-from kvpatch.protocols.plan import Batch, Plan
+from kvpatch.planning.plan import Batch, Plan
 from kvpatch.readouts.fluency import CoherenceLimits, coherence_limits
-from kvpatch.store import Store
+from kvpatch.store.directory import Store
 
 OnBatch = Callable[[Batch, int], None]
 """Called when a batch is stored (or found stored): the batch, and the tokens it wrote now."""

@@ -14,8 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from kvpatch.protocols.plan import Batch, Plan
-from kvpatch.store import ATTENTION_SCHEMA, Store
+from kvpatch.planning.plan import Batch, Plan
+from kvpatch.store.columns import ATTENTION_SCHEMA
+from kvpatch.store.directory import Store
 
 Row = dict[str, Any]
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from kvpatch.engine.attention import Attention
-from kvpatch.executors.shape import OPTIONAL_COLUMNS, attention_table
-from kvpatch.heads import STAGES
-from kvpatch.protocols.plan import Batch
+from kvpatch.executors.optional_columns import OPTIONAL_COLUMNS, attention_table
+from kvpatch.planning.plan import Batch
 from kvpatch.readouts.behavior import ngram_overlap
 from kvpatch.readouts.fluency import CoherenceLimits, is_coherent, repetition_profile
 from kvpatch.readouts.likelihood import log_likelihood_ratios
+from kvpatch.readouts.outside import measure_outside
+from kvpatch.specs.attention import STAGES
+from kvpatch.specs.readouts import TrialRecord, from_outside
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,12 @@ class Measured:
 
 
 def rows_of(batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits | None) -> list[dict[str, Any]]:
-    """One row a trial, with the columns of `store.TRIAL_COLUMNS`."""
+    """One row per trial, with the columns of `store.columns.TRIAL_COLUMNS`.
+
+    Raises:
+        ProtocolError: where the protocol's scorer fails.
+        ExtensionError: where a readout from outside fails.
+    """
     rows = []
     counts = ("n_slots_patched", "n_layers_patched", "n_kv_heads_patched")
     for index, of in enumerate(measured):
@@ -72,15 +79,15 @@ def rows_of(batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits 
             **dict(zip(counts, of.touched, strict=True)),
             "error": _error(of, row["nll_own"]),
         }
-        row |= dict.fromkeys(OPTIONAL_COLUMNS) | dict(of.asked)
+        row |= dict.fromkeys(OPTIONAL_COLUMNS) | dict(of.asked) | _from_outside(row)
         row["coherent"] = limits and is_coherent(row["nll_target"], row["repetition_4"], limits)
         rows.append(row)
     return rows
 
 
 def attention_of(batch: Batch, measured: Sequence[Measured]) -> pa.Table | None:
-    """The table of heads of the batch's trials, with the columns of `store.ATTENTION_COLUMNS`; None where none was
-    watched."""
+    """The table of heads of the batch's trials, with the columns of `store.columns.ATTENTION_COLUMNS`; None where
+    none was watched."""
     if batch.watched is None or not measured:
         return None
     stages = {stage: Attention.concat([of.attention[stage] for of in measured]) for stage in STAGES}
@@ -152,6 +159,17 @@ def _scores(batch: Batch, index: int, of: Measured) -> dict[str, Any]:
         "repetition": repeated["repetition_4"],
         **repeated,
     }
+
+
+def _from_outside(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """Readouts of other packages; null for a trial that is an error, which no test reads."""
+    if row["error"] is not None:
+        return {readout.name: None for readout in from_outside()}
+    given: dict[str, Any] = {}
+    for field in fields(TrialRecord):
+        value = row[field.name]
+        given[field.name] = tuple(value) if isinstance(value, list) else value
+    return dict(measure_outside(TrialRecord(**given)))
 
 
 def _likelihoods(batch: Batch, of: Measured) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from kvpatch.models.backbone import Backbone
 from kvpatch.models.changes import what_runs_other_code
-from kvpatch.models.hf import Backbone
 
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 """Values of `config.model_type` that are taken for Llama-like."""

@@ -18,6 +18,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from kvpatch.errors import ModelError
+from kvpatch.files import cache_directory
 from kvpatch.models.checkpoint import (
     Reports,
     damaged_file,
@@ -30,16 +31,24 @@ from kvpatch.models.checkpoint import (
     tensors_of,
 )
 from kvpatch.models.fingerprint import tensors_sha256
-from kvpatch.models.named import Progress, cache_directory, fetch_gguf, named_models
+from kvpatch.models.makers import made_model
+from kvpatch.models.named import (
+    Progress,
+    cache_key,
+    cached_model,
+    fetch_gguf,
+    kept_gguf,
+    named_models,
+    refuse_unknown,
+    unconverted_gguf,
+    unwritable_cache,
+)
 from kvpatch.models.note import refuse_changed, write_note
 from kvpatch.models.processor import fastest_type
-from kvpatch.organisms.directories import ORGANISMS, PREFIX, organism_directory
 
 CONVERSION = 2
 """Version of the conversion from GGUF; part of the cache path, so that a changed conversion converts again. Since 2 a
 file that lacks tensors is refused."""
-NAMED_CONVERSION = 1
-"""The same for named models: their files are known by hash, and known to be whole."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +139,10 @@ def _generation_tokens(where: Path | str, is_local: bool) -> GenerationConfig:
 def resolve(name: str, report: Progress) -> tuple[Path | str, bool]:
     """The directory (or hub id) to load, and whether kvpatch made it; a GGUF is converted once."""
     path = Path(name).expanduser()
-    if name.removeprefix(PREFIX) in ORGANISMS and name.startswith(PREFIX):
-        return organism_directory(name.removeprefix(PREFIX), cache_directory()), False
+    if (made := made_model(name, cache_directory())) is not None:
+        return made, False
     if name in named_models():
-        return _converted(name, _named_key(name), report), True
+        return _converted(name, cache_key(name), report), True
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is a file, but not a .gguf file; give a .gguf file or a model directory")
@@ -158,15 +167,9 @@ def pull(name: str, progress: Progress | None = None) -> Path:
     Raises:
         ModelError: for an unknown name or a failed download.
     """
-    if name not in named_models():
-        raise ModelError(f"no named model {name!r}; there are {', '.join(named_models())}")
+    refuse_unknown(name)
     where, _ = resolve(name, progress or (lambda what, done, total: None))
     return Path(where)
-
-
-def is_pulled(name: str) -> bool:
-    """Whether a named model is already in the cache."""
-    return _home(_named_key(name)).exists()
 
 
 def weights_sha256(loaded: Loaded) -> str:
@@ -185,17 +188,9 @@ def template_sha256(tokenizer: Any) -> str | None:
     return None if not template else hashlib.sha256(json.dumps(template).encode()).hexdigest()
 
 
-def _named_key(name: str) -> str:
-    return f"{name}-{named_models()[name].key}-v{NAMED_CONVERSION}"
-
-
-def _home(key: str) -> Path:
-    return cache_directory() / "models" / key
-
-
 def _converted(source: str, key: str, report: Progress) -> Path:
     """The safetensors directory of a named model or GGUF file, made once, also where other processes want it."""
-    home = _home(key)
+    home = cached_model(key)
     if home.exists():
         return home
     try:
@@ -204,14 +199,16 @@ def _converted(source: str, key: str, report: Progress) -> Path:
             if home.exists():
                 return home
             part = Path(folder)
-            gguf = fetch_gguf(source, part, report) if source in named_models() else Path(source)
             made = part / "model"
-            _convert(gguf, made, report)
+            if source in named_models():
+                _convert(kept_gguf(source) or fetch_gguf(source, part, report), made, report)
+            else:
+                _convert(Path(source), made, report)
             os.replace(made, home)
+            if source in named_models():
+                shutil.rmtree(unconverted_gguf(source).parent, ignore_errors=True)
     except OSError as error:
-        raise ModelError(
-            f"{home.parent}: {error.strerror or error}; set KVPATCH_CACHE to a directory with room"
-        ) from error
+        raise unwritable_cache(home.parent, error) from error
     return home
 
 

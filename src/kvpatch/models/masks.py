@@ -80,7 +80,7 @@ def _recorded_attention(
     scaling: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attention as usual, the layer's mask kept. Shapes as in `hf._attend`."""
+    """Attention as usual, the layer's mask kept. Shapes as in `hf.attend`."""
     _running.recording.given[int(module.layer_idx)] = attention_mask
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, is_causal=attention_mask is None, scale=scaling, enable_gqa=True

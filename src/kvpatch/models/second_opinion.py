@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 import kvpatch
-from kvpatch.cache import PAD
+from kvpatch.caches.kvcache import PAD
 from kvpatch.errors import ModelError
-from kvpatch.models.hf import Backbone
+from kvpatch.files import cache_directory
+from kvpatch.models.backbone import Backbone
 from kvpatch.models.limits import lengths_around, named_limits
 from kvpatch.models.load import Loaded
-from kvpatch.models.named import cache_directory
 
 BOUND = 1e-4
 """Largest difference of a logit in float32, over the largest logit."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from kvpatch.cache import Segment
+from kvpatch.caches.kvcache import Segment
 from kvpatch.errors import ModelError, ProtocolError
 from kvpatch.models.scaffold import Scaffold, scaffold_of
 

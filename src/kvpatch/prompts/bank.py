@@ -19,10 +19,9 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from kvpatch.errors import ProtocolError
-from kvpatch.nearest import instead
-from kvpatch.patch import Frozen
-from kvpatch.protocols.schema import Mode
-from kvpatch.yaml_loader import LOADER
+from kvpatch.files import LOADER
+from kvpatch.specs.base import Frozen, Mode
+from kvpatch.specs.nearest import instead
 
 
 class Prompt(Frozen):

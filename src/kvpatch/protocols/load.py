@@ -13,11 +13,13 @@ import yaml
 from pydantic import ValidationError
 
 from kvpatch.errors import ProtocolError, ProtocolMistakes
-from kvpatch.nearest import instead, nearest
+from kvpatch.files import LOADER
+from kvpatch.protocols.hypotheses import Misplaced
 from kvpatch.protocols.names import wrong_files, wrong_names
-from kvpatch.protocols.schema import Misplaced, Protocol
-from kvpatch.refusals import sentence
-from kvpatch.yaml_loader import LOADER
+from kvpatch.protocols.schema import Protocol
+from kvpatch.specs.nearest import instead, nearest
+from kvpatch.specs.refusals import sentence
+from kvpatch.specs.test_kinds import kinds
 
 
 def shipped_protocols() -> list[str]:
@@ -68,6 +70,7 @@ def parse_protocol(text: str, name: str, folder: Path | None = None, *, needs_fi
         raise ProtocolError(f"{name}, line 1: expected a mapping with the keys of a protocol")
     if repeated := _repeated_key(node):
         raise ProtocolError(f"{name}, line {repeated.start_mark.line + 1}: key {repeated.value!r} is given twice")
+    kinds()  # a kind of test from another package that can't be used is no mistake of this file
     loaded = _laid_over(written, name, _place(node, ["extends"]).line) if "extends" in written else written
     wrong: list[Misplaced] = []
     try:
@@ -161,7 +164,7 @@ def _explained(found: Sequence[tuple[Any, _Place]]) -> list[_Mistake]:
     meant: set[tuple[int | str, ...]] = set()
     for error, place in sorted(found, key=lambda each: each[0]["type"] != "extra_forbidden"):
         keys, message = _worded(error, place)
-        if error["type"] == "extra_forbidden" and (near := nearest(str(keys[-1]), _keys_at(keys[:-1]))):
+        if error["type"] == "extra_forbidden" and (near := nearest(str(keys[-1]), _known_keys(error, keys[:-1]))):
             meant.add((*keys[:-1], near))
         is_told = any(keys[: len(told)] == told or told[: len(keys)] == keys for _, told, _ in out)
         if not is_told and not (error["type"] == "missing" and tuple(keys) in meant):
@@ -177,11 +180,16 @@ def _worded(error: Any, place: _Place) -> tuple[list[int | str], str]:
     if isinstance(cause, Misplaced):
         return place.whole, str(cause)
     if kind == "extra_forbidden":
-        known = _keys_at(place.there[:-1])
+        known = _known_keys(error, place.there[:-1])
         near = nearest(str(place.there[-1]), known)
         return place.there, f"no such key; expected {near + ', or ' if near else ''}one of {', '.join(known)}"
     near = nearest(str(error["input"]), re.findall(r"'([^']*)'", error["msg"])) if kind == "literal_error" else None
     return place.there, sentence(error) + (f"; did you mean {near!r}?" if near else "")
+
+
+def _known_keys(error: Any, loc: Sequence[int | str]) -> list[str]:
+    """The keys that there are beside one that there is not; settings from outside the package bring their own."""
+    return error.get("ctx", {}).get("known") or _keys_at(loc)
 
 
 def _keys_at(loc: Sequence[int | str]) -> list[str]:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import get_args
 
 from kvpatch.errors import ProtocolError
-from kvpatch.nearest import instead, nearest
 from kvpatch.prompts.bank import Bank, load_bank, shipped_banks
-from kvpatch.protocols.schema import PLAIN, ROLES, Hypothesis, Misplaced, Pairing, Phase, Protocol, Variable
-from kvpatch.readouts.catalogue import Readout, readouts
+from kvpatch.protocols.conditions import ROLES
+from kvpatch.protocols.hypotheses import Hypothesis, Misplaced, Variable
+from kvpatch.protocols.schema import PLAIN, Pairing, Phase, Protocol
 from kvpatch.readouts.scorer import names_code, read_scorer
-from kvpatch.store import TRIAL_COLUMNS
+from kvpatch.specs.nearest import instead, nearest
+from kvpatch.specs.readouts import Readout, readouts
+from kvpatch.store.columns import TRIAL_COLUMNS
 
 Loc = tuple[str | int, ...]
 _ASKED = {
@@ -103,8 +105,8 @@ def _roles_that_a_phase_lacks(protocol: Protocol) -> Iterator[Misplaced]:
 def _wrong_expectations(protocol: Protocol) -> Iterator[Misplaced]:
     if not protocol.expected:
         return
-    from kvpatch.organisms.directories import ORGANISMS
-    from kvpatch.statistics.records import Word
+    from kvpatch.specs.organisms import ORGANISMS
+    from kvpatch.specs.test_kinds import Word
 
     words = [*get_args(Word), "slight"]
     for organism, verdicts in protocol.expected.items():

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from kvpatch.errors import ProtocolError
-from kvpatch.yaml_loader import LOADER
+from kvpatch.files import LOADER
 
 # No evidence of copying, and of no use in telling two texts apart. Reflexive pronouns are left out on
 # purpose: "myself" and "itself" carry the mode.

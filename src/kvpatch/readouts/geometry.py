@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvpatch.arguments import plain, refuse_other, shown, whole
-from kvpatch.cache import PAD, KVCache
+from kvpatch.caches.kvcache import PAD, KVCache
+from kvpatch.caches.rope import rotate
+from kvpatch.caches.selection import SINKS
 from kvpatch.errors import CacheError
-from kvpatch.rope import rotate
-from kvpatch.selection import SINKS
+from kvpatch.specs.arguments import plain, refuse_other, shown, whole
 
 
 def participation_ratio(v: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def cache_ratios(
     Args:
         cache: any batch.
         part: "v", or "k" for keys as they were before RoPE: turned by their positions, any keys spread.
-        window: the last so many cached slots are read; the attention sinks (`selection.SINKS`) are left out.
+        window: the last so many cached slots are read; the attention sinks (`caches.selection.SINKS`) are left out.
         joined: take a token's KV heads as one vector, as R_V does.
         corrected: without the bias of a small window, see `corrected_participation_ratio`.
     Returns:

@@ -29,7 +29,6 @@ from types import ModuleType
 from typing import Any, Literal, TypeGuard
 
 from kvpatch.errors import ProtocolError
-from kvpatch.patch import Frozen
 from kvpatch.readouts.behavior import (
     Lexicon,
     content_words,
@@ -40,6 +39,7 @@ from kvpatch.readouts.behavior import (
     recursive_score,
     recursive_score_masked,
 )
+from kvpatch.specs.base import Frozen
 
 ScoringFunction = Callable[[str], Any]
 Spans = tuple[tuple[int, int], ...]

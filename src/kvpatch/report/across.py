@@ -8,8 +8,7 @@ import pandas as pd
 from kvpatch.protocols.schema import Protocol
 from kvpatch.report import charts
 from kvpatch.report.figure import Figure, figure, rounded
-
-READOUTS = ("mode_llr", "recursive_score_masked", "recursive_score")
+from kvpatch.specs.readouts import shown
 
 
 def replication_rows(rows: list[dict], protocol: Protocol, models: dict[str, str]) -> list[dict]:
@@ -36,7 +35,7 @@ def across_figures(effects: list[dict], models: dict[str, str]) -> list[Figure]:
     out = []
     if len(names) < 2:
         return out
-    for readout in READOUTS:
+    for readout in (each.name for each in shown("across")):
         frame = pd.DataFrame(_rows(effects, models, names, readout))
         if frame.empty or frame["model"].nunique() < 2:
             continue

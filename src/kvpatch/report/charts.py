@@ -15,7 +15,7 @@ import altair as alt
 import pandas as pd
 from altair.utils.schemapi import debug_mode
 
-from kvpatch.statistics.gates import COHERENT_SHARE
+from kvpatch.verdicts.prerequisites import COHERENT_SHARE
 
 ROLE_COLOURS = {"experiment": "#3f7fd6", "control": "#8b919c", "integrity": "#2f9e8a"}
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import altair as alt
 import pandas as pd
 
-from kvpatch.protocols.schema import Condition, Phase, Protocol
+from kvpatch.protocols.schema import Phase, Protocol
 from kvpatch.report import charts, tables
 from kvpatch.report.figure import Figure, figure, rounded
-from kvpatch.statistics.measure import units_of
+from kvpatch.specs.readout import Readout
+from kvpatch.verdicts.measure import units_of
+from kvpatch.verdicts.pairs import shown_of
 
-READOUTS = ("mode_llr", "recursive_score", "recursive_score_masked", "rv_output")
 MAX_LINES = 400
 
 
@@ -31,7 +32,8 @@ def dose_figures(trials: pd.DataFrame, protocol: Protocol) -> list[Figure]:
         ):
             present = doses[doses["condition"].isin(set(part["condition"]))]
             if present.groupby("series")["dose"].nunique().max() >= 3 if len(present) else False:
-                out += [f for r in READOUTS if (f := _curve(part, present, units, name, kind, axis, r)) is not None]
+                readouts = shown_of("dose", part)
+                out += [f for r in readouts if (f := _curve(part, present, units, name, kind, axis, r)) is not None]
     return out
 
 
@@ -44,15 +46,9 @@ def levels(phase: Phase, protocol: Protocol) -> pd.DataFrame:
         for name in phase.all_conditions:
             condition = protocol.conditions[name]
             group = pairing.sources if condition.from_ == "source" else condition.from_
-            if group in ladder:
-                rows.append((name, group, ladder.index(group), _series(condition)))
+            if group in ladder and condition.change is not None:
+                rows.append((name, group, ladder.index(group), condition.change.told))
     return pd.DataFrame(rows, columns=["condition", "dose", "order", "series"])
-
-
-def _series(condition: Condition) -> str:
-    if condition.joined is not None:
-        return "read after it, left without its slots" if condition.joined.keep == "receiver" else "read after it"
-    return "its cache put in"
 
 
 def strengths(phase: Phase, protocol: Protocol) -> pd.DataFrame:
@@ -61,14 +57,20 @@ def strengths(phase: Phase, protocol: Protocol) -> pd.DataFrame:
     for name in phase.all_conditions:
         added = protocol.conditions[name].steer_cache
         if added is not None:
-            series = "mean difference" if added.random_directions is None else "random directions"
-            rows.append((name, added.strength, added.strength, series))
+            rows.append((name, added.strength, added.strength, added.told))
     return pd.DataFrame(rows, columns=["condition", "dose", "order", "series"])
 
 
 def _curve(
-    part: pd.DataFrame, doses: pd.DataFrame, units: Mapping[str, str], phase: str, kind: str, axis: str, column: str
+    part: pd.DataFrame,
+    doses: pd.DataFrame,
+    units: Mapping[str, str],
+    phase: str,
+    kind: str,
+    axis: str,
+    readout: Readout,
 ) -> Figure | None:
+    column = readout.name
     of_pairs = tables.pair_means(part[part["condition"].isin(doses["condition"])], column)
     points = of_pairs.merge(doses, on="condition")
     if points.empty:
@@ -81,11 +83,10 @@ def _curve(
     means = pd.DataFrame(rows, columns=["series", "order", "dose", "condition", "mean", "low", "high", "n"])
     pairs = sorted(set(points["pair"]))
     shown = set(pairs[:: max(1, -(-len(pairs) * points["series"].nunique() // MAX_LINES))])
-    readout = next(r for r in tables.READOUTS if r.column == column)
-    chart = dose_chart(rounded(points[points["pair"].isin(shown)]), rounded(means), axis, readout.unit)
+    chart = dose_chart(rounded(points[points["pair"].isin(shown)]), rounded(means), axis, readout.axis_title)
     note = "" if len(shown) == len(pairs) else f"{len(shown)} of {len(pairs)} pairs are drawn, at even distances."
     about = "Each pale line is a pair; the strong one the mean over pairs, with its 95% interval (Student's t)."
-    title = f"{readout.title} by {kind[:-1] if kind == 'levels' else kind}"
+    title = f"{readout.label} by {kind[:-1] if kind == 'levels' else kind}"
     return figure(f"dose-{phase}-{kind}-{column}", title, about, chart, label=title, note=note)
 
 

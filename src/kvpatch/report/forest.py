@@ -5,10 +5,12 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from kvpatch.protocols.schema import Hypothesis, Protocol
-from kvpatch.report import charts, tables
+from kvpatch.protocols.hypotheses import Hypothesis
+from kvpatch.protocols.schema import Protocol
+from kvpatch.report import charts
 from kvpatch.report.figure import Figure, figure, rounded
 from kvpatch.report.judgements import BADGES
+from kvpatch.specs.readouts import readouts
 
 VERDICT_COLOURS = {
     "supported": "#2b8a57",
@@ -17,11 +19,6 @@ VERDICT_COLOURS = {
     "inconclusive": "#b57a0b",
     "not interpretable": "#8b919c",
     "tautological": "#9a6fd0",
-}
-_GROUPS = {
-    "contrast": "Mean of the contrast over pairs, in the readout's unit.",
-    "slope": "Mean slope of a pair over the ordered conditions, in the readout's unit a step.",
-    "correlation": "Correlation over pairs, given what is held constant.",
 }
 _COLUMNS = ["row", "name", "about", "colour", "estimate", "low", "high", "margin_low", "margin_high", "n"]
 
@@ -84,7 +81,7 @@ def hypothesis_charts(rows: list[dict], protocol: Protocol) -> dict[str, charts.
 
 
 def _by_scale(rows: list[dict], protocol: Protocol) -> dict[tuple[str, str], charts.AnyChart]:
-    """Return a forest plot for each (key of _GROUPS, scale) that hypotheses are measured on."""
+    """Return a forest plot for each (sentence on the scale, name of the scale) that hypotheses are measured on."""
     known = {h.id: h for h in protocol.hypotheses}
     scales: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
@@ -96,17 +93,15 @@ def _by_scale(rows: list[dict], protocol: Protocol) -> dict[tuple[str, str], cha
 
 
 def _scale(h: Hypothesis) -> tuple[str, str]:
-    readout = ("log " if h.transform == "log" else "") + h.readout
-    if h.test == "correlates":
-        return "correlation", "correlation"
-    return ("slope", f"slope of {readout} a step") if h.is_ordering else ("contrast", readout)
+    words = h.kind.words
+    return words.scale, words.axis.format(readout=("log " if h.transform == "log" else "") + h.readout)
 
 
 def hypothesis_figures(rows: list[dict], protocol: Protocol) -> list[Figure]:
     """Return the figures of `hypothesis_charts`."""
     out = []
-    for (kind, scale), chart in _by_scale(rows, protocol).items():
-        about = f"{_GROUPS[kind]} Red: the margin the test holds it against. Intervals: 95%, of an equivalence 90%."
+    for (says, scale), chart in _by_scale(rows, protocol).items():
+        about = f"{says} Red: the margin the test holds it against. Intervals: 95%, of an equivalence 90%."
         out.append(figure(f"forest-{scale}", scale, about, chart, label=f"Hypotheses on {scale}"))
     return out
 
@@ -129,11 +124,11 @@ def _hypothesis_row(row: dict) -> dict:
 
 
 def margin_ends(row: dict) -> tuple[float | None, float | None]:
-    """Return the ends of the margin a row's test asks about: both for an equivalence, one for "much greater"."""
+    """Return the ends of the margin a row's test asks about: one where the claim has a side, else both."""
     size = row["margin_size"]
     if size is None:
         return None, None
-    if row["kind"] == "equivalent":
+    if row["has_margin_on_both_sides"]:
         return -size, size
     return (-size, None) if row["side"] == -1 else (None, size)
 
@@ -150,10 +145,10 @@ def effect_charts(effects: list[dict], protocol: Protocol, phase: str) -> dict[s
 
 def effect_figures(effects: list[dict], protocol: Protocol, phase: str) -> list[Figure]:
     """Return the figures of `effect_charts`."""
-    titles = {readout.column: readout.title for readout in tables.READOUTS}
+    known = readouts()
     out = []
     for readout, chart in effect_charts(effects, protocol, phase).items():
-        title = titles.get(readout, readout)
+        title = known[readout].label if readout in known else readout
         unit = _unit(readout)
         about = f"Change of {unit} from the natural run of the same prompt, mean over pairs, with its 95% interval."
         out.append(figure(f"effect-{phase}-{readout}", title, about, chart, label=f"{title}: change by condition"))
@@ -161,7 +156,8 @@ def effect_figures(effects: list[dict], protocol: Protocol, phase: str) -> list[
 
 
 def _unit(readout: str) -> str:
-    return f"log {readout}" if readout == "rv_output" else readout
+    known = readouts()
+    return known[readout].scale if readout in known else readout
 
 
 def _effect_row(effect: dict, role: str) -> dict:

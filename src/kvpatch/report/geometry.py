@@ -6,11 +6,12 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from kvpatch.protocols.schema import Hypothesis, Protocol, Variable
+from kvpatch.protocols.hypotheses import Hypothesis, Variable
+from kvpatch.protocols.schema import Protocol
 from kvpatch.report import charts
 from kvpatch.report.figure import Figure, figure, rounded
 from kvpatch.report.text import number, p_value
-from kvpatch.statistics.pairs import contrast_table, pair_means
+from kvpatch.verdicts.pairs import contrast_table, pair_means
 
 MAX_POINTS = 1000
 
@@ -20,7 +21,7 @@ def scatter_figures(trials: pd.DataFrame, protocol: Protocol, rows: list[dict]) 
     verdicts = {row["id"]: row for row in rows}
     out = []
     for h in protocol.hypotheses:
-        if h.test != "correlates" or h.against is None:
+        if h.kind.measures != "correlation" or h.against is None:
             continue
         points = correlated(trials[trials["phase"] == h.phase], h)
         if points.empty:

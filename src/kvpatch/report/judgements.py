@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kvpatch.protocols.schema import Hypothesis, Margin, Protocol
-from kvpatch.report.text import DASH, MINUS, as_float, number
-from kvpatch.statistics import gates as passing
-from kvpatch.statistics.criteria import WEAKEST
-from kvpatch.statistics.margins import claimed_side
-from kvpatch.statistics.wording import pairs_text
+from kvpatch.protocols.hypotheses import Hypothesis, Margin
+from kvpatch.protocols.schema import Protocol
+from kvpatch.report.text import DASH, as_float, number
+from kvpatch.specs.test_kinds import find
+from kvpatch.verdicts import prerequisites as passing
+from kvpatch.verdicts.criteria import WEAKEST
+from kvpatch.verdicts.margins import claimed_side
+from kvpatch.verdicts.wording import pairs_text
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,6 @@ GATES = {
     4: "What carries it, and how much?",
     5: "Does it hold elsewhere?",
 }
-TESTS = {
-    "greater": "> 0",
-    "less": "< 0",
-    "much_greater": "> margin",
-    "much_less": f"< {MINUS}margin",
-    "equivalent": "within ± margin",
-    "trend": "in this order",
-    "umbrella": "rises, then falls",
-    "correlates": "correlates",
-    "replicates": "replicates",
-}
 
 
 def badge(word: Any) -> Badge:
@@ -103,17 +94,19 @@ def _row(name: str, verdict: dict | None, hypothesis: Hypothesis | None) -> dict
         return recorded if recorded is not None else getattr(hypothesis, key, None)
 
     test = told("test")
-    kind = badge(entry.get("verdict"))
+    kind = find(test)
     confirmatory = told("confirmatory")
     return {
         "id": name,
-        "badge": kind,
+        "badge": badge(entry.get("verdict")),
         "claim": told("claim") or name,
         "phase": told("phase"),
         "contrast": told("contrast") or "",
         "readout": told("readout") or "",
-        "kind": test,
-        "test": TESTS.get(test, test or ""),
+        "passes": kind.passes if kind else None,
+        "certifies_absence": kind is not None and kind.certifies_absence,
+        "has_margin_on_both_sides": kind is not None and kind.has_margin_on_both_sides,
+        "test": kind.words.claim if kind else test or "",
         "gate": told("gate"),
         "family": told("family"),
         "alpha": as_float(told("alpha")),
@@ -124,7 +117,7 @@ def _row(name: str, verdict: dict | None, hypothesis: Hypothesis | None) -> dict
         "margin_size": as_float(entry.get("margin")),
         "counted": _counted(entry),
         "bayes_factor": as_float(entry.get("bayes_factor")),
-        "ci_level": as_float(entry.get("ci_level")) or (0.9 if test == "equivalent" else 0.95),
+        "ci_level": as_float(entry.get("ci_level")) or (kind.level if kind else 0.95),
         **{key: as_float(entry.get(key)) for key in ("estimate", "ci_low", "ci_high", "effect_size", "n")},
         **{key: as_float(entry.get(key)) for key in ("p", "p_adjusted")},
     }

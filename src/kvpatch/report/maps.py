@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import altair as alt
 import pandas as pd
 
-from kvpatch.patch import LayerAt, LayerBand, Patch, SlotQuery
-from kvpatch.protocols.schema import Condition, Protocol
-from kvpatch.report import charts, tables
+from kvpatch.protocols.conditions import Condition
+from kvpatch.protocols.schema import Protocol
+from kvpatch.report import charts
 from kvpatch.report.figure import Figure, figure, rounded
+from kvpatch.specs.patch import Patch
+from kvpatch.specs.readouts import Readout, shown
+from kvpatch.specs.selectors import LayerAt, LayerBand, SlotQuery
 
-READOUTS = ("mode_llr", "recursive_score_masked")
 BANDS, BUT_BANDS, SINGLE, TOKENS = "bands of layers", "all layers but a band", "single layers", "parts of the body"
 
 
@@ -59,8 +61,8 @@ def map_figures(effects: list[dict], protocol: Protocol, layers: dict[str, int |
     out = []
     for phase in dict.fromkeys(effect["phase"] for effect in effects):
         for kind in (BANDS, BUT_BANDS, SINGLE, TOKENS):
-            for readout in READOUTS:
-                rows = _segments(effects, protocol, phase, kind, readout, layers.get(phase))
+            for readout in shown("maps"):
+                rows = _segments(effects, protocol, phase, kind, readout.name, layers.get(phase))
                 if len(rows) > 1:
                     out.append(_map(rows, phase, kind, readout, layers.get(phase)))
     return out
@@ -96,12 +98,11 @@ def _segments(
     return out
 
 
-def _map(rows: list[dict], phase: str, kind: str, readout: str, layers: int | None) -> Figure:
-    titles = {readout.column: readout.title for readout in tables.READOUTS}
+def _map(rows: list[dict], phase: str, kind: str, readout: Readout, layers: int | None) -> Figure:
     depth = f"layer of {layers}" if layers else "share of depth"
     axis = "place in the body, %" if kind == TOKENS else depth
-    chart = map_chart(rounded(pd.DataFrame(rows)), axis, f"change of {readout}")
-    title = f"{kind[0].upper()}{kind[1:]}: {titles.get(readout, readout)}"
+    chart = map_chart(rounded(pd.DataFrame(rows)), axis, f"change of {readout.name}")
+    title = f"{kind[0].upper()}{kind[1:]}: {readout.label}"
     what = {
         BANDS: "Only these layers of the body are put in.",
         BUT_BANDS: "Every layer of the body but these is put in: where the bar is low, those layers were needed.",
@@ -111,7 +112,7 @@ def _map(rows: list[dict], phase: str, kind: str, readout: str, layers: int | No
     about = (
         f"{what} Height: change from the natural target, with its 95% interval; read it against the foreign cache's."
     )
-    return figure(f"map-{phase}-{kind}-{readout}", title, about, chart, label=title)
+    return figure(f"map-{phase}-{kind}-{readout.name}", title, about, chart, label=title)
 
 
 def map_chart(rows: pd.DataFrame, x_title: str, y_title: str) -> charts.AnyChart:

@@ -19,11 +19,9 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup
 
-from kvpatch.organisms.record import gate_zero
 from kvpatch.protocols.schema import Protocol
 from kvpatch.report import (
     across,
-    attention,
     charts,
     dose,
     forest,
@@ -36,6 +34,8 @@ from kvpatch.report import (
     tables,
     text,
 )
+from kvpatch.report import head_maps as attention
+from kvpatch.store.validation import gate_zero
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def render(
     Args:
         run: the content of run.json; what is missing reads "not recorded".
         protocol: the protocol the run was made with.
-        trials: one row a trial (DESIGN.md 2); only rows of the test split are reported; columns may be
-            missing, and the table may be empty.
+        trials: one row per trial (`store.columns.TRIAL_COLUMNS`); only rows of the test split are reported;
+            columns may be missing, and the table may be empty.
         verdicts: the content of verdicts.json.
         headline: the one-sentence answer.
         mark: (output text, source text, hits) -> spans (start, end, kind) to mark; kind is "hit" or "copied".

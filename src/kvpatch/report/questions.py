@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvpatch.protocols.schema import Condition, Hypothesis, Protocol
+from kvpatch.protocols.conditions import Condition
+from kvpatch.protocols.hypotheses import Hypothesis
+from kvpatch.protocols.schema import Protocol
 from kvpatch.report.judgements import MISSING
 from kvpatch.report.maps import place_of
+from kvpatch.specs.readouts import shown
 
 
 def four_questions(rows: list[dict], protocol: Protocol, ran: set[str], models: list[str], has_attention: bool) -> list:
@@ -17,7 +20,7 @@ def four_questions(rows: list[dict], protocol: Protocol, ran: set[str], models: 
     mode = f"{protocol.mode_name} mode"
     known = {row["id"]: row for row in rows}
     others = set(protocol.pairing.also)
-    by_hand = [name for name, c in protocol.conditions.items() if c.reshape is not None and name in ran]
+    by_hand = [name for name, c in protocol.conditions.items() if c.change and c.change.sets_r_v and name in ran]
 
     def about(holds: Callable[[Hypothesis], bool]) -> list[dict]:
         return [known[h.id] for h in protocol.hypotheses if holds(h)]
@@ -28,7 +31,7 @@ def four_questions(rows: list[dict], protocol: Protocol, ran: set[str], models: 
     asked = [
         (
             "Is R_V causal or correlational?",
-            about(lambda h: _reads_geometry(h) or some(h, lambda c: c.reshape is not None)),
+            about(lambda h: _reads_geometry(h) or some(h, lambda c: c.change is not None and c.change.sets_r_v)),
             _unknown_geometry(by_hand),
         ),
         (
@@ -63,7 +66,8 @@ def summed_up(rows: list[dict]) -> str:
 
 
 def _reads_geometry(h: Hypothesis) -> bool:
-    return h.readout.startswith("rv_") or (h.against is not None and h.against.readout.startswith("rv_"))
+    bearing = {readout.name for readout in shown("r_v")}
+    return h.readout in bearing or (h.against is not None and h.against.readout in bearing)
 
 
 def _selects_within(c: Condition) -> bool:
@@ -106,9 +110,10 @@ def attacks(rows: list[dict], strip: list[dict], protocol: Protocol, pairs: int,
     protocol is the one that was stored before the first trial.
     """
     circular = [row for row in rows if row["badge"].word == "tautological"]
-    nulls = [row for row in rows if row["gate"] == 3 and row["kind"] == "equivalent"]
-    inert = [row for row in nulls if row["badge"].word == "equivalent"]
-    copied = [row for row in rows if row["readout"] == "recursive_score_masked"]
+    nulls = [row for row in rows if row["gate"] == 3 and row["certifies_absence"]]
+    inert = [row for row in nulls if row["badge"].word == row["passes"]]
+    without_copies = {readout.name for readout in shown("copying")}
+    copied = [row for row in rows if row["readout"] in without_copies]
     late = [row for row in rows if row["is_exploratory"]]
     told = ", ".join(f"{part['name'].lower()}: {part['badge'].word}" for part in strip)
     return [

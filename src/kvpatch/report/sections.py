@@ -13,11 +13,12 @@ from kvpatch.report import charts, forest, tables
 from kvpatch.report.figure import figure, rounded
 from kvpatch.report.judgements import DIFFERS, FAILED, PASSED, UNKNOWN, Badge, instruments_badge, validation_passed
 from kvpatch.report.text import NOT_RECORDED, facts, number, plain
+from kvpatch.verdicts.pairs import shown_of
 
 FEW_PAIRS = 50
 MAIN_READOUTS = 5
-"""How many of `tables.READOUTS`, from the first, are shown unfolded."""
-# SCIENCE.md 2.14: smallest paired effect (dz) at 90% power and alpha .001.
+"""How many of the readouts that the report shows, from the first, are shown unfolded."""
+# The smallest paired effect (dz) that a test at alpha .001 sees with 90% power; see docs/statistics.md.
 VISIBLE_DZ = ((20, 1.20), (50, 0.69), (100, 0.47))
 
 
@@ -153,21 +154,22 @@ def readout_figures(parts: Parts, protocol: Protocol) -> list[dict]:
     baseline = tables.baseline_of(protocol)
     for phase, question, part in parts:
         figures, means_of = [], []
-        for readout in tables.READOUTS:
-            points, means = tables.condition_means(part, readout.column, protocol)
+        readouts = shown_of("report", part)
+        for readout in readouts:
+            points, means = tables.condition_means(part, readout.name, protocol)
             shown = tables.thinned(points)
             chart = None
             if len(points):
-                chart = charts.conditions_chart(rounded(shown), rounded(means), readout.unit, baseline)
+                chart = charts.conditions_chart(rounded(shown), rounded(means), readout.axis_title, baseline)
             drawn, there = shown["pair"].nunique(), points["pair"].nunique()
             note = (
                 ""
                 if drawn == there
                 else f"{drawn} of {there} pairs are drawn: those at evenly spaced ranks of their mean."
             )
-            label = f"{readout.title} by condition; the numbers are in the table of means"
-            name = f"readout-{phase}-{readout.column}"
-            figures.append(figure(name, readout.title, readout.about, chart, label=label, note=note))
+            label = f"{readout.label} by condition; the numbers are in the table of means"
+            name = f"readout-{phase}-{readout.name}"
+            figures.append(figure(name, readout.label, readout.said, chart, label=label, note=note))
             means_of.append(means.set_index("condition"))
         names = tables.conditions_of(part, protocol)
         conditions = [
@@ -175,7 +177,7 @@ def readout_figures(parts: Parts, protocol: Protocol) -> list[dict]:
         ]
         cells = {n: [means.loc[n].to_dict() for means in means_of] for n in names}
         row = {"phase": phase, "question": question, "figures": figures[:MAIN_READOUTS]}
-        row |= {"more": figures[MAIN_READOUTS:], "readouts": tables.READOUTS, "conditions": conditions, "cells": cells}
+        row |= {"more": figures[MAIN_READOUTS:], "readouts": readouts, "conditions": conditions, "cells": cells}
         out.append({**row, "pairs": part["pair_id"].nunique()})
     return out
 

@@ -10,81 +10,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from kvpatch.protocols.schema import Condition, Protocol
-from kvpatch.statistics import gates, pairs
-from kvpatch.statistics.measure import units_of
+from kvpatch.protocols.conditions import Condition
+from kvpatch.protocols.schema import Protocol
+from kvpatch.specs.readouts import SCORE
+from kvpatch.verdicts import pairs
+from kvpatch.verdicts import prerequisites as gates
+from kvpatch.verdicts.measure import units_of
 
 MAX_DOTS = 1500
-
-
-@dataclass(frozen=True)
-class Readout:
-    """A readout the report shows: its column, and what it is in plain words."""
-
-    column: str
-    title: str
-    unit: str
-    about: str
-
-
-READOUTS = (
-    Readout(
-        "recursive_score",
-        "Mode score",
-        "hits per 100 words",
-        "What the protocol's lexicon or scorer counts, in the generated text alone. Copied words count.",
-    ),
-    Readout(
-        "recursive_score_masked",
-        "Mode score, masked",
-        "hits per 100 words",
-        "The same, without words that occur in the source. What copying alone can produce is gone.",
-    ),
-    Readout(
-        "mode_llr",
-        "Mode, by likelihood",
-        "log-likelihood ratio",
-        "How much likelier held-out continuations in the mode are than plain ones, whatever the topic.",
-    ),
-    Readout(
-        "content_llr",
-        "Content, by likelihood",
-        "log-likelihood ratio",
-        "How much likelier continuations on the source's topic are than on the target's. This is not mode.",
-    ),
-    Readout(
-        "rv_output",
-        "R_V of the output",
-        "participation ratio, late over early",
-        "Geometry of the cached values, every condition forced on the same continuation. Tests use its logarithm.",
-    ),
-    Readout("n_tokens", "Length", "tokens", "Tokens generated until the end token or the limit."),
-    Readout(
-        "nll_own",
-        "Surprise, own",
-        "nats per token",
-        "Negative log-likelihood of the output under the patched cache that produced it.",
-    ),
-    Readout(
-        "nll_target",
-        "Surprise, target",
-        "nats per token",
-        "Negative log-likelihood of the output under the unpatched target prompt. High: off topic, damaged.",
-    ),
-    Readout(
-        "repetition",
-        "Repetition",
-        "share of repeated 4-grams",
-        "0: no run of four tokens occurs twice. Near 1: the output is a loop.",
-    ),
-)
 
 
 def normalised(trials: pd.DataFrame) -> pd.DataFrame:
@@ -322,7 +261,7 @@ def example_pairs(trials: pd.DataFrame, protocol: Protocol, k: int = 5) -> tuple
     The pairs are those at evenly spaced ranks of the difference, smallest first; where it can't be had, at
     evenly spaced places of the list of pairs.
     """
-    table = pair_means(trials, "recursive_score").pivot(index="pair", columns="condition", values="value")
+    table = pair_means(trials, SCORE).pivot(index="pair", columns="condition", values="value")
     source, target = natural_run(protocol, "source"), natural_run(protocol, "target")
     ranked: list[tuple[str, float | None]] = []
     if source in table and target in table:

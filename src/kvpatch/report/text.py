@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from kvpatch.statistics import wording
+from kvpatch.verdicts import wording
 
 Span = tuple[int, int, str]
 MARK_KINDS = ("hit", "copied")

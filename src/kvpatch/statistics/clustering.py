@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 from statsmodels.regression.linear_model import OLS
 
-from kvpatch.patch import Frozen
-from kvpatch.statistics.pairs import Floats
+from kvpatch.statistics.grid import Floats
+
+Labels = Sequence[str] | NDArray[Any]
 
 
-class Clustered(Frozen):
+@dataclass(frozen=True)
+class Clustered:
     """The mean of pair differences with errors clustered by source and by target; `p` is two-sided."""
 
     low: float
@@ -23,7 +28,7 @@ class Clustered(Frozen):
     targets: int
 
 
-def two_way_clustered(differences: Floats, sources: Sequence[str], targets: Sequence[str]) -> Clustered | None:
+def two_way_clustered(differences: Floats, sources: Labels, targets: Labels) -> Clustered | None:
     """95% interval and p-value of the mean where pairs share prompts.
 
     differences, sources, targets: [pairs]. None for fewer than 3 sources or targets, or where the estimated variance is

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from kvpatch.statistics.grid import Floats, on_grid
 from kvpatch.statistics.intervals import Interval
-from kvpatch.statistics.pairs import Floats, on_grid
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 from scipy import stats
 
-from kvpatch.patch import Frozen
+from kvpatch.statistics.grid import Floats
 from kvpatch.statistics.intervals import bca_interval
-from kvpatch.statistics.pairs import Floats
-from kvpatch.statistics.tests import sign_flip
+from kvpatch.statistics.paired_tests import sign_flip
 
 
-class Hurdle(Frozen):
+@dataclass(frozen=True)
+class Hurdle:
     """Two conditions over the same pairs. A number that could not be had is None."""
 
     any_first: float

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from kvpatch.statistics.pairs import Floats, grid_step, on_grid
+from kvpatch.statistics.grid import Floats, grid_step, on_grid
 
 SEED = 20251207
 RESAMPLES = 9_999

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from kvpatch.statistics.pairs import Floats
+from kvpatch.statistics.grid import Floats
 
 
 def lee_bounds(first: Floats, first_share: float, second: Floats, second_share: float) -> tuple[float, float]:

@@ -1,18 +1,11 @@
-"""Does a finding repeat? Two studies are held against each other; from four on, a random-effects mean is given."""
+"""Does a finding repeat? Two studies are held against each other."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from statsmodels.stats.meta_analysis import combine_effects
 
 from kvpatch.statistics.intervals import Interval
-
-MIN_STUDIES = 4
 
 
 @dataclass(frozen=True)
@@ -57,28 +50,3 @@ def replicates(first: Study, second: Study, sign: int) -> Replication:
 def _turned(interval: Interval, sign: int) -> tuple[float, float]:
     low, high = sorted((sign * interval.low, sign * interval.high))
     return low, high
-
-
-@dataclass(frozen=True)
-class RandomEffects:
-    """Mean over studies with its 95% interval (Hartung-Knapp), and how far studies differ (tau^2, I^2)."""
-
-    mean: float
-    interval: Interval
-    tau2: float
-    i2: float
-
-
-def random_effects(estimates: Sequence[float], standard_errors: Sequence[float]) -> RandomEffects | None:
-    """Random-effects mean of at least four studies; None for fewer, which can't tell how far studies differ.
-
-    Source: DerSimonian & Laird 1986 with Hartung & Knapp 2001's interval, by
-    `statsmodels.stats.meta_analysis.combine_effects`.
-    """
-    if len(estimates) < MIN_STUDIES:
-        return None
-    variances = np.asarray(standard_errors, dtype=float) ** 2
-    found: Any = combine_effects(np.asarray(estimates, dtype=float), variances, method_re="dl", use_t=True)
-    low, high = found.conf_int(alpha=0.05, use_t=True)[3]
-    interval = Interval(float(low), float(high), 0.95)
-    return RandomEffects(float(found.mean_effect_re), interval, float(found.tau2), max(0.0, float(found.i2)))

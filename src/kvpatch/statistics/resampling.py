@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from kvpatch.statistics.grid import Floats, on_grid
 from kvpatch.statistics.intervals import SEED
-from kvpatch.statistics.pairs import Floats, on_grid
 
 DRAWS = 19_999
 LEAST_VARIANCE = 0.02

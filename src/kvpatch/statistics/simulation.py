@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
+from kvpatch.statistics.grid import Floats
 from kvpatch.statistics.intervals import SEED
-from kvpatch.statistics.pairs import Floats
+from kvpatch.statistics.paired_tests import RESAMPLES
 from kvpatch.statistics.resampling import least_spread, mean_less_sds
-from kvpatch.statistics.tests import RESAMPLES
 from kvpatch.statistics.trend import order_scores
 
 FLIPS = 20_000

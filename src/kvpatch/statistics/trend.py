@@ -8,8 +8,8 @@ from functools import lru_cache
 import numpy as np
 from scipy import stats
 
+from kvpatch.statistics.grid import Floats, on_grid
 from kvpatch.statistics.intervals import SEED
-from kvpatch.statistics.pairs import Floats, on_grid
 
 DRAWS = 19_999
 MAX_EXACT_PAIRS, MAX_EXACT_LEVELS = 12, 5

@@ -10,15 +10,16 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from kvpatch.protocols.schema import Hypothesis, Protocol
+from kvpatch.protocols.hypotheses import Hypothesis
+from kvpatch.protocols.schema import Protocol
 from kvpatch.report import charts
 from kvpatch.report.figure import rounded
 from kvpatch.report.tables import interval
-from kvpatch.statistics.measure import Measured, measure, units_of
-from kvpatch.statistics.pairs import prepare, rows_of
-from kvpatch.statistics.wording import pairs_text
+from kvpatch.verdicts.measure import Measured, measure, units_of
+from kvpatch.verdicts.pairs import prepare, rows_of
+from kvpatch.verdicts.wording import pairs_text
 
-LOOKS = 24
+INTERVALS = 24
 """How many times along the way an interval is drawn."""
 FIRST = 3
 """Pairs below which there is no interval."""
@@ -30,8 +31,8 @@ def estimates(protocol: Protocol, trials: pd.DataFrame) -> list[dict[str, Any]]:
     trials: as `light_rows` gives them, in the order they were stored. `n`, `estimate`, `low` and `high` are what a
     verdict would say of these trials, measured by the verdicts' own function; `n_pairs` counts the pairs before those
     that share a prompt were averaged, `counted` tells both in words, and `counts` what `n` counts. `path` holds `n`,
-    `estimate`, `low` and `high` at up to LOOKS numbers of units, in the order in which their first pairs came; its
-    intervals are Student's, the last one is the verdict's. A correlation has no path.
+    `estimate`, `low` and `high` at up to INTERVALS numbers of units, in the order in which their first pairs came; its
+    intervals are Student's, the last one is the verdict's. What is no mean, such as a correlation, has no path.
     """
     prepared = prepare(trials)
     tested = rows_of(prepared, split="test")
@@ -48,14 +49,14 @@ def _arrival(protocol: Protocol, rows: pd.DataFrame) -> dict[str, int]:
 
 def _estimate(protocol: Protocol, h: Hypothesis, trials: pd.DataFrame, arrived: dict[str, int]) -> dict[str, Any]:
     head = {key: getattr(h, key) for key in ("id", "claim", "phase", "contrast", "readout", "gate", "test")}
-    head |= {"transform": h.transform, "is_correlation": h.test == "correlates"}
+    head |= {"transform": h.transform, "is_correlation": h.kind.measures == "correlation"}
     others = [v for v in (h.against, *h.controlling) if v is not None]
     if any(variable.readout not in trials for variable in (h, *others)):
         return {**head, **_counted(0, 0), "estimate": None, "low": None, "high": None, "path": []}
     m = measure(protocol, trials, h)
     found = m.differences
     now = {"n": found.n, "estimate": _known(m.estimate), "low": _known(m.interval.low), "high": _known(m.interval.high)}
-    has_path = found.n > 0 and h.test != "correlates"
+    has_path = found.n > 0 and m.kind.is_mean
     return {**head, **_counted(found.n, found.n_pairs), **now, "path": [*_path(m, arrived), now] if has_path else []}
 
 
@@ -68,9 +69,9 @@ def _path(m: Measured, arrived: dict[str, int]) -> list[dict[str, Any]]:
     """Estimates on fewer units than there are, in the order in which they came."""
     found = m.differences
     values = found.values[sorted(range(found.n), key=lambda i: arrived[found.unit_ids[i]])]
-    looks = np.unique(np.geomspace(FIRST, found.n, LOOKS).round().astype(int)) if found.n > FIRST else []
+    sizes = np.unique(np.geomspace(FIRST, found.n, INTERVALS).round().astype(int)) if found.n > FIRST else []
     path = []
-    for n in (int(n) for n in looks if n < found.n):
+    for n in (int(n) for n in sizes if n < found.n):
         mean, low, high = interval(values[:n])
         path.append({"n": n, "estimate": mean, "low": low, "high": high})
     return path

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvpatch.store import TRIAL_COLUMNS
-from kvpatch.view.runs import SCALARS, LiveRun
+from kvpatch.specs.readouts import Place, Readout, from_outside, shown
+from kvpatch.view.runs import LiveRun
 
 PAGE = 50
 CHOICES = ("phase", "condition", "model", "split", "stopped")
 """Columns filtered by one of their values."""
-NUMBERS = tuple(
-    name
-    for name in SCALARS
-    if str(TRIAL_COLUMNS[name][0]) in ("double", "int32", "int64") and name not in ("seed", "sample")
-)
-"""Columns filtered by a range, and sorted by."""
-SHOWN = ("trial_id", "phase", "condition", "pair_id", "sample", "recursive_score", "recursive_score_masked", "mode_llr")
+SHOWN = ("trial_id", "phase", "condition", "pair_id", "sample")
+PLACES: tuple[Place, ...] = ("trials", "newest")
+"""Where the view shows readouts."""
 TEXTS = ("text", "source_text", "target_text", "error")
 
 
@@ -31,8 +27,24 @@ class Filter:
     values: list[Any]
 
 
-def filter_of(asked: Mapping[str, str]) -> Filter:
+def numbers_of(run: LiveRun) -> list[str]:
+    """Columns of a run that are filtered by a range, and sorted by."""
+    kinds = ("double", "int32", "int64")
+    return [name for name, kind in run.columns.items() if str(kind) in kinds and name not in ("seed", "sample")]
+
+
+def shown_in(place: Place, run: LiveRun) -> list[Readout]:
+    """Readouts that a page of a run shows in a place, those from outside only where a trial holds a number of them."""
+    outside = [readout.name for readout in from_outside() if readout.name in run.columns]
+    counts = ", ".join(f'count("{name}") as "{name}"' for name in outside)
+    (held,) = run.ask(f"select {counts} from trials") if outside else [{}]
+    return shown(place, [name for name in outside if held[name]])
+
+
+def filter_of(asked: Mapping[str, str], numbers: Sequence[str]) -> Filter:
     """Read a filter from a query string: what it does not know, or can't read as a number, is left out.
+
+    numbers: columns that may be filtered by a range.
 
     `q`: words that must all occur in the output, the prompts or the error, in any case; a stretch in double quotes is
     taken as it stands. `failed` and `coherent`: yes or no. `pair_id`: a part of it. `min_X` and `max_X` for a number X.
@@ -53,11 +65,11 @@ def filter_of(asked: Mapping[str, str]) -> Filter:
         also(f"(coalesce(trim(error), '') <> '') = {asked['failed'] == 'yes'}")
     if asked.get("coherent") in ("yes", "no"):
         also("coherent = ?", asked["coherent"] == "yes")
-    for name in NUMBERS:
+    for name in numbers:
         for edge, sign in (("min", ">="), ("max", "<=")):
             number = _number(asked.get(f"{edge}_{name}"))
             if number is not None:
-                also(f"{name} {sign} ?", number)
+                also(f'"{name}" {sign} ?', number)
     for word in words_of(asked.get("q", "")):
         found = " or ".join(f"contains(lower({name}), ?)" for name in TEXTS)
         also(f"({found})", *[word] * len(TEXTS))
@@ -88,17 +100,20 @@ def trials(run: LiveRun, asked: Mapping[str, str]) -> dict[str, Any]:
 
     `sort`: a number's column, with "-" in front for descending. `page`: from 1.
     """
-    chosen = filter_of(asked)
+    numbers = numbers_of(run)
+    chosen = filter_of(asked, numbers)
     total = run.ask(f"select count(*) as n from trials where {chosen.where}", chosen.values)[0]["n"]
     pages = max(1, math.ceil(total / PAGE))
     page = min(max(1, int(_number(asked.get("page")) or 1)), pages)
     wanted = asked.get("sort", "")
     column = wanted.lstrip("-")
     order = "place desc"
-    if column in (*NUMBERS, "pair_id", "condition", "phase"):
-        order = f"{column} {'desc' if wanted.startswith('-') else 'asc'} nulls last, place"
+    if column in (*numbers, "pair_id", "condition", "phase"):
+        order = f'"{column}" {"desc" if wanted.startswith("-") else "asc"} nulls last, place'
+    pages_show = {readout.name for place in PLACES for readout in shown_in(place, run)}
+    readouts = [f'"{name}"' for name in run.columns if name in pages_show]
     rows = run.ask(
-        f"select {', '.join(SHOWN)}, text, error, coherent from trials where {chosen.where} "
+        f"select {', '.join([*SHOWN, *readouts])}, text, error, coherent from trials where {chosen.where} "
         f"order by {order} limit {PAGE} offset {(page - 1) * PAGE}",
         chosen.values,
     )

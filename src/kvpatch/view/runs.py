@@ -14,14 +14,16 @@ from typing import Any, Literal
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kvpatch.errors import StoreError
-from kvpatch.parts import Part
 from kvpatch.protocols.schema import Protocol
-from kvpatch.store import TRIAL_COLUMNS, RunRecord, Store
+from kvpatch.store.columns import TRIAL_COLUMNS
+from kvpatch.store.directory import Store
+from kvpatch.store.parts import Part
+from kvpatch.store.record import RunRecord
 
 State = Literal["running", "interrupted", "finished", "not begun"]
-SCALARS = [name for name, (kind, _) in TRIAL_COLUMNS.items() if not pa.types.is_list(kind)]
 RECENT_PARTS = 12
 """Throughput is taken over the last so many parts."""
 PAUSE = 600.0
@@ -48,7 +50,7 @@ class Progress:
 
 
 @dataclass
-class _Seen:
+class _Known:
     parts: dict[str, Part] = field(default_factory=dict)
     trouble: tuple[str, ...] = ()
     named: list[Part] = field(default_factory=list)
@@ -61,38 +63,40 @@ class LiveRun:
     """A run directory, followed. `refresh` takes in what is new, and lets go of a part whose file is no longer what was
     stored; everything else answers from memory.
 
-    The trials are in a DuckDB table `trials` in memory: every column that is not a list, `part` (the file that holds
-    the row) and `place` (the order in which rows were stored).
+    The trials are in a DuckDB table `trials` in memory: every column that is not a list (`columns`, with their types),
+    `part` (the file that holds the row) and `place` (the order in which rows were stored).
     """
 
     def __init__(self, key: str, directory: Path) -> None:
         self.key, self.store = key, Store(directory)
-        self._seen = _Seen()
+        self._known = _Known()
         self._lock = threading.Lock()
         self._database = duckdb.connect(":memory:", config={"enable_external_access": "false"})
-        empty = pa.table({name: pa.array([], TRIAL_COLUMNS[name][0]) for name in SCALARS})
+        # A readout that is registered later has no column here, so the columns are those of this moment.
+        self.columns = {name: kind for name, (kind, _) in TRIAL_COLUMNS.items() if not pa.types.is_list(kind)}
+        empty = pa.table({name: pa.array([], kind) for name, kind in self.columns.items()})
         self._put("create table trials as select 0::bigint as place, '' as part, * from arriving limit 0", empty)
         self.version = 0
 
     @property
     def record(self) -> RunRecord | None:
         """run.json as it was last read; None before a run has begun."""
-        return self._seen.record
+        return self._known.record
 
     @property
     def protocol(self) -> Protocol | None:
         """The protocol of the run, as it was stored."""
-        return None if self.record is None else Protocol.model_validate(self.record.protocol)
+        return None if self.record is None else Protocol.as_stored(self.record.protocol)
 
     @property
     def parts(self) -> dict[str, Part]:
         """The parts that were taken in, by name."""
-        return self._seen.parts
+        return self._known.parts
 
     @property
     def trouble(self) -> str | None:
         """Why trials are not shown, in one line; None where all that are stored are shown."""
-        first, *more = self._seen.trouble or ("",)
+        first, *more = self._known.trouble or ("",)
         return f"{first} (and {len(more)} more)" if more else first or None
 
     @property
@@ -109,18 +113,18 @@ class LiveRun:
 
     def _read_record(self) -> bool:
         key = _stamp(self.directory / "run.json")
-        if key == self._seen.record_key:
+        if key == self._known.record_key:
             return False
         try:
-            self._seen.record = self.store.read_record()
+            self._known.record = self.store.read_record()
         except StoreError:
             return False  # being written, or not there yet: the next look will tell
-        self._seen.record_key = key
+        self._known.record_key = key
         return True
 
     def _read_parts(self) -> bool:
         """Take in parts that are new. Rows of a part that can't be trusted are let go, and `trouble` says why."""
-        before, shown, trouble = dict(self._seen.parts), {}, []
+        before, shown, trouble = dict(self._known.parts), {}, []
         try:
             named = self._named()
         except StoreError as error:
@@ -136,23 +140,23 @@ class LiveRun:
             else:
                 shown[part.part] = part
         self._let_go([name for name in before if name not in shown])
-        is_new = shown != before or tuple(trouble) != self._seen.trouble
-        self._seen.parts, self._seen.trouble = shown, tuple(trouble)
+        is_new = shown != before or tuple(trouble) != self._known.trouble
+        self._known.parts, self._known.trouble = shown, tuple(trouble)
         return is_new
 
     def _named(self) -> list[Part]:
         """What parts.jsonl names; read anew only where it changed."""
         key = _stamp(self.store.index)
-        if key != self._seen.index:
-            self._seen.named, self._seen.index = self.store.parts(), key
-        return self._seen.named
+        if key != self._known.index:
+            self._known.named, self._known.index = self.store.parts(), key
+        return self._known.named
 
     def _let_go(self, parts: list[str]) -> None:
         if parts:
             self.ask("delete from trials where part in (select unnest(?))", [parts])
 
     def _take_in(self, part: Part) -> None:
-        table = self.store.rows_of(part, SCALARS)
+        table = _known_numbers(self.store.rows_of(part, list(self.columns)))
         start = self.ask("select coalesce(max(place), -1) + 1 as place from trials")[0]["place"]
         rows = len(table)
         table = table.add_column(0, "part", pa.array([part.part] * rows, pa.string()))
@@ -220,7 +224,7 @@ class LiveRun:
 
     def _speed(self) -> tuple[float | None, float | None, float | None]:
         """(trials a second, tokens a second, when the newest part came), over the last parts of one session."""
-        recent = list(self._seen.parts)[-RECENT_PARTS:]
+        recent = list(self._known.parts)[-RECENT_PARTS:]
         times = []
         for name in recent:
             try:
@@ -239,6 +243,17 @@ class LiveRun:
         )[0]
         passed = session[-1][0] - session[0][0]
         return counted["trials"] / passed, (counted["tokens"] or 0) / passed, newest
+
+
+def _known_numbers(table: pa.Table) -> pa.Table:
+    """The table with null for every number that is not finite: DuckDB would sort and filter NaN as the largest number,
+    and JSON has no word for it."""
+    for place, column in enumerate(table.schema):
+        if pa.types.is_floating(column.type):
+            found = table[column.name]
+            known = pc.if_else(pc.is_finite(found), found, None)  # pyright: ignore[reportAttributeAccessIssue]
+            table = table.set_column(place, column, known)
+    return table
 
 
 def is_held(path: Path) -> bool:

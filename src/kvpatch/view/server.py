@@ -26,8 +26,9 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from kvpatch.errors import KvpatchError, StoreError
-from kvpatch.outcome import light_rows, mark, outcome_of, report_page
 from kvpatch.report import charts, page, text
+from kvpatch.report.build import mark, report_page
+from kvpatch.verdicts.outcome import light_rows, outcome_of
 from kvpatch.view import estimates, query, trial
 from kvpatch.view.guard import Guard
 from kvpatch.view.runs import LiveRun, Progress, Runs, dumps
@@ -120,7 +121,8 @@ class View:
         run = self._run(request)
         progress = await run_in_threadpool(run.progress)
         newest = await run_in_threadpool(query.trials, run, {})
-        return self._page("run.html.j2", run=run, progress=progress, newest=newest["rows"][:12])
+        shown = {"newest": newest["rows"][:12], "readouts": query.shown_in("newest", run)}
+        return self._page("run.html.j2", run=run, progress=progress, **shown)
 
     async def events(self, request: Request) -> Response:
         """Server-sent events: the state of every run (or of `?run=`), now and whenever it changes."""
@@ -174,9 +176,10 @@ class View:
             return Response(dumps(found), media_type="application/json")
         choices = await run_in_threadpool(query.choices, run)
         kept = {k: v for k, v in asked.items() if k not in ("page", "as")}
-        has_range = any(asked.get(f"{edge}_{name}") for name in query.NUMBERS for edge in ("min", "max"))
+        numbers, readouts = query.numbers_of(run), query.shown_in("trials", run)
+        has_range = any(asked.get(f"{edge}_{name}") for name in numbers for edge in ("min", "max"))
         shown = {"found": found, "asked": _Asked(asked), "kept": kept, "choices": choices, "has_range": has_range}
-        return self._page("trials.html.j2", run=run, numbers=query.NUMBERS, **shown)
+        return self._page("trials.html.j2", run=run, numbers=numbers, readouts=readouts, **shown)
 
     async def trial(self, request: Request) -> Response:
         """One trial."""
@@ -219,15 +222,17 @@ class _Asked(dict[str, str]):
 
 def _status(run: LiveRun) -> dict[str, Any]:
     progress = run.progress()
+    readouts = [readout.name for readout in query.shown_in("newest", run)]
+    columns = ", ".join(f'"{name}"' for name in readouts)
     newest = run.ask(
-        "select trial_id, phase, condition, pair_id, mode_llr, recursive_score, left(text, 160) as text, error "
+        f"select trial_id, phase, condition, pair_id, {columns}, left(text, 160) as text, error "
         "from trials order by place desc limit 12"
     )
     for row in newest:
-        row |= {name: text.number(row[name]) for name in ("mode_llr", "recursive_score")}
+        row |= {name: text.number(row[name]) for name in readouts}
     shown = {"speed": speed(progress), "left_text": duration(progress.left), "newest_text": clock(progress.newest)}
     known = {"run": run.key, "version": run.version, "trouble": run.trouble}
-    return {**known, **progress.to_dict(), **shown, "newest_trials": newest}
+    return {**known, **progress.to_dict(), **shown, "newest_trials": newest, "newest_readouts": readouts}
 
 
 def _estimates(run: LiveRun) -> list[dict[str, Any]]:

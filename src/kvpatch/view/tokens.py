@@ -10,8 +10,8 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 
-from kvpatch.models.named import cache_directory
-from kvpatch.store import ModelRecord
+from kvpatch.files import cache_directory
+from kvpatch.store.record import ModelRecord
 
 Decode = Callable[[Sequence[int]], list[str]]
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from kvpatch.report.attention import MAPPED
+from kvpatch.report.head_maps import MAPPED
 from kvpatch.report.samples import Marker, shown_text
 from kvpatch.report.text import number, plain
-from kvpatch.store import TRIAL_COLUMNS, ModelRecord
+from kvpatch.store.columns import TRIAL_COLUMNS
+from kvpatch.store.record import ModelRecord
 from kvpatch.view import tokens
 from kvpatch.view.runs import LiveRun
 
@@ -20,7 +21,6 @@ STEPS = (-0.1, -0.5, -1.0, -2.0, -4.0, -8.0)
 _ELSEWHERE = {
     "text", "source_text", "target_text", "patch", "error", "output_token_ids", "output_logprobs", "mode_hits", "part",
 }  # fmt: skip
-_ABOUT = {name: about for name, (_, about) in TRIAL_COLUMNS.items()}
 
 
 def stored_row(run: LiveRun, trial_id: str) -> dict[str, Any] | None:
@@ -40,13 +40,14 @@ def stored_row(run: LiveRun, trial_id: str) -> dict[str, Any] | None:
 def page(run: LiveRun, row: dict[str, Any], mark: Marker) -> dict[str, Any]:
     """Return what the trial's page shows."""
     text, source, target = (row.get(name) or "" for name in ("text", "source_text", "target_text"))
+    abouts = {name: about for name, (_, about) in TRIAL_COLUMNS.items()}
     numbers = [
-        {"name": name, "value": _cell(value), "about": _ABOUT.get(name, "a column this version does not know")}
+        {"name": name, "value": _cell(value), "about": abouts.get(name, "a column this version does not know")}
         for name, value in row.items()
         if name not in _ELSEWHERE and not isinstance(value, list)
     ]
     lists = [
-        {"name": name, "value": ", ".join(_cell(v) for v in value), "about": _ABOUT.get(name, ""), "n": len(value)}
+        {"name": name, "value": ", ".join(_cell(v) for v in value), "about": abouts.get(name, ""), "n": len(value)}
         for name, value in row.items()
         if name not in _ELSEWHERE and isinstance(value, list)
     ]

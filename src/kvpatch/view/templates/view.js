@@ -59,8 +59,7 @@ const setNewest = (status) => {
       cell("", bdi(row.phase)),
       cell("", link),
       cell("", bdi(row.pair_id)),
-      cell("n", row.mode_llr),
-      cell("n", row.recursive_score),
+      ...status.newest_readouts.map((name) => cell("n", row[name])),
       cell("wide", bdi(row.error || row.text)),
     );
   });

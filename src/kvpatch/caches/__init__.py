@@ -1,0 +1,1 @@
+"""Key-value caches: their tensors and labels, positions, selections and noise."""

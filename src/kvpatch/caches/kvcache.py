@@ -1,0 +1,306 @@
+"""KVCache: the keys and values of a batch of prompts, with what each slot stands for. A value: nothing changes it.
+
+Layout. Rows are right-aligned: the last slot of every row is its last cached token, shorter rows are padded on the
+left. Per layer, `keys` and `values` are [batch, kv_heads, slots, head_dim]; keys are stored after RoPE. Beside them
+stand, for every slot, its position, token id, segment, piece of text and origin; -1 marks padding. The last prompt
+token is not cached: it is `pending`, and generation starts by feeding it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from kvpatch.caches.rope import LayerRope
+from kvpatch.errors import CacheError
+from kvpatch.specs.arguments import chosen_rows
+
+PAD = -1
+T = TypeVar("T")
+
+
+class Segment(IntEnum):
+    """Strata of a prompt: what precedes the user's words, the words, and what follows them."""
+
+    bos = 0
+    template = 1
+    body = 2
+    trailer = 3
+
+
+class Origin(IntEnum):
+    """Whose activations a slot holds."""
+
+    own = 0
+    patched = 1
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of a batch, after prefill and before the pending token.
+
+    Attributes:
+        keys, values: one tensor a layer, [batch, kv_heads, slots, head_dim]; keys after RoPE.
+        positions: [batch, slots], the integer RoPE was applied with; -1 where padded.
+        token_ids: [batch, slots]; -1 where padded.
+        segments: [batch, slots], `Segment` codes; -1 where padded.
+        origins: [batch, slots], `Origin` codes; -1 where padded.
+        pending: [batch], the token to feed next.
+        pending_position: [batch], the position it will be fed at.
+        pieces: per row, the text of each of its own slots (padding left out).
+        rope: one `LayerRope` a layer.
+        model: identity of the model that made it (`Backbone.identity`: a hash of weights and tokenizer). "" is unknown,
+            for caches made by hand: it fits other unknown ones alone, never a model's.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    positions: Tensor
+    token_ids: Tensor
+    segments: Tensor
+    origins: Tensor
+    pending: Tensor
+    pending_position: Tensor
+    pieces: tuple[tuple[str, ...], ...]
+    rope: tuple[LayerRope, ...]
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.positions.shape)
+        for name in ("token_ids", "segments", "origins"):
+            if tuple(getattr(self, name).shape) != shape:
+                raise CacheError(f"{name} has shape {tuple(getattr(self, name).shape)}, positions {shape}")
+        if not len(self.keys) == len(self.values) == len(self.rope):
+            raise CacheError(f"{len(self.keys)} key layers, {len(self.values)} value layers, {len(self.rope)} ropes")
+        for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
+            if k.ndim != 4 or (k.shape[0], k.shape[2]) != shape or k.shape[:3] != v.shape[:3]:
+                raise CacheError(
+                    f"layer {layer}: keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit "
+                    f"[batch, kv_heads, slots, head_dim] with batch, slots = {shape}"
+                )
+        if tuple(self.pending.shape) != shape[:1] or tuple(self.pending_position.shape) != shape[:1]:
+            raise CacheError(f"pending has shape {tuple(self.pending.shape)}, the batch is {shape[0]}")
+        if len(self.pieces) != shape[0]:
+            raise CacheError(f"there are pieces for {len(self.pieces)} rows, the batch is {shape[0]}")
+
+    def __repr__(self) -> str:
+        lengths = self.lengths.tolist()
+        return (
+            f"KVCache(batch={self.batch}, layers={self.layers}, kv_heads={self.keys[0].shape[1]}, "
+            f"head_dim={self.keys[0].shape[3]}, slots={lengths}, dtype={self.keys[0].dtype})"
+        )
+
+    def __len__(self) -> int:
+        return self.batch
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | Sequence[bool] | np.ndarray | Tensor) -> KVCache:
+        """Some rows, as a cache of their own (padding that none of them needs is cut off).
+
+        Args:
+            rows: an index, several, a slice, or a mask of one boolean a row; lists, NumPy arrays and torch tensors.
+        Raises:
+            CacheError: for a row that there is not, a mask of another length, or anything else.
+        """
+        index = chosen_rows(rows, self.batch)
+        at = torch.tensor(index, device=self.positions.device)
+        cut = self.slots - max(self.row_lengths[row] for row in index)
+        return replace(
+            self,
+            keys=tuple(k[at, :, cut:] for k in self.keys),
+            values=tuple(v[at, :, cut:] for v in self.values),
+            positions=self.positions[at, cut:],
+            token_ids=self.token_ids[at, cut:],
+            segments=self.segments[at, cut:],
+            origins=self.origins[at, cut:],
+            pending=self.pending[at],
+            pending_position=self.pending_position[at],
+            pieces=tuple(self.pieces[row] for row in index),
+        )
+
+    def __iter__(self) -> Iterator[KVCache]:
+        return (self[row] for row in range(self.batch))
+
+    def rows(self, low: int, high: int) -> KVCache:
+        """Rows [low, high), which share their memory with these; all slots stay."""
+        names = ("positions", "token_ids", "segments", "origins", "pending", "pending_position", "pieces")
+        return replace(
+            self,
+            keys=tuple(k[low:high] for k in self.keys),
+            values=tuple(v[low:high] for v in self.values),
+            **{name: getattr(self, name)[low:high] for name in names},
+        )
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Slots of each row that are not padding, as numbers."""
+        return _once(self.positions, lambda rows: tuple(sum(at != PAD for at in row) for row in rows))
+
+    @property
+    def row_segments(self) -> tuple[tuple[int, ...], ...]:
+        """Segment of each row's own slots (padding left out), as numbers."""
+        return _once(self.segments, lambda rows: tuple(tuple(at for at in row if at != PAD) for row in rows))
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return self.positions.shape[0]
+
+    @property
+    def slots(self) -> int:
+        """Number of slots of the longest row."""
+        return self.positions.shape[1]
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.keys)
+
+    @property
+    def is_real(self) -> Tensor:
+        """[batch, slots], False where padded."""
+        return self.positions != PAD
+
+    @property
+    def lengths(self) -> Tensor:
+        """[batch], slots of each row that are not padding."""
+        return self.is_real.sum(dim=1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by keys and values."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    @classmethod
+    def concat(cls, caches: Sequence[KVCache]) -> KVCache:
+        """Rows of several caches of one model in one batch, padded on the left to the longest.
+
+        Raises:
+            CacheError: for no cache, or caches of different models, types or devices.
+        """
+        if not caches:
+            raise CacheError("there is nothing to concatenate")
+        first = caches[0]
+        for other in caches[1:]:
+            refuse_unlike(first, other, "two caches of a batch")
+        slots = max(c.slots for c in caches)
+
+        def joined(tensors: Sequence[Tensor], fill: int, axis: int) -> Tensor:
+            return torch.cat([pad_left(t, slots, fill, axis) for t in tensors])
+
+        def labels(name: str) -> Tensor:
+            return joined([getattr(c, name) for c in caches], PAD, 1)
+
+        return replace(
+            first,
+            keys=tuple(joined([c.keys[i] for c in caches], 0, 2) for i in range(first.layers)),
+            values=tuple(joined([c.values[i] for c in caches], 0, 2) for i in range(first.layers)),
+            positions=labels("positions"),
+            token_ids=labels("token_ids"),
+            segments=labels("segments"),
+            origins=labels("origins"),
+            pending=torch.cat([c.pending for c in caches]),
+            pending_position=torch.cat([c.pending_position for c in caches]),
+            pieces=tuple(row for c in caches for row in c.pieces),
+        )
+
+    def to(self, device: str | torch.device) -> KVCache:
+        """The same cache on another device."""
+        names = ("positions", "token_ids", "segments", "origins", "pending", "pending_position")
+        return replace(
+            self,
+            keys=tuple(k.to(device) for k in self.keys),
+            values=tuple(v.to(device) for v in self.values),
+            **{name: getattr(self, name).to(device) for name in names},
+        )
+
+    def row_token_ids(self, row: int, *, with_pending: bool = True) -> list[int]:
+        """Token ids of one row, padding left out, the pending token last."""
+        ids = self.token_ids[row][self.is_real[row]].tolist()
+        return [*ids, int(self.pending[row])] if with_pending else ids
+
+    def checksums(self) -> list[str]:
+        """One 16-digit hexadecimal number a row, over the bits of its real slots; padding and batch do not enter.
+
+        A sum modulo 2**64 of hashes of every number's bits with its place (layer, part, KV head, slot, dimension),
+        computed where the tensors are. It detects change; it is not a signature.
+        """
+        total = torch.zeros(self.batch, dtype=torch.int64, device=self.positions.device)
+        # Slots count from the end, so that padding on the left does not move them.
+        from_end = torch.arange(self.slots, 0, -1, device=self.positions.device)
+        for layer, pair in enumerate(zip(self.keys, self.values, strict=True)):
+            for part, tensor in enumerate(pair):
+                heads, dim = tensor.shape[1], tensor.shape[3]
+                place = torch.arange(1, heads * dim + 1, device=tensor.device).view(heads, 1, dim) * 0x9E3779B97F4A7C1
+                place = place + (from_end * 0x5851F42D4C957F2 + (2 * layer + part) * 0x14057B7EF767814)[:, None]
+                # The fold is what makes the hash more than a weighted sum, in which swapped slots could cancel out.
+                mixed = _fold_((_bits(tensor) ^ place).mul_(0x2545F4914F6CDD1D))
+                total += (mixed.sum(dim=(1, 3)) * self.is_real).sum(dim=1)
+        return [f"{value % 2**64:016x}" for value in total.tolist()]
+
+
+def refuse_unlike(one: KVCache, other: KVCache, names: str, *, may_differ_in_type: bool = False) -> None:
+    """Refuse two caches that can't be put together.
+
+    Args:
+        names: what they are, for the message: "source and target".
+        may_differ_in_type: where statistics of one are all that the other is given.
+    Raises:
+        CacheError: where their models, shapes, types or devices differ.
+    """
+    if one is other:
+        return
+    heads = [
+        [(k.shape[1], k.shape[3], v.shape[3]) for k, v in zip(c.keys, c.values, strict=True)] for c in (one, other)
+    ]
+    if heads[0] != heads[1] or one.rope != other.rope:
+        raise CacheError(f"{names} are of different models: models of different shape ({one!r} and {other!r})")
+    tensors = [(*c.keys, *c.values) for c in (one, other)]
+    for a, b in zip(*tensors, strict=True):
+        if a.dtype != b.dtype and not may_differ_in_type:
+            raise CacheError(f"{names} are of different types, {a.dtype} and {b.dtype}; load the model in one type")
+        if a.device != b.device:
+            raise CacheError(f"{names} are on different devices, {a.device} and {b.device}; move one with .to()")
+    if one.model != other.model:
+        raise CacheError(
+            f"{names} are of different models ({one.model or 'unknown'} and {other.model or 'unknown'}); "
+            "prefill both with the same model"
+        )
+
+
+_READ: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _once(labels: Tensor, read: Callable[[list[list[int]]], T]) -> T:
+    """What is read off labels, brought to the host once: asking a GPU row by row would wait for it every time."""
+    if labels not in _READ:
+        _READ[labels] = read(labels.tolist())
+    return _READ[labels]
+
+
+def pad_left(tensor: Tensor, slots: int, fill: int, axis: int) -> Tensor:
+    """Pad one axis on the left to `slots` with `fill`; returned as it is when long enough."""
+    missing = slots - tensor.shape[axis]
+    if missing <= 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[axis] = missing
+    return torch.cat([tensor.new_full(shape, fill), tensor], dim=axis)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bits of every number as int64, those of float64 folded so that a product spreads the highest too."""
+    size = tensor.element_size()
+    bits = tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).to(torch.int64)
+    return _fold_(bits.clone()) if size == 8 else bits
+
+
+def _fold_(x: Tensor) -> Tensor:
+    """The upper half of every int64 mixed into its lower half, in place (the shift keeps the sign: masked off)."""
+    return x.bitwise_xor_((x >> 32).bitwise_and_(0xFFFFFFFF))

@@ -1,0 +1,272 @@
+"""Which slots, layers and KV heads a patch means in a given cache."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvpatch.caches.kvcache import KVCache, Segment
+from kvpatch.errors import CacheError, EmptySelection
+from kvpatch.specs.patch import Patch
+from kvpatch.specs.selectors import LayerAt, LayerBand, SlotQuery
+
+SINKS = 4
+"""First slots that models use as attention sinks whatever they hold (Xiao et al. 2023, StreamingLLM)."""
+
+
+@dataclass(frozen=True)
+class Touched:
+    """How much of each row of a batch a change touches, whatever its strength.
+
+    Attributes:
+        slots: one number a row, slots of the result whose keys or values were put in, added to or computed anew.
+        layers: layers in which they were.
+        kv_heads: KV heads in each of these layers.
+    """
+
+    slots: tuple[int, ...]
+    layers: int
+    kv_heads: int
+
+    @classmethod
+    def none(cls, rows: int) -> Touched:
+        """Of rows that are natural caches."""
+        return cls((0,) * rows, 0, 0)
+
+    def of_row(self, row: int) -> tuple[int, int, int]:
+        """Slots, layers and KV heads of one row: all 0 where one of them is."""
+        found = self.slots[row], self.layers, self.kv_heads
+        return found if all(found) else (0, 0, 0)
+
+
+def told(slots: str | SlotQuery | Sequence[int]) -> str:
+    """A slot selection as it reads in a sentence."""
+    if isinstance(slots, SlotQuery):
+        return f"slots {json.dumps(slots.model_dump(mode='json', exclude_defaults=True), ensure_ascii=False)}"
+    return f"slots {slots!r}" if isinstance(slots, str) else f"slots {list(slots)}"
+
+
+def chosen_layers(
+    layers: Sequence[int] | LayerBand | LayerAt | None, count: int, *, may_be_empty: bool = False
+) -> list[int]:
+    """`layer_indices` of a selection that is to change something; it may find no layer only where that is allowed.
+
+    Raises:
+        CacheError: for a layer the model does not have.
+        EmptySelection: where no layer is found.
+    """
+    try:
+        found = layer_indices(layers, count)
+    except EmptySelection:
+        if not may_be_empty:
+            raise
+        found = []
+    if not found and not may_be_empty:
+        what = f"the inverse of band {list(layers.band)}" if isinstance(layers, LayerBand) else "layers []"
+        raise EmptySelection(f"{what} holds no layer of a model with {count} layers, so nothing would change")
+    return found
+
+
+def chosen_heads(kv_heads: Sequence[int] | None, count: int, *, may_be_empty: bool = False) -> list[int]:
+    """`head_indices` of a selection that is to change something; it may find no head only where that is allowed.
+
+    Raises:
+        CacheError: for a head the layer does not have.
+        EmptySelection: where no head is found.
+    """
+    found = head_indices(kv_heads, count)
+    if not found and not may_be_empty:
+        raise EmptySelection(f"kv_heads [] holds none of a layer's {count} KV heads, so nothing would change")
+    return found
+
+
+def refuse_empty(
+    slots: str | SlotQuery | Sequence[int], counts: Sequence[int], side: str, so: str = "nothing would change there"
+) -> None:
+    """Refuse a slot selection that finds nothing in one of the rows.
+
+    Args:
+        counts: slots that it finds in each row.
+        side: whose rows they are, such as "target".
+        so: what would come of it.
+    Raises:
+        EmptySelection: naming the selection and the first such row.
+    """
+    for row, count in enumerate(counts):
+        if not count:
+            found, end = f"{told(slots)} find no slot in", f"the {side}, so {so}; choose slots that it has"
+            raise EmptySelection(f"{found} row {row} of {end}", f"{found} {end}")
+
+
+def layer_indices(layers: Sequence[int] | LayerBand | LayerAt | None, count: int) -> list[int]:
+    """Layer indices that a selection means in a model of `count` layers; a band is rounded to whole layers.
+
+    Raises:
+        CacheError: for a layer the model does not have, or a band too narrow for it.
+    """
+    if layers is None:
+        return list(range(count))
+    if isinstance(layers, LayerAt):
+        return [min(math.floor(layers.depth * count + 0.5), count - 1)]
+    if isinstance(layers, LayerBand):
+        low, high = (round(share * count) for share in layers.band)
+        inside = range(low, high)
+        if not inside:
+            raise EmptySelection(f"band {list(layers.band)} holds no layer of a model with {count} layers")
+        return [layer for layer in range(count) if (layer in inside) != layers.inverse]
+    return _in_range("layer", layers, count)
+
+
+def head_indices(kv_heads: Sequence[int] | None, count: int) -> list[int]:
+    """KV-head indices in a layer of `count` KV heads.
+
+    Raises:
+        CacheError: for a head the layer does not have.
+    """
+    return list(range(count)) if kv_heads is None else _in_range("KV head", kv_heads, count)
+
+
+def slot_indices(cache: KVCache, row: int, slots: Patch | str | SlotQuery | Sequence[int], seed: int = 0) -> list[int]:
+    """Slots of one row that a selection means, as ascending indices into the cache tensor (padding counted).
+
+    Args:
+        cache: any batch.
+        row: the row.
+        slots: a named selection, a `SlotQuery`, indices that count the row's real slots, or a patch that has one.
+        seed: what random selections draw from.
+    Raises:
+        CacheError: for an index the row does not have, or a query that asks for more slots than there are.
+    """
+    chosen = slots.slots if isinstance(slots, Patch) else slots
+    length = cache.row_lengths[row]
+    if isinstance(chosen, str):
+        own = _named(cache, row, chosen)
+    elif isinstance(chosen, SlotQuery):
+        own = _query(cache, row, chosen, seed)
+    else:
+        own = _in_range("slot", chosen, length)
+    padding = cache.slots - length
+    return sorted(slot + padding for slot in own)
+
+
+def mirrored_slots(source: KVCache, target: KVCache, row: int, of: str, chosen: Sequence[int]) -> list[int]:
+    """Slots of the target at the same relative places of a stretch as `chosen` has in the source's, one for each.
+
+    Args:
+        of: the named stretch that places are relative to.
+        chosen: ascending slots of the source's row, each within the stretch.
+    Raises:
+        CacheError: where nothing was chosen, or the target's stretch has fewer slots.
+    """
+    there, here = slot_indices(source, row, of), slot_indices(target, row, of)
+    if not chosen:
+        raise CacheError(f"the selection finds no slot in the source's {of}")
+    if len(chosen) > len(here):
+        raise CacheError(f"{len(chosen)} slots are chosen in the source, and the target's {of} has {len(here)}")
+    scale = (len(here) - 1) / max(1, len(there) - 1)
+    places = [round(there.index(slot) * scale) for slot in chosen]
+    for i in range(1, len(places)):  # two slots may not land on one
+        places[i] = max(places[i], places[i - 1] + 1)
+    for i in range(len(places) - 1, -1, -1):
+        places[i] = min(places[i], len(here) - len(places) + i)
+    return [here[place] for place in places]
+
+
+def slot_mask(cache: KVCache, slots: Patch | str | SlotQuery | Sequence[int]) -> Tensor:
+    """[batch, slots], True for the slots of every row that a selection means; see `slot_indices`."""
+    mask = torch.zeros(cache.is_real.shape, dtype=torch.bool)
+    for row in range(cache.batch):
+        mask[row, slot_indices(cache, row, slots)] = True
+    return mask.to(cache.positions.device)
+
+
+def chosen_mask(
+    cache: KVCache, slots: str | SlotQuery | Sequence[int], side: str = "target", *, may_be_empty: bool = False
+) -> Tensor:
+    """`slot_mask` of a selection that is to change something; a row may be without only where that is allowed.
+
+    Args:
+        side: whose cache it is, as an error says.
+    Raises:
+        EmptySelection: naming the selection and the first row in which it finds nothing.
+    """
+    mask = slot_mask(cache, slots)
+    if not may_be_empty:
+        refuse_empty(slots, mask.sum(dim=1).tolist(), side)
+    return mask
+
+
+def _in_range(what: str, indices: Sequence[int], count: int) -> list[int]:
+    bad = [i for i in indices if not -count <= i < count]
+    if bad:
+        raise CacheError(f"{what} {bad[0]} does not exist: there are {count} (0 to {count - 1})")
+    return sorted({i % count for i in indices})
+
+
+def _named(cache: KVCache, row: int, name: str) -> list[int]:
+    segments = cache.row_segments[row]
+    if name == "all":
+        return list(range(len(segments)))
+    if name == "last":
+        return [len(segments) - 1] if segments else []
+    if name == "sinks":
+        return list(range(min(SINKS, len(segments))))
+    if name not in Segment.__members__:
+        raise CacheError(f"slots {name!r} is not a selection; use all, {', '.join(Segment.__members__)}, last or sinks")
+    return [slot for slot, segment in enumerate(segments) if segment == Segment[name]]
+
+
+def _query(cache: KVCache, row: int, query: SlotQuery, seed: int) -> list[int]:
+    pool = _named(cache, row, query.of)
+    if query.without is not None:
+        out = set(_named(cache, row, query.without))
+        pool = [slot for slot in pool if slot not in out]
+    if query.fraction is not None:
+        low, high = (round(share * len(pool)) for share in query.fraction)
+        pool = pool[low:high]
+    if query.keywords is not None:
+        matches = _keyword_slots(cache.pieces[row], query.keywords)
+        pool = [slot for slot in pool if slot in matches]
+    if query.matched_to is not None:
+        like = _query(cache, row, query.matched_to, seed)
+        pool = _matched(pool, like, _named(cache, row, query.of), seed)
+    return pool
+
+
+def _keyword_slots(pieces: Sequence[str], keywords: Sequence[str]) -> set[int]:
+    """Slots whose piece of text overlaps a match of one of the patterns in the text of the row, case ignored."""
+    text = "".join(pieces)
+    ends = np.cumsum([len(piece) for piece in pieces])
+    hit: set[int] = set()
+    for pattern in keywords:
+        for match in re.finditer(pattern, text, flags=re.IGNORECASE):
+            first = int(np.searchsorted(ends, match.start(), side="right"))
+            last = int(np.searchsorted(ends, match.end() - 1, side="right"))
+            if match.end() > match.start():
+                hit.update(range(first, last + 1))
+    return hit
+
+
+def _matched(pool: Sequence[int], like: Sequence[int], stretch: Sequence[int], seed: int) -> list[int]:
+    """As many slots of `pool` as `like` has, none of them in it, at like depths (tenths of the stretch)."""
+    free = [slot for slot in pool if slot not in set(like)]
+    if len(free) < len(like):
+        raise CacheError(f"matched_to wants {len(like)} other slots, and only {len(free)} are free")
+    depth = {slot: min(9, 10 * bisect_left(stretch, slot) // max(1, len(stretch))) for slot in {*pool, *like}}
+    rng = np.random.Generator(np.random.Philox(key=seed % 2**64))
+    chosen: list[int] = []
+    for slot in like:
+        nearest = min(abs(depth[other] - depth[slot]) for other in free)
+        candidates = [other for other in free if abs(depth[other] - depth[slot]) == nearest]
+        pick = candidates[int(rng.integers(len(candidates)))]
+        chosen.append(pick)
+        free.remove(pick)
+    return sorted(chosen)

@@ -1,0 +1,1 @@
+"""Identities that a model must satisfy before its numbers are trusted, and the noise floor."""

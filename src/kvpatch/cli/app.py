@@ -1,0 +1,165 @@
+"""What the commands share: the application, common options, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import kvpatch
+from kvpatch.errors import KvpatchError, ProtocolMistakes, missing_extra
+
+if TYPE_CHECKING:
+    from kvpatch.engine.model import Model
+    from kvpatch.protocols.schema import Protocol
+
+
+app = typer.Typer(
+    name="kvpatch",
+    help="Causal experiments on the KV cache of language models.\n\n"
+    "Example: kvpatch run dec7 --model smollm2-135m --n 20 --out results\n\n"
+    "Completion: kvpatch --install-completion makes your shell complete commands and options with the Tab key.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"kvpatch {kvpatch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """What may stand before every command."""
+
+
+ModelName = Annotated[str, typer.Option("--model", help="A named model, a hub id, a directory or a .gguf file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Directory = Annotated[Path, typer.Argument(help="A run directory.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, float16 or auto. Default: float32 on a CPU, bfloat16 on a GPU.")
+]
+OtherModels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--other-model", help="KEY=MODEL: replace a model that the protocol's 'models' names. May be repeated."
+    ),
+]
+AllowCode = Annotated[bool, typer.Option(help="Allow the scoring function that the protocol names to run.")]
+Phases = Annotated[str | None, typer.Option(help="Phases to run, separated by commas. Default: all.")]
+
+
+def refuse_code(protocol: Protocol, is_allowed: bool) -> None:
+    """A protocol is data; the function it may name is not, and runs only if asked for."""
+    from kvpatch.readouts.scorer import names_code
+
+    name = protocol.readouts.lexicon
+    if names_code(name) and not is_allowed:
+        raise KvpatchError(
+            f"{protocol.protocol} scores with the function {name}: --allow-code runs it, if you trust it"
+        )
+
+
+def warn_of_too_few(protocol: Protocol, n: int | None, phases: list[str] | None) -> None:
+    """Say what a run of so many pairs could not see, before it costs anything.
+
+    Raises:
+        ProtocolError: for a phase the protocol does not have, or an n below 1.
+    """
+    from kvpatch.planning.plan import chosen_phases
+    from kvpatch.verdicts.smallest import warnings_before
+
+    chosen_phases(protocol, phases, n)
+    for line in warnings_before(protocol, n, phases):
+        typer.echo(f"warning: {line}", err=True)
+
+
+def warn_of_clocks(loaded: dict[str | None, Model]) -> None:
+    """Say which models' prompts hold the date, since a run of theirs can't be resumed when it has changed."""
+    for model in loaded.values():
+        if model.scaffold is not None and model.scaffold.depends_on_clock:
+            typer.echo(
+                f"warning: the chat template of {model.loaded.name} writes the date or time into every prompt; a run "
+                "can be resumed only while the template writes the same",
+                err=True,
+            )
+
+
+def load_all(
+    protocol: Protocol, model: str, phases: list[str] | None, replaced: list[str] | None, **settings: Any
+) -> dict[str | None, Model]:
+    """The run's own model, and the further ones that its phases need."""
+    from kvpatch.cli.progress import loading
+    from kvpatch.engine.model import load
+    from kvpatch.run import other_models
+
+    names: dict[str | None, str] = {None: model, **other_models(protocol, phases)}
+    for text in replaced or []:
+        key, _, name = text.partition("=")
+        if key not in protocol.models or not name:
+            known = ", ".join(protocol.models) or "none"
+            raise KvpatchError(f"--other-model {text!r} must read KEY=MODEL; the protocol's keys: {known}")
+        if key in names:
+            names[key] = name
+    with loading() as report:
+        return {key: load(name, progress=report, **settings) for key, name in names.items()}
+
+
+def phase_names(phases: str | None) -> list[str] | None:
+    if phases is None:
+        return None
+    names = [name.strip() for name in phases.split(",") if name.strip()]
+    if not names:
+        raise KvpatchError(f"--phases {phases!r} names no phase; leave it out for all")
+    return names
+
+
+def show(summary: Any, as_json: bool, pretty: Callable[[], None]) -> None:
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
+    else:
+        pretty()
+
+
+def refuse_unwritable(out: Path) -> None:
+    """Say at once, before minutes are spent, that a directory can't be written."""
+    existing = out
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise KvpatchError(f"{out} can't be written: {existing} is {'read-only' if existing.is_dir() else 'a file'}")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Errors meant for a person go out in one line (each mistake of a protocol in its own) with exit code 2; --debug
+    shows where they came from."""
+    try:
+        yield
+    except (KvpatchError, ImportError) as error:
+        told = error if isinstance(error, KvpatchError) else missing_extra(error)
+        if told is None or os.environ.get("KVPATCH_DEBUG"):
+            raise
+        for line in told.lines if isinstance(told, ProtocolMistakes) else (str(told),):
+            sys.stderr.write(f"kvpatch: {' '.join(line.split())}\n")
+        sys.exit(2)
+    except SystemExit as stop:
+        # typer turns Ctrl-C into this exit code.
+        if stop.code == 130:
+            sys.stderr.write("kvpatch: stopped; what was stored is kept, and the same command goes on from there\n")
+        raise

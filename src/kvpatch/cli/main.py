@@ -1,0 +1,21 @@
+"""The command line: parses, calls, prints. Importing it loads no torch, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from kvpatch.cli import runs, tools
+from kvpatch.cli.app import app, one_line_errors
+
+COMMANDS = (runs, tools)
+"""Imported for the commands that they register, in the order in which `--help` lists them."""
+
+
+def main() -> None:
+    """Entry point."""
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+        os.environ["KVPATCH_DEBUG"] = "1"
+    with one_line_errors():
+        app()

@@ -1,0 +1,148 @@
+"""Progress on the terminal: what is being loaded, and how far a run is, with tokens a second and time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TransferSpeedColumn,
+)
+from rich.text import Text
+
+from kvpatch.models.named import Progress as Report
+from kvpatch.planning.listener import ProgressListener
+from kvpatch.planning.plan import Batch, Plan
+
+if TYPE_CHECKING:
+    from kvpatch.validation.jobs import Job
+
+PLAIN_EVERY = 15.0
+"""Seconds between lines where the output is not a terminal."""
+
+
+@contextmanager
+def loading() -> Iterator[Report]:
+    """A bar for downloads and conversions; nothing shows where nothing is fetched."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+                if not console.is_terminal:
+                    console.print(what)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+@contextmanager
+def validating() -> Iterator[Callable[[Job, int, int], None]]:
+    """A bar of a validation's jobs; plain lines where there is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total} jobs"))
+    said = time.monotonic()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("validating", total=None)
+
+        def on_job(job: Job, done: int, total: int) -> None:
+            nonlocal said
+            bar.update(task, completed=done, total=total, description=f"{job.kind} {job.organism}")
+            if not console.is_terminal and time.monotonic() - said > PLAIN_EVERY:
+                said = time.monotonic()
+                console.print(f"{done} of {total} jobs done")
+
+        yield on_job
+
+
+@contextmanager
+def retraining() -> Iterator[Callable[[str, int, int, float], None]]:
+    """A line for every trained organism: its name, the step, of how many, and the loss."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(name: str, step: int, steps: int, loss: float) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(f"training {name}", total=steps)
+                if not console.is_terminal:
+                    console.print(f"training {name}")
+            bar.update(tasks[name], completed=step + 1, description=f"training {name}, loss {loss:.2f}")
+
+        yield report
+
+
+class _Left(ProgressColumn):
+    """Time left, from the trials done in this session."""
+
+    def render(self, task: Task) -> Text:
+        left = task.fields.get("left")
+        return Text("ETA " + ("-:--" if left is None else f"{int(left) // 60}:{int(left) % 60:02d}"))
+
+
+class _ProgressBar(ProgressListener):
+    """Shows a run. Tokens still being written count too, so that the bar moves inside a batch."""
+
+    def __init__(self, bar: Progress, console: Console) -> None:
+        self.bar, self.console = bar, console
+        self.task = bar.add_task("loading", total=None, left=None, speed="")
+        self.start = self.said = time.monotonic()
+        self.total = self.done = self.new = self.tokens_new = 0
+
+    def planned(self, plan: Plan) -> None:
+        self.total = plan.n_trials
+        self.bar.update(self.task, total=self.total)
+
+    def stage(self, what: str) -> None:
+        self.start = time.monotonic()
+        self.bar.update(self.task, description=what)
+        if not self.console.is_terminal:
+            self.console.print(f"{what} ({self.total} trials)" if what == "running" else what)
+
+    def tokens(self, rows_going: int) -> None:
+        self.tokens_new += rows_going
+        self._show()
+
+    def batch(self, batch: Batch, tokens: int) -> None:
+        self.done += len(batch.trials)
+        if tokens:
+            self.new += len(batch.trials)
+        self._show()
+
+    def _show(self) -> None:
+        passed = time.monotonic() - self.start
+        left = (self.total - self.done) * passed / self.new if self.new else None
+        speed = f"{self.tokens_new / max(passed, 1e-9):.0f} tok/s"
+        self.bar.update(self.task, completed=self.done, left=left, speed=speed)
+        if not self.console.is_terminal and time.monotonic() - self.said > PLAIN_EVERY:
+            self.said = time.monotonic()
+            eta = "" if left is None else f", ETA {int(left) // 60}:{int(left) % 60:02d}"
+            self.console.print(f"{self.done} of {self.total} trials done, {self.total - self.done} left, {speed}{eta}")
+
+
+@contextmanager
+def run_progress() -> Iterator[ProgressListener]:
+    """A bar with trials done and left, tokens a second and time left; plain lines where there is no terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed} of {task.total} trials"),
+        TextColumn("{task.fields[speed]}"),
+        _Left(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        yield _ProgressBar(bar, console)

@@ -1,0 +1,298 @@
+"""Commands about runs: run, plan, status, verdicts, effects, power, report, view."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvpatch.cli.app import (
+    AllowCode,
+    Device,
+    Directory,
+    Dtype,
+    Json,
+    ModelName,
+    OtherModels,
+    Phases,
+    app,
+    load_all,
+    phase_names,
+    refuse_code,
+    refuse_unwritable,
+    show,
+    warn_of_clocks,
+    warn_of_too_few,
+)
+from kvpatch.errors import KvpatchError
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+def run(
+    protocol: Annotated[str, typer.Argument(help="The name of a shipped protocol, such as dec7, or a YAML file.")],
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="The run directory. A run that is already there is resumed.")],
+    n: Annotated[
+        int | None, typer.Option(help="Pairs per condition. Default: the number that each phase names.")
+    ] = None,
+    phases: Phases = None,
+    seed: Annotated[int, typer.Option(help="Decides the order of the pairs and the trials' random numbers.")] = 0,
+    other_model: OtherModels = None,
+    on: Annotated[str, typer.Option(help="Where to run: local.")] = "local",
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run modelling code that comes with the model.")] = False,
+    allow_pickle: Annotated[bool, typer.Option(help="Also read pickled weights.")] = False,
+    allow_code: AllowCode = False,
+) -> None:
+    """Run a protocol on a model, resuming where a previous run stopped, and write verdicts and a report.
+
+    Example: kvpatch run dec7 --model smollm2-135m --phases 1 --n 20 --out results
+    """
+    if on != "local":
+        raise KvpatchError(f"no executor {on!r}: there is 'local'")
+    from kvpatch.protocols.load import load_protocol
+
+    chosen = load_protocol(protocol, needs_files=True)
+    refuse_code(chosen, allow_code)
+    refuse_unwritable(out)
+    warn_of_too_few(chosen, n, phase_names(phases))
+    from kvpatch.cli.progress import run_progress
+    from kvpatch.run import run as run_protocol
+
+    loaded = load_all(
+        chosen,
+        model,
+        phase_names(phases),
+        other_model,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    warn_of_clocks(loaded)
+    with run_progress() as listener:
+        outcome = run_protocol(
+            chosen, loaded, out, seed=seed, n=n, phases=phase_names(phases), command=sys.argv, listener=listener
+        )
+    from kvpatch.cli.tables import print_criteria, print_effects
+    from kvpatch.verdicts.headline import few_pairs
+
+    # The table of one phase is looked at; those of ten scroll away.
+    if len({effect.phase for effect in outcome.effects}) == 1:
+        print_effects(outcome.effects)
+    else:
+        print_criteria(outcome.verdicts)
+    typer.echo(outcome.answer)
+    if told := few_pairs(outcome.verdicts):
+        typer.echo(told)
+    typer.echo(f"effects: kvpatch effects {out}")
+    typer.echo(f"verdicts: kvpatch verdicts {out}")
+    typer.echo(f"report: {(out / 'report.html').resolve()}")
+
+
+@app.command()
+def plan(
+    protocol: Annotated[str, typer.Argument(help="The name of a shipped protocol, such as dec7, or a YAML file.")],
+    model: ModelName,
+    n: Annotated[
+        int | None, typer.Option(help="Pairs per condition. Default: the number that each phase names.")
+    ] = None,
+    phases: Phases = None,
+    seed: Annotated[int, typer.Option(help="Decides the order of the pairs and the trials' random numbers.")] = 0,
+    other_model: OtherModels = None,
+    timing: Annotated[
+        bool,
+        typer.Option("--timing/--no-timing", help="Estimate time and memory by running some trials for about 10 s."),
+    ] = True,
+    device: Device = None,
+    dtype: Dtype = None,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a run would do, without running it.
+
+    Example: kvpatch plan dec7 --model smollm2-135m
+    """
+    from kvpatch.protocols.load import load_protocol
+
+    chosen = load_protocol(protocol, needs_files=True)
+    refuse_code(chosen, allow_code)
+    from kvpatch.cli.tables import plan_summary, print_plan
+    from kvpatch.prompts.bank import load_bank
+    from kvpatch.run import plan_for
+
+    loaded = load_all(chosen, model, phase_names(phases), other_model, device=device, dtype=dtype)
+    warn_of_clocks(loaded)
+    made, _ = plan_for(
+        loaded, chosen, load_bank(chosen.bank, chosen.folder), seed=seed, n=n, phases=phase_names(phases)
+    )
+    cost = None
+    if timing:
+        from kvpatch.executors.estimate import estimate
+
+        cost = estimate(made, loaded)
+    summary = plan_summary(
+        made, chosen, lambda key, text: len(loaded[key].encode(text, may_be_empty=True).token_ids), cost
+    )
+    show(summary, as_json, lambda: print_plan(summary))
+
+
+@app.command()
+def status(directory: Directory, as_json: Json = False) -> None:
+    """Show how far a run is: trials done, left and failed.
+
+    Example: kvpatch status results
+    """
+    from kvpatch.cli.tables import print_status, status_summary
+    from kvpatch.store.directory import Store
+
+    summary = status_summary(Store(directory))
+    show(summary, as_json, lambda: print_status(summary))
+
+
+@app.command()
+def verdicts(
+    directory: Directory,
+    protocol: Annotated[
+        str | None, typer.Option(help="Decide by a protocol other than the run's own. Needs --exploratory.")
+    ] = None,
+    exploratory: Annotated[
+        bool, typer.Option("--exploratory", help="Accept a changed protocol, and mark every verdict as exploratory.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the success criteria and all verdicts, recomputed from the stored trials.
+
+    Exploratory verdicts are printed, not stored. Example: kvpatch verdicts results
+    """
+    from kvpatch.cli.tables import print_verdicts
+    from kvpatch.store.directory import Store
+    from kvpatch.store.validation import gate_zero
+    from kvpatch.verdicts.decide import verdicts_json
+    from kvpatch.verdicts.outcome import outcome_of, write_verdicts
+
+    store = Store(directory)
+    other = None
+    if protocol is not None:
+        from kvpatch.protocols.load import load_protocol
+
+        other = load_protocol(protocol)
+    outcome = outcome_of(store, is_exploratory=exploratory, protocol=other)
+    if not exploratory:
+        write_verdicts(store, outcome)
+    if as_json:
+        typer.echo(verdicts_json(outcome.verdicts), nl=False)
+    else:
+        typer.echo(gate_zero(outcome.record.validation))
+        print_verdicts(outcome.verdicts)
+
+
+@app.command()
+def effects(
+    directory: Directory,
+    phase: Annotated[str | None, typer.Option(help="Show one phase. Default: all phases that have trials.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print every condition's difference from its natural run, on one scale.
+
+    Example: kvpatch effects results --phase interventions
+    """
+    from kvpatch.cli.tables import print_effects
+    from kvpatch.store.directory import Store
+    from kvpatch.verdicts.outcome import phase_effects
+
+    found = phase_effects(Store(directory), phase)
+    show([effect.model_dump() for effect in found], as_json, lambda: print_effects(found))
+
+
+@app.command()
+def power(
+    protocol: Annotated[str, typer.Argument(help="The name of a shipped protocol, such as dec7, or a YAML file.")],
+    n: Annotated[
+        int | None, typer.Option(help="Pairs per condition. Default: the number that each phase names.")
+    ] = None,
+    effect: Annotated[
+        float, typer.Option(help="The effect to be seen, in dz (mean over standard deviation of pair differences).")
+    ] = 0.5,
+    pilot: Annotated[
+        Path | None, typer.Option(help="A run directory. Its pair differences then replace normal noise.")
+    ] = None,
+    phases: Phases = None,
+    as_json: Json = False,
+) -> None:
+    """Show the smallest effect that each hypothesis can see at its n, and the n that a given effect needs.
+
+    Example: kvpatch power dec7 --n 20
+    """
+    from kvpatch.cli.tables import print_power
+    from kvpatch.protocols.load import load_protocol
+    from kvpatch.store.directory import Store
+    from kvpatch.verdicts.power import power as power_of
+
+    chosen = load_protocol(protocol)
+    rows = None if pilot is None else Store(pilot).read().to_pandas()
+    found = power_of(chosen, n=n, phases=phase_names(phases), wanted_dz=effect, pilot=rows)
+    show([entry.model_dump() for entry in found], as_json, lambda: print_power(found))
+
+
+@app.command()
+def report(
+    directory: Directory,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write the report. Default: DIR/report.html.")
+    ] = None,
+) -> None:
+    """Write the report: one HTML file that needs no network and no other file.
+
+    Example: kvpatch report results -o report.html
+    """
+    from kvpatch.report.build import write_report
+    from kvpatch.store.directory import Store
+    from kvpatch.verdicts.outcome import outcome_of
+
+    store = Store(directory)
+    outcome = outcome_of(store)
+    try:
+        where = write_report(store, outcome, out)
+    except OSError as error:
+        raise KvpatchError(f"{out} can't be written: {error.strerror or error}") from error
+    typer.echo(f"report: {where.resolve()}")
+
+
+@app.command()
+def view(
+    directories: Annotated[
+        list[Path], typer.Argument(help="Run directories, or directories that contain run directories.")
+    ],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port. 0 takes a free one.")] = 0,
+    token: Annotated[
+        bool, typer.Option("--token/--no-token", help="Require a random token. The printed address contains it.")
+    ] = True,
+    browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the address in a browser.")] = False,
+) -> None:
+    """Show runs in a browser while they go on: progress, estimates and every trial.
+
+    Only this machine can open the page. Ctrl-C ends it.
+
+    Example: kvpatch view results
+    """
+    for directory in directories:
+        if not directory.is_dir():
+            raise KvpatchError(f"{directory} is not a directory")
+    from kvpatch.view.server import new_token, serve
+
+    def ready(address: str) -> None:
+        typer.echo(f"view: {address}")
+        sys.stdout.flush()
+        if browser:
+            import webbrowser
+
+            webbrowser.open(address)
+
+    serve(directories, port=port, token=new_token() if token else None, on_ready=ready)

@@ -1,0 +1,329 @@
+"""What the commands print: summaries as plain data, and the tables that show them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kvpatch.planning.plan import Plan
+from kvpatch.prompts.bank import Bank
+from kvpatch.protocols.schema import Protocol
+from kvpatch.specs.readouts import readouts
+from kvpatch.store.directory import Store
+from kvpatch.verdicts.criteria import criteria
+from kvpatch.verdicts.prerequisites import COHERENT_SHARE
+from kvpatch.verdicts.wording import number, p_value, percent
+
+if TYPE_CHECKING:
+    from kvpatch.checks.identities import Identity
+    from kvpatch.executors.estimate import Estimate
+    from kvpatch.store.validation import Validation
+    from kvpatch.verdicts.decide import Verdict
+    from kvpatch.verdicts.effects import Effect
+    from kvpatch.verdicts.power import Power, PowerAt
+
+
+def plan_summary(
+    plan: Plan, protocol: Protocol, tokens: Callable[[str | None, str], int], cost: Estimate | None = None
+) -> dict[str, Any]:
+    """Trials by phase and condition; the experiment's own conditions and controls counted apart.
+
+    tokens: number of tokens of a prompt's text for the model of a key.
+    """
+    phases: dict[str, Any] = {}
+    prefills: set[tuple[str | None, str]] = set()
+    for batch in plan.batches:
+        phase = phases.setdefault(batch.phase, {"experiment": 0, "controls": 0, "conditions": Counter()})
+        for trial in batch.trials:
+            own = batch.split == "test" and batch.roles[trial.condition] == "experiment"
+            phase["experiment" if own else "controls"] += 1
+            phase["conditions"][trial.condition] += 1
+        used = {"target", "source"} | {r for c in batch.conditions.values() for r in (c.from_, c.text_of) if r}
+        prefills |= {(batch.model, pair.texts[r]) for pair in batch.pairs for r in used & set(pair.texts)}
+    for name, phase in phases.items():
+        phase["conditions"] = dict(phase["conditions"])
+        phase["seconds"] = None if cost is None else round(cost.seconds_by_phase[name], 1)
+    new = sum(len(batch.trials) * batch.generation.max_new_tokens for batch in plan.batches)
+    return {
+        "protocol": protocol.protocol,
+        "protocol_sha256": protocol.sha256,
+        "trials": plan.n_trials,
+        "phases": phases,
+        "distinct_prefills": len(prefills),
+        "prefill_tokens": sum(tokens(key, text) for key, text in prefills),
+        "new_tokens_at_most": new,
+        "seconds": None if cost is None else round(cost.seconds, 1),
+        "peak_memory_bytes": None if cost is None else cost.peak_bytes,
+        "calibrated_in_seconds": None if cost is None else round(cost.calibrated_in, 1),
+        "skipped": [s.model_dump() for s in plan.skipped],
+        "dropped_pairs": plan.dropped_pairs,
+    }
+
+
+def print_plan(summary: dict[str, Any]) -> None:
+    """A table of phases and conditions."""
+    table = Table(title=f"{summary['protocol']}: {summary['trials']} trials")
+    for column in ("phase", "experiment's own", "controls", "time", "conditions"):
+        table.add_column(column)
+    for name, phase in summary["phases"].items():
+        conditions = " ".join(f"{k}:{v}" for k, v in phase["conditions"].items())
+        spent = "-" if phase["seconds"] is None else _clock(phase["seconds"])
+        table.add_row(name, str(phase["experiment"]), str(phase["controls"]), spent, conditions)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{summary['distinct_prefills']} distinct prefills of {summary['prefill_tokens']:,} tokens, at most "
+        f"{summary['new_tokens_at_most']:,} new tokens; {len(summary['dropped_pairs'])} pairs dropped"
+    )
+    if summary["seconds"] is not None:
+        console.print(
+            f"about {_clock(summary['seconds'])} (h:mm:ss) and {summary['peak_memory_bytes'] / 1e9:.1f} GB on this "
+            f"machine, from a calibration of {summary['calibrated_in_seconds']:.0f} s; loading and check not counted"
+        )
+    for skipped in summary["skipped"]:
+        console.print(f"left out in phase {skipped['phase']}: {skipped['condition']} ({skipped['reason']})")
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def status_summary(store: Store) -> dict[str, Any]:
+    """How far a run is, whether a process is at it, and how long it will take."""
+    from kvpatch.view.runs import LiveRun
+
+    record = store.read_record()
+    store.done()
+    run = LiveRun("run", store.directory)
+    run.refresh()
+    progress = run.progress()
+    over_all = record.tokens / record.seconds if record.seconds else None
+    return {
+        "protocol": record.protocol["protocol"],
+        "model": record.model.name,
+        "state": progress.state,
+        "done": progress.done,
+        "left": max(0, record.planned - progress.done),
+        "failed": progress.failed,
+        "finished": record.finished if progress.done >= record.planned else None,
+        "tokens_per_second": progress.tokens_per_second if progress.state == "running" else over_all,
+        "seconds": record.seconds,
+        "seconds_left": progress.left,
+        "phases": progress.by_phase,
+    }
+
+
+def print_status(summary: dict[str, Any]) -> None:
+    """A row a phase, and under it what is known of the whole."""
+    console = Console()
+    table = Table(title=f"{escape(summary['protocol'])} on {escape(summary['model'])}: {summary['state']}")
+    for column in ("phase", "done", "of", "", "failed"):
+        table.add_column(column, justify="right" if column in ("done", "of", "failed") else "left")
+    for row in summary["phases"]:
+        share = min(1.0, row["done"] / row["planned"]) if row["planned"] else 1.0
+        bar = "█" * round(20 * share) + "░" * (20 - round(20 * share))
+        failed = f"[red]{row['failed']}[/red]" if row["failed"] else "0"
+        table.add_row(escape(row["phase"]), str(row["done"]), str(row["planned"]), bar, failed)
+    console.print(table)
+    left, speed = summary["seconds_left"], summary["tokens_per_second"]
+    told = [
+        f"{summary['done']} trials done, {summary['left']} left, {summary['failed']} failed",
+        "" if speed is None else f"{speed:.0f} tokens/s",
+        "" if left is None else f"about {_clock(left)} left (h:mm:ss)",
+        "" if summary["finished"] is None else f"finished {summary['finished']}",
+    ]
+    console.print("; ".join(part for part in told if part))
+
+
+def print_criteria(verdicts: Sequence[Verdict]) -> None:
+    """The success criteria, where the protocol names any."""
+    rows = criteria(verdicts)
+    if not rows:
+        return
+    table = Table(title="success criteria", show_lines=True)
+    for column in ("criterion", "verdict", "why"):
+        table.add_column(column, no_wrap=column == "verdict")
+    for row in rows:
+        table.add_row(escape(row.criterion), row.verdict, escape(row.because))
+    Console().print(table)
+
+
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """The success criteria, the verdict table, and under it the reason for each."""
+    console = Console()
+    print_criteria(verdicts)
+    table = Table(title="verdicts")
+    for column in ("hypothesis", "verdict", "contrast", "readout", "estimate [interval]", "p adjusted", "n"):
+        table.add_column(column, no_wrap=column in ("hypothesis", "verdict"))
+    for v in verdicts:
+        interval = "" if v.ci_low is None or v.ci_high is None else f" [{number(v.ci_low)}, {number(v.ci_high)}]"
+        estimate = "-" if v.estimate is None else f"{number(v.estimate)}{interval}"
+        p = "-" if v.p_adjusted is None else p_value(v.p_adjusted)
+        table.add_row(v.id, v.verdict, v.contrast, v.readout, escape(estimate), p, str(v.n))
+    console.print(table)
+    for v in verdicts:
+        console.print(f"[bold]{v.id}[/bold]: {escape(v.because)}")
+
+
+def print_effects(effects: Sequence[Effect]) -> None:
+    """A row a condition, a column a readout."""
+    console = Console()
+    for phase in dict.fromkeys(effect.phase for effect in effects):
+        rows = [effect for effect in effects if effect.phase == phase]
+        measured = list(dict.fromkeys(effect.readout for effect in rows))
+        table = Table(title=f"phase {phase}: difference from the natural run, mean and 95% interval over pairs")
+        for column in ("condition", "n", "coherent", *(_heading(name) for name in measured)):
+            table.add_column(column, no_wrap=column == "condition")
+        is_wide = console.width >= 140
+        if is_wide:
+            table.add_column("about")
+        for condition in dict.fromkeys(effect.condition for effect in rows):
+            own = {effect.readout: effect for effect in rows if effect.condition == condition}
+            first = own[measured[0]]
+            share = "-" if first.coherent is None else percent(first.coherent)
+            share += " *" if first.is_incoherent else ""
+            n = str(max(effect.n for effect in own.values()))
+            about = [escape(first.about)] if is_wide else []
+            table.add_row(condition, n, share, *(_interval(own[name]) for name in measured), *about)
+        if any(effect.is_incoherent for effect in rows):
+            table.caption = (
+                f"* below the {percent(COHERENT_SHARE)} a condition needs: its contrasts can't be interpreted"
+            )
+        console.print(table)
+
+
+def _heading(readout: str) -> str:
+    known = readouts()
+    return known[readout].heading("effects") if readout in known else readout
+
+
+def _interval(effect: Effect) -> str:
+    if effect.estimate is None:
+        return "-"
+    if effect.ci_low is None or effect.ci_high is None:
+        return _signed(effect.estimate)
+    return f"{_signed(effect.estimate)}\n[dim]{_signed(effect.ci_low)} to {_signed(effect.ci_high)}[/dim]"
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value > 0 else ''}{number(value)}"
+
+
+def print_power(entries: Sequence[Power]) -> None:
+    """A row for every alpha of a hypothesis; hypotheses that have the same figures share their rows."""
+    console = Console()
+    table = Table(title="smallest effect (dz) seen with 80% / 90% power, and the pairs that the wanted one needs")
+    for column in ("hypothesis", "test, n", "alpha", "smallest dz", "in its unit", "power at wanted dz", "pairs"):
+        table.add_column(column, no_wrap=column in ("hypothesis", "smallest dz"))
+    groups: dict[str, list[Power]] = {}
+    for e in entries:
+        groups.setdefault(e.model_dump_json(exclude={"id", "phase", "contrast", "readout", "family"}), []).append(e)
+    for members in groups.values():
+        first = members[0]
+        names, test = "\n".join(e.id for e in members), f"{first.test}, {first.n}"
+        if first.plain is None or first.worst is None:
+            table.add_row(names, test, "-", "not simulated", "-", "-", "-")
+            continue
+        table.add_row(names, test, *_power_cells(first, first.plain))
+        if first.family_size > 1:
+            table.add_row("", "", *_power_cells(first, first.worst), style="dim")
+    console.print(table)
+    console.print(
+        "First line, the headline: at the hypothesis' own alpha. Second line: at alpha over the size of its family,"
+        " which Holm asks of one that passes alone. Of an equivalence test the figures are margins: the smallest that"
+        " is certified where there is no effect. That the gates before it pass is taken for granted."
+    )
+    notes: dict[str, list[str]] = {}
+    for e in entries:
+        for note in [*e.notes, *["true by construction of a full swap"] * e.is_tautological]:
+            notes.setdefault(note, []).append(e.id)
+    for note, ids in notes.items():
+        console.print(f"[bold]{', '.join(ids)}[/bold]: {escape(note)}")
+
+
+def _power_cells(entry: Power, at: PowerAt) -> list[str]:
+    """Alpha, smallest dz, the same in its unit, power at the wanted dz, pairs for it."""
+    if at.dz_80 is None or at.dz_90 is None:
+        dz = f"needs {at.needs_pairs} pairs"
+    else:
+        dz = f"{at.dz_80:.2f} / {at.dz_90:.2f}"
+    unit = "-" if at.unit_80 is None or at.unit_90 is None else f"{at.unit_80:.3g} / {at.unit_90:.3g}"
+    pairs = " / ".join("-" if n is None else str(n) for n in (at.n_80, at.n_90))
+    return [f"{at.alpha:.2g}", dz, unit, f"{at.power_at_wanted:.0%} at {entry.wanted_dz:.2g}", pairs]
+
+
+def print_check(identities: Sequence[Identity]) -> None:
+    """The identities with their measured errors."""
+    table = Table()
+    for column in ("identity", "holds", "error", "bound", "note"):
+        table.add_column(column)
+    for i in identities:
+        word = {True: "yes", False: "NO", None: "does not apply"}[i.holds]
+        table.add_row(i.identity, word, f"{i.error:.2g}", f"{i.bound:.2g}", i.note)
+    Console().print(table)
+
+
+def print_validation(validation: Validation) -> None:
+    """A row a finding that failed, a count of those that hold for each organism, and the outcome in one line."""
+    console = Console()
+    table = Table(title=f"validation of kvpatch {validation.version}, {validation.scope}, seed {validation.seed}")
+    for column in ("organism", "asked", "planted", "found", ""):
+        table.add_column(column)
+    for organism in dict.fromkeys(f.organism for f in validation.findings):
+        own = [f for f in validation.findings if f.organism == organism]
+        verdicts = [f for f in own if f.asked.startswith("verdict ")]
+        for f in own:
+            if f not in verdicts or not f.holds:
+                table.add_row(organism, f.asked, escape(f.planted), escape(f.found), "holds" if f.holds else "FAILS")
+        if verdicts:
+            held = sum(f.holds for f in verdicts)
+            table.add_row(organism, "verdicts", f"{len(verdicts)} known", f"{held} as known", "")
+    console.print(table)
+    failed = [f for f in validation.findings if not f.holds]
+    outcome = "everything planted was recovered" if not failed else f"{len(failed)} not recovered"
+    console.print(f"{outcome}: {len(validation.findings)} findings in {_clock(validation.seconds)} (h:mm:ss)")
+
+
+def bank_summary(bank: Bank, body_length: Callable[[str], int], group: str | None) -> dict[str, Any]:
+    """Prompts of a bank with their lengths in tokens."""
+    prompts = bank.group(group) if group else bank.prompts
+    return {
+        "bank": bank.name,
+        "sha256": bank.sha256,
+        "groups": dict(Counter(p.group for p in prompts)),
+        "continuations": dict(Counter(f"{c.mode}, {c.topic_of}'s topic" for c in bank.continuations)),
+        "prompts": [
+            {"id": p.id, "group": p.group, "topic": p.topic, "tokens": body_length(p.text), "text": p.text}
+            for p in prompts
+        ],
+    }
+
+
+def print_bank(summary: dict[str, Any]) -> None:
+    """A row a prompt."""
+    table = Table(title=f"bank {summary['bank']}: {summary['groups']}; continuations {summary['continuations']}")
+    for column in ("id", "group", "topic", "tokens"):
+        table.add_column(column)
+    table.add_column("text", ratio=1)
+    for p in summary["prompts"]:
+        table.add_row(p["id"], p["group"], escape(p["topic"]), str(p["tokens"]), escape(p["text"]))
+    Console().print(table)
+
+
+def print_models(models: Sequence[dict[str, Any]], organisms: Sequence[str]) -> None:
+    """A row a named model, and under the table the organisms, which need no fetching."""
+    table = Table()
+    for column in ("name", "about", "licence", "MB to fetch", "here"):
+        table.add_column(column)
+    for m in models:
+        licence = m["licence"] if m["terms"] is None else f"{m['licence']}\n{m['terms']}"
+        table.add_row(m["name"], m["about"], licence, str(m["megabytes"]), "yes" if m["pulled"] else "no")
+    console = Console()
+    console.print(table)
+    console.print(f"small models with planted truth (kvpatch validate): {', '.join(organisms)}")

@@ -1,0 +1,188 @@
+"""Commands about models, banks and protocols: check, validate, bank, schema, models, pull."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvpatch.cli.app import Device, Dtype, Json, app, refuse_unwritable, show
+from kvpatch.errors import KvpatchError, is_installed
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="A named model, a hub id, a directory or a .gguf file.")],
+    as_json: Json = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Measure whether a model is patched correctly; exit code 1 where an identity fails.
+
+    Example: kvpatch check smollm2-135m
+    """
+    from kvpatch.checks.identities import check as check_model
+    from kvpatch.cli.progress import loading
+    from kvpatch.cli.tables import print_check
+    from kvpatch.engine.model import load
+
+    with loading() as report:
+        loaded = load(model, device=device, dtype=dtype, progress=report)
+    found = check_model(loaded)
+    summary = {
+        "model": model,
+        "passed": all(i.holds is not False for i in found),
+        "identities": [i.model_dump() for i in found],
+    }
+    show(summary, as_json, lambda: print_check(found))
+    if not summary["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def validate(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed per organism and few runs. Takes a few minutes.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write validation.json, and retrained weights, into this directory.")
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(help="Organisms, separated by commas. A partial validation does not count as evidence."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides the random prompts, pairs and noise.")] = 0,
+    jobs: Annotated[int | None, typer.Option(help="Number of processes. Default: one per core.")] = None,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="First train the trained organisms again. Needs --out.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the whole pipeline on models whose mode is known; exit code 1 where something planted is not recovered.
+
+    Later runs of this version show the result. Example: kvpatch validate --quick
+    """
+    if out is not None:
+        refuse_unwritable(out)
+    if retrain and out is None:
+        raise KvpatchError("--retrain needs --out, where the new weights go")
+    from kvpatch.organisms.directories import WEIGHTS
+    from kvpatch.specs.organisms import ORGANISMS
+
+    names = None if only is None else [name.strip() for name in only.split(",") if name.strip()]
+    if names is not None and (not names or set(names) - set(ORGANISMS)):
+        unknown = next(iter(set(names) - set(ORGANISMS)), only)
+        raise KvpatchError(f"no organism {unknown!r}; there are {', '.join(ORGANISMS)}")
+    from kvpatch.cli.progress import retraining, validating
+    from kvpatch.cli.tables import print_validation
+    from kvpatch.files import cache_directory
+    from kvpatch.store.validation import place_in, write_validation
+    from kvpatch.validation.pipeline import FULL, QUICK
+    from kvpatch.validation.pipeline import validate as run_validation
+
+    weights = WEIGHTS
+    if retrain and out is not None:
+        from kvpatch.organisms.weights import retrain as train_again
+
+        weights = out / "weights"
+        with retraining() as report:
+            train_again(weights, report)
+    with validating() as on_job:
+        found = run_validation(
+            QUICK if quick else FULL, seed=seed, names=names, processes=jobs, weights=weights, on_job=on_job
+        )
+    if names is None and not retrain:
+        write_validation(found, place_in(cache_directory(), found))
+    if out is not None:
+        write_validation(found, out)
+    show({"passed": found.passed, **found.model_dump()}, as_json, lambda: print_validation(found))
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bank(
+    name: Annotated[
+        str, typer.Argument(help="The name of a shipped bank, or a directory of YAML files.")
+    ] = "recursion",
+    model: Annotated[
+        str, typer.Option("--model", help="The model whose tokenizer counts the tokens.")
+    ] = "smollm2-135m",
+    group: Annotated[str | None, typer.Option(help="Show only this group.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print a prompt bank with token lengths for a model.
+
+    Example: kvpatch bank recursion --model smollm2-135m --group recursive
+    """
+    from kvpatch.cli.progress import loading
+    from kvpatch.cli.tables import bank_summary, print_bank
+    from kvpatch.engine.model import load
+    from kvpatch.prompts.bank import load_bank
+
+    found = load_bank(name)
+    with loading() as report:
+        loaded = load(model, progress=report)
+    summary = bank_summary(found, lambda text: loaded.encode(text).body_length, group)
+    show(summary, as_json, lambda: print_bank(summary))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of protocol files, for editors.
+
+    Example: kvpatch schema > protocol.schema.json
+    """
+    from kvpatch.protocols.schema import Protocol
+
+    typer.echo(json.dumps(Protocol.model_json_schema(), indent=1))
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the named models: real ones that need no account.
+
+    Example: kvpatch models
+    """
+    from kvpatch.cli.tables import print_models
+    from kvpatch.models.named import is_pulled, named_models
+    from kvpatch.specs.organisms import ORGANISMS, PREFIX
+
+    listed = [
+        {
+            "name": k,
+            "about": m.about,
+            "licence": m.licence,
+            "terms": m.terms,
+            "megabytes": sum(w.bytes for w in m.wheels) // 10**6,
+            "pulled": is_pulled(k),
+        }
+        for k, m in named_models().items()
+    ]
+    show(listed, as_json, lambda: print_models(listed, [PREFIX + name for name in ORGANISMS]))
+
+
+@app.command()
+def pull(name: Annotated[str, typer.Argument(help="A name from `kvpatch models`.")]) -> None:
+    """Fetch a named model and convert it once. Without torch it is fetched now and converted when it is first loaded.
+
+    Example: kvpatch pull smollm2-135m
+    """
+    from kvpatch.cli.progress import loading
+
+    has_torch = is_installed("torch") and is_installed("transformers")
+    if has_torch:
+        from kvpatch.models.load import pull as pull_model
+    else:
+        from kvpatch.models.named import pull_unconverted as pull_model
+
+    with loading() as report:
+        where = pull_model(name, report)
+    if where.is_file():
+        typer.echo("fetched; to convert it and run it, kvpatch needs torch: pip install 'kvpatch[run]'", err=True)
+    typer.echo(f"{name}: {where}")

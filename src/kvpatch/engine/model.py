@@ -1,0 +1,342 @@
+"""Model: a loaded model with prefill, generate and score. What a notebook holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpatch.caches.kvcache import PAD, KVCache
+from kvpatch.caches.selection import chosen_layers, slot_mask, told
+from kvpatch.engine.attention import Attention, AttentionRequest, Maps
+from kvpatch.engine.decode import OnStep, decode
+from kvpatch.engine.prefill import labels_of, prefill, prefill_with_attention
+from kvpatch.engine.score import score
+from kvpatch.errors import CacheError, EmptySelection, ModelError, ProtocolError
+from kvpatch.models.backbone import Backbone
+from kvpatch.models.geometry import Geometry
+from kvpatch.models.load import Loaded, load_model
+from kvpatch.models.named import Progress
+from kvpatch.models.scaffold import Scaffold, scaffold_of
+from kvpatch.models.second_opinion import Opinion, second_opinion
+from kvpatch.models.template import EncodedPrompt, encode, has_template, settings_of
+from kvpatch.specs import arguments
+from kvpatch.specs.patch import Patch
+from kvpatch.specs.selectors import SlotQuery
+
+REMEMBERED = 10_000
+"""Texts whose tokens a model remembers."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What the model wrote.
+
+    Attributes:
+        texts: one a row, without special tokens.
+        token_ids: [batch, new_tokens], end token included; -1 after a row has stopped.
+        logprobs: [batch, new_tokens] of the chosen tokens, under the model's own distribution (temperature 1), natural
+            logarithm; NaN after a row has stopped.
+        stopped: per row "eos" or "length".
+        attention: statistics of every head over the tokens that were fed, where they were asked for.
+    """
+
+    texts: list[str]
+    token_ids: Tensor
+    logprobs: Tensor
+    stopped: tuple[str, ...]
+    attention: Attention | None = None
+
+
+class Model:
+    """A causal language model, ready to be patched.
+
+    Attributes:
+        hf: the transformers model.
+        tokenizer: its tokenizer.
+        backbone: the model as the engine sees it.
+        opinion: how its logits compared with transformers' own when it was loaded; None if it was not loaded by `load`.
+    """
+
+    opinion: Opinion | None = None
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+        self.tokenizer = loaded.tokenizer
+        self.backbone = Backbone(loaded.hf, loaded.tokenizer)
+        self._encoded: dict[tuple[object, ...], EncodedPrompt] = {}
+        self._continuations: dict[tuple[object, ...], list[int]] = {}
+        self._scaffolds: dict[tuple[object, ...], Scaffold] = {}
+
+    def __repr__(self) -> str:
+        g = self.geometry
+        return (
+            f"Model({self.loaded.name!r}, {g.architecture}, layers={g.layers}, query_heads={g.query_heads}, "
+            f"kv_heads={g.kv_heads}, head_dim={g.head_dim}, {self.backbone.dtype}, {self.backbone.device})"
+        )
+
+    @property
+    def hf(self) -> Any:
+        """The transformers model. It may be changed in any way between two calls, but for its place here: put another
+        model into a `Model` of its own."""
+        return self.backbone.hf
+
+    @property
+    def geometry(self) -> Geometry:
+        """Shape of the model's cache."""
+        return self.backbone.geometry
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Tokens that end a reply: those that the generation settings name, else the configuration, else the tokenizer.
+
+        Raises:
+            ModelError: where what they name is no token id.
+        """
+        for config in (self.hf.generation_config, self.hf.config.get_text_config(), self.tokenizer):
+            named = getattr(config, "eos_token_id", None)
+            if isinstance(named, torch.Tensor):
+                named = named.flatten().tolist()
+            ends = list(named) if isinstance(named, (list, tuple, set)) else [] if named is None else [named]
+            if wrong := [end for end in ends if isinstance(end, bool) or not isinstance(end, int)]:
+                raise ModelError(f"the model names {wrong[0]!r} as the token that ends a reply; that is no token id")
+            if known := [end for end in ends if end >= 0]:  # some configurations write -1 for none
+                return known
+        return []
+
+    @property
+    def scaffold(self) -> Scaffold | None:
+        """What the chat template writes around a prompt's words; None without a template.
+
+        A template that writes the date goes on with the moment of the first prompt, however long the model is used.
+
+        Raises:
+            ModelError: where the template does not write the user's words once and unchanged.
+        """
+        if not has_template(self.tokenizer):
+            return None
+        key = settings_of(self.tokenizer)
+        if key not in self._scaffolds:
+            self._scaffolds[key] = scaffold_of(self.tokenizer, self.loaded.name)
+        return self._scaffolds[key]
+
+    def encode(self, text: str, *, chat: bool | None = None, may_be_empty: bool = False) -> EncodedPrompt:
+        """Tokenise one prompt; see `models.template.encode`. A run asks for its few prompts in every phase, so
+        they are remembered."""
+        if not isinstance(text, str):
+            raise ProtocolError(f"a prompt must be text, got {arguments.shown(text)}")
+        key = (text, chat, may_be_empty, settings_of(self.tokenizer))
+        if key not in self._encoded:
+            if len(self._encoded) >= REMEMBERED:
+                self._encoded.clear()
+            scaffold = None if chat is False else self.scaffold
+            self._encoded[key] = encode(self.tokenizer, text, chat=chat, may_be_empty=may_be_empty, scaffold=scaffold)
+        return self._encoded[key]
+
+    def prefill(self, prompts: str | Sequence[str | EncodedPrompt], *, chat: bool | None = None) -> KVCache:
+        """Run prompts through the model and keep their caches.
+
+        Args:
+            prompts: one or more prompts, as text or encoded.
+            chat: True puts text in the model's chat template, False takes it as it is; None is True where there is one.
+        Returns:
+            `KVCache`, a row a prompt.
+        Raises:
+            ProtocolError: for an empty prompt, one longer than the context, or what is no prompt.
+            CacheError: for a token the model does not have.
+        """
+        return prefill(self.backbone, self._encoded_prompts(prompts, chat))
+
+    def _encoded_prompts(self, prompts: Any, chat: bool | None) -> list[EncodedPrompt]:
+        """One or more prompts, as text or encoded, all encoded."""
+        is_one = isinstance(prompts, str | EncodedPrompt | bytes | dict)
+        rows = [prompts] if is_one or not isinstance(arguments.plain(prompts), Iterable) else prompts
+        if chat is not None:
+            chat = arguments.switch("chat", chat, error=ProtocolError)
+        encoded = []
+        for row in rows:
+            if not isinstance(row, str | EncodedPrompt):
+                raise ProtocolError(f"a prompt must be text or an EncodedPrompt, got {arguments.shown(row)}")
+            encoded.append(self.encode(row, chat=chat) if isinstance(row, str) else row)
+        for prompt in encoded:
+            arguments.refuse_foreign_tokens("a prompt's tokens", prompt.token_ids, self.geometry.vocabulary)
+        return encoded
+
+    def attention(
+        self,
+        prompts: str | Sequence[str | EncodedPrompt],
+        *,
+        marked: str | SlotQuery | Sequence[int] | None = None,
+        maps: Maps | None = None,
+        chat: bool | None = None,
+    ) -> Attention:
+        """What every head does while the model reads prompts, reduced as it reads: no map is held but those asked for.
+
+        Args:
+            prompts: one or more prompts, as text or encoded; their last tokens are not read yet.
+            marked: slots whose share of attention is `mass_marked`.
+            maps: layers, heads and queries whose whole attention is to be kept.
+        Returns:
+            `Attention`; `attention["entropy"]` is [batch, layers, query_heads]. `specs.attention.STATISTICS` names all
+            statistics.
+        Raises:
+            CacheError: where no prompt has a slot that is marked, or for maps that the model does not have.
+        """
+        encoded = self._encoded_prompts(prompts, chat)
+        mask = None
+        if marked is not None and encoded:
+            given: Any = marked
+            marked = Patch(slots=given).slots  # refuses what is no selection
+            mask = slot_mask(KVCache(keys=(), values=(), rope=(), **labels_of(encoded, self.backbone.device)), marked)
+            if not mask.any():
+                raise EmptySelection(
+                    f"marked {told(marked)} find no slot in any of the prompts; mark slots that they have"
+                )
+        return prefill_with_attention(self.backbone, encoded, AttentionRequest(mask, self._maps(maps)))[1]
+
+    def _maps(self, maps: Maps | None) -> Maps | None:
+        """Maps to keep, as plain numbers that the model has."""
+        if maps is None:
+            return None
+        arguments.refuse_other("maps", maps, Maps)
+        layers = chosen_layers(arguments.whole_numbers("layers", maps.layers), self.geometry.layers)
+        heads = arguments.whole_numbers("heads", maps.heads)
+        count = self.geometry.query_heads
+        if not heads:
+            raise CacheError("maps of no query head are asked for; name at least one")
+        if bad := [head for head in heads if not -count <= head < count]:
+            raise CacheError(f"query head {bad[0]} does not exist: there are {count} (0 to {count - 1})")
+        queries = None if maps.queries is None else arguments.whole_numbers("queries", maps.queries)
+        return Maps(layers, heads, queries)
+
+    def generate(
+        self,
+        cache: KVCache,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.7,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+        stop: bool = True,
+        on_step: OnStep | None = None,
+        attention: bool | Maps = False,
+    ) -> Generated:
+        """Let the model go on from a cache. The cache is not changed.
+
+        Args:
+            cache: any batch.
+            max_new_tokens: most tokens a row may write.
+            temperature: 0 for greedy; otherwise at least `arguments.LEAST_TEMPERATURE`.
+            top_p: keep the likeliest tokens up to this probability.
+            seeds: one a row (0, 1, 2, ... if None); a row's text does not depend on the other rows.
+            stop: False goes on past an end token.
+            attention: True for statistics of every head over what is fed; `Maps` for whole maps as well.
+        Raises:
+            ProtocolError: for a number out of its range, or more tokens than the context has room for.
+            CacheError: for seeds that are no whole numbers of 64 bits, one a row.
+        """
+        arguments.refuse_other("cache", cache, KVCache)
+        max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, least=1, error=ProtocolError)
+        temperature, top_p = arguments.sampling(temperature, top_p)
+        stop = arguments.switch("stop", stop, error=ProtocolError)
+        if on_step is not None and not callable(on_step):
+            raise ProtocolError(f"on_step must be a function of one number, got {arguments.shown(on_step)}")
+        if not isinstance(attention, bool):
+            attention = self._maps(attention) or False
+        out = decode(
+            self.backbone,
+            cache,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seeds=range(cache.batch) if seeds is None else arguments.seeds(seeds, cache.batch),
+            end_tokens=self.end_tokens if stop else (),
+            on_step=on_step,
+            to_capture=AttentionRequest(maps=None if attention is True else attention) if attention else None,
+        )
+        longest = max(out.lengths)
+        tokens, logprobs = out.token_ids[:, :longest], out.logprobs[:, :longest]
+        return Generated(self.texts(out.token_ids), tokens, logprobs, out.stopped, out.attention)
+
+    def score(self, cache: KVCache, continuations: str | Sequence[str | Sequence[int]]) -> Tensor:
+        """Teacher-forced log-probabilities of given continuations. The cache is not changed.
+
+        Args:
+            cache: a row a continuation, or one row for all.
+            continuations: texts (tokenised as they are, nothing added) or token ids; a text alone is one continuation.
+        Returns:
+            [continuations, tokens], natural logarithm; NaN past a continuation's own length.
+        Raises:
+            CacheError: for a token the model does not have, or continuations that do not fit the batch.
+            ProtocolError: for an empty continuation, or one that the context has no room for.
+        """
+        arguments.refuse_other("cache", cache, KVCache)
+        ids = self._continuations_of(continuations)
+        if cache.batch == 1 and len(ids) > 1:
+            cache = cache[[0] * len(ids)]
+        if cache.batch != len(ids):
+            raise CacheError(f"{len(ids)} continuations for a batch of {cache.batch}")
+        return score(self.backbone, cache, [[row] for row in ids]).logprobs[:, 0]
+
+    def _continuations_of(self, given: object) -> list[list[int]]:
+        """The token ids of every continuation."""
+        rows = [given] if isinstance(given, str) else arguments.plain(given)
+        if not isinstance(rows, Iterable) or isinstance(rows, bytes | dict):
+            raise CacheError(f"continuations must be texts or lists of token ids, got {arguments.shown(given)}")
+        found = []
+        for row in rows:
+            if not isinstance(row, str) and isinstance(arguments.plain(row), int):
+                raise CacheError(
+                    f"continuations must be texts or lists of token ids, got {arguments.shown(row)} among them; "
+                    "put the ids of one continuation in a list of their own"
+                )
+            ids = self.continuation_ids(row) if isinstance(row, str) else row
+            found.append(arguments.token_ids("a continuation's tokens", ids, self.geometry.vocabulary))
+        return found
+
+    def continuation_ids(self, text: str) -> list[int]:
+        """Token ids of a continuation: the text as it is, no special token added."""
+        if not isinstance(text, str):
+            raise CacheError(f"a continuation must be text, got {arguments.shown(text)}")
+        key = (text, settings_of(self.tokenizer))
+        if key not in self._continuations:
+            if len(self._continuations) >= REMEMBERED:
+                self._continuations.clear()
+            self._continuations[key] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(self._continuations[key])
+
+    def texts(self, token_ids: Tensor) -> list[str]:
+        """Decode rows of token ids, -1 left out, special tokens skipped."""
+        rows = [[t for t in row if t != PAD] for row in token_ids.tolist()]
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Model:
+    """Load a model to patch; see `models.load.load_model` for the arguments.
+
+    Raises:
+        ModelError: where it can't be found, read, trusted, or patched correctly.
+    """
+    loaded: Any = load_model(
+        name,
+        device=device,
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    model = Model(loaded)
+    model.opinion = second_opinion(model.backbone, loaded)
+    return model

@@ -1,0 +1,78 @@
+"""Hooks on the residual stream while prompts run: record it, or put another in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvpatch.models.backbone import Backbone
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a layer is called with: by place and by name."""
+
+
+@dataclass
+class Firings:
+    """How often changes were planned to fire, and did; `seen` holds what was recorded, by layer."""
+
+    planned: int = 0
+    fired: int = 0
+    seen: dict[int, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def recorded_residual(backbone: Backbone, layers: Sequence[int]) -> Generator[Firings, None, None]:
+    """Record the residual stream that enters each layer, [batch, tokens, width] a layer."""
+    firings = Firings(planned=len(layers))
+
+    def change(layer: int, hidden: Tensor) -> Tensor:
+        firings.seen[layer] = hidden.detach().clone()
+        return hidden
+
+    with _hooked(backbone, layers, change, firings):
+        yield firings
+
+
+@contextmanager
+def replaced_residual(backbone: Backbone, replacement: dict[int, Tensor], at: Tensor) -> Generator[Firings, None, None]:
+    """Replace the residual stream that enters some layers.
+
+    Args:
+        replacement: layer -> [batch, tokens, width], as recorded.
+        at: [batch, tokens], True where the stream is replaced.
+    """
+    firings = Firings(planned=len(replacement))
+
+    def change(layer: int, hidden: Tensor) -> Tensor:
+        return torch.where(at[..., None], replacement[layer], hidden)
+
+    with _hooked(backbone, list(replacement), change, firings):
+        yield firings
+
+
+@contextmanager
+def _hooked(
+    backbone: Backbone, layers: Sequence[int], change: Callable[[int, Tensor], Tensor], firings: Firings
+) -> Generator[None, None, None]:
+    """Hooks on what enters some layers, gone on any exit."""
+
+    def hook(layer: int) -> Callable[..., Arguments]:
+        def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+            firings.fired += 1
+            if args:
+                return (change(layer, args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": change(layer, kwargs["hidden_states"])}
+
+        return run
+
+    handles = [backbone.blocks[i].register_forward_pre_hook(hook(i), with_kwargs=True) for i in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

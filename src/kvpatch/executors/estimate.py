@@ -1,0 +1,132 @@
+"""How long a plan will take on this machine and how much memory, from a calibration of about ten seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import torch
+
+from kvpatch.engine.model import Model
+from kvpatch.executors.batch import run_batch
+from kvpatch.planning.plan import Batch, Plan
+from kvpatch.specs.base import Frozen
+
+SECONDS = 8.0
+"""What the two timed runs of a model may take together, about."""
+FEW, MORE = 2, 10
+"""New tokens of the two timed runs; their difference is the time of a decoding step."""
+
+
+class Estimate(Frozen):
+    """What a plan will cost. Memory is the process' (on a GPU the card's), the models included."""
+
+    seconds: float
+    seconds_by_phase: dict[str, float]
+    peak_bytes: int
+    calibrated_in: float
+
+
+class _Cost(Frozen):
+    """What one model costs: each trial's share of a batch, each trial's share of a decoding step, bytes a trial."""
+
+    trial: float
+    step: float
+    trial_bytes: float
+    base_bytes: int
+
+
+def estimate(plan: Plan, models: Mapping[str | None, Model]) -> Estimate:
+    """Time and memory of a plan; runs a piece of its first test batch of each model.
+
+    Times are those of the batches as planned, nothing of them done, and of every trial that writes as many tokens as
+    it may. Loading, the check and the statistics are not in them.
+    """
+    start = time.monotonic()
+    costs: dict[_Kind, _Cost] = {}
+    for batch in plan.batches:
+        if batch.split == "test" and _kind(batch) not in costs:
+            costs[_kind(batch)] = _calibrate(models[batch.model], batch)
+    for batch in plan.batches:  # a calibration is not watched: it costs what a test batch that is not watched costs
+        if _kind(batch) not in costs:
+            costs[_kind(batch)] = costs[batch.model, True]
+    seconds: dict[str, float] = {}
+    for batch in plan.batches:
+        cost = costs[_kind(batch)]
+        per_trial = cost.trial + cost.step * batch.generation.max_new_tokens
+        seconds[batch.phase] = seconds.get(batch.phase, 0.0) + per_trial * len(batch.trials)
+    most = max(
+        (costs[_kind(b)].base_bytes + costs[_kind(b)].trial_bytes * len(b.trials) for b in plan.batches), default=0
+    )
+    return Estimate(
+        seconds=sum(seconds.values()),
+        seconds_by_phase=seconds,
+        peak_bytes=int(most),
+        calibrated_in=time.monotonic() - start,
+    )
+
+
+_Kind = tuple[str | None, bool]
+"""What batches of like cost share: the model, and whether attention is watched."""
+
+
+def _kind(batch: Batch) -> _Kind:
+    return batch.model, batch.watched is not None
+
+
+def _calibrate(model: Model, batch: Batch) -> _Cost:
+    """Time a piece of a batch, as large as the time allows, with few and with more new tokens."""
+    piece = _piece(batch, 1, FEW)
+    first = _timed(model, piece)  # the first run also pays for what is made once
+    first = min(first, _timed(model, piece))
+    pairs = max(1, min(len(batch.pairs), int(SECONDS / (2.5 * first))))
+    few, more = _piece(batch, pairs, FEW), _piece(batch, pairs, MORE)
+    before = _memory(reset=True)
+    short, long = _timed(model, few), _timed(model, more)
+    count = len(more.trials)
+    step = max(long - short, 0.0) / (MORE - FEW)
+    return _Cost(
+        trial=max(short - FEW * step, 0.0) / count,
+        step=step / count,
+        trial_bytes=max(_memory(reset=False) - before, 0) / count,
+        base_bytes=before,
+    )
+
+
+def _piece(batch: Batch, pairs: int, new_tokens: int) -> Batch:
+    """The first pairs of a batch, with this many new tokens."""
+    return batch.model_copy(
+        update={
+            "pairs": batch.pairs[:pairs],
+            "trials": [trial for trial in batch.trials if trial.pair < pairs],
+            "generation": batch.generation.model_copy(update={"max_new_tokens": new_tokens}),
+        }
+    )
+
+
+def _timed(model: Model, batch: Batch) -> float:
+    start = time.monotonic()
+    run_batch(model, batch)
+    return time.monotonic() - start
+
+
+def _memory(*, reset: bool) -> int:
+    """Bytes in use; with `reset` those of now, from where the highest mark is then kept, else that mark."""
+    if torch.cuda.is_available():
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if reset:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass  # the mark then stays what it was before, at least as high
+        return psutil.Process().memory_info().rss
+    if not status.exists():
+        return psutil.Process().memory_info().rss
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

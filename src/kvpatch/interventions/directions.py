@@ -1,0 +1,85 @@
+"""Directions between caches, and what interventions take from the calibration prompts.
+
+The caches and directions of the calibration prompts are the same for all batches of a run, so those that were read last
+are kept.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from kvpatch.caches.kvcache import PAD, KVCache, refuse_unlike
+from kvpatch.caches.rope import rotate
+from kvpatch.caches.selection import slot_mask
+from kvpatch.engine.model import Model
+from kvpatch.engine.prefill import prefill
+from kvpatch.errors import CacheError
+
+
+class Directions(dict[int, Tensor]):
+    """Directions that were read off caches: layer -> [kv_heads, head_dim], and the identity of their `model`."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self.model = model
+
+
+def refuse_foreign_directions(directions: dict[int, Tensor], model: str) -> None:
+    """Refuse directions that were read off another model's caches; a plain dict holds the user's own numbers.
+
+    Raises:
+        CacheError: where the models differ.
+    """
+    if isinstance(directions, Directions) and directions.model != model:
+        raise CacheError(
+            f"these directions were read off another model ({directions.model or 'unknown'}, this one is "
+            f"{model or 'unknown'}); take them from caches of this model"
+        )
+
+
+def mean_difference(sources: KVCache, targets: KVCache) -> tuple[Directions, Directions]:
+    """Mean over prompts of the body's mean key (before RoPE) and value, sources less targets.
+
+    Returns:
+        Two `Directions`, layer -> [kv_heads, head_dim], float32: keys and values.
+    Raises:
+        CacheError: where the caches are of different models.
+    """
+    refuse_unlike(sources, targets, "sources and targets")
+    keys, values = Directions(sources.model), Directions(sources.model)
+    for layer in range(sources.layers):
+        key_means, value_means = zip(*(_body_means(cache, layer) for cache in (sources, targets)), strict=True)
+        keys[layer] = key_means[0] - key_means[1]
+        values[layer] = value_means[0] - value_means[1]
+    return keys, values
+
+
+def _body_means(cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
+    is_body = slot_mask(cache, "body")
+    share = (is_body / is_body.sum(dim=1, keepdim=True))[:, None, :, None]
+    back = -torch.where(cache.positions != PAD, cache.positions, 0)
+    rope = cache.rope[layer]
+    unturned = cache.keys[layer] if rope.layout == "absolute" else rotate(cache.keys[layer], back, rope)
+
+    def mean(part: Tensor) -> Tensor:
+        return (part.float() * share).sum(dim=2).mean(dim=0)
+
+    return mean(unturned), mean(cache.values[layer])
+
+
+@functools.lru_cache(maxsize=2)
+def reference_caches(model: Model, texts: tuple[str, ...]) -> KVCache:
+    """Natural caches of the prompts of these texts, one row per text."""
+    return prefill(model.backbone, [model.encode(text) for text in texts])
+
+
+@functools.lru_cache(maxsize=2)
+@torch.no_grad()
+def mean_directions(
+    model: Model, sources: tuple[str, ...], targets: tuple[str, ...]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """`mean_difference` of the caches of these texts."""
+    return mean_difference(reference_caches(model, sources), reference_caches(model, targets))

@@ -1,0 +1,236 @@
+"""Backbone: a model without its output head, run over kvpatch's own KV cache."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvpatch.errors import ModelError, ProtocolError
+from kvpatch.models.changes import ModelState, dropout_in_training, is_plain_linear, without_hooks
+from kvpatch.models.fingerprint import identity, tensors_sha256, vocabulary_sha256
+from kvpatch.models.hf import AttentionObserver, Edits, Slab, Step, slab_attention
+from kvpatch.models.kept import Kept
+from kvpatch.models.limits import reset_rotaries, rotaries_that_grow
+from kvpatch.models.probe import geometry_of, refuse_what_is_passed_by
+from kvpatch.models.products import fast_products
+
+VOCABULARY_CHUNK = 16_384
+
+
+class Backbone:
+    """A causal language model as the engine sees it: tokens and positions in, hidden states out, slots in a slab.
+
+    Attributes:
+        hf: the transformers model itself.
+        tokenizer: its tokenizer, None where token ids are all there is.
+        blocks: its layers, in order.
+        geometry: its cache's shape.
+        kept: what the engine keeps with the model from call to call.
+        state: the model as it was when all this was found.
+    """
+
+    def __init__(self, hf: PreTrainedModel, tokenizer: Any = None) -> None:
+        self.kept = Kept()
+        self.tokenizer = tokenizer
+        self.hf = hf.eval()
+        self._settle()
+        self.state = ModelState.of(hf)
+
+    def _settle(self) -> None:
+        """Find the parts of the model and its geometry."""
+        hf = self.hf
+        self.config = hf.config.get_text_config()
+        self.decoder = hf.base_model
+        # A wrapped decoder takes anything; then the model as a whole tells the name.
+        names = [n for module in (self.decoder, hf) for n in inspect.signature(module.forward).parameters]
+        self._cache_argument = next((n for n in names if n in ("cache", "past_key_values")), "past_key_values")
+        head: Any = hf.get_output_embeddings() or getattr(hf, "lm_head", None)  # not found through a wrapped decoder
+        if not _is_linear_head(head) or not isinstance(getattr(self.config, "num_hidden_layers", None), int):
+            raise ModelError(f"{type(hf).__name__} is not a causal language model with one linear output head")
+        self.head = head
+        self.blocks = _blocks(self.decoder, self.config.num_hidden_layers)
+        # A copied block has a configuration of its own.
+        held = [self.config, *(vars(m).get("config") for m in self.decoder.modules())]
+        self.configs = list({id(c): c for c in held if isinstance(c, type(self.config))}.values())
+        self._growing = rotaries_that_grow(self.decoder)
+        self.geometry = geometry_of(self)
+
+    @cached_property
+    def identity(self) -> str:
+        """What this model's caches carry as their `model`: a hash of weights and tokenizer, taken when it is first
+        asked for. Later changes of the weights leave it, so that caches from before and after can be compared."""
+        words = "" if self.tokenizer is None else vocabulary_sha256(self.tokenizer)
+        return identity(tensors_sha256(self.hf), words)
+
+    def catch_up(self) -> None:
+        """Take over what was changed in the model since the last look; without a change this costs a millisecond or
+        two.
+
+        Weights may lie elsewhere, modules may have been replaced or wrapped: then what decoding keeps is dropped, and
+        the geometry is found anew where more than weights was changed. Hooks are taken off meanwhile. Only those on
+        the whole model run once, since kvpatch runs its decoder and head and must see that this comes to the same.
+
+        Raises:
+            ModelError: where the model as it now is can't be patched, or drops numbers at random.
+        """
+        now, before = ModelState.of(self.hf), self.state
+        if now == before:
+            return
+        held = dict(vars(self))
+        try:
+            if now.structure != before.structure:
+                if dropout := dropout_in_training(self.hf):
+                    raise ModelError(f"the model is in training mode and drops out ({dropout}); call hf.eval() first")
+                with without_hooks(self.hf):
+                    self._settle()
+                    refuse_what_is_passed_by(self)
+            if now.outer_hooks and now.outer_hooks != before.outer_hooks:
+                refuse_what_is_passed_by(self)
+        except BaseException:
+            vars(self).update(held)  # should the change be taken back, all is as it was
+            raise
+        if (now.structure, now.weights) != (before.structure, before.weights):
+            self.kept.drop_decoding()
+        self.state = ModelState.of(self.hf)
+
+    def note_own_changes(self) -> None:
+        """The engine has laid out the model's weights anew, their numbers unchanged."""
+        self.state = ModelState.of(self.hf)
+
+    @property
+    def name(self) -> str:
+        """transformers' name of the architecture."""
+        return type(self.hf).__name__
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.head.weight.dtype
+
+    def slab(self, batch: int, capacity: int) -> Slab:
+        """An empty slab for this model."""
+        return Slab(batch, capacity, self.config.num_hidden_layers, self.device)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slab: Slab,
+        branches: Tensor | None = None,
+        edits: Edits | None = None,
+        observer: AttentionObserver | None = None,
+    ) -> Tensor:
+        """Run tokens at positions, writing their keys and values into the slab's next slots.
+
+        Args:
+            token_ids: [batch, new]; anything where padded.
+            positions: [batch, new]; -1 where padded.
+            slab: holds what the tokens may look at; `extend`ed here.
+            branches: [batch, new], see `Slab`; None where all continue one sequence.
+            edits: changes to queries, keys and values as they are made.
+            observer: is shown what every layer's attention is made from.
+        Returns:
+            Hidden states [batch, new, width], after the final norm.
+        Raises:
+            ProtocolError: for a position past which the model's frequencies or masks would be others.
+        """
+        slab.extend(positions, branches)
+        of_slots = None if branches is None else slab.branches[:, : slab.length]
+        if self.geometry.ends_because and int(positions.max()) >= self.geometry.context:
+            raise ProtocolError(f"position {int(positions.max())} is asked for; {self.geometry.limit}")
+        windows = self.geometry.windows
+        step = Step(slab.positions[:, : slab.length], positions, self.dtype, of_slots, edits or {}, observer, windows)
+        if observer is not None:
+            observer.begin(token_ids, positions)
+        return self.run(token_ids, positions.clamp(min=0), slab, step)
+
+    def run(self, token_ids: Tensor, position_ids: Tensor, slab: Slab, step: Step) -> Tensor:
+        reset_rotaries(self._growing)
+        with slab_attention(self.configs, step), fast_products(self.head.weight):
+            out = self.decoder(
+                input_ids=token_ids, position_ids=position_ids, use_cache=True, **{self._cache_argument: slab}
+            )
+        return out[0]  # the last hidden state; some configurations ask for a plain tuple
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocabulary] in float32 of hidden states [..., width]."""
+        with fast_products(self.head.weight):
+            return self.scaled(self.head(hidden).float())
+
+    def token_logprobs(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Log-probability of one token at each hidden state, chunked over the vocabulary.
+
+        Args:
+            hidden: [n, width].
+            token_ids: [n].
+        Returns:
+            [n], float32, natural logarithm.
+        """
+        if not is_plain_linear(self.head):  # somebody's head, or hooks on it: ask it for all it gives
+            parts = [self.logits(part[:, None])[:, 0] for part in hidden.split(256)]
+            logits = torch.cat(parts).log_softmax(dim=-1)
+            return logits.gather(1, token_ids[:, None])[:, 0]
+        weight, bias = self.head.weight, self.head.bias
+        total = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
+        with fast_products(weight):
+            for low in range(0, weight.shape[0], VOCABULARY_CHUNK):
+                part = slice(low, low + VOCABULARY_CHUNK)
+                chunk = F.linear(hidden, weight[part], None if bias is None else bias[part])
+                total = torch.logaddexp(total, self.scaled(chunk.float()).logsumexp(dim=-1))
+        chosen = (hidden * weight[token_ids]).sum(dim=-1)
+        if bias is not None:
+            chosen = chosen + bias[token_ids]
+        return self.scaled(chosen.float()) - total
+
+    @property
+    def logit_scaling(self) -> tuple[float, float | None]:
+        """What the head's outputs are multiplied by, and the soft cap on the result (None for none)."""
+        config = self.config
+        factor = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        return factor, getattr(config, "final_logit_softcapping", None)
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """Logits of the head's outputs."""
+        factor, cap = self.logit_scaling
+        if factor != 1.0:
+            logits = logits * factor
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _blocks(decoder: nn.Module, layers: int) -> nn.ModuleList:
+    """The model's layers, in order: the one list of as many modules as there are layers."""
+    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    nested = [m for child in decoder.children() for m in child.children() if isinstance(m, nn.ModuleList)]
+    found = lists or [m for m in nested if len(m) == layers]
+    if not found:
+        raise ModelError(f"{type(decoder).__name__} has no list of {layers} layers to patch")
+    for place, block in enumerate(found[0]):
+        number = getattr(getattr(block, "self_attn", None), "layer_idx", None)
+        if isinstance(number, int) and number >= layers:
+            raise ModelError(
+                f"layer {place} of {layers} has layer_idx {number}, a place that the cache does not have; "
+                "number the layers anew after taking some out"
+            )
+    return found[0]
+
+
+def _is_linear_head(head: Any) -> bool:
+    """Whether an output head is a linear layer, or wraps one and tells its weight."""
+    weight = getattr(head, "weight", None)
+    return isinstance(head, nn.Linear) or (
+        isinstance(head, nn.Module) and isinstance(weight, Tensor) and weight.ndim == 2
+    )

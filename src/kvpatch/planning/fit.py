@@ -1,0 +1,127 @@
+"""Does every condition of a plan fit the model and the prompts? Asked before a run spends anything.
+
+Each intervention is asked, by way of `interventions.build`, on caches of the right shape that hold nothing, pair by
+pair, so that whatever would fail while the run goes on fails now: a layer, KV head or slot that does not exist, a
+selection that is empty or too small, keys that would have to move and can't, a cache longer than the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvpatch.caches.selection import slot_mask, told
+from kvpatch.errors import CacheError, EmptySelection, ProtocolError
+from kvpatch.interventions.build import Fitting, layout_of, refuse_misfit_model, refuse_misfit_prompts
+from kvpatch.interventions.kinds import empty_caches
+from kvpatch.models.geometry import Geometry
+from kvpatch.models.template import EncodedPrompt
+from kvpatch.planning.plan import Batch, Plan, PlannedPair
+from kvpatch.protocols.conditions import Condition
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where conditions must fit: a model's shape, its tokenizer, and the tokens that will follow a cache."""
+
+    geometry: Geometry
+    encode: Callable[[str], EncodedPrompt]
+    continuation_ids: Callable[[str], Sequence[int]]
+    room: int
+
+
+def refuse_misfits(
+    plan: Plan,
+    geometry: Geometry,
+    encode: Callable[[str], EncodedPrompt],
+    continuation_ids: Callable[[str], Sequence[int]],
+    room: int,
+) -> None:
+    """Check every condition of a plan.
+
+    Args:
+        encode: tokenises the text of a prompt; the neutral scaffold's is empty.
+        continuation_ids: tokenises text as it is (the separator of joined prompts).
+        room: tokens that will follow the cache.
+    Raises:
+        ProtocolError: naming the condition that does not fit, its phase, and the pair where it is a pair's.
+    """
+    place = _Place(geometry, encode, continuation_ids, room)
+    for batch in plan.batches:
+        laid_out: set[tuple[object, ...]] = set()
+        for name, condition in batch.conditions.items():
+            where = f"condition {name} of phase {batch.phase}"
+            try:
+                refuse_misfit_model(condition.change, geometry, may_be_empty=condition.may_be_empty)
+            except CacheError as error:
+                raise ProtocolError(f"{where}: {error}") from error
+            layout = _layout_of(condition)
+            seeds = {trial.pair: trial.seed for trial in batch.trials if trial.condition == name}
+            if not seeds or (layout is not None and layout in laid_out):
+                continue
+            laid_out |= set() if layout is None else {layout}
+            pairs = [(batch.pairs[pair], seeds[pair]) for pair in sorted(seeds)]
+            _refuse_misfit_pairs(where, condition, pairs, batch.readouts.r_v.window, place)
+        _refuse_unmarked(batch, place)
+
+
+def _layout_of(condition: Condition) -> tuple[object, ...] | None:
+    """What conditions share that lay their slots out alike; None where that is not known."""
+    layout = None if condition.change is None else layout_of(condition.change)
+    return None if layout is None else (layout, condition.from_, condition.into, condition.may_be_empty)
+
+
+Seeded = Sequence[tuple[PlannedPair, int]]
+"""Pairs, each with the seed of a trial."""
+
+
+def _refuse_misfit_pairs(where: str, condition: Condition, pairs: Seeded, window: int, place: _Place) -> None:
+    """Check a condition on its pairs, all together; where that fails, one by one, to name the pair."""
+    try:
+        _check_pairs(condition, pairs, window, place)
+    except CacheError as together:
+        for pair in pairs:
+            try:
+                _check_pairs(condition, [pair], window, place)
+            except CacheError as error:
+                message = error.without_row if isinstance(error, EmptySelection) else error
+                raise ProtocolError(f"{where}: {message}{_advice(error)} (pair {pair[0].pair_id})") from error
+        raise ProtocolError(f"{where}: {together}") from together
+
+
+def _advice(error: CacheError) -> str:
+    return ", or say may_be_empty: true of the condition" if isinstance(error, EmptySelection) else ""
+
+
+def _check_pairs(condition: Condition, pairs: Seeded, window: int, place: _Place) -> None:
+    if condition.change is None:
+        return
+    receivers = [place.encode(pair.texts[condition.into]) for pair, _ in pairs]
+    givers = [place.encode(pair.texts[condition.from_]) for pair, _ in pairs] if condition.from_ else receivers
+    fitting = Fitting(
+        geometry=place.geometry,
+        receivers=receivers,
+        givers=givers,
+        seeds=[seed for _, seed in pairs],
+        r_v_window=window,
+        may_be_empty=condition.may_be_empty,
+        room=place.room,
+        continuation_ids=place.continuation_ids,
+    )
+    refuse_misfit_prompts(condition.change, fitting)
+
+
+def _refuse_unmarked(batch: Batch, place: _Place) -> None:
+    """Refuse a pair in none of whose prompts the phase finds a slot to mark: its attention there would be 0."""
+    if batch.watched is None or batch.watched.marked is None:
+        return
+    for index, pair in enumerate(batch.pairs):
+        names = {trial.condition for trial in batch.trials if trial.pair == index}
+        conditions = [batch.conditions[name] for name in names]
+        roles = {role for c in conditions for role in (c.into, c.giver)}
+        prompts = [place.encode(pair.texts[role]) for role in sorted(roles)]
+        if prompts and not slot_mask(empty_caches(prompts, place.geometry), batch.watched.marked).any():
+            raise ProtocolError(
+                f"phase {batch.phase}: its marked {told(batch.watched.marked)} find no slot in any prompt of a pair, "
+                f"so attention on them would be 0; mark slots that they have (pair {pair.pair_id})"
+            )

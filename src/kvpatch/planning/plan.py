@@ -1,0 +1,352 @@
+"""From protocol to work: pairs, trials with content-hashed ids, and batches.
+
+A batch is a self-contained piece of work: plain data with every text, condition and setting in it, so that it can be
+sent to another process and gives the same rows there. All conditions of a pair are in one batch, and a batch's
+make-up depends on the plan alone, never on what was done before, so that a resumed run repeats it exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvpatch.errors import ProtocolError, ProtocolMistakes
+from kvpatch.planning.pairing import Pair, Pairs, form_pairs
+from kvpatch.prompts.bank import Bank, shuffled_words
+from kvpatch.protocols.conditions import ROLES, Condition
+from kvpatch.protocols.names import wrong_readouts
+from kvpatch.protocols.schema import AttentionSettings, Generation, Phase, Protocol, Readouts, calibration_of
+from kvpatch.readouts.scorer import Scorer, read_scorer
+from kvpatch.specs.base import Frozen
+from kvpatch.specs.nearest import instead
+
+ROWS_PER_BATCH = 120
+"""Trials in a batch, about; on two CPU cores the matrix products stop gaining from more."""
+
+
+class PlannedPair(Frozen):
+    """A pair's texts, by role, and its held-out continuations by cell of the 2x2; `number` counts a run's pairs."""
+
+    pair_id: str
+    number: int
+    target_id: str
+    source_id: str
+    texts: dict[str, str]
+    continuations: list[list[str]]
+    masked_by: list[str]
+
+    @property
+    def forced(self) -> str:
+        """The fixed continuation that every condition of the pair is forced on: plain, on the target's topic."""
+        return self.continuations[1][0]
+
+
+class PlannedTrial(Frozen):
+    """One pair, one condition, one sample. `content_id` names all of its content but the phase: trials that share it
+    are one computation."""
+
+    trial_id: str
+    content_id: str
+    pair: int
+    condition: str
+    sample: int
+    seed: int
+
+
+class Batch(Frozen):
+    """A piece of work that stands on its own.
+
+    `model` is a key of the protocol's `models`, None for the run's own; `calibration` the phase whose natural runs set
+    the coherence limits; `roles` what each condition is in this phase.
+    """
+
+    batch_id: str
+    model: str | None
+    phase: str
+    split: str
+    calibration: str
+    pairs: list[PlannedPair]
+    conditions: dict[str, Condition]
+    roles: dict[str, str]
+    trials: list[PlannedTrial]
+    generation: Generation
+    readouts: Readouts
+    scorer: Scorer
+    reference_texts: list[str]
+    reference_targets: list[str]
+    watched: AttentionSettings | None = None
+    geometry: bool = False
+
+
+class Skipped(Frozen):
+    """A condition the model can't take, with the reason."""
+
+    phase: str
+    condition: str
+    reason: str
+
+
+class Plan(Frozen):
+    """Everything a run will do."""
+
+    batches: list[Batch]
+    scorer: Scorer
+    skipped: list[Skipped]
+    dropped_pairs: list[str]
+
+    @property
+    def n_trials(self) -> int:
+        """Number of trials."""
+        return sum(len(batch.trials) for batch in self.batches)
+
+    @property
+    def trial_ids(self) -> list[str]:
+        """Ids of all trials, in order."""
+        return [trial.trial_id for batch in self.batches for trial in batch.trials]
+
+
+@dataclass(frozen=True)
+class PlanningModel:
+    """What a plan must know of a model.
+
+    body_length: number of body tokens of a text. key: names the weights, tokenizer and template; part of every trial
+    id. has_template: whether prompts go into a chat template (the neutral scaffold needs one). can_move_keys: False
+    for a model that adds positions to its embeddings.
+    """
+
+    body_length: Callable[[str], int]
+    key: str
+    kv_heads: int
+    has_template: bool
+    can_move_keys: bool = True
+
+
+def chosen_phases(protocol: Protocol, phases: Sequence[str] | None, n: int | None = None) -> list[str]:
+    """Names of the phases to run, all if None, on `n` pairs each.
+
+    Raises:
+        ProtocolError: for a phase the protocol does not have, or an n below 1.
+    """
+    chosen = list(protocol.phases) if phases is None else list(dict.fromkeys(phases))
+    for name in chosen:
+        if name not in protocol.phases:
+            told = instead(name, protocol.phases, "it has")
+            raise ProtocolError(f"no phase {name!r} in {protocol.protocol}; {told}")
+    if n is not None and n < 1:
+        raise ProtocolError(f"n must be at least 1, got {n}")
+    return chosen
+
+
+def make_plan(
+    protocol: Protocol,
+    bank: Bank,
+    models: Mapping[str | None, PlanningModel],
+    *,
+    seed: int,
+    n: int | None = None,
+    phases: Sequence[str] | None = None,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        models: the run's own model under None, the protocol's further ones by their keys.
+        seed: orders the pairs and seeds the trials.
+        n: pairs per condition, in place of each phase's own. A phase with a pairing of its own takes what that gives.
+        phases: names of the phases to run; all if None.
+    Raises:
+        ProtocolError: for an unknown phase or readout, a scorer that can't be read, or more pairs than the bank gives.
+    """
+    chosen = chosen_phases(protocol, phases, n)
+    if wrong := list(wrong_readouts(protocol)):
+        raise ProtocolMistakes([f"{protocol.protocol}, {'.'.join(map(str, each.loc))}: {each}" for each in wrong])
+    if len(bank.by_id) == 0:
+        raise ProtocolError(f"bank {bank.name!r} is empty")
+    scorer = read_scorer(protocol.readouts.lexicon, protocol.folder)
+    batches: list[Batch] = []
+    skipped: list[Skipped] = []
+    dropped: list[str] = []
+    planners: dict[str | None, _Planner] = {}
+    for name in chosen:
+        phase = protocol.phases[name]
+        if phase.model not in planners:
+            planner = planners[phase.model] = _Planner(protocol, bank, scorer, phase.model, models[phase.model], seed)
+            batches += planner.calibration()
+            dropped += planner.formed.dropped
+        planner = planners[phase.model]
+        pairs, left_out = planner.pairs_of(name, phase, n)
+        dropped += left_out
+        batches += planner.batches(name, "test", pairs, phase.all_conditions)
+    for planner in planners.values():
+        skipped += planner.skipped
+    return Plan(batches=batches, scorer=scorer, skipped=skipped, dropped_pairs=dropped)
+
+
+class _Planner:
+    """What the batches of one model share."""
+
+    def __init__(
+        self, protocol: Protocol, bank: Bank, scorer: Scorer, key: str | None, model: PlanningModel, seed: int
+    ) -> None:
+        self.protocol, self.bank, self.scorer = protocol, bank, scorer
+        self.key, self.model, self.seed = key, model, seed
+        self.lengths = {p.id: model.body_length(p.text) for p in bank.prompts}
+        self.formed = form_pairs(bank, protocol, self.lengths, seed)
+        self.held_out = self.formed.pairs[: protocol.calibration.pairs]
+        self.reference = [[p.source.text for p in self.held_out], [p.target.text for p in self.held_out]]
+        self.calibration_phase = calibration_of(key)
+        self.skipped: list[Skipped] = []
+
+    def calibration(self) -> list[Batch]:
+        """Batches of the natural runs of the held-out pairs."""
+        names = self.protocol.calibration.conditions
+        return self.batches(self.calibration_phase, "calibration", self.held_out, names)
+
+    def pairs_of(self, name: str, phase: Phase, n: int | None) -> tuple[Sequence[Pair], Sequence[str]]:
+        """The pairs a phase runs on, and what its own pairing dropped."""
+        wanted = n or phase.n
+        if phase.pairing is not None:
+            own: Pairs = form_pairs(self.bank, self.protocol, self.lengths, self.seed, phase.pairing)
+            if not own.pairs:
+                raise ProtocolError(f"phase {name}: its pairing forms no pair ({'; '.join(own.dropped[:1])})")
+            return own.pairs[:wanted], own.dropped
+        rest = self.formed.pairs[len(self.held_out) :]
+        if wanted > len(rest):
+            raise ProtocolError(
+                f"phase {name} wants n={wanted}, and bank {self.bank.name!r} gives {len(rest)} pairs for this model "
+                f"({len(self.formed.pairs)} less {len(self.held_out)} held out for calibration)"
+            )
+        return rest[:wanted], []
+
+    def batches(self, phase: str, split: str, pairs: Sequence[Pair], names: Sequence[str]) -> list[Batch]:
+        """Batches of one phase."""
+        conditions = {name: self.protocol.conditions[name] for name in names if self._is_possible(phase, name, pairs)}
+        asked = self.protocol.phases.get(phase)  # a calibration is no phase of the protocol
+        per_pair = len(conditions) * self.protocol.generation.samples
+        step = max(1, ROWS_PER_BATCH // max(1, per_pair))
+        needs_reference = any(c.change is not None and c.change.is_fitted for c in conditions.values())
+        out = []
+        for low in range(0, len(pairs), step):
+            planned = [self._pair(pair, low + index) for index, pair in enumerate(pairs[low : low + step])]
+            trials = [
+                self._trial(phase, name, condition, index, pair, sample)
+                for name, condition in conditions.items()
+                for index, pair in enumerate(planned)
+                if condition.giver in pair.texts
+                for sample in range(self.protocol.generation.samples)
+            ]
+            content = "".join(trial.trial_id for trial in trials)
+            out.append(
+                Batch(
+                    batch_id=f"{phase}-{low // step:04d}-{hashlib.sha256(content.encode()).hexdigest()[:12]}",
+                    model=self.key,
+                    phase=phase,
+                    split=split,
+                    calibration=self.calibration_phase,
+                    pairs=planned,
+                    conditions=conditions,
+                    roles={name: self.protocol.role(phase, name) for name in conditions},
+                    trials=trials,
+                    generation=self.protocol.generation,
+                    readouts=self.protocol.readouts,
+                    scorer=self.scorer,
+                    reference_texts=self.reference[0] if needs_reference else [],
+                    reference_targets=self.reference[1] if needs_reference else [],
+                    watched=asked.watched if asked else None,
+                    geometry=asked is not None and asked.geometry,
+                )
+            )
+        return out
+
+    def _is_possible(self, phase: str, name: str, pairs: Sequence[Pair]) -> bool:
+        condition = self.protocol.conditions[name]
+        roles = {condition.from_, condition.text_of}
+        other = next((role for role in roles if role is not None and role not in ROLES), None)
+        reason = None
+        if self.model.kv_heads < condition.min_kv_heads:
+            reason = f"needs {condition.min_kv_heads} KV heads; the model has {self.model.kv_heads}"
+        elif "neutral" in roles and not self.model.has_template:
+            reason = "needs a chat template for the empty scaffold; the model has none"
+        elif condition.needs_template and not self.model.has_template:
+            reason = "needs slots that only a chat template gives; the model has none"
+        elif "foreign" in roles and any(pair.foreign is None for pair in pairs):
+            reason = "needs a foreign partner for every target; the bank has not got them"
+        elif other and not any(other in pair.others for pair in pairs):
+            reason = f"needs {other} prompts; the bank gives these pairs none"
+        elif condition.change is not None and condition.change.moves_keys and not self.model.can_move_keys:
+            reason = "moves keys to other positions; the model adds positions to its embeddings"
+        if reason:
+            self.skipped.append(Skipped(phase=phase, condition=name, reason=reason))
+        return reason is None
+
+    def _pair(self, pair: Pair, number: int) -> PlannedPair:
+        texts = {
+            "target": pair.target.text,
+            "source": pair.source.text,
+            "neutral": "",
+            "shuffled_words": shuffled_words(pair.source.text, _number(self.seed, pair.id, "words")),
+        }
+        if pair.foreign is not None:
+            texts["foreign"] = pair.foreign.text
+        texts |= {group: prompt.text for group, prompt in pair.others.items()}
+        return PlannedPair(
+            pair_id=pair.id,
+            number=number,
+            target_id=pair.target.id,
+            source_id=pair.source.id,
+            texts=texts,
+            continuations=[[c.text for c in cell] for cell in pair.continuations],
+            masked_by=[role for role in pair.masked_by if role in texts],
+        )
+
+    def _trial(
+        self, phase: str, name: str, condition: Condition, index: int, pair: PlannedPair, sample: int
+    ) -> PlannedTrial:
+        # Conditions of a pair share their seed, and so their noise.
+        seed = _number(self.seed, pair.pair_id, sample)
+        content = {
+            "model": self.model.key,
+            "condition": condition.model_dump(mode="json", by_alias=True),
+            "name": name,
+            "pair": _what_counts_of(pair, condition),
+            "sample": sample,
+            "seed": seed,
+            "generation": self.protocol.generation.model_dump(mode="json"),
+            "reference": self.reference if condition.change is not None and condition.change.is_fitted else [],
+            "readouts": self.protocol.readouts.model_dump(mode="json"),
+            "scorer": self.scorer.sha256,
+        }
+        if asked := self.protocol.phases.get(phase):
+            watched = None if asked.watched is None else asked.watched.model_dump(mode="json")
+            content |= {"watched": watched, "geometry": asked.geometry}
+        return PlannedTrial(
+            trial_id=_hashed({**content, "phase": phase}),
+            content_id=_hashed(content),
+            pair=index,
+            condition=name,
+            sample=sample,
+            seed=seed,
+        )
+
+
+def _hashed(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _what_counts_of(pair: PlannedPair, condition: Condition) -> dict[str, Any]:
+    """What of a pair can change a trial: its number and its prompts of other groups only where the condition asks."""
+    content = pair.model_dump(mode="json")
+    if condition.change is None or not condition.change.uses_pair_number:
+        del content["number"]
+    used = {*ROLES, *pair.masked_by, condition.from_, condition.text_of}
+    content["texts"] = {role: text for role, text in pair.texts.items() if role in used}
+    return content
+
+
+def _number(*parts: object) -> int:
+    """A 63-bit number that belongs to these parts."""
+    text = ":".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,238 @@
+"""Hypotheses of a protocol: a contrast of conditions, its test, its margin and its family."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticKnownError
+
+from kvpatch.specs.base import Frozen
+from kvpatch.specs.test_kinds import TestKind, find, kind_named, kinds
+
+Transform = Literal["none", "log"]
+Correction = Literal["holm", "benjamini_hochberg"]
+
+
+def _of_a_kind(value: Any) -> Any:
+    if find(value) is not None:
+        return value
+    *names, last = map(repr, kinds())
+    raise PydanticKnownError("literal_error", {"expected": f"{', '.join(names)} or {last}"})
+
+
+def _list_kinds(schema: dict[str, Any]) -> None:
+    schema["enum"] = list(kinds())
+
+
+Test = Annotated[str, BeforeValidator(_of_a_kind), Field(json_schema_extra=_list_kinds)]
+"""The id of a kind of test (`specs/test_kinds.py`)."""
+
+
+class Misplaced(ValueError):
+    """What is wrong with a part of a protocol, and the keys that lead to that part."""
+
+    def __init__(self, message: str, *loc: str | int) -> None:
+        super().__init__(message)
+        self.loc = loc
+
+
+class Margin(Frozen):
+    """How large an effect must be, or how small: the largest of the parts that are given.
+
+    `natural_gap`: share of |mean(B - A)| on the calibration pairs. `dz`: in standard deviations of the pair
+    differences. `value`: in the readout's own unit.
+    """
+
+    natural_gap: float | None = Field(default=None, gt=0)
+    dz: float | None = Field(default=None, gt=0)
+    value: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Margin:
+        if self.natural_gap is None and self.dz is None and self.value is None:
+            raise ValueError("a margin gives natural_gap, dz or value")
+        return self
+
+
+_COUNTS = {1: "one", 2: "two", 3: "three"}
+_TERM = re.compile(r"\s*([+-])?\s*([A-Za-z][A-Za-z0-9_]*)\s*")
+_ORDER = re.compile(r"\s*([<>])?\s*([A-Za-z][A-Za-z0-9_]*)\s*")
+
+
+def parse_contrast(contrast: str) -> dict[str, int]:
+    """Condition -> +1 or -1, from a contrast such as "C - N1".
+
+    Raises:
+        Misplaced: where it does not read so.
+    """
+    out: dict[str, int] = {}
+    at = 0
+    while at < len(contrast):
+        term = _TERM.match(contrast, at)
+        if term is None or (out and term[1] is None):
+            raise Misplaced(f"contrast {contrast!r} must read like 'C - N1'", "contrast")
+        if term[2] in out:
+            raise Misplaced(f"contrast {contrast!r} names condition {term[2]!r} twice", "contrast")
+        out[term[2]] = -1 if term[1] == "-" else 1
+        at = term.end()
+    if not out:
+        raise Misplaced(f"contrast {contrast!r} must read like 'C - N1'", "contrast")
+    return out
+
+
+def parse_order(contrast: str) -> tuple[list[str], list[str]]:
+    """Conditions in order and the signs between them, from an ordering such as "L1 < L2 < L3 > L4".
+
+    Raises:
+        Misplaced: where it does not read so.
+    """
+    names: list[str] = []
+    signs: list[str] = []
+    at = 0
+    while at < len(contrast):
+        term = _ORDER.match(contrast, at)
+        if term is None or bool(names) != bool(term[1]) or term[2] in names:
+            raise Misplaced(f"ordering {contrast!r} must read like 'L1 < L2 < L3', each condition once", "contrast")
+        names.append(term[2])
+        signs += [term[1]] if term[1] else []
+        at = term.end()
+    if len(names) < 3:
+        raise Misplaced(f"ordering {contrast!r} needs at least three conditions, such as 'L1 < L2 < L3'", "contrast")
+    return names, signs
+
+
+def _goes_with(tests: list[str]) -> str:
+    """ "test 'correlates', which needs", of one kind of test or of several."""
+    if len(tests) == 1:
+        return f"test {tests[0]!r}, which needs"
+    return f"tests {', '.join(map(repr, tests[:-1]))} and {tests[-1]!r}, which need"
+
+
+class Variable(Frozen):
+    """One number a pair: a readout of one condition, or of several combined."""
+
+    contrast: str = Field(description="one condition, such as 'B', or several, such as 'C - N1'")
+    readout: str
+    transform: Transform = "none"
+
+    @model_validator(mode="after")
+    def _reads(self) -> Variable:
+        self.weights()
+        return self
+
+    def weights(self) -> dict[str, int]:
+        """Condition -> +1 or -1, from the contrast."""
+        return parse_contrast(self.contrast)
+
+
+class Hypothesis(Frozen):
+    """A claim, and the test that decides it.
+
+    `contrast` combines pair means ('C - N1'); for "trend" and "umbrella" it orders conditions ('L1 < L2 < L3',
+    'L1 < L2 > L3'). "correlates" relates it over pairs to `against`, given `controlling`. "replicates" asks whether
+    it repeats the hypothesis `of`, in a phase on another model.
+    """
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+    claim: str
+    phase: str
+    contrast: str = Field(description="conditions joined by - and +, such as 'C - N1', or an ordering with < and >")
+    readout: str
+    transform: Transform = "none"
+    test: Test
+    direction: Literal["positive", "negative"] | None = Field(default=None, description="of a correlation")
+    against: Variable | None = Field(default=None, description="what the contrast correlates with, over pairs")
+    controlling: list[Variable] = Field(default=[], description="what is held constant in a correlation")
+    of: str | None = Field(default=None, description="the hypothesis that is replicated")
+    margin: Margin | None = None
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    family: str = Field(description="hypotheses of one family share a correction for multiplicity")
+    gate: int = Field(ge=1, le=5)
+    is_gatekeeper: bool = Field(default=False, description="if it is not supported, later gates can't be interpreted")
+    criterion: str | None = Field(default=None, description="row of the success-criteria table this decides")
+    confirmatory: bool = True
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Hypothesis:
+        kind = self.kind
+        names = self._ordered() if kind.order is not None else list(self.weights())
+        if len(names) < kind.least_conditions:
+            what, least = "contrast" if kind.order is None else "ordering", kind.least_conditions
+            many = f"{_COUNTS.get(least, least)} condition{'' if least == 1 else 's'}"
+            raise Misplaced(f"{what} {self.contrast!r} needs at least {many}", "contrast")
+        if "margin" in kind.needs and self.margin is None:
+            raise Misplaced(f"test {self.test!r} needs a margin, such as {{natural_gap: 0.2}}", "margin")
+        for key in ("against", "direction", "of"):
+            if (getattr(self, key) is not None) != (key in kind.needs):
+                goes = _goes_with([each.id for each in kinds().values() if key in each.needs])
+                raise Misplaced(f"{key!r} goes with {goes} it; the test is {self.test!r}", key)
+        if self.controlling and kind.measures != "correlation":
+            tests = [each.id for each in kinds().values() if each.measures == "correlation"]
+            named = " or ".join(map(repr, tests))
+            raise Misplaced(f"'controlling' goes with test {named}; the test is {self.test!r}", "controlling")
+        return self
+
+    def _ordered(self) -> list[str]:
+        names, signs = parse_order(self.contrast)
+        changes = sum(a != b for a, b in pairwise(signs))
+        if self.kind.order == "monotone" and changes:
+            raise Misplaced(f"a trend goes one way, such as 'L1 < L2 < L3'; {self.contrast!r} turns", "contrast")
+        if self.kind.order == "peaked" and (changes != 1 or signs[0] != "<"):
+            raise Misplaced(
+                f"an umbrella rises and then falls, such as 'L1 < L2 > L3', not {self.contrast!r}", "contrast"
+            )
+        return names
+
+    def weights(self) -> dict[str, int]:
+        """Condition -> +1 or -1, from a contrast that is no ordering."""
+        return parse_contrast(self.contrast)
+
+    @property
+    def kind(self) -> TestKind:
+        """What the test needs, measures, claims and is called."""
+        return kind_named(self.test)
+
+    @property
+    def sign(self) -> int | None:
+        """+1 or -1, the side of 0 that a contrast is claimed to lie on; None for tests of another kind."""
+        return self.kind.side
+
+    @property
+    def claimed_side(self) -> int:
+        """+1 or -1, the side of 0 that the estimate is claimed to lie on: a contrast, a slope or a correlation."""
+        return -1 if self.sign == -1 or self.direction == "negative" else 1
+
+    @property
+    def is_ordering(self) -> bool:
+        """Whether the contrast orders conditions."""
+        return self.kind.order is not None
+
+    def order(self) -> tuple[list[str], int]:
+        """Conditions in rising order up to the peak, as written, and the index of the peak.
+
+        A falling trend is given from its lowest to its highest, so that the last is always the peak of a trend.
+        """
+        names, signs = parse_order(self.contrast)
+        if self.kind.order == "monotone":
+            return (names if signs[0] == "<" else names[::-1]), len(names) - 1
+        return names, signs.index(">")
+
+    def conditions_by_place(self) -> list[tuple[list[str], tuple[str | int, ...]]]:
+        """The conditions of each contrast of the hypothesis, and the keys that lead to it."""
+        own = parse_order(self.contrast)[0] if self.is_ordering else list(self.weights())
+        return [(own, ()), *((list(variable.weights()), loc) for variable, loc in self.others())]
+
+    def others(self) -> list[tuple[Variable, tuple[str | int, ...]]]:
+        """What the contrast is held against, and the keys that lead to each."""
+        against: list[tuple[Variable, tuple[str | int, ...]]] = []
+        if self.against is not None:
+            against.append((self.against, ("against",)))
+        return against + [(variable, ("controlling", place)) for place, variable in enumerate(self.controlling)]
+
+    @property
+    def conditions(self) -> list[str]:
+        """Every condition the hypothesis reads, each once."""
+        return list(dict.fromkeys(name for names, _ in self.conditions_by_place() for name in names))

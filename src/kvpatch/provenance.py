@@ -1,0 +1,114 @@
+"""What `run.json` records of where a run came from: model, code, machine and time."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import kvpatch
+from kvpatch.engine.model import Model
+from kvpatch.models.load import template_sha256, tokenizer_sha256, weights_sha256
+from kvpatch.planning.plan import Plan, chosen_phases
+from kvpatch.prompts.bank import Bank
+from kvpatch.protocols.schema import Protocol
+from kvpatch.store.record import ModelRecord, OtherModel, RunRecord
+
+
+def model_record(model: Model) -> ModelRecord:
+    """What run.json says of a model."""
+    g = model.geometry
+    return ModelRecord(
+        name=model.loaded.name,
+        architecture=g.architecture,
+        layers=g.layers,
+        kv_heads=g.kv_heads,
+        query_heads=g.query_heads,
+        head_dim=g.head_dim,
+        dtype=str(model.backbone.dtype).removeprefix("torch."),
+        device=str(model.backbone.device.type),
+        weights_sha256=weights_sha256(model.loaded),
+        tokenizer_sha256=tokenizer_sha256(model.tokenizer),
+        template_sha256=template_sha256(model.tokenizer),
+        scaffold_sha256=None if model.scaffold is None else model.scaffold.sha256,
+    )
+
+
+def record_of(
+    protocol: Protocol,
+    bank: Bank,
+    plan: Plan,
+    records: Mapping[str | None, ModelRecord],
+    seed: int,
+    n: int | None,
+    phases: Sequence[str] | None,
+    command: Sequence[str],
+) -> RunRecord:
+    return RunRecord(
+        kvpatch_version=kvpatch.__version__,
+        protocol=protocol.model_dump(mode="json", by_alias=True),
+        protocol_sha256=protocol.sha256,
+        bank_sha256=bank.sha256,
+        scorer_sha256=plan.scorer.sha256,
+        model=records[None],
+        other_models={key: OtherModel(model=record) for key, record in records.items() if key is not None},
+        seed=seed,
+        n=n,
+        phases=chosen_phases(protocol, phases),
+        planned_by_phase=dict(Counter(batch.phase for batch in plan.batches for _ in batch.trials)),
+        versions={name: version(name) for name in ("torch", "transformers", "numpy", "scipy", "pyarrow")},
+        git=_git(),
+        hardware=_hardware(),
+        command=list(command),
+        created=now(),
+        skipped=[s.model_dump() for s in plan.skipped],
+        dropped_pairs=plan.dropped_pairs,
+    )
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _git() -> dict[str, object]:
+    """Commit of kvpatch's own source tree, where it is one."""
+
+    def ask(*arguments: str) -> str | None:
+        folder = Path(__file__).parent
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = ask("rev-parse", "HEAD")
+    return {"commit": commit, "dirty": bool(ask("status", "--porcelain", "--", ".")) if commit else None}
+
+
+def _hardware() -> dict[str, object]:
+    out: dict[str, object] = {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": sys.version.split()[0],
+    }
+    if torch.cuda.is_available():
+        out["gpu"] = torch.cuda.get_device_name()
+    return out
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

@@ -1,0 +1,76 @@
+"""From a run directory to its report page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kvpatch.readouts.behavior import copied_words
+from kvpatch.report.head_maps import MAPPED
+from kvpatch.report.page import Live, render
+from kvpatch.store.directory import Store
+from kvpatch.verdicts.decide import verdicts_json
+from kvpatch.verdicts.outcome import TEXTS, Outcome
+
+TRAJECTORIES = ("rv_trajectory", "rv_forced_trajectory")
+
+
+def mark(text: str, source: str, hits: Sequence[Mapping[str, int]]) -> list[tuple[int, int, str]]:
+    """What to mark in an output: the scorer's hits, as they are stored, and words copied from the source."""
+    marks = [(span["start"], span["end"], "hit") for span in hits if span["end"] <= len(text)]
+    return marks + [(start, end, "copied") for start, end in copied_words(text, source)]
+
+
+def report_page(store: Store, outcome: Outcome, live: Live | None = None) -> str:
+    """The report as HTML. live: what to say where it is served while the run goes on."""
+    with pd.option_context("mode.string_storage", "python"):
+        return render(
+            {**outcome.record.model_dump(mode="json"), "dropped_pairs": len(outcome.record.dropped_pairs)},
+            outcome.protocol,
+            outcome.rows,
+            json.loads(verdicts_json(outcome.verdicts)),
+            outcome.answer,
+            mark,
+            [effect.model_dump() for effect in outcome.effects],
+            with_texts=lambda rows: with_columns(store, rows, TEXTS),
+            watched=watched_rows(store, outcome),
+            live=live,
+        )
+
+
+def write_report(store: Store, outcome: Outcome, path: Path | None = None) -> Path:
+    """Write the report; returns where it is."""
+    page = report_page(store, outcome)
+    if path is None:
+        return store.write_text("report.html", page)
+    path.write_text(page, encoding="utf-8", errors="replace")
+    return path
+
+
+def with_columns(store: Store, rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """The rows with further columns, such as texts, read from the parts that hold them."""
+    wanted = pa.array(rows["trial_id"].unique(), pa.string())
+    found = []
+    for table in store.tables(["trial_id", *columns]):
+        here = table.filter(pc.is_in(table["trial_id"], wanted))  # pyright: ignore[reportAttributeAccessIssue]
+        if len(here):
+            found.append(here)
+    if not found:
+        return rows.assign(**dict.fromkeys(columns))
+    more = pa.concat_tables(found).to_pandas().drop_duplicates("trial_id", keep="last")
+    return rows.merge(more, on="trial_id", how="left")
+
+
+def watched_rows(store: Store, outcome: Outcome) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(rows of the phases that read geometry or watch attention, with what the charts of those need; every head's
+    attention while it read the fixed continuation)."""
+    phases = outcome.protocol.phases
+    asked = [name for name, phase in phases.items() if phase.geometry or phase.watched is not None]
+    rows = outcome.rows[outcome.rows["phase"].isin(asked)]
+    heads = store.read_attention(["trial_id", "stage", "layer", "head", *MAPPED], stage="forced")
+    return with_columns(store, rows, TRAJECTORIES), heads.to_pandas()

@@ -1,0 +1,1 @@
+"""Everything that a protocol can say, as frozen data without torch."""

@@ -1,0 +1,111 @@
+"""What every spec is: frozen data that refuses unknown keys, and whose mistakes are told in one line."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Annotated, Any, ClassVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+)
+
+from kvpatch.errors import CacheError
+from kvpatch.specs.arguments import indices_of_slice, real, whole_numbers
+from kvpatch.specs.refusals import refusal_of
+
+
+class Frozen(BaseModel):
+    """Base of the data types: no unknown keys, no change after it is made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Given(Frozen):
+    """Base of what a person writes in Python: what is wrong with it is said in one line.
+
+    Raises:
+        CacheError: where it is made of something that can't be meant.
+    """
+
+    def __init__(self, **given: Any) -> None:
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise CacheError(refusal_of(error, type(self))) from None
+
+    # pydantic then takes it for its own, and a part of a protocol is built as before, with the place of what is wrong.
+    __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+class Change(Given):
+    """Base of whatever a condition of a protocol may do to a cache: what of it is known without a model.
+
+    takes_giver: whether something is taken from another prompt, which the condition then names under `from`.
+    """
+
+    takes_giver: ClassVar[bool] = False
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it is made from the calibration prompts, such as a mean or a direction."""
+        return False
+
+    @property
+    def moves_keys(self) -> bool:
+        """Whether keys land at other positions than they were made for."""
+        return False
+
+    @property
+    def uses_pair_number(self) -> bool:
+        """Whether it differs between pairs by their number in the run."""
+        return False
+
+    @property
+    def keeps_text_whole(self) -> bool:
+        """Whether the cache is that of whole prompts, which a model goes on from as fluently as from any."""
+        return False
+
+    @property
+    def sets_r_v(self) -> bool:
+        """Whether the geometry of cached values is what is changed, and not what they say."""
+        return False
+
+    @property
+    @abstractmethod
+    def told(self) -> str:
+        """What is done, as the name of a series in a chart."""
+
+    @abstractmethod
+    def to_json(self) -> str:
+        """Canonical JSON of everything that it says."""
+
+
+def indices_or_all(value: Any, info: ValidationInfo) -> Any:
+    """Indices as a list of Python's numbers; None for all; what is no collection stays as it is."""
+    name = str(info.field_name)
+    if isinstance(value, slice):
+        return None if value == slice(None) else indices_of_slice(name, value)
+    if value is None or isinstance(value, (dict, BaseModel)):
+        return value
+    if isinstance(value, str):
+        if value != "all":
+            raise ValueError(f"{name} must be whole numbers or 'all', got {value!r}")
+        return None
+    return whole_numbers(name, value)
+
+
+def real_number(value: Any, info: ValidationInfo) -> Any:
+    return real(str(info.field_name), value)
+
+
+Number = Annotated[float, BeforeValidator(real_number)]
+"""A finite number."""
+Mode = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
+"""Name of a mode, such as "recursive"."""
+PLAIN = "plain"
+"""What is not in the protocol's mode."""

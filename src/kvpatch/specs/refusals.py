@@ -1,0 +1,38 @@
+"""pydantic's errors, which take several lines, in one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from kvpatch.specs.arguments import shown
+
+
+def sentence(details: Any) -> str:
+    """What one of pydantic's error details says, with the value that was wrong."""
+    message = details["msg"].removeprefix("Value error, ")
+    return message if details["type"] == "value_error" else f"{message}, not {shown(details['input'])}"
+
+
+def refusal_of(error: ValidationError, of: type[BaseModel]) -> str:
+    """What is wrong with the arguments of a data type, in one line: the type, the field and what is expected there."""
+
+    found = error.errors()
+    other_forms = {e["loc"][:-1] for e in found if e["type"] in ("extra_forbidden", "missing")}
+
+    def weight(details: Any) -> tuple[bool, int, bool, bool]:
+        # Of the forms that a field may have, the one that was meant is the one that was followed deepest.
+        loc, kind = details["loc"], details["type"]
+        return kind == "value_error", len(loc), loc[:-1] not in other_forms, kind == "extra_forbidden"
+
+    first = max(found, key=weight)
+    at = [str(part) for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part.islower())]
+    if first["type"] == "extra_forbidden":
+        known = f"; it has {', '.join(of.model_fields)}" if len(at) == 1 else ""
+        return f"{of.__name__}: there is no {'.'.join(at)!r}{known}"
+    if first["type"] == "missing":
+        return f"{of.__name__}: {'.'.join(at)!r} is missing"
+    told = sentence(first)
+    is_named = first["type"] == "value_error" or not at
+    return " ".join((f"{of.__name__}: {told}" if is_named else f"{of.__name__}: {'.'.join(at)}: {told}").split())

@@ -1,0 +1,93 @@
+"""Selections of a cache: which layers, which KV heads, which slots. Data only, no tensors."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from kvpatch.specs.base import Given, indices_or_all
+
+if TYPE_CHECKING:
+    pass
+
+NamedSlots = Literal["all", "bos", "template", "body", "trailer", "last", "sinks"]
+
+
+def _slots(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, str):
+        if value not in get_args(NamedSlots):
+            raise ValueError(
+                f"slots {value!r} is not a selection; use {', '.join(get_args(NamedSlots))}, a SlotQuery or indices"
+            )
+        return value
+    if value is None:
+        raise ValueError("slots must be a named selection, a SlotQuery or indices, got None")
+    found = indices_or_all(value, info)
+    return "all" if found is None else found
+
+
+class LayerAt(Given):
+    """One layer, as a fraction of depth."""
+
+    depth: float = Field(ge=0, le=1)
+
+
+class LayerBand(Given):
+    """Layers by depth: `[low, high)` as fractions of the number of layers, so that it fits any model."""
+
+    band: tuple[float, float]
+    inverse: bool = Field(default=False, description="True: every layer but the band")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LayerBand:
+        low, high = self.band
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"band must be two fractions with 0 <= low < high <= 1, got [{low}, {high}]")
+        return self
+
+
+class SlotQuery(Given):
+    """Slots by meaning. The filters are applied in the order of the fields.
+
+    `of` names where to look; `without` takes a named stretch out; `fraction` keeps `[low, high)` of what is left;
+    `keywords` keeps slots whose token overlaps a match of one of these regular expressions in the text of the slots;
+    `matched_to` gives as many random slots as that query selects, none of them selected by it, each drawn from the
+    same tenth of the depth of `of` where one is free (the control for a selection by meaning). With `in_source` the
+    selection is made in the source alone, and its slots land at the same relative places of the target's `of`.
+    """
+
+    of: NamedSlots = "all"
+    without: NamedSlots | None = None
+    fraction: tuple[float, float] | None = None
+    keywords: list[str] | None = None
+    matched_to: SlotQuery | None = None
+    in_source: bool = False
+
+    @field_validator("keywords")
+    @classmethod
+    def _keywords_compile(cls, keywords: list[str] | None) -> list[str] | None:
+        for keyword in keywords or []:
+            try:
+                re.compile(keyword)
+            except re.error as error:
+                raise ValueError(f"keyword {keyword!r} is not a regular expression: {error}") from None
+        return keywords
+
+    @model_validator(mode="after")
+    def _fraction_is_ordered(self) -> SlotQuery:
+        if self.fraction is not None and not 0 <= self.fraction[0] < self.fraction[1] <= 1:
+            raise ValueError(f"fraction must be two numbers with 0 <= low < high <= 1, got {list(self.fraction)}")
+        return self
+
+
+Layers = Annotated[list[int] | LayerBand | LayerAt | None, BeforeValidator(indices_or_all)]
+KvHeads = Annotated[list[int] | None, BeforeValidator(indices_or_all)]
+Slots = Annotated[NamedSlots | SlotQuery | list[int], BeforeValidator(_slots)]

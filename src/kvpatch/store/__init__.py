@@ -1,0 +1,1 @@
+"""The run directory: its columns, records and parts."""

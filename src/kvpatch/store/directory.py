@@ -1,0 +1,266 @@
+"""The run directory: what is in it, how it is written, and how damage shows.
+
+    run.json            one `RunRecord`, written before the first trial
+    trials/*.parquet    one row a trial, one part a batch
+    attention/*.parquet one row a trial, stage, layer and query head; of the batches whose phase asks for it
+    parts.jsonl         one line a part: name, rows, SHA-256 (`Part`); a part counts once its line is there
+    verdicts.json       one entry a hypothesis
+    report.html
+
+A part is written beside its place, flushed, moved there, and only then named in parts.jsonl: data before index. A
+killed process leaves at most an unnamed part, which the resumed run writes again. The attention of a batch is part of
+its part: both files are there before the line that names both, so that they never disagree. No row of a file is used
+before the file is known to be what its line names (see `parts.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from kvpatch.errors import StoreError
+from kvpatch.store.columns import (
+    ATTENTION_COLUMNS,
+    ATTENTION_SCHEMA,
+    NEEDED,
+    NEEDED_OF_HEADS,
+    TRIAL_COLUMNS,
+    trial_schema,
+)
+from kvpatch.store.parts import Part, check_file, read_file, read_index, refuse_copies
+from kvpatch.store.record import RunRecord
+
+
+class Store:
+    """One run directory."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        self.trials = self.directory / "trials"
+        self.attention = self.directory / "attention"
+        self.index = self.directory / "parts.jsonl"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory, made if need be, against other processes.
+
+        Raises:
+            StoreError: where another process holds it, or it can't be written.
+        """
+        with _explained(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if self.directory.is_dir() and not self._is_ours():
+                raise StoreError(f"{self.directory} holds other files; give an empty or a new directory")
+            lock = filelock.FileLock(self.directory / ".lock", timeout=0.2)
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                raise StoreError(f"{self.directory} is in use by another kvpatch process") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _is_ours(self) -> bool:
+        names = {p.name for p in self.directory.iterdir()}
+        # A process killed while it wrote run.json leaves only its unfinished copy.
+        return "run.json" in names or not names - {".lock", "trials", "attention", ".run.json.tmp"}
+
+    def read_record(self) -> RunRecord:
+        """run.json.
+
+        Raises:
+            StoreError: where there is none, or it is damaged.
+        """
+        path = self.directory / "run.json"
+        try:
+            return RunRecord.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise StoreError(f"{self.directory} is not a run directory: it has no run.json") from None
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
+
+    def has_record(self) -> bool:
+        """Whether a run was started here."""
+        return (self.directory / "run.json").exists()
+
+    def write_record(self, record: RunRecord) -> None:
+        """Write run.json."""
+        self.write_text("run.json", record.model_dump_json(indent=1) + "\n")
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a file of the directory atomically.
+
+        Raises:
+            StoreError: where it can't be written; what was there before stays.
+        """
+        path = self.directory / name
+        with _explained(self.directory):
+            _atomically(path, text.encode("utf-8"))
+        return path
+
+    def append(self, name: str, rows: Iterable[dict[str, Any]], attention: pa.Table | None = None) -> None:
+        """Store the rows of one batch as a part, data before index; `attention` is of `ATTENTION_SCHEMA`.
+
+        Raises:
+            StoreError: where they can't be written; nothing stored before is lost.
+        """
+        table = pa.Table.from_pylist(list(rows), schema=trial_schema())
+        data = _parquet(table)
+        part = Part(part=f"{name}.parquet", rows=len(table), sha256=hashlib.sha256(data).hexdigest())
+        with _explained(self.directory):
+            if attention is not None:
+                of_heads = _parquet(attention.cast(ATTENTION_SCHEMA))
+                sha256 = hashlib.sha256(of_heads).hexdigest()
+                part = part.model_copy(update={"attention_sha256": sha256, "attention_rows": len(attention)})
+                self.attention.mkdir(exist_ok=True)
+                _atomically(self.attention / part.part, of_heads)
+            self.trials.mkdir(exist_ok=True)
+            _atomically(self.trials / part.part, data)
+            kept = [other for other in self.parts() if other.part != part.part]
+            _atomically(self.index, b"".join(each.line() for each in (*kept, part)))
+
+    def parts(self) -> list[Part]:
+        """What parts.jsonl names; see `parts.read_index`.
+
+        Raises:
+            StoreError: naming a line that is no entry.
+        """
+        return read_index(self.index)
+
+    def done(self) -> set[str]:
+        """Names of the batches that are stored, each part checked.
+
+        Raises:
+            StoreError: naming a part that is missing or damaged.
+        """
+        parts = self._each_once()
+        for part in parts:
+            self.check(part)
+        return {part.batch for part in parts}
+
+    def _each_once(self) -> list[Part]:
+        parts = self.parts()
+        refuse_copies(parts)
+        return parts
+
+    def check(self, part: Part) -> None:
+        """Check that the files of a part are what was stored; costs little where they were checked before.
+
+        Raises:
+            StoreError: naming a file that is missing or damaged.
+        """
+        check_file(self.trials / part.part, part.sha256, part.rows, trial_schema(), NEEDED)
+        if part.attention_sha256 is not None:
+            place = self.attention / part.part
+            check_file(place, part.attention_sha256, part.attention_rows, ATTENTION_SCHEMA, NEEDED_OF_HEADS)
+
+    def rows_of(self, part: Part, columns: Sequence[str] | None) -> pa.Table:
+        """The trials of one part: the named columns, or with None all that its file holds, unknown ones too.
+
+        Raises:
+            StoreError: where it is missing or damaged.
+        """
+        return read_file(self.trials / part.part, part.sha256, part.rows, trial_schema(), NEEDED, columns)
+
+    def part(self, batch: str) -> Part:
+        """The part in which a batch is stored.
+
+        Raises:
+            StoreError: where parts.jsonl names none.
+        """
+        found = next((part for part in self.parts() if part.batch == batch), None)
+        if found is None:
+            raise StoreError(f"{self.index} names no part {batch}.parquet; run again to store its trials")
+        return found
+
+    def read_part(self, name: str) -> list[dict[str, Any]]:
+        """The rows of one stored batch.
+
+        Raises:
+            StoreError: where it is missing or damaged.
+        """
+        return self.rows_of(self.part(name), tuple(TRIAL_COLUMNS)).to_pylist()
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All stored trials, in the order they were stored; all columns, or those that are named.
+
+        Raises:
+            StoreError: where there are none, or a part is missing or damaged.
+        """
+        tables = list(self.tables(columns))
+        if not tables:
+            raise StoreError(f"{self.directory} holds no trials yet")
+        return pa.concat_tables(tables)
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The stored trials part by part, as `read` gives them.
+
+        Raises:
+            StoreError: where a part is missing or damaged.
+        """
+        for part in self._each_once():
+            yield self.rows_of(part, tuple(TRIAL_COLUMNS) if columns is None else columns)
+
+    def read_attention(
+        self, columns: Sequence[str] | None = None, stage: str | None = None, batches: Container[str] | None = None
+    ) -> pa.Table:
+        """What every head did in every trial that was watched; no rows where none was.
+
+        All columns, stages and batches, or those that are named.
+
+        Raises:
+            StoreError: where a part is missing or damaged.
+        """
+        columns = tuple(ATTENTION_COLUMNS) if columns is None else columns
+        tables = [pa.schema([ATTENTION_SCHEMA.field(name) for name in columns]).empty_table()]
+        for part in self._each_once():
+            if part.attention_sha256 is None or (batches is not None and part.batch not in batches):
+                continue
+            stored = (self.attention / part.part, part.attention_sha256, part.attention_rows)
+            table = read_file(*stored, ATTENTION_SCHEMA, NEEDED_OF_HEADS, columns)
+            tables.append(table if stage is None else table.filter(pc.field("stage") == stage))
+        return pa.concat_tables(tables)
+
+
+def _parquet(table: pa.Table) -> bytes:
+    """The table as a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def _atomically(path: Path, data: bytes) -> None:
+    """Write beside the place, flush to the disk, move there; a failure leaves what was there before."""
+    part = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{directory} can't be written: {error.strerror or error}; what was stored is kept") from error

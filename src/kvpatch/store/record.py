@@ -1,0 +1,123 @@
+"""The record of a run, `run.json`, and when a stored run may be continued."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from kvpatch.errors import StoreError
+from kvpatch.specs.base import Frozen
+
+
+class ModelRecord(Frozen):
+    """The model of a run. The hashes name weights, tokenizer, chat template, and the text that the template wrote
+    around the user's words (None without a template, and in records of runs that did not store it)."""
+
+    name: str
+    architecture: str
+    layers: int
+    kv_heads: int
+    query_heads: int
+    head_dim: int
+    dtype: str
+    device: str
+    weights_sha256: str
+    tokenizer_sha256: str
+    template_sha256: str | None
+    scaffold_sha256: str | None = None
+
+
+class OtherModel(Frozen):
+    """A further model of a run: what `RunRecord` says of the first, for one key of the protocol's `models`."""
+
+    model: ModelRecord
+    check: list[dict[str, Any]] | None = None
+    noise_floor: dict[str, Any] | None = None
+    coherence_limits: dict[str, float] | None = None
+
+
+class RunRecord(Frozen):
+    """run.json: how a run was made. What `differs_from` compares a resumed run must share; the rest is for the reader.
+
+    `protocol_sha256` is of what the protocol says, not of where it lies; `bank_sha256` and `scorer_sha256` of the bytes
+    of the bank's files, and of the lexicon's or the scoring function's.
+    """
+
+    kvpatch_version: str
+    protocol: dict[str, Any]
+    protocol_sha256: str
+    bank_sha256: str
+    scorer_sha256: str | None = None
+    model: ModelRecord
+    seed: int
+    n: int | None
+    phases: list[str]
+    planned_by_phase: dict[str, int]
+    versions: dict[str, str]
+    git: dict[str, Any]
+    hardware: dict[str, Any]
+    command: list[str]
+    created: str
+    finished: str | None = None
+    seconds: float = 0.0
+    tokens: int = 0
+    skipped: list[dict[str, Any]] = Field(default_factory=list)
+    dropped_pairs: list[str] = Field(default_factory=list)
+    check: list[dict[str, Any]] | None = None
+    noise_floor: dict[str, Any] | None = None
+    engine: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    coherence_limits: dict[str, float] | None = None
+    other_models: dict[str, OtherModel] = Field(default_factory=dict)
+    validation: dict[str, Any] | None = None
+
+    @property
+    def planned(self) -> int:
+        """Trials of all phases that were asked for."""
+        return sum(self.planned_by_phase.values())
+
+    def continued(self, stored: RunRecord) -> RunRecord:
+        """The stored record of the same run, with what this one asks for beside what was asked before.
+
+        Raises:
+            StoreError: where the two are not the same run.
+        """
+        if reason := self.differs_from(stored):
+            raise StoreError(f"the directory belongs to another run: it has {reason}; give another --out")
+        return stored.model_copy(
+            update={
+                "other_models": self.other_models | stored.other_models,
+                "phases": list(dict.fromkeys([*stored.phases, *self.phases])),
+                "planned_by_phase": stored.planned_by_phase | self.planned_by_phase,
+                "skipped": [*stored.skipped, *(s for s in self.skipped if s not in stored.skipped)],
+                "dropped_pairs": list(dict.fromkeys([*stored.dropped_pairs, *self.dropped_pairs])),
+            }
+        )
+
+    def differs_from(self, other: RunRecord) -> str | None:
+        """What of the other record keeps the two from being the same run, or None."""
+        if self.protocol_sha256 != other.protocol_sha256:
+            return "another protocol (or a changed one)"
+        if self.bank_sha256 != other.bank_sha256:
+            return "another prompt bank (or a changed one)"
+        if self.scorer_sha256 != other.scorer_sha256:
+            return "another lexicon or scorer (or a changed one)"
+        pairs = [(self.model, other.model)]
+        pairs += [
+            (self.other_models[k].model, o.model) for k, o in other.other_models.items() if k in self.other_models
+        ]
+        for mine, theirs in pairs:
+            for key in ("weights_sha256", "tokenizer_sha256", "template_sha256", "dtype", "device"):
+                if getattr(mine, key) != getattr(theirs, key):
+                    return f"another model ({key.removesuffix('_sha256')} of {theirs.name})"
+            scaffolds = {mine.scaffold_sha256, theirs.scaffold_sha256} - {None}
+            if len(scaffolds) > 1:
+                return (
+                    f"other prompts: the chat template of {theirs.name} renders other words around the prompt than "
+                    "when the run began (it writes the date?)"
+                )
+        if self.seed != other.seed:
+            return f"seed {other.seed}"
+        if self.n != other.n:
+            return f"n={'as planned' if other.n is None else other.n}"
+        return None

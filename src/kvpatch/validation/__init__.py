@@ -1,0 +1,1 @@
+"""The whole pipeline run against organisms, models whose truth is planted."""

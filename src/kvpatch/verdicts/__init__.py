@@ -1,0 +1,1 @@
+"""From stored rows and a protocol to decisions and words."""

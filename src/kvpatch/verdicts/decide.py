@@ -1,0 +1,152 @@
+"""Protocol and trials in, verdicts out: measure, correct, pass the gates in order, decide.
+
+Order of the rules: tautological; gate 0 (instrument); earlier gates; coherence; then the numbers
+(`rules.decide`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pandas as pd
+
+from kvpatch.protocols.hypotheses import Hypothesis
+from kvpatch.protocols.schema import Protocol
+from kvpatch.verdicts.families import adjusted_by_family
+from kvpatch.verdicts.headline import headline
+from kvpatch.verdicts.measure import Measured, measure
+from kvpatch.verdicts.pairs import prepare, rows_of
+from kvpatch.verdicts.prerequisites import (
+    COHERENT_SHARE,
+    coherence_shares,
+    failed_gatekeeper,
+    gatekeepers,
+    incoherent_conditions,
+)
+from kvpatch.verdicts.records import Verdict, verdicts_json
+from kvpatch.verdicts.rules import Decision, decide
+from kvpatch.verdicts.sensitivity import Sensitivity, sensitivity
+from kvpatch.verdicts.wording import percent, tautology
+
+__all__ = ["Verdict", "headline", "verdicts", "verdicts_json"]
+
+Shares = Mapping[tuple[str, str], float]
+BROKEN = "Gate 0 did not pass: the check that this model is patched correctly failed, so no number can be read."
+
+
+def verdicts(protocol: Protocol, trials: pd.DataFrame, *, instrument_ok: bool | None = None) -> list[Verdict]:
+    """Decide every hypothesis of a protocol, in the protocol's order.
+
+    trials: one row per trial, with the columns of `store.columns.TRIAL_COLUMNS`; any order of the rows gives the same
+    verdicts. instrument_ok: whether the model's check passed; None if unknown, which blocks
+    nothing.
+
+    Raises:
+        StoreError: if a column is missing.
+    """
+    rows = prepare(trials)
+    shares = coherence_shares(rows)
+    measured = {h.id: measure(protocol, rows, h) for h in protocol.hypotheses}
+    families = {h.id: h.family for h in protocol.hypotheses}
+    adjusted = adjusted_by_family({name: m.p for name, m in measured.items()}, families, protocol.corrections)
+    decided: dict[str, Decision] = {}
+    for h in sorted(protocol.hypotheses, key=lambda h: h.gate):
+        blocked = _blocked(protocol, h, measured[h.id], instrument_ok, shares, decided)
+        first = None if h.of is None else measured[h.of]
+        decided[h.id] = blocked or decide(measured[h.id], adjusted[h.id], first)
+    phases = {name: rows_of(rows, split="test", phase=name) for name in protocol.phases}
+    return [
+        _record(
+            measured[h.id],
+            adjusted[h.id],
+            decided[h.id],
+            _shares_of(h, shares),
+            sensitivity(phases[h.phase], h, measured[h.id].differences),
+        )
+        for h in protocol.hypotheses
+    ]
+
+
+def _blocked(
+    protocol: Protocol,
+    h: Hypothesis,
+    m: Measured,
+    instrument_ok: bool | None,
+    shares: Shares,
+    decided: Mapping[str, Decision],
+) -> Decision | None:
+    """The verdict of a hypothesis that may not be interpreted, or None."""
+    if protocol.is_tautological(h):
+        also = f" {BROKEN}" if instrument_ok is False else ""
+        return Decision("tautological", tautology(protocol, m) + also)
+    if instrument_ok is False:
+        return Decision("not interpretable", BROKEN, "instrument")
+    words = {name: decision.word for name, decision in decided.items()}
+    keeper = failed_gatekeeper(gatekeepers(protocol), words, h.gate)
+    if keeper is not None:
+        why = decided[keeper.id].because.rstrip(".")
+        because = f"Gate {keeper.gate} did not pass: {keeper.id} is {words[keeper.id]} ({why})."
+        return Decision("not interpretable", because, "gate")
+    weak = incoherent_conditions(protocol, h, shares)
+    if weak:
+        told = " and ".join(f"{percent(share)} of the outputs of {name}" for name, share in weak.items())
+        because = f"Only {told} are coherent in phase {h.phase}, where at least {COHERENT_SHARE:.0%} are needed."
+        return Decision("not interpretable", because, "coherence")
+    return None
+
+
+def _shares_of(h: Hypothesis, shares: Shares) -> dict[str, float | None]:
+    return {name: _known(shares.get((h.phase, name))) for name in h.conditions}
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _record(
+    m: Measured, p_adjusted: float, decision: Decision, shares: dict[str, float | None], beside: Sensitivity
+) -> Verdict:
+    h, found, ratio = m.hypothesis, m.differences, m.transfer
+    return Verdict(
+        **h.model_dump(
+            include={
+                "id",
+                "claim",
+                "phase",
+                "contrast",
+                "readout",
+                "transform",
+                "test",
+                "family",
+                "gate",
+                "criterion",
+                "confirmatory",
+                "alpha",
+            }
+        ),
+        n=found.n,
+        n_pairs=found.n_pairs,
+        n_dropped=found.n_dropped,
+        n_error_rows=found.n_error_rows,
+        estimate=_known(m.estimate),
+        ci_low=_known(m.interval.low),
+        ci_high=_known(m.interval.high),
+        ci_level=m.interval.level,
+        effect_size=_known(m.dz),
+        rank_biserial=_known(m.rank_biserial),
+        bayes_factor=_known(m.bayes_factor),
+        p=_known(m.p),
+        p_adjusted=_known(p_adjusted),
+        p_margin=_known(m.p_margin),
+        margin=m.margin.value,
+        transfer_fraction=ratio.value if ratio else None,
+        transfer_fraction_low=ratio.low if ratio else None,
+        transfer_fraction_high=ratio.high if ratio else None,
+        transfer_fraction_note=ratio.reason if ratio else None,
+        coherence=shares,
+        sensitivity=beside,
+        verdict=decision.word,
+        blocked_by=decision.blocked_by,
+        because=decision.because,
+    )

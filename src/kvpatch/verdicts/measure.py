@@ -1,0 +1,202 @@
+"""The numbers of one hypothesis, before anything is decided: one function for each thing that tests measure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from kvpatch.protocols.hypotheses import Hypothesis, Variable
+from kvpatch.protocols.schema import Protocol
+from kvpatch.specs.test_kinds import Measures, TestKind
+from kvpatch.statistics import paired_tests as tests
+from kvpatch.statistics.grid import Floats
+from kvpatch.statistics.intervals import Interval, Ratio, fieller_interval
+from kvpatch.statistics.trend import slopes
+from kvpatch.verdicts.margins import (
+    NATURAL_SOURCE,
+    NATURAL_TARGET,
+    Bound,
+    calibration_rows,
+    fixed_margin,
+    margin_by_value,
+    margin_of,
+    natural_gap,
+    too_small_to_matter,
+)
+from kvpatch.verdicts.pairs import (
+    PairDifferences,
+    contrast_differences,
+    contrast_table,
+    count_of,
+    independent_units,
+    pair_means,
+    rows_of,
+)
+from kvpatch.verdicts.procedures import Sample, carry_out
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What the test pairs say on one hypothesis; NaN where there is no number.
+
+    differences: what is averaged, one number a unit: the contrast, or for an ordering each pair's slope. estimate:
+    their mean, or a correlation. interval: 95%, or 90% for an equivalence test. p: one-sided against 0, or the larger
+    of the two for equivalence. p_margin: one-sided against the margin, of a "much" test. dz: for a correlation r.
+    small: up to where an effect is too small to matter. absent: conditions of the hypothesis without any trial.
+    kind: of the test that was carried out; for a repetition that of what it repeats.
+    """
+
+    hypothesis: Hypothesis
+    kind: TestKind
+    differences: PairDifferences
+    estimate: float
+    interval: Interval
+    dz: float
+    rank_biserial: float
+    bayes_factor: float
+    p: float
+    p_margin: float
+    margin: Bound
+    small: float
+    transfer: Ratio | None
+    absent: tuple[str, ...]
+
+
+def measure(protocol: Protocol, trials: pd.DataFrame, hypothesis: Hypothesis) -> Measured:
+    """Measure one hypothesis on the test pairs of its phase; margins come from the calibration pairs of its model.
+
+    trials: prepared rows of every split and phase.
+
+    Raises:
+        StoreError: if the readout is not a column.
+    """
+    rows = rows_of(trials, split="test", phase=hypothesis.phase)
+    units = units_of(protocol, rows)
+    asked = measured_as(protocol, hypothesis)
+    found = replace(_MEASURES[asked.kind.measures](protocol, trials, rows, asked, units), hypothesis=hypothesis)
+    present = set(rows["condition"].unique())
+    return replace(found, absent=tuple(name for name in hypothesis.conditions if name not in present))
+
+
+def measured_as(protocol: Protocol, hypothesis: Hypothesis) -> Hypothesis:
+    """The hypothesis as it is measured: a repetition by the test, and against the margin, of what it repeats."""
+    if hypothesis.of is None:
+        return hypothesis
+    first = protocol.hypothesis(hypothesis.of)
+    return hypothesis.model_copy(update={"test": first.test, "margin": first.margin, "of": None})
+
+
+def units_of(protocol: Protocol, rows: pd.DataFrame) -> dict[str, str]:
+    """Pair -> the unit it counts in, for the test rows of one phase (`independent_units`).
+
+    Prompts are shared where conditions that hold no prompt but the pair's own target and source share them.
+    """
+    own = (None, "target", "source")
+    alone = [name for name, c in protocol.conditions.items() if c.from_ in own and c.text_of in own]
+    return independent_units(rows.loc[rows["condition"].isin(alone)])
+
+
+def _contrast(
+    protocol: Protocol, trials: pd.DataFrame, rows: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str, str]
+) -> Measured:
+    found = contrast_differences(rows, hypothesis.weights(), hypothesis.readout, hypothesis.transform, units)
+    if hypothesis.kind.is_in_unit:
+        gap = natural_gap(
+            calibration_rows(protocol, trials, hypothesis.phase), hypothesis.readout, hypothesis.transform
+        )
+        margin, fixed = margin_of(hypothesis, found, gap), fixed_margin(hypothesis, gap)
+        small = too_small_to_matter(hypothesis, found, gap)
+    else:
+        margin = margin_by_value(hypothesis)
+        fixed, small = margin.value, _or_nan(margin.value)
+    sample = Sample(hypothesis, found.values, found.values[:, None], margin, fixed)
+    return _measured(sample, found, small, transfer=_transfer_fraction(rows, hypothesis, units))
+
+
+def _measured(sample: Sample, found: PairDifferences, small: float, *, transfer: Ratio | None = None) -> Measured:
+    tested = carry_out(sample)
+    is_correlation = sample.hypothesis.kind.measures == "correlation"
+    mean = float(found.values.mean()) if found.n else math.nan
+    return Measured(
+        hypothesis=sample.hypothesis,
+        kind=sample.hypothesis.kind,
+        differences=found,
+        estimate=mean if tested.estimate is None else tested.estimate,
+        interval=tested.interval,
+        dz=tests.cohens_dz(found.values) if tested.effect_size is None else tested.effect_size,
+        rank_biserial=math.nan if is_correlation else tests.rank_biserial(found.values),
+        bayes_factor=math.nan if is_correlation else tests.jzs_bayes_factor(found.values),
+        p=tested.p,
+        p_margin=tested.p_margin,
+        margin=sample.margin,
+        small=small,
+        transfer=transfer,
+        absent=(),
+    )
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _ordering(
+    protocol: Protocol, trials: pd.DataFrame, rows: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str, str]
+) -> Measured:
+    """A readout over ordered conditions: each pair's slope per step."""
+    names, peak = hypothesis.order()
+    means = pair_means(rows, names, hypothesis.readout, hypothesis.transform)
+    table = contrast_table(means, {name: {name: 1} for name in names}, units)
+    values = table[names].to_numpy(dtype=float).reshape(len(table), len(names))
+    found = count_of(rows, names, means, table.index, slopes(values, peak))
+    gap = Bound(None, "an ordering has no natural gap")
+    margin = margin_of(hypothesis, found, gap) if hypothesis.kind.is_in_unit else margin_by_value(hypothesis)
+    sample = Sample(hypothesis, found.values, values, margin, fixed_margin(hypothesis, gap))
+    return _measured(sample, found, _or_nan(margin.value))
+
+
+def _correlation(
+    protocol: Protocol, trials: pd.DataFrame, rows: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str, str]
+) -> Measured:
+    """The contrast beside another variable, over pairs."""
+    assert hypothesis.against is not None
+    own = Variable(contrast=hypothesis.contrast, readout=hypothesis.readout, transform=hypothesis.transform)
+    wanted = [own, hypothesis.against, *hypothesis.controlling]
+    columns = {}
+    for place, variable in enumerate(wanted):
+        means = pair_means(rows, variable.weights(), variable.readout, variable.transform)
+        columns[place] = contrast_table(means, {"value": variable.weights()})["value"]
+    means = pd.DataFrame(columns)
+    table = contrast_table(means.set_axis([str(c) for c in means], axis="columns"), _each(len(wanted)), units)
+    values: Floats = table.to_numpy(dtype=float).reshape(len(table), len(wanted))
+    found = count_of(rows, hypothesis.conditions, means, table.index, values[:, 0])
+    margin = margin_by_value(hypothesis)
+    return _measured(Sample(hypothesis, found.values, values, margin, margin.value), found, _or_nan(margin.value))
+
+
+_MEASURES: dict[Measures, Callable[[Protocol, pd.DataFrame, pd.DataFrame, Hypothesis, Mapping[str, str]], Measured]] = {
+    "difference": _contrast,
+    "slope": _ordering,
+    "correlation": _correlation,
+}
+
+
+def _each(count: int) -> dict[str, dict[str, int]]:
+    return {str(i): {str(i): 1} for i in range(count)}
+
+
+def _transfer_fraction(rows: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str, str]) -> Ratio | None:
+    """Share of the natural gap that a contrast X - A covers, on the pairs that have X, A and B; None for
+    others."""
+    weights = hypothesis.weights()
+    moved = [name for name, weight in weights.items() if weight == 1]
+    is_from_natural = len(weights) == 2 and weights.get(NATURAL_TARGET) == -1 and len(moved) == 1
+    if not is_from_natural or moved[0] == NATURAL_SOURCE or NATURAL_SOURCE not in set(rows["condition"]):
+        return None
+    names = [*weights, NATURAL_SOURCE]
+    means = pair_means(rows, names, hypothesis.readout, hypothesis.transform)
+    gap = {NATURAL_SOURCE: 1, NATURAL_TARGET: -1}
+    table = contrast_table(means, {"moved": weights, "gap": gap}, units)
+    return fieller_interval(table["moved"].to_numpy(dtype=float), table["gap"].to_numpy(dtype=float))

@@ -1,0 +1,186 @@
+"""From a run directory to verdicts. Needs no torch, only the directory."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import ValidationError
+
+from kvpatch.errors import ProtocolError
+from kvpatch.protocols.schema import Protocol, dumped_sha256
+from kvpatch.store.columns import TRIAL_COLUMNS
+from kvpatch.store.directory import Store
+from kvpatch.store.record import RunRecord
+from kvpatch.verdicts.decide import Verdict, headline, verdicts, verdicts_json
+from kvpatch.verdicts.effects import Effect, effects
+from kvpatch.verdicts.prerequisites import instrument_holds
+
+
+def stored_protocol(record: RunRecord, *, is_exploratory: bool = False) -> Protocol:
+    """The protocol a run was made with.
+
+    is_exploratory: also take one that was changed after the run; no claim of it is then confirmatory.
+
+    Raises:
+        ProtocolError: where what run.json holds no longer has the hash that was stored before the first trial, or is no
+            protocol.
+    """
+    found = dumped_sha256(record.protocol)
+    if found != record.protocol_sha256 and not is_exploratory:
+        raise ProtocolError(
+            f"the protocol in run.json has hash {found[:12]}, and the run was made with "
+            f"{record.protocol_sha256[:12]}: it was changed after the run, so its verdicts would not be confirmatory; "
+            "--exploratory marks them so"
+        )
+    try:
+        protocol = Protocol.as_stored(record.protocol)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(key) for key in first["loc"]) or "protocol"
+        raise ProtocolError(f"the protocol in run.json is none: {where}: {first['msg']}") from error
+    return as_exploratory(protocol) if is_exploratory else protocol
+
+
+def as_exploratory(protocol: Protocol) -> Protocol:
+    """The protocol with no confirmatory hypothesis."""
+    marked = [h.model_copy(update={"confirmatory": False}) for h in protocol.hypotheses]
+    return protocol.model_copy(update={"hypotheses": marked})
+
+
+TEXTS = ("text", "source_text", "target_text", "mode_hits")
+"""Columns that only a page with texts needs."""
+
+
+def _light_columns() -> list[str]:
+    heavy = {*TEXTS, "patch", *(name for name, (kind, _) in TRIAL_COLUMNS.items() if pa.types.is_list(kind))}
+    return [name for name in TRIAL_COLUMNS if name not in heavy]
+
+
+def light_rows(store: Store) -> pd.DataFrame:
+    """Every trial without its texts and lists, which the statistics do not need: 200,000 trials stay small and quick.
+
+    `source_tokens` is the length of `source_token_ids`; `output_token_ids` is a hash of the ids, to be compared only.
+
+    Raises:
+        StoreError: where there are no trials, or a part is damaged.
+    """
+    light = _light_columns()
+    table = store.read([*light, "source_token_ids", "output_token_ids"])
+    rows = (
+        table.select(light)
+        .append_column("source_tokens", pc.list_value_length(table["source_token_ids"]))  # pyright: ignore
+        .append_column("output_token_ids", pa.array(_hashes(table["output_token_ids"]), pa.string()))
+    )
+    # Rows are filtered by their words many times over, which Python's strings bear better than Arrow's.
+    with pd.option_context("mode.string_storage", "python"):
+        return rows.to_pandas()
+
+
+def _hashes(lists: pa.ChunkedArray) -> list[str | None]:
+    out: list[str | None] = []
+    for chunk in lists.chunks:
+        values, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+        for start, end, known in zip(ends[:-1], ends[1:], chunk.is_valid().to_pylist(), strict=True):
+            out.append(hashlib.blake2b(values[start:end].tobytes(), digest_size=8).hexdigest() if known else None)
+    return out
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run directory says, read and decided once: its record, protocol, trials and verdicts.
+
+    rows: as `light_rows` gives them.
+    """
+
+    record: RunRecord
+    protocol: Protocol
+    rows: pd.DataFrame
+    verdicts: list[Verdict]
+
+    @property
+    def answer(self) -> str:
+        """The one-sentence answer."""
+        return headline(self.protocol, self.verdicts)
+
+    @cached_property
+    def effects(self) -> list[Effect]:
+        """Every condition's difference from its natural run, for every phase that has trials."""
+        parts = {str(name): part for name, part in self.rows.groupby("phase", sort=False)}
+        with pd.option_context("mode.string_storage", "python"):
+            return [
+                e for name in self.protocol.phases if name in parts for e in effects(self.protocol, parts[name], name)
+            ]
+
+
+def outcome_of(store: Store, *, is_exploratory: bool = False, protocol: Protocol | None = None) -> Outcome:
+    """Read a run directory and decide every hypothesis from its stored trials.
+
+    is_exploratory: take a changed protocol, and mark every verdict exploratory. protocol: in place of the stored one,
+    which makes them exploratory too.
+
+    Raises:
+        ProtocolError: where the stored protocol was changed after the run.
+        StoreError: where there are no trials, or a part is damaged.
+    """
+    record = store.read_record()
+    if protocol is None:
+        protocol = stored_protocol(record, is_exploratory=is_exploratory)
+    elif not is_exploratory and protocol.sha256 != record.protocol_sha256:
+        raise ProtocolError(
+            f"{protocol.protocol} has hash {protocol.sha256[:12]}, and the run was made with "
+            f"{record.protocol_sha256[:12]}, so its verdicts would not be confirmatory; --exploratory marks them so"
+        )
+    elif is_exploratory:
+        protocol = as_exploratory(protocol)
+    rows = light_rows(store)
+    checks = (record.check, *(other.check for other in record.other_models.values()))
+    instrument = instrument_holds(identity for check in checks for identity in check or ())
+    with pd.option_context("mode.string_storage", "python"):
+        found = verdicts(protocol, rows.filter(_needed(protocol)), instrument_ok=instrument)
+    return Outcome(record, protocol, rows, found)
+
+
+def _needed(protocol: Protocol) -> list[str]:
+    """Columns that the protocol's hypotheses read."""
+    keys = [
+        "trial_id",
+        "phase",
+        "split",
+        "condition",
+        "pair_id",
+        "source_id",
+        "target_id",
+        "sample",
+        "coherent",
+        "error",
+    ]
+    hypotheses = protocol.hypotheses
+    others = [v for h in hypotheses for v in (h.against, *h.controlling) if v is not None]
+    return list(dict.fromkeys([*keys, *(h.readout for h in hypotheses), *(v.readout for v in others)]))
+
+
+def write_verdicts(store: Store, outcome: Outcome) -> None:
+    """Store verdicts.json, where it does not say the same already."""
+    text, path = verdicts_json(outcome.verdicts), store.directory / "verdicts.json"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        store.write_text("verdicts.json", text)
+
+
+def phase_effects(store: Store, phase: str | None = None) -> list[Effect]:
+    """Effects of one phase, or of all that have trials.
+
+    Raises:
+        ProtocolError: for a phase the protocol does not have.
+    """
+    outcome = outcome_of(store)
+    if phase is None:
+        return outcome.effects
+    phases = outcome.protocol.phases
+    if phase not in phases:
+        raise ProtocolError(f"no phase {phase!r} in {outcome.protocol.protocol}; it has {', '.join(phases)}")
+    return effects(outcome.protocol, outcome.rows, phase)

@@ -1,0 +1,145 @@
+"""From numbers to a verdict, for a hypothesis that may be interpreted. Every rule of docs/statistics.md is here,
+once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from kvpatch.specs.test_kinds import Claims, Word
+from kvpatch.statistics.replication import Study, replicates
+from kvpatch.verdicts.margins import PAST_MARGIN
+from kvpatch.verdicts.measure import Measured
+from kvpatch.verdicts.procedures import procedure_of
+from kvpatch.verdicts.wording import chance, figures, interval_text, limit_text, number
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A verdict's word, the sentence that says why, and what blocked it if it can't be interpreted."""
+
+    word: Word
+    because: str
+    blocked_by: Literal["instrument", "gate", "coherence"] | None = None
+
+
+def decide(m: Measured, p_adjusted: float, first: Measured | None = None) -> Decision:
+    """Decide one hypothesis. p_adjusted: its p after correction within the family, NaN if it has none. first: what the
+    hypothesis replicates.
+
+    "Not supported" is said only where the data speak against the claim; where they decide neither way,
+    "inconclusive".
+    """
+    h, found = m.hypothesis, m.differences
+    if found.n == 0:
+        lack = f"no trials of {' or '.join(m.absent)} are stored" if m.absent else "no pair has all its conditions"
+        return Decision("inconclusive", f"Nothing was measured for {h.contrast} in phase {h.phase}: {lack}.")
+    needed = procedure_of(m.kind.id).needs_pairs(h.alpha)
+    if found.n < needed:
+        few = f"p below {number(h.alpha)} needs at least {needed} pairs"
+        return Decision("inconclusive", f"{figures(m)}, but {few}.")
+    if "margin" in h.kind.needs and m.margin.value is None:
+        return Decision("inconclusive", f"{figures(m)}, but the margin can't be fixed: {m.margin.reason}.")
+    if first is not None:
+        return _replicates(m, p_adjusted, first)
+    return _RULES[h.kind.claims](m, p_adjusted)
+
+
+def _directional(m: Measured, p_adjusted: float) -> Decision:
+    h = m.hypothesis
+    sign = h.claimed_side
+    near, far = sorted((sign * m.interval.low, sign * m.interval.high))  # the ends, with the claim's side positive
+    is_much = h.kind.beyond_margin
+    bound = m.margin.value if is_much and m.margin.value is not None else 0.0
+    is_past = not is_much or m.p_margin < PAST_MARGIN
+    side = "above" if sign > 0 else "below"
+    limit = "0" if bound == 0 else f"the margin of {limit_text(sign * bound, m)}"
+    if p_adjusted < h.alpha and near > bound and is_past:
+        return Decision("supported", f"{figures(m)}, {side} {limit}; adjusted {chance(p_adjusted)}, {_under(m)}.")
+    if far < 0:
+        return Decision("not supported", f"{figures(m)}, wholly on the other side of 0 than the claim.")
+    if far <= m.small:
+        size = "the margin" if h.margin else "20% of the natural gap"
+        return Decision(
+            "not supported",
+            f"{figures(m)}, so an effect beyond {limit_text(sign * m.small, m)}, {size}, is ruled out.",
+        )
+    lacks = []
+    if not near > bound:
+        lacks.append(f"the interval is not wholly {side} {limit}")
+    elif not is_past:
+        lacks.append(f"{chance(m.p_margin)} against the margin is not below {number(PAST_MARGIN)}")
+    if not p_adjusted < h.alpha:
+        lacks.append(f"adjusted {chance(p_adjusted)} is not below {number(h.alpha)}")
+    return Decision("inconclusive", f"{figures(m)}, but {' and '.join(lacks)}, so the data decide neither way.")
+
+
+def _apart(m: Measured, p_adjusted: float) -> Decision:
+    """An effect on either side of 0, or beyond the margin on either side."""
+    h, low, high = m.hypothesis, m.interval.low, m.interval.high
+    bound = m.margin.value if h.kind.beyond_margin and m.margin.value is not None else 0.0
+    is_past = not h.kind.beyond_margin or m.p_margin < PAST_MARGIN
+    is_apart = low > bound or high < -bound
+    limit = "0" if bound == 0 else f"the margin of {limit_text(bound, m)} on either side of 0"
+    if p_adjusted < h.alpha and is_apart and is_past:
+        side = "above" if low > 0 else "below"
+        limit = "0" if bound == 0 else f"the margin of {limit_text(bound if low > 0 else -bound, m)}"
+        return Decision("supported", f"{figures(m)}, {side} {limit}; adjusted {chance(p_adjusted)}, {_under(m)}.")
+    if -m.small <= low and high <= m.small:
+        size = "the margin" if h.margin else "20% of the natural gap"
+        told = f"so an effect beyond {limit_text(m.small, m)} on either side, {size}, is ruled out"
+        return Decision("not supported", f"{figures(m)}, {told}.")
+    lacks = []
+    if not is_apart:
+        lacks.append(f"the interval does not lie wholly beyond {limit}")
+    elif not is_past:
+        lacks.append(f"{chance(m.p_margin)} against the margin is not below {number(PAST_MARGIN)}")
+    if not p_adjusted < h.alpha:
+        lacks.append(f"adjusted {chance(p_adjusted)} is not below {number(h.alpha)}")
+    return Decision("inconclusive", f"{figures(m)}, but {' and '.join(lacks)}, so the data decide neither way.")
+
+
+def _replicates(m: Measured, p_adjusted: float, first: Measured) -> Decision:
+    h, sign = m.hypothesis, first.hypothesis.sign or 1
+    studies = [Study(x.estimate, x.interval, _bound(first, x)) for x in (first, m)]
+    found = replicates(studies[0], studies[1], sign)
+    told = f"{figures(m)}, where {first.hypothesis.id} has {limit_text(first.estimate, m)} ({interval_text(first)})"
+    if found.holds and p_adjusted < h.alpha:
+        return Decision("supported", f"{told}: {found.reason}; adjusted {chance(p_adjusted)}, {_under(m)}.")
+    if found.speaks_against:
+        return Decision("not supported", f"{told}: {found.reason}.")
+    lack = found.reason if not found.holds else f"adjusted {chance(p_adjusted)} is not below {number(h.alpha)}"
+    return Decision("inconclusive", f"{told}, but {lack}.")
+
+
+def _bound(first: Measured, m: Measured) -> float:
+    """How far from 0 an estimate must lie to count: the margin where the first hypothesis has one, else 0."""
+    return m.margin.value if first.hypothesis.margin is not None and m.margin.value is not None else 0.0
+
+
+def _equivalent(m: Measured, p_adjusted: float) -> Decision:
+    h, margin = m.hypothesis, m.margin.value or 0.0
+    low, high = m.interval.low, m.interval.high
+    bounds = f"the bounds of -{number(margin)} to {number(margin)}"
+    if p_adjusted < h.alpha and -margin < low and high < margin:
+        return Decision("equivalent", f"{figures(m)}, within {bounds}; adjusted {chance(p_adjusted)}, {_under(m)}.")
+    if low > margin or high < -margin:
+        return Decision("not supported", f"{figures(m)}, wholly outside {bounds}.")
+    if -margin < low and high < margin:
+        lack = f"adjusted {chance(p_adjusted)} is not below {number(h.alpha)}"
+    else:
+        lack = f"the interval is not wholly within {bounds}"
+    return Decision("inconclusive", f"{figures(m)}, but {lack}, so the data decide neither way.")
+
+
+_RULES: dict[Claims, Callable[[Measured, float], Decision]] = {
+    "beyond": _directional,
+    "apart": _apart,
+    "within": _equivalent,
+    "repeated": _directional,  # where what it repeats is not known
+}
+
+
+def _under(m: Measured) -> str:
+    return f"below {number(m.hypothesis.alpha)}"

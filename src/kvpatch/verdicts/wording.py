@@ -1,0 +1,138 @@
+"""Numbers as a reader who isn't a statistician wants them: rounded, with their unit, in a sentence."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from kvpatch.protocols.hypotheses import Hypothesis
+from kvpatch.protocols.schema import Protocol
+from kvpatch.specs.readouts import readouts
+from kvpatch.verdicts.margins import NATURAL_SOURCE, NATURAL_TARGET
+from kvpatch.verdicts.measure import Measured
+
+_TERM = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+SMALLEST_P = 1e-4
+"""A p-value below this is told as being below it."""
+NAMED = 4
+"""Hypotheses that a sentence names; the rest it counts."""
+
+
+def number(value: float) -> str:
+    """A whole number in full, any other at three significant digits; without an exponent where that reads well.
+
+    Sentences, tables, charts' captions and the live view all round by this.
+
+    >>> number(7), number(1234567), number(1234.5), number(0.04213), number(-0.000012), number(float("nan"))
+    ('7', '1,234,567', '1,234', '0.0421', '-1.20e-05', 'unknown')
+    """
+    if not math.isfinite(value):
+        return "unknown"
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    if abs(value) < 1e-4 or abs(value) >= 1e6:
+        return f"{value:.2e}"
+    text = f"{value:.3g}"
+    return f"{value:,.0f}" if "e" in text else text
+
+
+def percent(share: float) -> str:
+    """A share as a whole percentage, rounded down, so that "100%" means all and "90%" is not said of less.
+
+    >>> percent(0.999), percent(1), percent(0.8999), percent(0.29)
+    ('99%', '100%', '89%', '29%')
+    """
+    return f"{math.floor(share * 100 + 1e-9)}%" if math.isfinite(share) else "unknown"
+
+
+def p_value(p: float) -> str:
+    """A p-value; what is below 0.0001 is said to be so.
+
+    >>> p_value(0.0412), p_value(0.00005)
+    ('0.0412', '< 0.0001')
+    """
+    return "unknown" if math.isnan(p) else f"< {SMALLEST_P:.4f}" if p < SMALLEST_P else number(p)
+
+
+def quantity(value: float, hypothesis: Hypothesis) -> str:
+    """A number with the unit of the hypothesis' readout; a logarithm also as the factor it stands for."""
+    if hypothesis.transform == "log":
+        factor = f" (a factor of {number(math.exp(value))})" if abs(value) < 20 else ""
+        return f"{number(value)} log units{factor}"
+    readout = readouts().get(hypothesis.readout)
+    return f"{number(value)} {readout.unit}" if readout is not None and readout.unit else number(value)
+
+
+def chance(p: float) -> str:
+    """ "p = 0.012" or "p < 0.0001"."""
+    equals = "" if math.isnan(p) or p < SMALLEST_P else "= "
+    return f"p {equals}{p_value(p)}"
+
+
+def pairs_text(n: int, n_pairs: int) -> str:
+    """How many pairs numbers rest on, and how they were grouped. n: units, as a verdict counts them."""
+    pairs = f"{n_pairs} {'pair' if n_pairs == 1 else 'pairs'}"
+    if n == n_pairs:
+        return pairs
+    return f"{n} {'group' if n == 1 else 'groups'} of pairs that share no prompt ({pairs})"
+
+
+def interval_text(m: Measured) -> str:
+    """ "95% interval 0.2 to 0.4"."""
+    if math.isnan(m.interval.low):
+        return "too few pairs for an interval"
+    return f"{m.interval.level:.0%} interval {number(m.interval.low)} to {number(m.interval.high)}"
+
+
+def figures(m: Measured) -> str:
+    """What was measured: the contrast, slope or correlation, how large, on how many pairs, how sure."""
+    h = m.hypothesis
+    rest = f"over {pairs_text(m.differences.n, m.differences.n_pairs)} ({interval_text(m)})"
+    given = ", ".join(f"{v.readout} of {v.contrast}" for v in h.controlling)
+    found = m.kind.words.finding.format(
+        contrast=h.contrast,
+        readout=h.readout,
+        estimate=quantity(m.estimate, h),
+        number=number(m.estimate),
+        against="" if h.against is None else f"{h.against.contrast} in {h.against.readout}",
+        held=f" with {given} held constant" if given else "",
+    )
+    return f"{found} {rest}"
+
+
+def limit_text(value: float, m: Measured) -> str:
+    """What an estimate is held against, as the kind of test says it."""
+    return m.kind.words.limit.format(quantity=quantity(value, m.hypothesis), number=number(value))
+
+
+def tautology(protocol: Protocol, m: Measured) -> str:
+    """Why the hypothesis holds by construction, what its numbers re-measure, and where the evidence
+    stands."""
+    h = m.hypothesis
+    equals = {name: _equal_text(protocol, name) for name in h.conditions}
+    swapped = [name for name in equals if not protocol.conditions[name].is_natural]
+    text = {NATURAL_SOURCE: "the source's text", NATURAL_TARGET: "the target's text"}
+    named = " and ".join(f"{name} is {text[equals[name]]}" for name in swapped)
+    again = _TERM.sub(lambda term: equals[term[0]], h.contrast)
+    what = f"re-measures {again}" if len(set(equals.values())) > 1 else "compares a text with itself"
+    measured = figures(m) if m.differences.n else f"no pair was measured for {h.contrast}"
+    return f"A full swap is text substitution ({named}), so this {what}: {measured}; {_where_to_look(protocol)}."
+
+
+def _equal_text(protocol: Protocol, name: str) -> str:
+    condition = protocol.conditions[name]
+    prompt = condition.text_of or condition.from_ or condition.into
+    return NATURAL_SOURCE if prompt == "source" else NATURAL_TARGET
+
+
+def _where_to_look(protocol: Protocol) -> str:
+    foreign = [name for name, c in protocol.conditions.items() if c.from_ == "foreign"]
+    found = [h for h in protocol.hypotheses if not h.kind.certifies_absence and set(foreign) & set(h.conditions)]
+    if not found:
+        return "this protocol has no contrast against a foreign cache, which is what would be evidence"
+    shown = sorted(found, key=lambda h: not h.confirmatory)[:NAMED]
+    used = ", ".join(name for name in foreign if any(name in h.conditions for h in shown))
+    more = f" and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
+    return (
+        f"the evidence stands in the contrasts against a foreign cache ({used}): {', '.join(h.id for h in shown)}{more}"
+    )

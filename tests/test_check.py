@@ -18,6 +18,7 @@ import kvpatch.engine.step as step_room
 import kvpatch.interventions.donors as donors
 import kvpatch.interventions.in_prefill
 import kvpatch.interventions.splice as splice_room
+from broken import attention_to_padding, attention_with_a_window_one_too_long, attention_without_window
 from kvpatch.caches.kvcache import PAD
 from kvpatch.checks.identities import check
 from kvpatch.models import backbone, hf
@@ -102,26 +103,6 @@ def broken_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
 def rotation_the_wrong_way(monkeypatch: pytest.MonkeyPatch) -> None:
     rotate = check_room.rotate
     monkeypatch.setattr(check_room, "rotate", lambda keys, delta, rope: rotate(keys, -delta, rope))
-
-
-def attention_without_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    bias = hf.Step.bias
-    monkeypatch.setattr(hf.Step, "bias", lambda step, window, *groups: bias(step, None, *groups))
-
-
-def attention_with_a_window_one_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    bias = hf.Step.bias
-    monkeypatch.setattr(hf.Step, "bias", lambda step, window, *groups: bias(step, window and window + 1, *groups))
-
-
-def attention_to_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    bias = hf.Step.bias
-
-    def seeing_padding(step, window, *groups):
-        seen = replace(step, slot_positions=step.slot_positions.clamp(min=0), _bias={})
-        return bias(seen, window, *groups)
-
-    monkeypatch.setattr(hf.Step, "bias", seeing_padding)
 
 
 def decoding_of_the_second_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,14 @@ def tiny_hf(architecture: str) -> PreTrainedModel:
     return hf.requires_grad_(False)
 
 
+def tiny_of(kind: str, **settings: Any) -> PreTrainedModel:
+    """A random float32 model of a configuration class by its name; `settings` replaces or adds to the common ones."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = getattr(transformers, kind)(**{**_PLAIN, **settings})
+        return AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+
+
 def tiny_model_dir(architecture: str, tmp: Path, *, chat: bool = True) -> Path:
     """Save a tiny model and its tokenizer as a directory that `kv.load` reads.
 

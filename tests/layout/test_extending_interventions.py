@@ -23,7 +23,7 @@ from kvpatch.protocols.conditions import Condition
 from kvpatch.protocols.load import load_protocol, parse_protocol
 from kvpatch.protocols.schema import Protocol
 from kvpatch.run import plan_for, run
-from kvpatch.specs import outside_interventions as extensions
+from kvpatch.specs import outside_interventions
 from kvpatch.specs.base import Number
 from kvpatch.specs.interventions import InterventionSpec
 from kvpatch.specs.selectors import Layers
@@ -83,7 +83,7 @@ SCALED = Kind(ScaledValues, scale, refuse_model=refuse_missing_layers, refuse_pr
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extensions, "REGISTERED", {})
+    monkeypatch.setattr(outside_interventions, "REGISTERED", {})
     register(SCALED)
     register(Kind(Blended, blend))
 
@@ -135,14 +135,14 @@ def test_a_protocol_with_it_runs_to_a_verdict_and_a_report(model: Any, tmp_path:
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "values made larger" in page and "X - A" in page
     # A run is read without the code that made it.
-    monkeypatch.setattr(extensions, "REGISTERED", {})
+    monkeypatch.setattr(outside_interventions, "REGISTERED", {})
     again = Protocol.as_stored(Store(tmp_path / "run").read_record().protocol)
     assert again.sha256 == protocol.sha256 == Store(tmp_path / "run").read_record().protocol_sha256
     assert again.conditions["X"].recipe == rows[0]["patch"] and not again.conditions["X"].is_natural
 
 
 def test_the_example_of_the_documentation_runs_as_it_stands_there(model: Any, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(extensions, "REGISTERED", {})
+    monkeypatch.setattr(outside_interventions, "REGISTERED", {})
     page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text("utf-8")
     section = page.split("## An intervention\n")[1].split("\n## ")[0]
     code, said = (section.split(f"```{language}\n")[1].split("```")[0] for language in ("python", "yaml"))

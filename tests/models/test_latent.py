@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from transformers import AutoModelForCausalLM
 
 import kvpatch as kv
+import tiny
 from kvpatch.caches.rope import LayerRope, rotate
 from kvpatch.errors import ModelError
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.probe import _layer_rope
-from tiny import VOCABULARY, tiny_hf, tiny_tokenizer
+from tiny import tiny_hf, tiny_tokenizer
 
 pytestmark = pytest.mark.model
 
-BASE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.15,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+tiny_of = functools.partial(tiny.tiny_of, num_hidden_layers=2, num_key_value_heads=4)
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
 OF_LATENT = {
@@ -43,13 +31,6 @@ OF_LATENT = {
 # One head, and a latent and a rotary part of the shape of its keys and values.
 LOOKS_RIGHT = {"num_attention_heads": 1, "num_key_value_heads": 1, "kv_lora_rank": 16, "q_lora_rank": 16}
 LOOKS_RIGHT |= {"qk_rope_head_dim": 16, "qk_nope_head_dim": 0, "v_head_dim": 16}
-
-
-def tiny_of(kind: str, **settings: Any):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = getattr(transformers, kind)(**{**BASE, **settings})
-        return AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("name", OF_LATENT)

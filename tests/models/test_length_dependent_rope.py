@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from transformers import AutoModelForCausalLM
 
 import kvpatch as kv
+import tiny
 from kvpatch.caches.kvcache import KVCache
 from kvpatch.caches.rope import rotate
 from kvpatch.engine.attention import AttentionRequest
@@ -21,24 +21,12 @@ from kvpatch.errors import KvpatchError, ModelError, ProtocolError
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.limits import rotary_switch
 from kvpatch.models.probe import native_logits
-from tiny import LAYERS, VOCABULARY, prompt_of, random_prompts, tiny_hf, tiny_tokenizer
+from tiny import prompt_of, random_prompts, tiny_hf, tiny_tokenizer
 
 pytestmark = pytest.mark.model
 
 SWITCH = 64
-BASE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.15,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+tiny_of = functools.partial(tiny.tiny_of, hidden_size=64)
 LONG: dict[str, Any] = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -84,13 +72,6 @@ STEADY = {
     "llama3": LLAMA3,
 }
 REASON = f"at most {SWITCH} tokens, new ones included: past that its rotary frequencies change with the length"
-
-
-def tiny_of(kind: str, **settings: Any):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = getattr(transformers, kind)(**{**BASE, **settings})
-        return AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
 
 
 def changing(name: str):

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 from transformers.masking_utils import create_chunked_causal_mask
 
 from kvpatch.caches.kvcache import PAD
@@ -17,23 +16,10 @@ from kvpatch.errors import ModelError, ProtocolError
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.masks import LayerMask, classify
 from kvpatch.models.probe import native_logits
-from tiny import CONTEXT, LAYERS, VOCABULARY, WINDOW, random_prompts, tiny_hf
+from tiny import CONTEXT, LAYERS, WINDOW, random_prompts, tiny_hf, tiny_of
 
 pytestmark = pytest.mark.model
 
-BASE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-    "initializer_range": 0.15,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 QWEN_MOE = {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 32, "use_sliding_window": True}
 W, NONE = WINDOW, None
@@ -69,13 +55,6 @@ WINDOWED: dict[str, tuple[str, dict[str, Any], tuple[int | None, ...]]] = {
 def made(name: str, **changes: Any):
     kind, settings, _ = WINDOWED[name]
     return tiny_of(kind, **{**settings, **changes})
-
-
-def tiny_of(kind: str, **settings: Any):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = getattr(transformers, kind)(**{**BASE, **settings})
-        return AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
 
 
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,41 +12,22 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 
 import kvpatch as kv
 import kvpatch.models.second_opinion as room
+import tiny
+from broken import attention_to_padding, attention_with_a_window_one_too_long, attention_without_window
 from kvpatch.checks.identities import check
 from kvpatch.errors import ModelError
-from kvpatch.models import hf as hf_room
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.limits import lengths_around, named_limits
 from kvpatch.models.second_opinion import Opinion, compare, lengths_to_compare, of_engine, of_model, second_opinion
-from tiny import ARCHITECTURES, CONTEXT, VOCABULARY, WINDOW, tiny_hf, tiny_tokenizer
+from tiny import ARCHITECTURES, VOCABULARY, WINDOW, tiny_hf, tiny_tokenizer
 
 pytestmark = pytest.mark.model
 
-BASE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-    "initializer_range": 0.15,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+tiny_of = functools.partial(tiny.tiny_of, num_hidden_layers=2)
 ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 2}
-
-
-def tiny_of(kind: str, **settings: Any):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = getattr(transformers, kind)(**{**BASE, **settings})
-        return AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
 
 
 def saved(hf, where: Path) -> Path:
@@ -151,33 +133,14 @@ def test_nothing_that_is_no_number_passes():
 Break = Callable[[pytest.MonkeyPatch], None]
 
 
-def no_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    bias = hf_room.Step.bias
-    monkeypatch.setattr(hf_room.Step, "bias", lambda step, window, *groups: bias(step, None, *groups))
-
-
-def window_one_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    bias = hf_room.Step.bias
-    monkeypatch.setattr(hf_room.Step, "bias", lambda step, window, *groups: bias(step, window and window + 1, *groups))
-
-
-def padding_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    bias = hf_room.Step.bias
-
-    def seeing(step, window, *groups):
-        return bias(replace(step, slot_positions=step.slot_positions.clamp(min=0), _bias={}), window, *groups)
-
-    monkeypatch.setattr(hf_room.Step, "bias", seeing)
-
-
 @pytest.mark.parametrize(
     ("kind", "settings", "fault", "tokens"),
     [
-        ("MistralConfig", {"sliding_window": 16}, no_window, "24|33"),
-        ("MistralConfig", {"sliding_window": 60}, no_window, "68"),
-        ("MistralConfig", {"sliding_window": 60}, window_one_too_long, "68"),
-        ("PhimoeConfig", {"sliding_window": 60, **ROUTED}, no_window, "68"),
-        ("LlamaConfig", {}, padding_seen, "9"),
+        ("MistralConfig", {"sliding_window": 16}, attention_without_window, "24|33"),
+        ("MistralConfig", {"sliding_window": 60}, attention_without_window, "68"),
+        ("MistralConfig", {"sliding_window": 60}, attention_with_a_window_one_too_long, "68"),
+        ("PhimoeConfig", {"sliding_window": 60, **ROUTED}, attention_without_window, "68"),
+        ("LlamaConfig", {}, attention_to_padding, "9"),
     ],
 )
 def test_load_refuses_a_model_that_differs_and_names_it_the_length_and_the_difference(
@@ -240,7 +203,7 @@ def test_in_other_types_the_bound_follows_the_noise(architecture: str, dtype: st
 
 
 def test_a_dropped_window_shows_in_bfloat16(tiny_dirs, asked, monkeypatch: pytest.MonkeyPatch):
-    no_window(monkeypatch)
+    attention_without_window(monkeypatch)
     with pytest.raises(ModelError, match=r"MistralForCausalLM: with .* tokens kvpatch's logits differ"):
         kv.load(tiny_dirs("mistral"), device="cpu", dtype="bfloat16")
 

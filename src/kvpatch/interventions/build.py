@@ -21,7 +21,7 @@ from kvpatch.interventions.reshape import RESHAPE
 from kvpatch.interventions.splice import SPLICE
 from kvpatch.interventions.steering import VALUE_STEERING
 from kvpatch.models.geometry import Geometry
-from kvpatch.specs import outside_interventions as extensions
+from kvpatch.specs import outside_interventions
 from kvpatch.specs.base import Change
 from kvpatch.specs.interventions import InterventionSpec
 
@@ -56,7 +56,7 @@ def register(kind: Kind[Any]) -> None:
         raise ExtensionError(
             f"an intervention is registered as a Kind whose settings are an InterventionSpec, not {kind!r}"
         )
-    extensions.register(kind.settings.kind, kind)
+    outside_interventions.register(kind.settings.kind, kind)
 
 
 def kind_of(change: Change) -> Kind[Any]:
@@ -70,7 +70,7 @@ def kind_of(change: Change) -> Kind[Any]:
         return own
     if not isinstance(change, InterventionSpec):
         raise ExtensionError(f"{type(change).__name__} is no intervention that kvpatch knows")
-    kind = cast("Kind[Any]", extensions.registered(change.said()["kind"]))
+    kind = cast("Kind[Any]", outside_interventions.registered(change.said()["kind"]))
     if not isinstance(change, kind.settings):
         raise ExtensionError(
             f"the intervention {kind.settings.kind!r} was read with other code than is registered now; load the "

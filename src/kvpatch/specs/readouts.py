@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable
 
 from kvpatch.errors import ExtensionError
-from kvpatch.specs.entry_points import register_installed
+from kvpatch.specs.extensions import register_installed
 from kvpatch.specs.readout import Asks, Place, Readout, TrialRecord
 
 __all__ = [

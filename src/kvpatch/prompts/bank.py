@@ -29,6 +29,8 @@ class Prompt(Frozen):
 
     `topic` is its subject, `domain` the field the subject lies in (continuations are written by domain); `partner_of`
     names the prompt that a foreign prompt is matched with, `paraphrase_of` the one that a paraphrase says over.
+    `addressed` says whether the prompt speaks to the reader ("you", "your"), `act` what it does; a bank that states
+    them can be balanced on them.
     """
 
     id: str
@@ -39,6 +41,8 @@ class Prompt(Frozen):
     level: str | None = None
     partner_of: str | None = None
     paraphrase_of: str | None = None
+    addressed: bool | None = None
+    act: Literal["write", "describe", "question"] | None = None
 
     @property
     def continuation_domain(self) -> str:
@@ -54,13 +58,19 @@ class Prompt(Frozen):
 
 
 class Continuation(Frozen):
-    """A held-out opening of a reply, in a mode or "plain", on a topic of the target's side, the source's or either."""
+    """A held-out opening of a reply, in a mode or "plain", on a topic of the target's side, the source's or either.
+
+    Continuations of one `item` are one sentence in several framings: in the mode or plain, in the first or the third
+    `person`. Where a bank gives them, they make minimal pairs (BLiMP, Warstadt et al. 2020).
+    """
 
     id: str
     mode: Mode
     topic_of: Literal["target", "source", "either"]
     domain: str
     text: str = Field(min_length=1)
+    item: str | None = None
+    person: Literal["first", "third"] | None = None
 
 
 class Bank(Frozen):

@@ -34,6 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"verdicts", "readouts"},
     "view": {"report"},
     "checks": {"engine", "interventions"},
+    "check": {"checks"},
+    "rope": {"caches"},
     "provenance": {"executors", "checks"},
     "run": {"provenance", "report", "verdicts"},
     "validation": {"run", "organisms"},

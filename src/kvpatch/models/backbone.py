@@ -96,7 +96,7 @@ class Backbone:
             vars(self).update(held)  # should the change be taken back, all is as it was
             raise
         if (now.structure, now.weights) != (before.structure, before.weights):
-            self.kept.drop_decoding()
+            self.kept.clear()
         self.state = ModelState.of(self.hf)
 
     def note_own_changes(self) -> None:

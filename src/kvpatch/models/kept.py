@@ -22,7 +22,7 @@ class Kept:
     most_rows: int | None = None
     tokens_at_once: int | None = None
 
-    def drop_decoding(self) -> None:
+    def clear(self) -> None:
         """Forget what depends on the model's weights, since they were changed."""
         self.backend = None
         self.runner = None

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from kvpatch.statistics import trend
 from kvpatch.statistics.trend import order_scores, ordered_trend, slopes
 
 
@@ -76,3 +77,16 @@ def test_the_order_of_the_pairs_changes_nothing(order: list[int], seed: int):
 def test_one_pair_says_nothing():
     assert math.isnan(ordered_trend(np.zeros((1, 3)), 2))
     assert ordered_trend(np.zeros((5, 3)), 2) == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_order_that_equals_the_observed_one_counts_as_equal(seed: int):
+    """Sums of scores that are not whole numbers would part ties by rounding, and differently on each processor."""
+    table = np.random.default_rng(seed).poisson(0.4, (12, 5)).astype(np.float64)
+    ranks = np.array(sorted(stats.rankdata(row).tolist() for row in table)) * 2
+    scores = np.array([-16, -6, 4, 14, 4])
+    in_whole_numbers = ranks.astype(np.int64)
+    drawn = np.take_along_axis(in_whole_numbers[None], trend._orders(12, 5).astype(np.int64), axis=2) @ scores
+    observed = (in_whole_numbers @ scores).sum()
+    at_least = np.count_nonzero(drawn.sum(axis=1) >= observed)
+    assert ordered_trend(table, 3) == (at_least + 1) / (trend.DRAWS + 1)

@@ -49,7 +49,8 @@ def ordered_trend(table: Floats, peak: int) -> float:
     has_ties = any(len(set(row)) < levels for row in ranks)
     if peak == levels - 1 and not has_ties and pairs <= MAX_EXACT_PAIRS and levels <= MAX_EXACT_LEVELS:
         return float(stats.page_trend_test(ranks, ranked=True, method="exact").pvalue)
-    scores = 2 * levels * order_scores(levels, peak)  # whole numbers, as twice the ranks are: sums are exact
+    # Whole numbers, as twice the ranks are, so that sums are exact and ties count as ties on every machine.
+    scores = np.rint(2 * levels * order_scores(levels, peak))
     observed = float((2 * ranks @ scores).sum())
     orders = _orders(pairs, levels)  # [draws, pairs, levels]
     at_least = 0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from finished import RUNS
+from finished import RUNS, STORED, stored_run
 from kvpatch.report.build import report_page
 from kvpatch.report.text import MINUS
 from kvpatch.specs.readouts import shown
@@ -26,10 +26,11 @@ CONDITION = re.compile(r'<b class="cond ?(\w*)"><bdi>([^<]+)</bdi></b>')
 PHASE = re.compile(r"Phase <bdi>([^<]+)</bdi>")
 
 
-@pytest.fixture(scope="module", params=list(RUNS))
+@pytest.fixture(scope="module", params=[*RUNS, *STORED])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, str]:
     """(what a run says, its report)."""
-    store = RUNS[request.param](tmp_path_factory.mktemp("equal") / request.param)
+    folder, name = tmp_path_factory.mktemp("equal"), request.param
+    store = RUNS[name](folder / name) if name in RUNS else stored_run(name, folder)
     outcome = outcome_of(store)
     return outcome, report_page(store, outcome)
 

@@ -1,4 +1,4 @@
-"""The labelled sentences keep their format, their balance and their counts, and the two halves share no text."""
+"""The labelled texts keep their format and counts, no text stands twice, and no two words tell the modes apart."""
 
 import re
 from collections import Counter
@@ -63,8 +63,8 @@ def test_a_kind_is_true_or_false_throughout(half: str):
         assert entry["kind"] in (TRUE_KINDS if entry["mode"] else FALSE_KINDS), entry["id"]
 
 
-def test_no_text_stands_twice_within_or_across_the_halves():
-    counts = Counter(normalised(entry["text"]) for half in HALVES for entry in entries(half))
+def test_no_text_stands_twice_within_or_across_the_files():
+    counts = Counter(normalised(entry["text"]) for name in (*HALVES, "outputs") for entry in entries(name))
     assert not [text for text, n in counts.items() if n > 1]
 
 
@@ -95,8 +95,8 @@ def best_rule(half: str) -> tuple[float, str, str]:
     """The rule of one word or of two that reaches most, where a rule reaches the lower of its precision and its recall.
 
     A rule asks for a word to be there or not, and for a second one, joined by "and" or "or", and predicts either mode.
-    A set of texts is an integer with one bit for each text. To reach 0.7 a rule must pick 84 to 171 of the 240 texts, which no
-    two words can do that both stand in fewer than 34 texts (with "not", the 69 texts or more left out).
+    A set of texts is an integer with one bit for each text. To reach 0.7 a rule must pick 84 to 171 of the 240 texts
+    and leave out 69 or more. Two words that both stand in fewer than 34 texts can do neither.
     """
     labelled = entries(half)
     every, true = (1 << len(labelled)) - 1, sum(entry["mode"] << at for at, entry in enumerate(labelled))
@@ -120,3 +120,25 @@ def best_rule(half: str) -> tuple[float, str, str]:
 def test_no_word_and_no_pair_of_words_tells_the_modes_apart(half: str):
     reach, first, second = best_rule(half)
     assert reach < 0.7, (first, second)
+
+
+def test_every_output_has_an_id_its_model_a_text_a_mode_and_perhaps_a_doubt():
+    outputs = entries("outputs")
+    assert [entry["id"] for entry in outputs] == [f"output-{at:03d}" for at in range(188)]
+    for entry in outputs:
+        assert list(entry) in (keys := ["id", "model", "text", "mode", "kind"], [*keys, "unsure"]), entry["id"]
+        assert entry["model"] in ("smollm2-135m", "gemma3-270m")
+        assert entry["text"].strip()
+        assert isinstance(entry["mode"], bool)
+        assert entry["kind"] == "output"
+        assert entry.get("unsure", True) is True  # a label without doubt has no such key
+
+
+def test_the_outputs_have_the_counts_that_the_readme_states():
+    outputs = entries("outputs")
+    counts = sum(entry["mode"] for entry in outputs), sum("unsure" in entry for entry in outputs)
+    stated = re.search(
+        r"(\d+) outputs.*?(\d+) are true.*?(\d+) are marked", (LABELLED / "README.md").read_text(), re.DOTALL
+    )
+    assert stated is not None
+    assert tuple(map(int, stated.groups())) == (len(outputs), *counts)

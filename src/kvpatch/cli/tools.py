@@ -12,7 +12,9 @@ from kvpatch.cli.app import Device, Dtype, Json, app, refuse_unwritable, show
 from kvpatch.errors import KvpatchError, is_installed
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Callable
+
+    from kvpatch.prompts.bank import Bank
 
 
 @app.command()
@@ -114,11 +116,19 @@ def bank(
         str, typer.Option("--model", help="The model whose tokenizer counts the tokens.")
     ] = "smollm2-135m",
     group: Annotated[str | None, typer.Option(help="Show only this group.")] = None,
+    balance: Annotated[
+        bool,
+        typer.Option("--balance", help="Compare the groups: person, speech act, length, word frequency, lexicon hits."),
+    ] = False,
+    lexicon: Annotated[
+        str, typer.Option(help="With --balance: the lexicon whose hits are counted, a shipped name or a YAML file.")
+    ] = "recursion",
     as_json: Json = False,
 ) -> None:
-    """Print a prompt bank with token lengths for a model.
+    """Print a prompt bank with token lengths for a model, or what else differs between its groups.
 
-    Example: kvpatch bank recursion --model smollm2-135m --group recursive
+    Exit code 1 where --balance finds groups further apart than 5 percentage points or 5%. Example: kvpatch bank
+    recursion --balance
     """
     from kvpatch.cli.progress import loading
     from kvpatch.cli.tables import bank_summary, print_bank
@@ -128,8 +138,22 @@ def bank(
     found = load_bank(name)
     with loading() as report:
         loaded = load(model, progress=report)
+    if balance:
+        _show_balance(found, lexicon, lambda text: loaded.encode(text).body_length, as_json)
+        return
     summary = bank_summary(found, lambda text: loaded.encode(text).body_length, group)
     show(summary, as_json, lambda: print_bank(summary))
+
+
+def _show_balance(bank: Bank, lexicon: str, tokens: Callable[[str], int], as_json: bool) -> None:
+    from kvpatch.cli.balance import balance_summary, print_balance
+    from kvpatch.planning.balance import balance
+    from kvpatch.readouts.behavior import Lexicon
+
+    found = balance(bank, Lexicon.load(lexicon), tokens)
+    show(balance_summary(found), as_json, lambda: print_balance(found))
+    if any(one.over for one in found):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from kvpatch.engine.decode import Continuations, decode
 from kvpatch.engine.model import Model
 from kvpatch.engine.score import score
 from kvpatch.executors.conditions import Built, Natural, build_all, giver_role, prefill_all
+from kvpatch.executors.equal_texts import equal_texts
 from kvpatch.executors.optional_columns import (
     attention_means,
     attention_request,
@@ -49,8 +50,8 @@ ROWS_AT_ONCE = 64
 class _Forced:
     """What the fixed and the held-out continuations gave, one entry a trial.
 
-    cells: [trials, 4, positions], mean log-probabilities of the 2x2 of held-out continuations. geometry: the columns
-    that `Batch.geometry` asks for.
+    cells: [trials, cells, positions], mean log-probabilities of the held-out continuations. geometry: the columns that
+    `Batch.geometry` asks for.
     """
 
     rv_output: list[float]
@@ -94,6 +95,7 @@ def measure(
     built = build_all(model, batch, natural)
     mixed = built.cache
     before = mixed.checksums()
+    equal = equal_texts(batch, natural, mixed)
     layers = _rv_layers(model, batch)
     steering = built.steering.edits() if built.steering else {}
     to_capture = None if batch.watched is None else attention_request(batch.watched, mixed)
@@ -146,6 +148,7 @@ def measure(
             changes_planned=built.planned[i],
             changes_fired=built.fired[i],
             touched=built.touched[i],
+            equals_text=equal[i],
             error=built.errors[i],
             asked=asked[i],
             attention=heads[i],
@@ -327,12 +330,12 @@ def _own_trajectories(written: Continuations, layers: tuple[int, int], window: i
 
 
 def _cell_means(logprobs: np.ndarray, cells: Sequence[Sequence[Sequence[Sequence[int]]]]) -> np.ndarray:
-    """[rows, 4, positions]: mean over the continuations of a cell, of those long enough to have the position.
+    """[rows, cells, positions]: mean over the continuations of a cell, of those long enough to have the position.
 
-    logprobs: [rows, continuations, positions], NaN where there is none; cells: for every row its four cells.
+    logprobs: [rows, continuations, positions], NaN where there is none; cells: for every row its cells.
     """
     known = ~np.isnan(logprobs)
-    edges = np.array([np.cumsum([0, *map(len, row)]) for row in cells])[..., None]  # [rows, 5, 1]
+    edges = np.array([np.cumsum([0, *map(len, row)]) for row in cells])[..., None]  # [rows, cells + 1, 1]
 
     def per_cell(numbers: np.ndarray) -> np.ndarray:
         running = np.pad(numbers.astype(np.float64).cumsum(axis=1), ((0, 0), (1, 0), (0, 0)))

@@ -25,8 +25,9 @@ from kvpatch.specs.readouts import TrialRecord, from_outside
 class Measured:
     """What the model gave for one trial, as plain numbers and text; the names are those of the store's columns.
 
-    cells: [4, positions], mean log-probabilities of the 2x2 of held-out continuations.
+    cells: [4 or 8, positions], mean log-probabilities of the cells of held-out continuations (`pairing.cells_of`).
     touched: slots, layers and KV heads that the condition touched.
+    equals_text: role of the prompt whose natural run the trial's cache equals.
     error: what kept the trial from its cache.
     asked: columns that only a phase that asks for them has. attention: statistics of the trial's heads by stage, where
         the phase watches them, one row each.
@@ -51,6 +52,7 @@ class Measured:
     changes_planned: int
     changes_fired: int
     touched: tuple[int, int, int]
+    equals_text: str | None
     error: str | None
     asked: Mapping[str, Any]
     attention: Mapping[str, Attention]
@@ -76,6 +78,7 @@ def rows_of(batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits 
             "cache_checksum_after": of.checksum_after,
             "changes_planned": of.changes_planned,
             "changes_fired": of.changes_fired,
+            "equals_text": of.equals_text,
             **dict(zip(counts, of.touched, strict=True)),
             "error": _error(of, row["nll_own"]),
         }
@@ -178,6 +181,7 @@ def _likelihoods(batch: Batch, of: Measured) -> dict[str, Any]:
         "js_pull": of.js_pull,
         "mode_llr": ratios.mode,
         "content_llr": ratios.content,
+        "register_llr": ratios.register,
         "mode_llr_by_position": ratios.mode_by_position,
         "content_llr_by_position": ratios.content_by_position,
     }

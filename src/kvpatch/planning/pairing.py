@@ -14,20 +14,29 @@ from kvpatch.prompts.bank import Bank, Continuation, Prompt
 from kvpatch.protocols.schema import PLAIN, Pairing, Protocol
 from kvpatch.readouts.behavior import content_words
 
+Cell = tuple[str, str, str | None]
+"""Of held-out continuations: their mode, the side whose topic they are on, their grammatical person."""
 
-def cells_of(mode: str) -> tuple[tuple[str, str], ...]:
-    """The 2x2 of held-out continuations of a mode: (mode, whose topic)."""
-    return (mode, "target"), (PLAIN, "target"), (mode, "source"), (PLAIN, "source")
+
+def cells_of(mode: str, persons: Sequence[str | None] = (None,)) -> tuple[Cell, ...]:
+    """The 2x2 of held-out continuations of a mode, one after another for each person that the bank states."""
+    cells = (mode, "target"), (PLAIN, "target"), (mode, "source"), (PLAIN, "source")
+    return tuple((*cell, person) for person in persons for cell in cells)
+
+
+_UNLIKE = 10_000
+"""Tokens by which two prompts count as further apart for each of person and speech act in which they differ."""
 
 
 @dataclass(frozen=True)
 class Pair:
     """A target, its source, and what else the conditions of the pair need.
 
-    `others` holds prompts of further groups of the bank, by group: matched in length with the source, each used once,
-    so that late pairs may have none. `continuations` gives, for every cell of `cells_of`, openings on the pair's
-    domains that share no content word with the source. Words of the prompts of the roles in `masked_by` do not count in
-    the masked score.
+    `foreign` is the partner of the target, `foreign_matched` that of the source: not in the mode, but like it in person
+    and speech act. `others` holds prompts of further groups of the bank, by group: matched in length with the source,
+    each used once, so that late pairs may have none. `continuations` gives, for every cell of `cells_of`, openings on
+    the pair's domains that share no content word with the source. Words of the prompts of the roles in `masked_by` do
+    not count in the masked score.
     """
 
     target: Prompt
@@ -36,6 +45,7 @@ class Pair:
     others: dict[str, Prompt]
     continuations: tuple[tuple[Continuation, ...], ...]
     masked_by: tuple[str, ...] = ("source", "foreign")
+    foreign_matched: Prompt | None = None
 
     @property
     def id(self) -> str:
@@ -79,12 +89,16 @@ def form_pairs(
         if max(of) - min(of) > how.max_length_difference * max(of):
             dropped.append(f"{name}: {max(of)} and {min(of)} tokens")
             continue
+        foreign, foreign_matched = bank.partners.get(target.id), bank.partners.get(source.id)
+        if far := _far_partner(((target, foreign), (source, foreign_matched)), lengths, how.max_length_difference):
+            dropped.append(f"{name}: {far}")
+            continue
         cells = _cells(bank, target, source, others.values(), protocol)
         if any(not cell for cell in cells):
             dropped.append(f"{name}: no continuation is lexically disjoint from the source in some cell")
             continue
         masked_by = ("source", "foreign", *others)
-        kept.append(Pair(target, source, bank.partners.get(target.id), dict(others), cells, masked_by))
+        kept.append(Pair(target, source, foreign, dict(others), cells, masked_by, foreign_matched))
     kept.sort(key=lambda pair: hashlib.sha256(f"{seed}:{pair.id}".encode()).hexdigest())
     if how.by == "length":
         held_out = 0 if pairing else protocol.calibration.pairs
@@ -94,12 +108,19 @@ def form_pairs(
 
 
 def _by_length(bank: Bank, how: Pairing, lengths: Mapping[str, int]) -> list[tuple[Prompt, Prompt, dict[str, Prompt]]]:
-    """Targets and sources by optimal assignment on token length."""
+    """Targets and sources by optimal assignment on token length, of one person and speech act where the bank states
+    them: otherwise a source would differ from its target in these too."""
     targets, sources = bank.group(how.targets), bank.group(how.sources)
     cost = np.abs(
         np.array([lengths[p.id] for p in targets])[:, None] - np.array([lengths[p.id] for p in sources])[None]
-    )
+    ) + np.array([[_UNLIKE * _unlike(target, source) for source in sources] for target in targets])
     return [(targets[t], sources[s], {}) for t, s in zip(*linear_sum_assignment(cost), strict=True)]
+
+
+def _unlike(one: Prompt, other: Prompt) -> int:
+    """In how many of person and speech act two prompts differ; what one of them does not state counts as alike."""
+    both = ((one.addressed, other.addressed), (one.act, other.act))
+    return sum(None not in values and values[0] != values[1] for values in both)
 
 
 def _by_subject(bank: Bank, how: Pairing, seed: int) -> list[tuple[Prompt, Prompt, dict[str, Prompt]]]:
@@ -130,19 +151,43 @@ def _assign_others(
             some[i].others[group] = prompts[j]
 
 
+def _far_partner(
+    of: Iterable[tuple[Prompt, Prompt | None]], lengths: Mapping[str, int], max_difference: float
+) -> str | None:
+    """Which foreign partner is too unlike its prompt in length to be held against it, in words."""
+    for prompt, partner in of:
+        if partner is not None:
+            short, long = sorted((lengths[prompt.id], lengths[partner.id]))
+            if long - short > max_difference * long:
+                told = f"{prompt.id} has {lengths[prompt.id]} tokens, its foreign partner {partner.id}"
+                return f"{told} {lengths[partner.id]}"
+    return None
+
+
 def _cells(
     bank: Bank, target: Prompt, source: Prompt, others: Iterable[Prompt], protocol: Protocol
 ) -> tuple[tuple[Continuation, ...], ...]:
+    """For each cell its continuations, of the same items where the bank has minimal pairs: an item is used in all of
+    its framings or in none."""
     banned = {word for prompt in (source, *others) for word in content_words(prompt.text)}
     domain = {"target": target.continuation_domain, "source": source.continuation_domain}
-    return tuple(
-        tuple(
+    cells = cells_of(protocol.mode, bank.persons)
+    found: list[list[Continuation]] = []
+    for mode, side, person in cells:
+        usable = [
             c
             for c in bank.continuations
             if c.mode == mode
+            and c.person == person
             and c.topic_of in (side, "either")
             and c.domain == domain[side]
             and not content_words(c.text) & banned
-        )[: protocol.readouts.continuations_per_cell]
-        for mode, side in cells_of(protocol.mode)
-    )
+        ]
+        found.append(usable)
+    for side in domain:
+        framings = [usable for cell, usable in zip(cells, found, strict=True) if cell[1] == side]
+        whole = set.intersection(*({c.item for c in usable} for usable in framings)) - {None}
+        if whole:
+            for usable in framings:
+                usable[:] = [c for c in usable if c.item in whole]
+    return tuple(tuple(usable[: protocol.readouts.continuations_per_cell]) for usable in found)

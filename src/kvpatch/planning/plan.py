@@ -28,7 +28,10 @@ ROWS_PER_BATCH = 120
 
 
 class PlannedPair(Frozen):
-    """A pair's texts, by role, and its held-out continuations by cell of the 2x2; `number` counts a run's pairs."""
+    """A pair's texts, by role, and its held-out continuations by cell (`pairing.cells_of`).
+
+    `number` counts a run's pairs.
+    """
 
     pair_id: str
     number: int
@@ -273,6 +276,8 @@ class _Planner:
             reason = "needs slots that only a chat template gives; the model has none"
         elif "foreign" in roles and any(pair.foreign is None for pair in pairs):
             reason = "needs a foreign partner for every target; the bank has not got them"
+        elif "foreign_matched" in roles and any(pair.foreign_matched is None for pair in pairs):
+            reason = "needs a foreign partner, matched in person and speech act, for every source; the bank has none"
         elif other and not any(other in pair.others for pair in pairs):
             reason = f"needs {other} prompts; the bank gives these pairs none"
         elif condition.change is not None and condition.change.moves_keys and not self.model.can_move_keys:
@@ -290,6 +295,8 @@ class _Planner:
         }
         if pair.foreign is not None:
             texts["foreign"] = pair.foreign.text
+        if pair.foreign_matched is not None:
+            texts["foreign_matched"] = pair.foreign_matched.text
         texts |= {group: prompt.text for group, prompt in pair.others.items()}
         return PlannedPair(
             pair_id=pair.id,

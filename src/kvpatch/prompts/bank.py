@@ -99,8 +99,13 @@ class Bank(Frozen):
         return found
 
     @cached_property
+    def persons(self) -> tuple[str | None, ...]:
+        """The grammatical persons in which the bank has each continuation; (None,) where it does not say."""
+        return tuple(sorted({c.person for c in self.continuations if c.person})) or (None,)
+
+    @cached_property
     def partners(self) -> dict[str, Prompt]:
-        """Foreign prompts by the id of the prompt they are matched with."""
+        """Foreign prompts by the id of the prompt they are matched with: a target's, or a source's."""
         return {prompt.partner_of: prompt for prompt in self.prompts if prompt.partner_of}
 
 

@@ -20,7 +20,7 @@ from kvpatch.specs.outside_interventions import Said, Unregistered
 from kvpatch.specs.patch import Patch
 
 Side = Literal["target", "source"]
-ROLES = ("target", "source", "foreign", "neutral", "shuffled_words")
+ROLES = ("target", "source", "foreign", "foreign_matched", "neutral", "shuffled_words")
 """Prompts every pair has, or can have; groups named by `also` come on top."""
 Role = Literal["experiment", "control", "integrity"]
 

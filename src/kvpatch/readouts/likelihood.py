@@ -12,34 +12,43 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LogLikelihoodRatios:
-    """Mode and content of one cache, in nats a token.
+    """Mode, content and register of one cache, in nats a token.
 
     Attributes:
-        mode: main effect of continuations in the mode less plain ones, topics averaged.
-        content: main effect of the source's topic less the target's, modes averaged.
+        mode: main effect of continuations in the mode less plain ones, topics and persons averaged.
+        content: main effect of the source's topic less the target's, modes and persons averaged.
+        register: main effect of the first person less the third, modes and topics averaged; None without persons.
         mode_by_position, content_by_position: the same at each position, [positions].
     """
 
     mode: float
     content: float
+    register: float | None
     mode_by_position: list[float]
     content_by_position: list[float]
 
 
 def log_likelihood_ratios(cells: ArrayLike, *, first: int) -> LogLikelihoodRatios:
-    """Main effects of a 2x2 of continuations.
+    """Main effects of a 2x2 of continuations, or of two of them, in the first and in the third person.
 
     Args:
-        cells: [4, positions], mean log-probability at each position over the continuations of the cells (mode, target),
-            (plain, target), (mode, source), (plain, source), in this order (`prompts.pairing.cells_of`).
+        cells: [4 or 8, positions], mean log-probability at each position over the continuations of the cells (mode,
+            target), (plain, target), (mode, source), (plain, source), in this order (`planning.pairing.cells_of`);
+            where there are eight, the first four are in the first person.
         first: the single numbers take the mean over this many first positions.
     """
-    mode_t, plain_t, mode_s, plain_s = np.asarray(cells, dtype=np.float64)
+    values = np.asarray(cells, dtype=np.float64)
+    persons = values.reshape(-1, 4, values.shape[-1])
+    mode_t, plain_t, mode_s, plain_s = persons.mean(axis=0)
     mode = (mode_t + mode_s - plain_t - plain_s) / 2
     content = (mode_s + plain_s - mode_t - plain_t) / 2
+    register = None
+    if len(persons) == 2:
+        register = float((persons[0] - persons[1]).mean(axis=0)[:first].mean())
     return LogLikelihoodRatios(
         mode=float(mode[:first].mean()),
         content=float(content[:first].mean()),
+        register=register,
         mode_by_position=mode.tolist(),
         content_by_position=content.tolist(),
     )

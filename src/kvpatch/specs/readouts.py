@@ -51,11 +51,13 @@ SHOWN: dict[Place, tuple[str, ...]] = {
 }  # fmt: skip
 """For each place, the readouts of kvpatch that are shown there, in their order. Those from outside come after them."""
 RESERVED = frozenset(
-    "trial_id content_id phase split model condition condition_role pair_id source_id target_id sample seed patch "
-    "changes_planned changes_fired n_slots_patched n_layers_patched n_kv_heads_patched source_text target_text "
-    "source_token_ids target_token_ids cache_token_ids output_token_ids output_logprobs text stopped mode_hits "
-    "mode_llr_by_position content_llr_by_position rv_trajectory rv_forced_trajectory pr_v pr_v_corrected pr_k "
-    "pr_k_corrected coherent cache_checksum_before cache_checksum_after error failed part place".split()
+    """
+    trial_id content_id phase split model condition condition_role pair_id source_id target_id sample seed patch
+    changes_planned changes_fired n_slots_patched n_layers_patched n_kv_heads_patched equals_text source_text
+    target_text source_token_ids target_token_ids cache_token_ids output_token_ids output_logprobs text stopped
+    mode_hits mode_llr_by_position content_llr_by_position rv_trajectory rv_forced_trajectory pr_v pr_v_corrected
+    pr_k pr_k_corrected coherent cache_checksum_before cache_checksum_after error failed part place
+    """.split()
 )
 """Names that no readout may have: the other columns of a trial, and what tables of trials add to them."""
 
@@ -144,6 +146,13 @@ BUILT_IN: tuple[Readout, ...] = (
         "log-likelihood of the source's topic less the target's over modes, nats a token",
         unit="nats", axis=_RATIO, direction="closer to the source's topic",
         explained="How much likelier continuations on the source's topic are than on the target's. This is not mode.",
+    ),
+    _own(
+        "register_llr", "Register, by likelihood",
+        "log-likelihood of continuations in the first person less those in the third, nats a token; null for a bank "
+        "that does not state persons",
+        unit="nats", axis=_RATIO, direction="closer to the first person",
+        explained="How much likelier continuations that say I are, whatever their mode and topic. This is not mode.",
     ),
     _geometry(
         "pr_v_late", "Participation ratio of late values",

@@ -52,6 +52,11 @@ _FIRST: dict[str, Column] = {
     ),
     "n_layers_patched": (pa.int32(), "layers in which it did"),
     "n_kv_heads_patched": (pa.int32(), "KV heads in each of these layers"),
+    "equals_text": (
+        pa.string(),
+        "role of the prompt whose natural run the trial's cache equals, by its numbers; null where no text of the pair "
+        "does, and in older runs",
+    ),
     "source_text": (pa.string(), "words of the pair's source prompt"),
     "target_text": (pa.string(), "words of the pair's target prompt"),
     "source_token_ids": (_TOKENS, "tokens of the prompt whose cache was put in, pending token last"),

@@ -1,0 +1,94 @@
+"""Which caches of a batch equal a prompt's natural run, decided from their numbers and never from how they were made.
+
+A full swap of any prompt is a run of that prompt's text, however it is spelled: by `align: replace`, by bands that
+together are all layers, by the residual stream at every position. What such a condition shows is a text's effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvpatch.caches.kvcache import PAD, KVCache
+from kvpatch.caches.rope import rotate
+from kvpatch.executors.conditions import Natural
+from kvpatch.planning.plan import Batch
+from kvpatch.protocols.conditions import ROLES
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+"""Largest difference, as a share of the largest number of the layer, that rounding alone explains."""
+COARSE = 5e-2
+"""The same in half precision, where a key that was turned is rounded again."""
+
+
+def equal_texts(batch: Batch, natural: Natural, cache: KVCache) -> list[str | None]:
+    """For every trial the role of the prompt whose natural run its cache equals, None where no text of its pair does.
+
+    A cache equals a run where it has as many slots, the same values in every slot and layer, and the same keys, up to
+    a shift of all positions and of the pending token's by one number, which changes nothing the model computes.
+
+    Args:
+        natural: the natural caches of the batch's prompts.
+        cache: one row per trial.
+    """
+    found: list[str | None] = [None] * len(batch.trials)
+    marks, of_natural = _marks(cache), _marks(natural.cache)
+    lengths, natural_lengths = cache.row_lengths, natural.cache.row_lengths
+    tolerance = TOLERANCE.get(cache.values[0].dtype, COARSE)
+    candidates: list[tuple[int, int, str]] = []
+    for i, trial in enumerate(batch.trials):
+        pair = batch.pairs[trial.pair]
+        for role in sorted(pair.texts, key=lambda name: ROLES.index(name) if name in ROLES else len(ROLES)):
+            row = natural.row.get((trial.pair, role))
+            if row is None or lengths[i] != natural_lengths[row]:
+                continue
+            if bool((marks[i] - of_natural[row]).abs().max() <= 10 * tolerance):
+                candidates.append((i, row, role))
+    holds = _are_equal(cache, natural.cache, [c[:2] for c in candidates], tolerance)
+    for (i, _, role), is_equal in zip(candidates, holds, strict=True):
+        if is_equal and found[i] is None:
+            found[i] = role
+    return found
+
+
+def _marks(cache: KVCache) -> Tensor:
+    """A number per row and layer, [rows, layers] on the host: a random sum of the row's values over their size.
+
+    The sum is aligned with the last slot, so that rows of unlike padding compare. Rows whose values differ in any one
+    slot have different sums but by rare chance.
+    """
+    layers = []
+    is_real = (cache.positions != PAD)[:, None, :, None]
+    for values in cache.values:
+        _, heads, slots, dim = values.shape
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(1, heads, 1, dim, generator=generator)
+        of_slots = torch.randn(1 << 16, generator=generator)[:slots].flip(0).reshape(1, 1, slots, 1)
+        real = torch.where(is_real, values, 0).float()
+        weighted = real * weights.to(real.device) * of_slots.to(real.device)
+        layers.append(weighted.sum((1, 2, 3)) / real.square().sum((1, 2, 3)).sqrt().clamp(min=1e-20))
+    return torch.stack(layers, dim=1).cpu()
+
+
+def _are_equal(cache: KVCache, natural: KVCache, rows: Sequence[tuple[int, int]], tolerance: float) -> list[bool]:
+    """Whether each pair of rows, of `cache` and of `natural`, has the same values, and the same keys up to a shift."""
+    if not rows:
+        return []
+    mine, theirs = cache[[i for i, _ in rows]], natural[[j for _, j in rows]]
+    is_real = mine.positions != PAD
+    delta = torch.where(is_real, mine.positions - theirs.positions, 0)  # [rows, slots]
+    shift = mine.pending_position - theirs.pending_position
+    holds = ((delta == shift[:, None]) | ~is_real).all(dim=1)
+    if any(rope.layout == "absolute" for rope in mine.rope):
+        holds &= shift == 0
+        delta = torch.zeros_like(delta)
+    in_row = is_real[:, None, :, None]
+    for layer, rope in enumerate(mine.rope):
+        turned = rotate(theirs.keys[layer], delta, rope)
+        for one, other in ((mine.values[layer], theirs.values[layer]), (mine.keys[layer], turned)):
+            apart = torch.where(in_row, (one - other).abs(), 0).amax(dim=(1, 2, 3))
+            size = torch.where(in_row, other.abs(), 0).amax(dim=(1, 2, 3))
+            holds &= apart <= tolerance * size
+    return holds.tolist()

@@ -135,7 +135,8 @@ class Plots:
         phase = phase or next(iter(protocol.phases))
         rows = self._tested()
         points, means = tables.condition_means(rows[rows["phase"] == phase], readout, protocol)
-        return charts.conditions_chart(tables.thinned(points), means, readout, tables.baseline_of(protocol))
+        drawn = charts.conditions_chart(tables.thinned(points), means, readout, tables.baseline_of(protocol))
+        return charts.built(drawn)
 
     def coherence(self, phase: str | None = None) -> AnyChart:
         """Share of coherent outputs a condition."""

@@ -61,7 +61,9 @@ def pair_means(trials: pd.DataFrame, column: str) -> pd.DataFrame:
     rows = trials[["condition", "pair_id", "failed"]].assign(**{column: values(trials, column)})
     wide = pairs.pair_means(rows, names, column)
     numbers = wide.to_numpy(dtype=float)
-    there = [(name, pair) for name in range(len(names)) for pair in np.flatnonzero(~np.isnan(numbers[:, name]))]
+    there = [
+        (name, pair) for name in range(len(names)) for pair in np.flatnonzero(~np.isnan(numbers[:, name])).tolist()
+    ]
     return pd.DataFrame(
         {
             "condition": pd.Series([names[name] for name, _ in there], dtype=wide.columns.dtype),

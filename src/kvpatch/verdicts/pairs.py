@@ -203,7 +203,7 @@ def contrast_table(
     """
     names = sorted({name for weights in contrasts.values() for name in weights})
     numbers = means[names].to_numpy(dtype=float)
-    is_whole = np.isfinite(numbers).all(axis=1)
+    is_whole = np.asarray(np.isfinite(numbers).all(axis=1), dtype=bool)
     whole = dict(zip(names, numbers[is_whole].T, strict=True))
     index = means.index[is_whole]
     columns = {}

@@ -35,7 +35,7 @@ lint: install-test  ## format, rules and types
 	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 
 test: install-test lint  ## every test that needs no GPU
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: install-test  ## benchmarks, as ratios to a named peer measured in the same run
 	$(BIN)/python benchmarks/decode.py

@@ -25,6 +25,22 @@ settings.register_profile("fixed", derandomize=True, database=None)
 settings.register_profile("explore", max_examples=1000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
+SLOWEST = (
+    "report/test_browser.py",
+    "view/test_view_browser.py",
+    "test_packaging.py",
+    "test_smollm2.py",
+    "layout/test_report_equals_verdicts.py",
+)
+"""Files to start with, slowest first, so that no worker ends alone with one of them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the slowest files; the order is kept otherwise, and within each file."""
+    here = Path(__file__).parent
+    places = {here / name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
 
 @pytest.fixture(scope="session")
 def tiny_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:

@@ -20,7 +20,7 @@ from kvpatch.verdicts.outcome import Outcome, outcome_of
 if TYPE_CHECKING:
     import polars
 
-    from kvpatch.report.charts import AnyChart
+    from kvpatch.report.charts import AnyChart, Drawn
 
 
 class Run:
@@ -135,7 +135,8 @@ class Plots:
         phase = phase or next(iter(protocol.phases))
         rows = self._tested()
         points, means = tables.condition_means(rows[rows["phase"] == phase], readout, protocol)
-        return charts.conditions_chart(tables.thinned(points), means, readout, tables.baseline_of(protocol))
+        drawn = charts.conditions_chart(tables.thinned(points), means, readout, tables.baseline_of(protocol))
+        return charts.built(drawn)
 
     def coherence(self, phase: str | None = None) -> AnyChart:
         """Share of coherent outputs a condition."""
@@ -156,13 +157,13 @@ class Plots:
         phase = phase or next(iter(protocol.phases))
         return self._figure(lambda f: f.effect_charts(self._effects(), protocol, phase), readout)
 
-    def _figure(self, charts_of: Callable[[Any], dict[str, AnyChart]], wanted: str) -> AnyChart:
-        from kvpatch.report import forest
+    def _figure(self, charts_of: Callable[[Any], dict[str, Drawn]], wanted: str) -> AnyChart:
+        from kvpatch.report import charts, forest
 
         found = charts_of(forest)
         if wanted not in found:
             raise ValueError(f"no chart of {wanted!r}; there are {', '.join(found) or 'none'}")
-        return found[wanted]
+        return charts.built(found[wanted])
 
     def trajectory(self, phase: str = "5", column: str = "rv_forced_trajectory") -> AnyChart:
         """R_V along the tokens, a line a condition."""
@@ -185,6 +186,7 @@ class Plots:
 
     def narrowing(self, hypothesis: str) -> AnyChart:
         """How the interval of a hypothesis narrows with the pairs."""
+        from kvpatch.report import charts
         from kvpatch.view import estimates
 
         outcome = self._run.outcome
@@ -192,7 +194,7 @@ class Plots:
         if hypothesis not in found:
             raise ValueError(f"no hypothesis {hypothesis!r} has trials; there are {', '.join(found)}")
         item = found[hypothesis]
-        return estimates.narrowing_chart(item["path"], item["readout"], item["counts"])
+        return charts.built(estimates.narrowing_chart(item["path"], item["readout"], item["counts"]))
 
     def _tested(self) -> pd.DataFrame:
         from kvpatch.report import tables

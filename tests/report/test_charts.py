@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pandas as pd
@@ -9,10 +10,11 @@ import pytest
 import vl_convert
 
 from kvpatch.protocols.schema import Protocol
-from kvpatch.report import charts, tables
+from kvpatch.report import charts, forest, tables
+from kvpatch.view import estimates
 
 
-def svg(chart: charts.AnyChart) -> str:
+def svg(chart: charts.Drawn) -> str:
     spec = charts.specification(chart) | {"width": 500}
     return vl_convert.vegalite_to_svg(spec)
 
@@ -64,3 +66,38 @@ def test_the_coherence_chart_has_a_bar_a_known_share() -> None:
 def test_a_chart_names_no_address() -> None:
     shares = pd.DataFrame({"condition": ["A"], "about": "x", "role": "control", "share": [1.0]})
     assert "http" not in str(charts.specification(charts.coherence_chart(shares)))
+
+
+def by_altair(chart: charts.Drawn) -> dict:
+    """The packed chart, every part of it built anew by altair."""
+    return charts.packed(charts.built(chart))
+
+
+@pytest.mark.parametrize("kept", [[], ["A"], ["A", "B", "C"]])
+@pytest.mark.parametrize("baseline", [None, "A"])
+def test_a_chart_from_the_template_is_what_altair_builds(
+    protocol: Protocol, trials: pd.DataFrame, kept: list[str], baseline: str | None
+) -> None:
+    points, means = tables.condition_means(tables.normalised(trials), "recursive_score", protocol)
+    for some in (points, points[:0]):
+        chart = charts.conditions_chart(some, means[means["condition"].isin(kept)], "hits", baseline)
+        assert json.dumps(charts.packed(chart)) == json.dumps(by_altair(chart))
+
+
+@pytest.mark.parametrize("margins", [(None, None), (-1.0, None), (None, 1.0), (-1.0, 1.0)])
+def test_a_forest_plot_from_the_template_is_what_altair_builds(margins: tuple[float | None, float | None]) -> None:
+    for n in (1, 3):
+        numbers = {"estimate": 0.5, "low": 0.1, "high": math.nan, "n": 4}
+        numbers |= {"margin_low": margins[0], "margin_high": margins[1]}
+        rows = [
+            {"row": f"row {i}", "name": f"name {i}", "about": "x", "colour": "control", **numbers} for i in range(n)
+        ]
+        chart = forest.forest_chart(pd.DataFrame(rows), "a title", charts.ROLE_COLOURS)
+        assert json.dumps(charts.packed(chart)) == json.dumps(by_altair(chart))
+
+
+@pytest.mark.parametrize("low", [math.nan, 0.1])
+def test_a_narrowing_chart_from_the_template_is_what_altair_builds(low: float) -> None:
+    path = [{"n": n, "estimate": 0.5, "low": low, "high": low} for n in (3, 4)]
+    chart = estimates.narrowing_chart(path, "a title", "pairs")
+    assert json.dumps(charts.packed(chart)) == json.dumps(by_altair(chart))

@@ -6,9 +6,11 @@ in tones that stand out on both backgrounds.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import altair as alt
@@ -28,7 +30,52 @@ _AXIS = 34
 AnyChart: TypeAlias = alt.Chart | alt.LayerChart | alt.FacetChart
 
 
-def conditions_chart(points: pd.DataFrame, means: pd.DataFrame, title: str, baseline: str | None = None) -> AnyChart:
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """A chart apart from its numbers, so that many of one kind are built by altair once.
+
+    draw: (tables, rows, *said) -> chart. It reads no table, only which there are. tables: name -> what a layer draws.
+    rows: names of the rows to draw, in order; none where it is of
+    one height. said: what else the chart depends on, hashable.
+    """
+
+    draw: Callable[..., AnyChart]
+    tables: dict[str, pd.DataFrame]
+    rows: list[str]
+    said: tuple[Hashable, ...]
+
+    def packed(self) -> dict:
+        """Return what `packed` returns of the chart."""
+        known = _template(self.draw, tuple(self.tables), self.said)
+        datasets = {
+            key: {"name": found["name"], **_columns(self.tables[found["columns"][0]])}
+            for key, found in known["datasets"].items()
+        }
+        height = _height(len(self.rows)) if self.rows else known["height"]
+        return {**_with_rows(known, self.rows), "height": height, "datasets": datasets}
+
+
+Drawn: TypeAlias = AnyChart | Drawing
+_ROWS = "the rows to draw"
+
+
+@functools.cache
+def _template(draw: Callable[..., AnyChart], names: tuple[str, ...], said: tuple[Hashable, ...]) -> dict:
+    """The specification of a drawing. Each of its data sets has one column, whose name is that of the table."""
+    stand_ins = {name: pd.DataFrame({name: []}) for name in names}
+    return packed(draw(stand_ins, [_ROWS], *said))
+
+
+def _with_rows(part: Any, rows: list[str]) -> Any:
+    """The specification with the rows in the place that the template holds for them."""
+    if isinstance(part, dict):
+        return {key: _with_rows(value, rows) for key, value in part.items()}
+    if isinstance(part, list):
+        return rows if part == [_ROWS] else [_with_rows(value, rows) for value in part]
+    return part
+
+
+def conditions_chart(points: pd.DataFrame, means: pd.DataFrame, title: str, baseline: str | None = None) -> Drawn:
     """Chart one readout: a dot a pair, a line through the dots of one pair, and each condition's mean with interval.
 
     Args:
@@ -45,20 +92,27 @@ def conditions_chart(points: pd.DataFrame, means: pd.DataFrame, title: str, base
     points = points[points["condition"].isin(order)]
     place = {pair: _spread(i) for i, pair in enumerate(sorted(set(points["pair"])))}
     points = points.assign(offset=points["pair"].map(place), row=points["condition"].map(order.index))
+    reference = means[means["condition"] == baseline]
+    there = {"baseline": reference[["mean"]], "points": points, "means": means}
+    tables = {name: table for name, table in there.items() if not table.empty}
+    return Drawing(_conditions, tables, order, (title,))
+
+
+def _conditions(tables: dict[str, pd.DataFrame], order: list[str], title: str) -> AnyChart:
     y = alt.Y("condition:N", sort=order, title=None, scale=alt.Scale(domain=order))
     offset = alt.YOffset("offset:Q", scale=alt.Scale(domain=[-1.6, 1.6]))
     x_scale = alt.Scale(zero=False, nice=True, padding=6)
     x_title = alt.X("value:Q", title=title, scale=x_scale)
     colour = _role_colour()
     layers: list[AnyChart] = []
-    reference = means[means["condition"] == baseline]
-    if not reference.empty:
-        dashed = alt.Chart(reference[["mean"]], name="_baseline").mark_rule(
+    means = tables["means"]
+    if "baseline" in tables:
+        dashed = alt.Chart(tables["baseline"], name="_baseline").mark_rule(
             strokeDash=[3, 3], strokeWidth=1, color=NEUTRAL
         )
         layers.append(dashed.encode(x=alt.X("mean:Q", title=title, scale=x_scale)))
-    if not points.empty:
-        layers += _pairs(points, x_title, y, offset)
+    if "points" in tables:
+        layers += _pairs(tables["points"], x_title, y, offset)
     bars = alt.Chart(means, name="_intervals").mark_rule(strokeWidth=2.5, strokeCap="round")
     bars = bars.transform_filter("isValid(datum.low) && isValid(datum.high)")
     layers.append(
@@ -149,20 +203,28 @@ def no_data_chart() -> AnyChart:
     return dressed(said, rows=1)
 
 
-def specification(chart: AnyChart) -> dict:
+def built(chart: Drawn) -> AnyChart:
+    """Return a chart as altair has it."""
+    return chart.draw(chart.tables, chart.rows, *chart.said) if isinstance(chart, Drawing) else chart
+
+
+def specification(chart: Drawn) -> dict:
     """Return the chart as a Vega-Lite specification with its data in it, whatever their number."""
+    chart = built(chart)
     with alt.data_transformers.enable("default", max_rows=None):
         out = chart.to_dict()
     out.pop("$schema", None)
     return out
 
 
-def packed(chart: AnyChart) -> dict:
+def packed(chart: Drawn) -> dict:
     """Return the chart as a Vega-Lite specification with each data set by columns: `{name, columns, rows}`.
 
     `name` is that of the first layer which draws the data set; one that starts with an underscore is for drawing
     only, and gets no table.
     """
+    if isinstance(chart, Drawing):
+        return chart.packed()
     frames: dict[str, pd.DataFrame] = {}
 
     def by_name(data: Any) -> dict:
@@ -225,10 +287,14 @@ def _role_colour() -> alt.Color:
 
 def dressed(chart: AnyChart, rows: int = 0, height: int | None = None) -> AnyChart:
     """Return the chart as wide as its place, `rows` rows (or `height` pixels) high, without colours of its own."""
-    tall = _ROW * rows + (_AXIS if rows == 1 else 0) if height is None else height
+    tall = _height(rows) if height is None else height
     # Set in place: `properties` would copy the whole chart, and nobody else holds it yet.
     chart.width, chart.height, chart.background, chart.config = "container", tall, "transparent", _CONFIG
     return chart
+
+
+def _height(rows: int) -> int:
+    return _ROW * rows + (_AXIS if rows == 1 else 0)
 
 
 _AXES = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 8, "domain": False}

@@ -27,9 +27,7 @@ class Figure:
     column: str = ""
 
 
-def figure(
-    name: str, title: str, about: str, chart: charts.AnyChart | None, *, label: str = "", note: str = ""
-) -> Figure:
+def figure(name: str, title: str, about: str, chart: charts.Drawn | None, *, label: str = "", note: str = "") -> Figure:
     """Return the figure of a chart; `chart` None says that there is no data."""
     spec = None if chart is None else charts.packed(chart)
     return Figure(_identifier(name), title, about, label or title, spec, note)

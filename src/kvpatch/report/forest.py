@@ -23,7 +23,7 @@ VERDICT_COLOURS = {
 _COLUMNS = ["row", "name", "about", "colour", "estimate", "low", "high", "margin_low", "margin_high", "n"]
 
 
-def forest_chart(rows: pd.DataFrame, title: str, colours: dict[str, str]) -> charts.AnyChart:
+def forest_chart(rows: pd.DataFrame, title: str, colours: dict[str, str]) -> charts.Drawn:
     """Chart one effect a row with its interval; a band or a tick shows its margin.
 
     Args:
@@ -36,24 +36,38 @@ def forest_chart(rows: pd.DataFrame, title: str, colours: dict[str, str]) -> cha
     if rows.empty:
         return charts.no_data_chart()
     order = rows["row"].tolist()
+    zero = pd.DataFrame({"zero": [0.0]})
+    ends = tuple(end for end in ("margin_low", "margin_high") if rows[end].notna().any())
+    has_band = bool((rows["margin_low"].notna() & rows["margin_high"].notna()).any())
+    said = (title, tuple(colours.items()), ends, has_band)
+    return charts.Drawing(_forest, {"zero": zero, "rows": rows}, order, said)
+
+
+def _forest(
+    tables: dict[str, pd.DataFrame],
+    order: list[str],
+    title: str,
+    colours: tuple[tuple[str, str], ...],
+    ends: tuple[str, ...],
+    has_band: bool,
+) -> charts.AnyChart:
     y = alt.Y("row:N", sort=order, title=None, scale=alt.Scale(domain=order))
-    scale = alt.Scale(domain=list(colours), range=list(colours.values()))
+    scale = alt.Scale(domain=[name for name, _ in colours], range=[colour for _, colour in colours])
     colour = alt.Color("colour:N", scale=scale, legend=None)
 
     def x(field: str) -> alt.X:
         return alt.X(f"{field}:Q", title=title, scale=alt.Scale(nice=True, padding=8))
 
-    base = alt.Chart(rows)
-    zero = alt.Chart(pd.DataFrame({"zero": [0.0]}), name="_zero").mark_rule(strokeWidth=1, color=charts.NEUTRAL)
+    base = alt.Chart(tables["rows"])
+    zero = alt.Chart(tables["zero"], name="_zero").mark_rule(strokeWidth=1, color=charts.NEUTRAL)
     band = base.transform_filter("isValid(datum.margin_low) && isValid(datum.margin_high)").properties(name="_margins")
     margins: list[charts.AnyChart] = []
-    if (rows["margin_low"].notna() & rows["margin_high"].notna()).any():
+    if has_band:
         bar = band.mark_bar(height=14, opacity=0.16, color=charts.LIMIT)
         margins.append(bar.encode(x=x("margin_low"), x2=alt.X2("margin_high:Q"), y=y))
-    for end in ("margin_low", "margin_high"):
-        if rows[end].notna().any():
-            tick = base.transform_filter(f"isValid(datum.{end})").properties(name=f"_{end}")
-            margins.append(tick.mark_tick(thickness=2, size=16, color=charts.LIMIT).encode(x=x(end), y=y))
+    for end in ends:
+        tick = base.transform_filter(f"isValid(datum.{end})").properties(name=f"_{end}")
+        margins.append(tick.mark_tick(thickness=2, size=16, color=charts.LIMIT).encode(x=x(end), y=y))
     ranges = base.transform_filter("isValid(datum.low) && isValid(datum.high)").properties(name="_intervals")
     tips = [
         alt.Tooltip("name:N"),
@@ -74,13 +88,13 @@ def forest_chart(rows: pd.DataFrame, title: str, colours: dict[str, str]) -> cha
     return charts.dressed(alt.layer(*layers), rows=len(order))
 
 
-def hypothesis_charts(rows: list[dict], protocol: Protocol) -> dict[str, charts.AnyChart]:
+def hypothesis_charts(rows: list[dict], protocol: Protocol) -> dict[str, charts.Drawn]:
     """Return a forest plot for each scale that hypotheses are measured on, by its name: "mode_llr", "log rv_output",
     "slope of mode_llr a step", "correlation"."""
     return {scale: chart for (_, scale), chart in _by_scale(rows, protocol).items()}
 
 
-def _by_scale(rows: list[dict], protocol: Protocol) -> dict[tuple[str, str], charts.AnyChart]:
+def _by_scale(rows: list[dict], protocol: Protocol) -> dict[tuple[str, str], charts.Drawn]:
     """Return a forest plot for each (sentence on the scale, name of the scale) that hypotheses are measured on."""
     known = {h.id: h for h in protocol.hypotheses}
     scales: dict[tuple[str, str], list[dict]] = {}
@@ -133,7 +147,7 @@ def margin_ends(row: dict) -> tuple[float | None, float | None]:
     return (-size, None) if row["side"] == -1 else (None, size)
 
 
-def effect_charts(effects: list[dict], protocol: Protocol, phase: str) -> dict[str, charts.AnyChart]:
+def effect_charts(effects: list[dict], protocol: Protocol, phase: str) -> dict[str, charts.Drawn]:
     """Return a phase's forest plots, by readout: each condition less the natural run of the same prompt."""
     out = {}
     for readout in dict.fromkeys(effect["readout"] for effect in effects if effect["phase"] == phase):

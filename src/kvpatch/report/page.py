@@ -16,7 +16,6 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-import vl_convert
 from markupsafe import Markup
 
 from kvpatch.protocols.schema import Protocol
@@ -35,6 +34,7 @@ from kvpatch.report import (
     text,
 )
 from kvpatch.report import head_maps as attention
+from kvpatch.report.library import chart_library
 from kvpatch.store.validation import gate_zero
 
 
@@ -219,7 +219,7 @@ def _assets(is_live: bool) -> dict[str, Markup]:
     """Return the style sheet, the scripts and the page's policy; a live page may also ask its own server."""
     folder = resources.files("kvpatch.report") / "templates"
     style, script = (folder.joinpath(name).read_text("utf-8") for name in ("report.css", "report.js"))
-    library = vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue] (its stub forgets the default)
+    library = chart_library()
     for name, content in (("vega", library), ("report.js", script)):
         if "</script" in content.lower() or "<!--" in content or "\r" in content:
             raise ValueError(f"{name} can't stand inside a script element")

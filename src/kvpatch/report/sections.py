@@ -13,6 +13,7 @@ from kvpatch.report import charts, forest, tables
 from kvpatch.report.figure import figure, rounded
 from kvpatch.report.judgements import DIFFERS, FAILED, PASSED, UNKNOWN, Badge, instruments_badge, validation_passed
 from kvpatch.report.text import NOT_RECORDED, facts, number, plain
+from kvpatch.verdicts.measure import units_of
 from kvpatch.verdicts.pairs import shown_of
 
 FEW_PAIRS = 50
@@ -153,10 +154,10 @@ def readout_figures(parts: Parts, protocol: Protocol) -> list[dict]:
     out = []
     baseline = tables.baseline_of(protocol)
     for phase, question, part in parts:
-        figures, means_of = [], []
+        figures, means_of, units = [], [], units_of(protocol, part)
         readouts = shown_of("report", part)
         for readout in readouts:
-            points, means = tables.condition_means(part, readout.name, protocol)
+            points, means = tables.condition_means(part, readout.name, protocol, units)
             shown = tables.thinned(points)
             chart = None
             if len(points):

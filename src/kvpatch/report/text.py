@@ -60,15 +60,15 @@ def marked(text: str, spans: Iterable[Span] = ()) -> Markup:
         if kind in MARK_KINDS and min(len(text), end) > max(0, start)
     ]
     edges = sorted({0, len(text), *(s for s, _, _ in usable), *(e for _, e, _ in usable)})
-    out = Markup()
+    out: list[str] = []
     for left, right in itertools.pairwise(edges):
         kinds = [k for k in MARK_KINDS if any(s <= left and right <= e and kind == k for s, e, kind in usable)]
-        piece = escape(visible(text[left:right]))
+        piece = str(escape(visible(text[left:right])))
         if kinds:
             label = " and ".join({"hit": "hit of the mode", "copied": "copied from the source"}[k] for k in kinds)
-            piece = Markup('<mark class="{}" title="{}">{}</mark>').format(" ".join(kinds), label, piece)
-        out += piece
-    return out
+            piece = f'<mark class="{" ".join(kinds)}" title="{label}">{piece}</mark>'
+        out.append(piece)
+    return Markup("".join(out))
 
 
 def script_json(value: Any) -> Markup:

@@ -15,7 +15,7 @@ from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.schema import Protocol
 from kvpatch.verdicts.families import adjusted_by_family
 from kvpatch.verdicts.headline import headline
-from kvpatch.verdicts.measure import Measured, measure
+from kvpatch.verdicts.measure import Measured, measure, units_of
 from kvpatch.verdicts.pairs import prepare, rows_of
 from kvpatch.verdicts.prerequisites import (
     COHERENT_SHARE,
@@ -47,7 +47,11 @@ def verdicts(protocol: Protocol, trials: pd.DataFrame, *, instrument_ok: bool | 
     """
     rows = prepare(trials)
     shares = coherence_shares(rows)
-    measured = {h.id: measure(protocol, rows, h) for h in protocol.hypotheses}
+    phases = {
+        name: rows_of(rows, split="test", phase=name) for name in dict.fromkeys(h.phase for h in protocol.hypotheses)
+    }
+    units = {name: units_of(protocol, part) for name, part in phases.items()}
+    measured = {h.id: measure(protocol, rows, h, units[h.phase]) for h in protocol.hypotheses}
     families = {h.id: h.family for h in protocol.hypotheses}
     adjusted = adjusted_by_family({name: m.p for name, m in measured.items()}, families, protocol.corrections)
     decided: dict[str, Decision] = {}
@@ -55,7 +59,6 @@ def verdicts(protocol: Protocol, trials: pd.DataFrame, *, instrument_ok: bool | 
         blocked = _blocked(protocol, h, measured[h.id], instrument_ok, shares, decided)
         first = None if h.of is None else measured[h.of]
         decided[h.id] = blocked or decide(measured[h.id], adjusted[h.id], first)
-    phases = {name: rows_of(rows, split="test", phase=name) for name in protocol.phases}
     return [
         _record(
             measured[h.id],

@@ -65,16 +65,19 @@ class Measured:
     absent: tuple[str, ...]
 
 
-def measure(protocol: Protocol, trials: pd.DataFrame, hypothesis: Hypothesis) -> Measured:
+def measure(
+    protocol: Protocol, trials: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str, str] | None = None
+) -> Measured:
     """Measure one hypothesis on the test pairs of its phase; margins come from the calibration pairs of its model.
 
-    trials: prepared rows of every split and phase.
+    trials: prepared rows of every split and phase. units: `units_of` the test rows of the hypothesis's phase, where the
+    caller has it already.
 
     Raises:
         StoreError: if the readout is not a column.
     """
     rows = rows_of(trials, split="test", phase=hypothesis.phase)
-    units = units_of(protocol, rows)
+    units = units_of(protocol, rows) if units is None else units
     asked = measured_as(protocol, hypothesis)
     found = replace(_MEASURES[asked.kind.measures](protocol, trials, rows, asked, units), hypothesis=hypothesis)
     present = set(rows["condition"].unique())

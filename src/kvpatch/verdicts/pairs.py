@@ -202,17 +202,20 @@ def contrast_table(
     means: [pairs, conditions]. contrasts: name -> weights. Returns [units, contrasts], index sorted.
     """
     names = sorted({name for weights in contrasts.values() for name in weights})
-    whole = means[means[names].map(np.isfinite).all(axis="columns")]
+    numbers = means[names].to_numpy(dtype=float)
+    is_whole = np.asarray(np.isfinite(numbers).all(axis=1), dtype=bool)
+    whole = dict(zip(names, numbers[is_whole].T, strict=True))
+    index = means.index[is_whole]
     columns = {}
     for name, weights in contrasts.items():
-        total = np.zeros(len(whole))
+        total = np.zeros(len(index))
         for condition in sorted(weights):
-            total = total + weights[condition] * np.asarray(whole[condition], dtype=float)
+            total = total + weights[condition] * whole[condition]
         columns[name] = total
-    table = pd.DataFrame(columns, index=whole.index)
+    table = pd.DataFrame(columns, index=index)
     if not units:
         return table
-    labels = [units.get(str(pair), str(pair)) for pair in whole.index]
+    labels = [units.get(str(pair), str(pair)) for pair in index]
     if len(set(labels)) == len(labels):
         return table
     grouped = {name: _means_by(labels, np.asarray(table[name])) for name in table.columns}

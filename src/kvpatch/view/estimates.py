@@ -4,6 +4,7 @@ is no p and no verdict here."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import altair as alt
@@ -36,24 +37,28 @@ def estimates(protocol: Protocol, trials: pd.DataFrame) -> list[dict[str, Any]]:
     """
     prepared = prepare(trials)
     tested = rows_of(prepared, split="test")
-    arrived = {str(name): _arrival(protocol, part) for name, part in tested.groupby("phase", sort=False)}
-    return [_estimate(protocol, h, prepared, arrived[h.phase]) for h in protocol.hypotheses if h.phase in arrived]
+    parts = {str(name): part for name, part in tested.groupby("phase", sort=False)}
+    units = {phase: units_of(protocol, part) for phase, part in parts.items()}
+    arrived = {phase: _arrival(units[phase], part) for phase, part in parts.items()}
+    asked = [h for h in protocol.hypotheses if h.phase in arrived]
+    return [_estimate(protocol, h, prepared, units[h.phase], arrived[h.phase]) for h in asked]
 
 
-def _arrival(protocol: Protocol, rows: pd.DataFrame) -> dict[str, int]:
+def _arrival(units: Mapping[str, str], rows: pd.DataFrame) -> dict[str, int]:
     """Pair -> the place of its unit in the order in which units came, each with its first pair. rows: of one phase."""
-    units = units_of(protocol, rows)
     places: dict[str, int] = {}
     return {pair: places.setdefault(units.get(pair, pair), len(places)) for pair in map(str, rows["pair_id"].unique())}
 
 
-def _estimate(protocol: Protocol, h: Hypothesis, trials: pd.DataFrame, arrived: dict[str, int]) -> dict[str, Any]:
+def _estimate(
+    protocol: Protocol, h: Hypothesis, trials: pd.DataFrame, units: Mapping[str, str], arrived: dict[str, int]
+) -> dict[str, Any]:
     head = {key: getattr(h, key) for key in ("id", "claim", "phase", "contrast", "readout", "gate", "test")}
     head |= {"transform": h.transform, "is_correlation": h.kind.measures == "correlation"}
     others = [v for v in (h.against, *h.controlling) if v is not None]
     if any(variable.readout not in trials for variable in (h, *others)):
         return {**head, **_counted(0, 0), "estimate": None, "low": None, "high": None, "path": []}
-    m = measure(protocol, trials, h)
+    m = measure(protocol, trials, h, units)
     found = m.differences
     now = {"n": found.n, "estimate": _known(m.estimate), "low": _known(m.interval.low), "high": _known(m.interval.high)}
     has_path = found.n > 0 and m.kind.is_mean
@@ -81,7 +86,7 @@ def _known(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def narrowing_chart(path: list[dict[str, Any]], title: str, counts: str = "pairs") -> charts.AnyChart:
+def narrowing_chart(path: list[dict[str, Any]], title: str, counts: str = "pairs") -> charts.Drawn:
     """Chart an estimate and its interval against the number of pairs, or of groups of pairs that share a prompt.
 
     path: as `estimates` gives it. counts: what its `n` counts.
@@ -89,7 +94,15 @@ def narrowing_chart(path: list[dict[str, Any]], title: str, counts: str = "pairs
     if not path:
         return charts.no_data_chart()
     frame = rounded(pd.DataFrame(path))
-    base = alt.Chart(frame)
+    zero = pd.DataFrame({"zero": [0.0]})
+    has_band = bool(frame["low"].notna().any())
+    return charts.Drawing(_narrowing, {"zero": zero, "path": frame}, [], (title, counts, has_band))
+
+
+def _narrowing(
+    tables: dict[str, pd.DataFrame], _: list[str], title: str, counts: str, has_band: bool
+) -> charts.AnyChart:
+    base = alt.Chart(tables["path"])
     x = alt.X("n:Q", title=counts, axis=alt.Axis(tickMinStep=1))
 
     def y(field: str) -> alt.Y:
@@ -97,9 +110,9 @@ def narrowing_chart(path: list[dict[str, Any]], title: str, counts: str = "pairs
 
     tips = [alt.Tooltip("n:Q", title=counts)]
     tips += [alt.Tooltip(f"{name}:Q", format=".4g") for name in ("estimate", "low", "high")]
-    zero = alt.Chart(pd.DataFrame({"zero": [0.0]}), name="_zero").mark_rule(strokeWidth=1, color=charts.NEUTRAL)
+    zero = alt.Chart(tables["zero"], name="_zero").mark_rule(strokeWidth=1, color=charts.NEUTRAL)
     layers: list[charts.AnyChart] = [zero.encode(y=y("zero"))]
-    if frame["low"].notna().any():
+    if has_band:
         known = base.transform_filter("isValid(datum.low) && isValid(datum.high)").properties(name="_band")
         band = known.mark_area(opacity=0.2, color=charts.SERIES[0])
         layers.append(band.encode(x=x, y=y("low"), y2=alt.Y2("high:Q")))

@@ -17,7 +17,6 @@ from urllib.parse import quote
 
 import jinja2
 import uvicorn
-import vl_convert
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -28,6 +27,7 @@ from starlette.routing import Route
 from kvpatch.errors import KvpatchError, StoreError
 from kvpatch.report import charts, page, text
 from kvpatch.report.build import mark, report_page
+from kvpatch.report.library import chart_library
 from kvpatch.verdicts.outcome import light_rows, outcome_of
 from kvpatch.view import estimates, query, trial
 from kvpatch.view.guard import Guard
@@ -311,7 +311,7 @@ def clock(moment: Any) -> str:
 def _static() -> dict[str, tuple[str, str]]:
     own, shared = resources.files("kvpatch.view") / "templates", resources.files("kvpatch.report") / "templates"
     style = shared.joinpath("report.css").read_text("utf-8") + own.joinpath("view.css").read_text("utf-8")
-    library = vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue] (its stub forgets the default)
+    library = chart_library()
     return {
         "view.css": (style, "text/css"),
         "view.js": (own.joinpath("view.js").read_text("utf-8"), "text/javascript"),

@@ -103,7 +103,7 @@ def stand_in(*names: str) -> None:
             print(f"({name} is not installed: a stand-in takes its place; nothing here uses it)")
 
 
-stand_in("pingouin", "altair", "altair.utils", "altair.utils.schemapi", "vl_convert", "duckdb", "polars")
+stand_in("altair", "altair.utils", "altair.utils.schemapi", "vl_convert", "duckdb", "polars")
 
 # Imported here because some of them import what was stood in for above; pyproject.toml allows it.
 from growth import grow

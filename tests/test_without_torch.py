@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,25 @@ class Hidden:
 sys.meta_path.insert(0, Hidden)
 {code}
 """
+READERS = ("status", "verdicts", "effects")
 COMMAND = "from kvpatch.cli.main import main; sys.argv = ['kvpatch', *sys.argv[1:]]; main()"
+
+COMMANDS = """
+import contextlib, io, json
+from kvpatch.cli.main import main
+
+def call(arguments):
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = ["kvpatch", *arguments]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stopped:
+            return {"code": stopped.code or 0, "out": out.getvalue(), "err": err.getvalue()}
+
+print(json.dumps([call(arguments) for arguments in json.loads(sys.argv[1])]))
+"""
+"""Several commands, one after the other in a process: what each left, as JSON."""
 
 
 def run_without(
@@ -61,17 +80,26 @@ def test_version_without_any_extra():
     assert (done.returncode, done.stdout) == (0, f"kvpatch {kvpatch.__version__}\n"), done.stderr
 
 
-@pytest.mark.parametrize("command", ["status", "verdicts", "effects"])
-def test_a_finished_run_is_read_without_any_extra(run_dir: Path, command: str):
-    done = run_without(command, run_dir, "--json")
+@pytest.fixture(scope="module")
+def read(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What each command that reads the run left: its exit code and what it printed. The report is in `page`."""
+    page = tmp_path_factory.mktemp("page") / "report.html"
+    commands = [[name, str(run_dir), "--json"] for name in READERS]
+    done = run_without(json.dumps([*commands, ["report", str(run_dir), "--out", str(page)]]), code=COMMANDS)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)
+    found = dict(zip([*READERS, "report"], json.loads(done.stdout), strict=True))
+    return found | {"page": {"text": page.read_text("utf-8") if page.exists() else ""}}
 
 
-def test_a_finished_run_is_reported_without_any_extra(run_dir: Path, tmp_path: Path):
-    done = run_without("report", run_dir, "--out", tmp_path / "report.html")
-    assert done.returncode == 0, done.stderr
-    assert "</html>" in (tmp_path / "report.html").read_text("utf-8")
+@pytest.mark.parametrize("command", READERS)
+def test_a_finished_run_is_read_without_any_extra(read: dict[str, dict[str, Any]], command: str):
+    assert read[command]["code"] == 0, read[command]["err"]
+    assert json.loads(read[command]["out"])
+
+
+def test_a_finished_run_is_reported_without_any_extra(read: dict[str, dict[str, Any]]):
+    assert read["report"]["code"] == 0, read["report"]["err"]
+    assert "</html>" in read["page"]["text"]
 
 
 def test_a_notebook_reads_a_run_without_any_extra(run_dir: Path):

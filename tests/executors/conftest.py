@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,12 +19,12 @@ def model(tiny: Callable):
     return tiny("llama")
 
 
-@pytest.fixture
-def small_plan(model, tmp_path: Path) -> Callable[..., Plan]:
+@pytest.fixture(scope="session")
+def small_plan(model, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Plan]:
     """`small_plan(**changes)`: the plan of the small protocol on the tiny Llama."""
 
     def make(*, n: int | None = None, seed: int = 0, **changes: Any) -> Plan:
-        protocol = load_protocol(str(write_protocol(tmp_path, **changes)))
+        protocol = load_protocol(str(write_protocol(tmp_path_factory.mktemp("plan"), **changes)))
         return plan_for({None: model}, protocol, load_bank(protocol.bank), seed=seed, n=n, phases=None)[0]
 
     return make

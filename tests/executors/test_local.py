@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 
 from kvpatch.executors import local
 from kvpatch.executors.local import LocalExecutor, stored_limits
 from kvpatch.planning import plan as planner
+from kvpatch.readouts.fluency import CoherenceLimits
 from kvpatch.store.directory import Store
 from small import with_patch
 
@@ -18,11 +21,13 @@ class Broken(Exception):
     """Stands for whatever ends a process."""
 
 
-@pytest.fixture
-def plan(small_plan, monkeypatch):
+@pytest.fixture(scope="module")
+def plan(small_plan):
     """A plan of several batches: four test pairs, one a batch."""
-    monkeypatch.setattr(planner, "ROWS_PER_BATCH", 5)
-    return small_plan(n=4, **with_patch({"align": "start"}))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(planner, "ROWS_PER_BATCH", 5)
+        generation = {"max_new_tokens": 6, "temperature": 0.7}
+        return small_plan(n=4, generation=generation, **with_patch({"align": "start"}))
 
 
 def run(model, plan, store: Store, on_batch=lambda batch, tokens: None):
@@ -33,12 +38,25 @@ def rows_of(store: Store) -> list[str]:
     return [repr(row) for row in sorted(store.read().to_pylist(), key=lambda row: row["trial_id"])]
 
 
-@pytest.fixture
-def undisturbed(model, plan, tmp_path) -> list[str]:
-    store = Store(tmp_path / "undisturbed")
+class Finished(NamedTuple):
+    """The directory of a run, not to be changed, and the coherence limits the executor gave."""
+
+    store: Store
+    limits: dict[str, CoherenceLimits]
+
+
+@pytest.fixture(scope="module")
+def finished(model, plan, tmp_path_factory) -> Finished:
+    store = Store(tmp_path_factory.mktemp("finished") / "run")
     with store.locked():
-        run(model, plan, store)
-    return rows_of(store)
+        limits = run(model, plan, store)
+    store.write_text("run.json", "{}")  # a directory without one is nobody's, and is refused
+    return Finished(store, limits)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished) -> list[str]:
+    return rows_of(finished.store)
 
 
 def test_plan_has_several_batches(plan):
@@ -46,7 +64,7 @@ def test_plan_has_several_batches(plan):
     assert plan.batches[0].split == "calibration"
 
 
-def test_every_trial_is_stored_once(model, plan, undisturbed):
+def test_every_trial_is_stored_once(plan, undisturbed):
     assert len(undisturbed) == plan.n_trials == len(set(plan.trial_ids))
 
 
@@ -88,19 +106,17 @@ def test_run_broken_off_inside_a_batch_ends_the_same(model, plan, tmp_path, undi
     assert len(begun) == len(plan.batches) + 1  # what was stored is not run again
 
 
-def test_finished_run_runs_nothing_again(model, plan, tmp_path):
-    store, told = Store(tmp_path / "done"), []
-    with store.locked():
-        first = run(model, plan, store)
-        again = run(model, plan, store, lambda batch, tokens: told.append(tokens))
+def test_finished_run_runs_nothing_again(model, plan, finished, undisturbed):
+    told: list[int] = []
+    with finished.store.locked():
+        again = run(model, plan, finished.store, lambda batch, tokens: told.append(tokens))
     assert told == [0] * len(plan.batches)
-    assert again == first
+    assert again == finished.limits
+    assert rows_of(finished.store) == undisturbed
 
 
-def test_limits_come_from_the_calibration_alone_and_judge_the_rest(model, plan, tmp_path):
-    store = Store(tmp_path / "limits")
-    with store.locked():
-        limits = run(model, plan, store)["calibration"]
+def test_limits_come_from_the_calibration_alone_and_judge_the_rest(finished):
+    store, limits = finished.store, finished.limits["calibration"]
     table = store.read().to_pandas()
     held_out = table[table["split"] == "calibration"]
     assert set(held_out["condition"]) == {"A", "B"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 import pytest
@@ -27,10 +27,9 @@ def phase(names: str, **asked: Any) -> dict[str, Any]:
     return {"question": "?", "n": 2, "conditions": names.split(), **asked}
 
 
-@pytest.fixture
-def plan(small_plan, monkeypatch):
+@pytest.fixture(scope="module")
+def plan(small_plan):
     """Phases of equal trials: two that ask for nothing, two for the same, one for attention without marks."""
-    monkeypatch.setattr(planner, "ROWS_PER_BATCH", 3)
     phases = {
         "first": phase("A B C"),
         "watched": phase("A B C", attention={"marked": MARKED}, geometry=True),
@@ -38,12 +37,15 @@ def plan(small_plan, monkeypatch):
         "again": phase("A B C N1", attention={"marked": MARKED}, geometry=True),
         "unmarked": phase("A B C", attention=True, geometry=True),
     }
-    return small_plan(
-        conditions={name: CONDITIONS[name] for name in ("A", "B", "C", "N1")},
-        phases=phases,
-        readouts={"r_v": {"window": 6}, "forced_tokens": 12, "likelihood_tokens": 6, "js_positions": 4},
-        hypotheses=[],
-    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(planner, "ROWS_PER_BATCH", 3)
+        return small_plan(
+            conditions={name: CONDITIONS[name] for name in ("A", "B", "C", "N1")},
+            phases=phases,
+            generation={"max_new_tokens": 6, "temperature": 0.7},
+            readouts={"r_v": {"window": 6}, "forced_tokens": 8, "likelihood_tokens": 4, "js_positions": 2},
+            hypotheses=[],
+        )
 
 
 def run(model, plan, store: Store, on_batch=lambda batch, tokens: None) -> None:
@@ -51,9 +53,16 @@ def run(model, plan, store: Store, on_batch=lambda batch, tokens: None) -> None:
         LocalExecutor({None: model}).run(plan, store, on_tokens=lambda rows: None, on_batch=on_batch)
 
 
-@pytest.fixture
-def measured(monkeypatch) -> list[tuple[str, str]]:
-    """Phase and condition of every trial that is computed."""
+class Whole(NamedTuple):
+    """A run that nothing disturbed: its directory, not to be changed, and phase and condition of every trial that was
+    computed."""
+
+    store: Store
+    measured: list[tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def whole(model, plan, tmp_path_factory) -> Whole:
     told: list[tuple[str, str]] = []
     measure = local.measure
 
@@ -61,20 +70,22 @@ def measured(monkeypatch) -> list[tuple[str, str]]:
         told.extend((batch.phase, trial.condition) for trial in batch.trials)
         return measure(model, batch, **settings)
 
-    monkeypatch.setattr(local, "measure", counted)
-    return told
+    store = Store(tmp_path_factory.mktemp("whole") / "run")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(local, "measure", counted)
+        run(model, plan, store)
+    return Whole(store, told)
 
 
-def test_a_trial_is_computed_once_for_all_phases_that_ask_for_the_same(model, plan, tmp_path, measured):
-    run(model, plan, Store(tmp_path / "run"))
+def test_a_trial_is_computed_once_for_all_phases_that_ask_for_the_same(whole):
+    measured = whole.measured
     by_phase = {name: sorted({c for p, c in measured if p == name}) for name in ("second", "again", "unmarked")}
     assert by_phase == {"second": ["N1"], "again": ["N1"], "unmarked": ["A", "B", "C"]}
     assert len([p for p, _ in measured if p in ("first", "watched", "unmarked")]) == 3 * 6
 
 
-def test_every_phase_gets_what_it_asks_for(model, plan, tmp_path):
-    store = Store(tmp_path / "run")
-    run(model, plan, store)
+def test_every_phase_gets_what_it_asks_for(plan, whole):
+    store = whole.store
     heads = store.read_attention().group_by(["trial_id"]).aggregate([("head", "count")]).to_pydict()
     of_heads = dict(zip(heads["trial_id"], heads["head_count"], strict=True))
     rows = store.read().to_pylist()
@@ -89,9 +100,8 @@ def test_every_phase_gets_what_it_asks_for(model, plan, tmp_path):
     assert len(of_heads) == len([row for row in rows if row["phase"] in WATCHED])
 
 
-def test_copied_heads_are_those_of_the_trial_they_were_copied_from(model, plan, tmp_path):
-    store = Store(tmp_path / "run")
-    run(model, plan, store)
+def test_copied_heads_are_those_of_the_trial_they_were_copied_from(whole):
+    store = whole.store
     heads = store.read_attention()
     ids: dict[str, dict[str, str]] = {}
     for row in store.read(["trial_id", "content_id", "phase"]).to_pylist():
@@ -105,9 +115,8 @@ def test_copied_heads_are_those_of_the_trial_they_were_copied_from(model, plan, 
 
 
 @pytest.mark.parametrize("after", [4, 6, 8])
-def test_run_broken_off_copies_the_same(model, plan, tmp_path, after):
-    whole, broken = Store(tmp_path / "whole"), Store(tmp_path / "broken")
-    run(model, plan, whole)
+def test_run_broken_off_copies_the_same(model, plan, whole, tmp_path, after):
+    broken = Store(tmp_path / "broken")
     told: list[str] = []
 
     def stop(batch, tokens):
@@ -121,6 +130,6 @@ def test_run_broken_off_copies_the_same(model, plan, tmp_path, after):
     broken.write_text("run.json", "{}")  # a directory without one is nobody's, and is refused
     run(model, plan, broken)
     for table in ("read", "read_attention"):
-        ours, theirs = (sorted(map(repr, getattr(store, table)().to_pylist())) for store in (broken, whole))
+        ours, theirs = (sorted(map(repr, getattr(store, table)().to_pylist())) for store in (broken, whole.store))
         assert ours == theirs
-    assert broken.done() == whole.done()
+    assert broken.done() == whole.store.done()

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pingouin
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 from statsmodels.stats.multitest import multipletests
@@ -159,6 +159,18 @@ def test_jzs_bayes_factor_of_an_effect_seen_in_thousands_of_pairs_is_past_any_fl
     values = np.random.default_rng(0).normal(0.8, 1.0, 3200)
     assert tests.jzs_bayes_factor(values) == math.inf
     assert 1e10 < tests.jzs_bayes_factor(values[:320]) < math.inf
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-5, 5, allow_subnormal=False), min_size=2, max_size=60), st.floats(0.2, 2))
+def test_jzs_bayes_factor_is_pingouins_to_six_digits(differences: list[float], scale: float):
+    values = np.array(differences)
+    dz = tests.cohens_dz(values)
+    assume(abs(dz) <= tests.MAX_DZ_OF_BAYES_FACTOR)
+    theirs = float(
+        pingouin.bayesfactor_ttest(np.float64(dz * math.sqrt(len(values))), len(values), paired=True, r=scale)
+    )
+    assert tests.jzs_bayes_factor(values, scale) == float(f"{theirs:.6g}")
 
 
 def test_jzs_bayes_factor_agrees_with_the_integral_over_effect_sizes():

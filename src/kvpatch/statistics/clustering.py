@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
-from statsmodels.regression.linear_model import OLS
 
 from kvpatch.statistics.grid import Floats
 
@@ -39,6 +38,8 @@ def two_way_clustered(differences: Floats, sources: Labels, targets: Labels) -> 
     counts = len(set(sources)), len(set(targets))
     if min(counts) < 3:
         return None
+    from statsmodels.regression.linear_model import OLS  # takes a second to import, and most commands never get here
+
     groups = np.stack([np.unique(list(names), return_inverse=True)[1] for names in (sources, targets)], axis=1)
     fitted = OLS(differences, np.ones((len(differences), 1))).fit(
         cov_type="cluster", cov_kwds={"groups": groups, "use_correction": True}

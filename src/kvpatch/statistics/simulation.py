@@ -287,7 +287,7 @@ def critical_slopes(n: int, levels: int, peak: int, alpha: float, sets: int) -> 
 def _rank_sums(noise: Floats, steps: Floats, scores: Floats) -> Floats:
     """Sum of scores times ranks within pairs, [sets], where each level is moved by its score times `steps` [sets].
 
-    noise: [levels, sets, n]. Of two levels the higher one gains a rank, so that pairs of levels are compared and nothing
+    noise: [levels, sets, n]. Of two levels the higher one gains a rank, so pairs of levels are compared and nothing
     is sorted; ranks count from 0.
     """
     levels, _, n = noise.shape

@@ -19,7 +19,8 @@ from kvpatch.protocols.load import load_protocol
 from kvpatch.specs.test_kinds import kinds
 from kvpatch.statistics import paired_tests as rule
 from kvpatch.statistics.intervals import bca_interval
-from kvpatch.statistics.simulation import critical_of
+from kvpatch.statistics.simulation import _rank_sums, critical_of
+from kvpatch.statistics.trend import order_scores
 from kvpatch.verdicts import procedures
 from kvpatch.verdicts.power import power
 from kvpatch.verdicts.smallest import smallest_effects, warnings_before
@@ -74,6 +75,15 @@ def test_bootstrap_ends_agree_with_scipys(draw):
 def test_differences_that_do_not_vary_have_an_interval_of_width_zero():
     found = critical_of(np.full((2, 8), 3.0), [0.05])
     assert found.low[0.95] == pytest.approx(3.0) == found.high[0.95]
+
+
+@pytest.mark.parametrize(("levels", "peak"), [(3, 2), (3, 1), (5, 4), (5, 2), (6, 2)])
+def test_compared_levels_give_the_rank_sums_of_sorted_ones(levels, peak):
+    noise, steps = np.random.default_rng(levels).standard_normal((9, 20, levels)), np.linspace(0, 2, 9)
+    scores = order_scores(levels, peak)
+    ranks = stats.rankdata(noise + steps[:, None, None] * scores, axis=2) - 1
+    found = _rank_sums(np.moveaxis(noise, 2, 0), steps, scores)
+    assert found == pytest.approx((ranks @ scores).sum(axis=1), abs=1e-9)
 
 
 # Closed form

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +31,10 @@ _BATCH = 250
 _Matrix = NDArray[np.float32]
 
 
-@dataclass(frozen=True, eq=False)
 class Critical:
     """What each simulated data set needs, by the rules of `tests.sign_flip` and `intervals.bca_interval`.
+
+    Each part is worked out when it is first read: most kinds of test read only some of them.
 
     above: alpha -> [sets]; the flips of "greater" give p < alpha once more than this is added to every difference.
     below: alpha -> [sets]; the same for the data set with its signs turned, so for the test "less".
@@ -43,13 +43,48 @@ class Critical:
     sd: [sets], standard deviations (n - 1).
     """
 
-    above: dict[float, Floats]
-    below: dict[float, Floats]
-    above_t: dict[float, Floats]
-    below_t: dict[float, Floats]
-    low: dict[float, Floats]
-    high: dict[float, Floats]
-    sd: Floats
+    def __init__(self, differences: Floats, alphas: tuple[float, ...], levels: tuple[float, ...]) -> None:
+        self._differences, self._alphas, self._levels = differences, alphas, levels
+
+    @cached_property
+    def _flips(self) -> tuple[dict[float, Floats], dict[float, Floats]]:
+        return _by_flips(self._differences, self._alphas)
+
+    @cached_property
+    def _studentised(self) -> tuple[dict[float, Floats], dict[float, Floats]]:
+        return _by_studentised(self._differences, self._alphas)
+
+    @cached_property
+    def _bootstrap(self) -> tuple[dict[float, Floats], dict[float, Floats]]:
+        return _by_bootstrap(self._differences, self._levels)
+
+    @property
+    def above(self) -> dict[float, Floats]:
+        return self._flips[0]
+
+    @property
+    def below(self) -> dict[float, Floats]:
+        return self._flips[1]
+
+    @property
+    def above_t(self) -> dict[float, Floats]:
+        return self._studentised[0]
+
+    @property
+    def below_t(self) -> dict[float, Floats]:
+        return self._studentised[1]
+
+    @property
+    def low(self) -> dict[float, Floats]:
+        return self._bootstrap[0]
+
+    @property
+    def high(self) -> dict[float, Floats]:
+        return self._bootstrap[1]
+
+    @cached_property
+    def sd(self) -> Floats:
+        return np.std(self._differences, axis=1, ddof=1)
 
 
 @lru_cache(maxsize=256)
@@ -75,11 +110,7 @@ def critical_of(differences: Floats, alphas: Iterable[float], levels: Iterable[f
 
     differences: [sets, n], n at least 3. An alpha that n pairs can't reach gives infinity.
     """
-    alphas = tuple(dict.fromkeys(alphas))
-    above, below = _by_flips(differences, alphas)
-    above_t, below_t = _by_studentised(differences, alphas)
-    low, high = _by_bootstrap(differences, tuple(levels))
-    return Critical(above, below, above_t, below_t, low, high, np.std(differences, axis=1, ddof=1))
+    return Critical(differences, tuple(dict.fromkeys(alphas)), tuple(levels))
 
 
 def _by_flips(differences: Floats, alphas: tuple[float, ...]) -> tuple[dict[float, Floats], dict[float, Floats]]:
@@ -99,12 +130,14 @@ def _by_flips(differences: Floats, alphas: tuple[float, ...]) -> tuple[dict[floa
         rows = slice(start, start + _BATCH)
         means = differences[rows].astype(np.float32) @ flips  # [batch, flips that flip something]
         size = means.shape[1]
-        kth = [min(k, size - 1) for k in ranks]
-        ordered = np.partition(means, sorted({*kth, *(size - 1 - k for k in kth)}), axis=1)
+        # Of the many flips only the two tails are ever read, so only those are put in order.
+        most = min(ranks[-1], size - 1)
+        parted = np.partition(means, sorted({most, size - 1 - most}), axis=1)
+        least, largest = np.sort(parted[:, : most + 1], axis=1), np.sort(parted[:, size - 1 - most :], axis=1)
         for alpha, k in allowed.items():
             if k >= 0:
-                out[0][alpha][rows] = -ordered[:, min(k, size - 1)]
-                out[1][alpha][rows] = ordered[:, size - 1 - min(k, size - 1)]
+                out[0][alpha][rows] = -least[:, min(k, most)]
+                out[1][alpha][rows] = largest[:, most - min(k, most)]
     return out
 
 
@@ -242,14 +275,29 @@ def critical_slopes(n: int, levels: int, peak: int, alpha: float, sets: int) -> 
     spread = math.sqrt(n * levels * (levels + 1) / 12 * squares)
     z = special.ndtri(1 - alpha)
     low, high = np.zeros(sets), np.full(sets, 8.0 / math.sqrt(n) + 4.0)
+    levels_first = np.ascontiguousarray(np.moveaxis(noise, 2, 0))
     for _ in range(14):
         middle = (low + high) / 2
-        values = noise + (middle / math.sqrt(squares))[:, None, None] * scores
-        ranks = values.argsort(axis=2).argsort(axis=2)
-        passes = (ranks @ scores).sum(axis=1) > z * spread
+        passes = _rank_sums(levels_first, middle / math.sqrt(squares), scores) > z * spread
         low, high = np.where(passes, low, middle), np.where(passes, middle, high)
     ends = _by_bootstrap(noise @ scores / math.sqrt(squares), (0.95,))[0][0.95]
     return np.maximum(high, -ends)
+
+
+def _rank_sums(noise: Floats, steps: Floats, scores: Floats) -> Floats:
+    """Sum of scores times ranks within pairs, [sets], where each level is moved by its score times `steps` [sets].
+
+    noise: [levels, sets, n]. Of two levels the higher one gains a rank, so pairs of levels are compared and nothing
+    is sorted; ranks count from 0.
+    """
+    levels, _, n = noise.shape
+    total = np.zeros(len(steps))
+    for first in range(levels):
+        for second in range(first + 1, levels):
+            gap = scores[second] - scores[first]
+            second_is_higher = noise[second] - noise[first] > -(gap * steps)[:, None]
+            total += scores[first] * n + gap * np.count_nonzero(second_is_higher, axis=1)
+    return total
 
 
 @lru_cache(maxsize=256)

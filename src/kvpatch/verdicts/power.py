@@ -307,16 +307,20 @@ def _n_for(q: Question, wanted_dz: float, share: float) -> int | None:
     Found between two values of a grid of n, or beyond it: the excess over the margin falls about as 1 / sqrt(n).
     """
     floor = smallest_p(q.hypothesis, q.noise)
-    at_most = smallest_dz(replace(q, n=GRID[-1]), share)
-    if wanted_dz <= floor or not math.isfinite(at_most):
+    if wanted_dz <= floor:
         return None
-    if at_most > wanted_dz:
-        return math.ceil(GRID[-1] * ((at_most - floor) / (wanted_dz - floor)) ** 2 - 1e-9)
-    low, high = -1, len(GRID) - 1  # the first fails, or is not on the grid; the last passes
+    low, high = -1, len(GRID) - 1  # the first fails, or is not on the grid; the last is taken to pass
     while high - low > 1:
         middle = (low + high) // 2
         passes = smallest_dz(replace(q, n=GRID[middle]), share) <= wanted_dz
         low, high = (low, middle) if passes else (middle, high)
+    # The largest n is by far the slowest, so it is tried only where no smaller one passed.
+    if high == len(GRID) - 1:
+        at_most = smallest_dz(replace(q, n=GRID[-1]), share)
+        if not math.isfinite(at_most):
+            return None
+        if at_most > wanted_dz:
+            return math.ceil(GRID[-1] * ((at_most - floor) / (wanted_dz - floor)) ** 2 - 1e-9)
     if low < 0 or GRID[high] - GRID[low] == 1:
         return GRID[high]
     ends = [smallest_dz(replace(q, n=GRID[i]), share) - floor for i in (low, high)]

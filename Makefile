@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 DEMO_N ?= 4
 
+# A set variable of this name would have every process compile all modules anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help install install-test demo test lint bench clean
 
 help:            ## this list

@@ -19,6 +19,8 @@ install_import_hook(CHECKED, "annotations.checked")
 
 # Tiny models gain nothing from threads, and lose much where several test processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Processes that tests start would compile every module again where bytecode is not kept.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # The same examples on every machine. `HYPOTHESIS_PROFILE=explore make test` looks further.
 settings.register_profile("fixed", derandomize=True, database=None)

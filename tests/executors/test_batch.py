@@ -41,7 +41,8 @@ def comparable(row: dict[str, Any]) -> str:
 
 def test_every_column_is_filled(rows, batch):
     assert [row["trial_id"] for row in rows] == [trial.trial_id for trial in batch.trials]
-    may_be_null = {"error", "patch", *OPTIONAL_COLUMNS}  # those a phase has to ask for
+    # The bank states no persons; a cache need not equal a text; the others a phase has to ask for.
+    may_be_null = {"error", "patch", "register_llr", "equals_text", *OPTIONAL_COLUMNS}
     for row in rows:
         assert row.keys() == TRIAL_COLUMNS.keys()
         assert {k for k, v in row.items() if v is None} <= may_be_null
@@ -79,8 +80,9 @@ def test_every_value_fits_the_schema(rows):
 def test_every_readout_is_a_finite_number(rows):
     numbers = [k for k, (kind, _) in TRIAL_COLUMNS.items() if str(kind) == "double"]
     too_short = {"rv_own", "overlap_4gram"}  # NaN where the output has too few tokens or words
+    no_number = {*too_short, "register_llr", *OPTIONAL_COLUMNS}  # the bank states no persons
     for row in rows:
-        bad = {k: row[k] for k in numbers if k not in {*too_short, *OPTIONAL_COLUMNS} and not math.isfinite(row[k])}
+        bad = {k: row[k] for k in numbers if k not in no_number and not math.isfinite(row[k])}
         if row["condition"] == "N2":
             bad.pop("rv_prompt", None)  # the empty scaffold may be shorter than the window
         assert bad == {}, row["condition"]

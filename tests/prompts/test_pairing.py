@@ -10,7 +10,7 @@ import pytest
 from kvpatch.planning.pairing import cells_of, form_pairs
 from kvpatch.prompts.bank import Bank, Continuation, Prompt, load_bank
 from kvpatch.protocols.load import load_protocol
-from kvpatch.protocols.schema import Protocol
+from kvpatch.protocols.schema import Pairing, Protocol
 from kvpatch.readouts.behavior import content_words
 from small import CONTINUATIONS, protocol_content
 
@@ -163,7 +163,9 @@ def test_a_pair_whose_foreign_partner_is_of_another_length_is_dropped_and_counte
     ]
     bank = base.model_copy(update={"prompts": (*base.prompts, *foreign)})
     lengths = {p.id: 20 for p in bank.prompts} | {"f-t1": 18, "f-t2": 17, "f-s0": 23}
-    found = form_pairs(bank, protocol(0.1), lengths, seed=0)
+    strict = Pairing(max_length_difference=0.1, max_partner_difference=0.1)
+    assert len(form_pairs(bank, protocol(0.1), lengths, seed=0).pairs) == 3  # not looked at where it is not given
+    found = form_pairs(bank, protocol(0.1), lengths, seed=0, pairing=strict)
     assert sorted(reason.split(": ")[1] for reason in found.dropped) == [
         "s0 has 20 tokens, its foreign partner f-s0 23", "t2 has 20 tokens, its foreign partner f-t2 17",
     ]  # fmt: skip

@@ -90,7 +90,7 @@ def form_pairs(
             dropped.append(f"{name}: {max(of)} and {min(of)} tokens")
             continue
         foreign, foreign_matched = bank.partners.get(target.id), bank.partners.get(source.id)
-        if far := _far_partner(((target, foreign), (source, foreign_matched)), lengths, how.max_length_difference):
+        if far := _far_partner(((target, foreign), (source, foreign_matched)), lengths, how.max_partner_difference):
             dropped.append(f"{name}: {far}")
             continue
         cells = _cells(bank, target, source, others.values(), protocol)
@@ -152,9 +152,11 @@ def _assign_others(
 
 
 def _far_partner(
-    of: Iterable[tuple[Prompt, Prompt | None]], lengths: Mapping[str, int], max_difference: float
+    of: Iterable[tuple[Prompt, Prompt | None]], lengths: Mapping[str, int], max_difference: float | None
 ) -> str | None:
     """Which foreign partner is too unlike its prompt in length to be held against it, in words."""
+    if max_difference is None:
+        return None
     for prompt, partner in of:
         if partner is not None:
             short, long = sorted((lengths[prompt.id], lengths[partner.id]))

@@ -74,6 +74,13 @@ class Pairing(Frozen):
     by: Literal["length", "subject"] = "length"
     also: list[str] = Field(default=[], description="further groups that lend a pair a prompt in its source's place")
     max_length_difference: float = Field(default=0.1, ge=0, description="share of the longer prompt's body tokens")
+    max_partner_difference: float | None = Field(
+        default=None,
+        ge=0,
+        exclude_if=lambda value: value is None,  # what lacks it keeps its hash
+        description="the same between a target or source and its foreign partner; a pair over it is dropped. If not "
+        "given, it is not looked at",
+    )
 
 
 class AttentionSettings(Frozen):

@@ -16,6 +16,7 @@ EXTRA_OF = {
     "uvicorn": "view",
     "huggingface_hub": "view",
     "tokenizers": "view",
+    "wordfreq": "bank",
 }
 """Which extra of kvpatch brings a package that the base install does without (pyproject.toml)."""
 

@@ -34,7 +34,9 @@ def equal_texts(batch: Batch, natural: Natural, cache: KVCache) -> list[str | No
         cache: one row per trial.
     """
     found: list[str | None] = [None] * len(batch.trials)
-    marks, of_natural = _marks(cache), _marks(natural.cache)
+    generator = torch.Generator().manual_seed(1)
+    of_slots = torch.randn(max(cache.slots, natural.cache.slots), generator=generator)
+    marks, of_natural = _marks(cache, of_slots), _marks(natural.cache, of_slots)
     lengths, natural_lengths = cache.row_lengths, natural.cache.row_lengths
     tolerance = TOLERANCE.get(cache.values[0].dtype, COARSE)
     candidates: list[tuple[int, int, str]] = []
@@ -53,21 +55,23 @@ def equal_texts(batch: Batch, natural: Natural, cache: KVCache) -> list[str | No
     return found
 
 
-def _marks(cache: KVCache) -> Tensor:
+def _marks(cache: KVCache, of_slots: Tensor) -> Tensor:
     """A number per row and layer, [rows, layers] on the host: a random sum of the row's values over their size.
 
     The sum is aligned with the last slot, so that rows of unlike padding compare. Rows whose values differ in any one
     slot have different sums but by rare chance.
+
+    of_slots: a weight for each slot, those of the last slots last; at least as many as the cache has.
     """
+    slot_weights = of_slots[len(of_slots) - cache.slots :].reshape(1, 1, -1, 1).to(cache.positions.device)
     layers = []
     is_real = (cache.positions != PAD)[:, None, :, None]
     for values in cache.values:
-        _, heads, slots, dim = values.shape
+        _, heads, _, dim = values.shape
         generator = torch.Generator().manual_seed(0)
         weights = torch.randn(1, heads, 1, dim, generator=generator)
-        of_slots = torch.randn(1 << 16, generator=generator)[:slots].flip(0).reshape(1, 1, slots, 1)
         real = torch.where(is_real, values, 0).float()
-        weighted = real * weights.to(real.device) * of_slots.to(real.device)
+        weighted = real * weights.to(real.device) * slot_weights
         layers.append(weighted.sum((1, 2, 3)) / real.square().sum((1, 2, 3)).sqrt().clamp(min=1e-20))
     return torch.stack(layers, dim=1).cpu()
 

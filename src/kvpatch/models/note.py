@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from kvpatch.errors import ModelError
+from kvpatch.files import write_whole
 
 NOTE = "kvpatch.json"
 
@@ -87,6 +87,4 @@ def _digest(path: Path) -> str:
 
 
 def _write(directory: Path, note: dict[str, Any]) -> None:
-    part = directory / f".{NOTE}.{os.getpid()}"
-    part.write_text(json.dumps(note, indent=1))
-    os.replace(part, directory / NOTE)
+    write_whole(directory / NOTE, json.dumps(note, indent=1).encode())

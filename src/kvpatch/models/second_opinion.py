@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,7 +26,7 @@ from torch import Tensor
 import kvpatch
 from kvpatch.caches.kvcache import PAD
 from kvpatch.errors import ModelError
-from kvpatch.files import cache_directory
+from kvpatch.files import cache_directory, write_whole
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.limits import lengths_around, named_limits
 from kvpatch.models.load import Loaded
@@ -281,10 +280,7 @@ def _read(path: Path, key: str) -> Opinion | None:
 
 
 def _write(path: Path, key: str, opinion: Opinion) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps({**_kept(path), key: dataclasses.asdict(opinion)}, indent=1))
-    os.replace(part, path)
+    write_whole(path, json.dumps({**_kept(path), key: dataclasses.asdict(opinion)}, indent=1).encode())
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -13,7 +13,6 @@ from functools import cache
 
 import pandas as pd
 
-from kvpatch.errors import ProtocolError
 from kvpatch.prompts.bank import Bank, Continuation, Prompt
 from kvpatch.protocols.schema import PLAIN
 from kvpatch.readouts.behavior import Lexicon
@@ -54,8 +53,6 @@ def balance(bank: Bank, lexicon: Lexicon, tokens: Callable[[str], int]) -> list[
     Args:
         lexicon: whose hits are counted.
         tokens: number of tokens of a text.
-    Raises:
-        ProtocolError: where word frequencies are not installed.
     """
     groups: dict[str, list[Prompt]] = {}
     levels: dict[str, list[Prompt]] = {}
@@ -117,8 +114,6 @@ def _measured(
 @cache
 def _zipf(word: str) -> float:
     """log10 of how often a word stands in a billion words of English (Speer 2022, wordfreq)."""
-    try:
-        from wordfreq import zipf_frequency
-    except ImportError as error:
-        raise ProtocolError("word frequencies need wordfreq: pip install 'kvpatch[bank]'") from error
+    from wordfreq import zipf_frequency
+
     return zipf_frequency(word, "en")

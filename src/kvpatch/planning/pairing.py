@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,7 +86,7 @@ def form_pairs(
     for target, source, others in found:
         name = f"{target.id}+{source.id}"
         of = {lengths[p.id] for p in (target, source, *others.values())}
-        if max(of) - min(of) > how.max_length_difference * max(of):
+        if _are_apart(of, how.max_length_difference):
             dropped.append(f"{name}: {max(of)} and {min(of)} tokens")
             continue
         foreign, foreign_matched = bank.partners.get(target.id), bank.partners.get(source.id)
@@ -115,6 +115,11 @@ def _by_length(bank: Bank, how: Pairing, lengths: Mapping[str, int]) -> list[tup
         np.array([lengths[p.id] for p in targets])[:, None] - np.array([lengths[p.id] for p in sources])[None]
     ) + np.array([[_UNLIKE * _unlike(target, source) for source in sources] for target in targets])
     return [(targets[t], sources[s], {}) for t, s in zip(*linear_sum_assignment(cost), strict=True)]
+
+
+def _are_apart(lengths: Collection[int], max_difference: float) -> bool:
+    """Whether prompts differ in length by more than this share of the longest."""
+    return max(lengths) - min(lengths) > max_difference * max(lengths)
 
 
 def _unlike(one: Prompt, other: Prompt) -> int:
@@ -147,7 +152,7 @@ def _assign_others(
         np.array([lengths[p.source.id] for p in some])[:, None] - np.array([lengths[q.id] for q in prompts])[None]
     )
     for i, j in zip(*linear_sum_assignment(cost), strict=True):
-        if cost[i, j] <= max_difference * max(lengths[some[i].source.id], lengths[prompts[j].id]):
+        if not _are_apart((lengths[some[i].source.id], lengths[prompts[j].id]), max_difference):
             some[i].others[group] = prompts[j]
 
 
@@ -159,10 +164,9 @@ def _far_partner(
         return None
     for prompt, partner in of:
         if partner is not None:
-            short, long = sorted((lengths[prompt.id], lengths[partner.id]))
-            if long - short > max_difference * long:
-                told = f"{prompt.id} has {lengths[prompt.id]} tokens, its foreign partner {partner.id}"
-                return f"{told} {lengths[partner.id]}"
+            own, other = lengths[prompt.id], lengths[partner.id]
+            if _are_apart((own, other), max_difference):
+                return f"{prompt.id} has {own} tokens, its foreign partner {partner.id} {other}"
     return None
 
 

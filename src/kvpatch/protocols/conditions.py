@@ -30,7 +30,7 @@ def _is_false(value: object) -> bool:
     return value is False
 
 
-def _is_none(value: object) -> bool:
+def is_none(value: object) -> bool:
     """The same of what is not given."""
     return value is None
 
@@ -57,7 +57,7 @@ class Condition(Frozen):
     outside: Said | None = Field(
         default=None,
         alias="intervention",
-        exclude_if=_is_none,
+        exclude_if=is_none,
         description="an intervention from outside the package: its kind, and the settings of that kind",
     )
     role: Role = "control"

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
-from kvpatch.protocols.conditions import ROLES, Condition, Role
+from kvpatch.protocols.conditions import ROLES, Condition, Role, is_none
 from kvpatch.protocols.hypotheses import Correction, Hypothesis, Misplaced
 from kvpatch.specs import arguments
 from kvpatch.specs.base import PLAIN, Frozen, Mode
@@ -77,7 +77,7 @@ class Pairing(Frozen):
     max_partner_difference: float | None = Field(
         default=None,
         ge=0,
-        exclude_if=lambda value: value is None,  # what lacks it keeps its hash
+        exclude_if=is_none,
         description="the same between a target or source and its foreign partner; a pair over it is dropped. If not "
         "given, it is not looked at",
     )

@@ -35,8 +35,8 @@ class Drawing:
     """A chart apart from its numbers, so that many of one kind are built by altair once.
 
     draw: (tables, rows, *said) -> chart. It reads no table, only which there are. tables: name -> what a layer draws.
-    rows: names of the rows to draw, in order; none where it is of
-    one height. said: what else the chart depends on, hashable.
+    rows: names of the rows to draw, in order; none where it is of one height. said: what else the chart depends on,
+    hashable.
     """
 
     draw: Callable[..., AnyChart]

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import os
-import tempfile
 from importlib import metadata
 from pathlib import Path
 
 import vl_convert
 
-from kvpatch.files import cache_directory
+from kvpatch.files import cache_directory, write_whole
 
 
 @functools.cache
@@ -27,8 +25,9 @@ def chart_library() -> str:
     if kept is not None:
         return kept
     script = vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue] (its stub forgets the default)
+    content = script.encode("utf-8")
     with contextlib.suppress(OSError):
-        _keep(path, script)
+        write_whole(path, _digest(content) + b"\n" + content)
     return script
 
 
@@ -39,16 +38,6 @@ def _kept(path: Path) -> str | None:
     except OSError:
         return None
     return script.decode("utf-8") if _digest(script) == digest else None
-
-
-def _keep(path: Path, script: str) -> None:
-    """Write the script after its digest. Another process sees the whole file or none."""
-    content = script.encode("utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number, part = tempfile.mkstemp(prefix=path.name, dir=path.parent)
-    with os.fdopen(number, "wb") as file:
-        file.write(_digest(content) + b"\n" + content)
-    os.replace(part, path)
 
 
 def _digest(content: bytes) -> bytes:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.resources
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,7 +27,17 @@ import yaml
 
 from kvpatch.errors import ProtocolError
 from kvpatch.files import LOADER
-from kvpatch.readouts.patterns import WORD, WORD_END, as_regex, lowered, normalise, quantifies_a_space, with_lists
+from kvpatch.readouts.cues import Cues, Found, read_cues
+from kvpatch.readouts.patterns import (
+    WORD,
+    WORD_END,
+    as_regex,
+    lowered,
+    normalise,
+    quantifies_a_space,
+    read_lists,
+    with_lists,
+)
 
 # No evidence of copying, and of no use in telling two texts apart. Reflexive pronouns are left out on
 # purpose: "myself" and "itself" carry the mode.
@@ -107,6 +118,7 @@ class Lexicon:
     sha256: str
     """Of the bytes of the file; name, version and this identify the lexicon a stored score was made with."""
     entries: tuple[Entry, ...]
+    cues: Cues = Cues()
     _gate: re.Pattern[str] = field(init=False, repr=False, compare=False)  # matches wherever some entry might
 
     @classmethod
@@ -130,29 +142,38 @@ class Lexicon:
 
     @classmethod
     def _from_parsed(cls, parsed: Any, sha256: str, origin: str) -> Lexicon:
-        required = {"name", "version", "entries"}
-        if not isinstance(parsed, dict) or not required <= set(parsed) <= required | {"lists"}:
+        required, more = {"name", "version", "entries"}, {"lists", "cues", "threshold", "examples"}
+        if not isinstance(parsed, dict) or not required <= set(parsed) <= required | more:
             raise ProtocolError(
-                f"lexicon {origin!r} must have the keys name, version and entries, may have lists, and no other"
+                f"lexicon {origin!r} must have the keys name, version and entries, may have {', '.join(sorted(more))}, "
+                "and no other"
             )
         name, version, rows = parsed["name"], parsed["version"], parsed["entries"]
-        if not isinstance(name, str) or type(version) is not int or not isinstance(rows, list) or not rows:
+        if not isinstance(name, str) or type(version) is not int or not isinstance(rows, list) or not (rows or parsed.get("cues")):
             raise ProtocolError(
                 f"lexicon {origin!r}: name must be text, version an integer, entries a list of at least one"
             )
-        lists = _lists_from_parsed(parsed.get("lists", {}), origin)
+        lists = read_lists(parsed.get("lists", {}), origin)
         entries = tuple(_entry_from_parsed(row, lists, origin) for row in rows)
-        ids = [entry.id for entry in entries]
+        cues = read_cues(parsed, lists, origin)
+        ids = [part.id for part in (*entries, *cues.cues)]
         if len(set(ids)) < len(ids):
             repeated = ", ".join(sorted({name for name in ids if ids.count(name) > 1}))
             raise ProtocolError(f"lexicon {origin!r}: ids of entries must differ; these repeat: {repeated}")
-        lexicon = cls(name, version, sha256, entries)
+        lexicon = cls(name, version, sha256, entries, cues)
         if broken := next(lexicon._broken_examples(), None):
             raise ProtocolError(f"lexicon {origin!r}, {broken}")
         return lexicon
 
     def _broken_examples(self) -> Iterator[str]:
         """What each example shows that does not hold: entry, example, and what was found in it."""
+        yield from self.cues.broken_examples()
+        for text in self.cues.hits:
+            if not self.hits(text):
+                yield f"examples: {text!r} must have a hit, and the weights of its cues do not pass the threshold"
+        for text in self.cues.none:
+            if found := self.hits(text):
+                yield f"examples: {text!r} must have no hit, and it has {_told(found)}"
         for entry in self.entries:
             for text in entry.matches:
                 found = self.hits(text)
@@ -180,12 +201,18 @@ class Lexicon:
         The leftmost match wins; of those that start at one place the longest, then the entry listed first.
         """
         text = normalise(text)
+        found = [(start, ends) for start, ends in self._matches(text)]
+        found += [(one.start, [self._named(one)]) for one in self.cues.for_the_mode(lowered(text))]
         hits: list[Hit] = []
-        for start, matches in self._matches(text):
-            if not hits or start >= hits[-1].end:
-                entry, end = max(matches, key=lambda match: match[1])  # the first of equals
+        for start, together in itertools.groupby(sorted(found, key=lambda one: one[0]), key=lambda one: one[0]):
+            entry, end = max((match for _, matches in together for match in matches), key=lambda match: match[1])
+            is_cue = entry in self.cues.ids
+            if (not hits or start >= hits[-1].end) and not (is_cue and not content_words(text[start:end])):
                 hits.append(Hit(start, end, entry, text[start:end]))
         return hits
+
+    def _named(self, found: Found) -> tuple[str, int]:
+        return self.cues.cues[found.cue].id, found.end
 
     def families(self, text: str) -> frozenset[str]:
         """Ids of the entries that match anywhere, also within what another entry claims or a compound.
@@ -193,11 +220,16 @@ class Lexicon:
         "self-observation" is of the family of "observe", although it is a hit of another entry.
         """
         whole = normalise(text)
-        both = (*self._matches(whole), *self._matches(whole.replace("-", " ")))
-        return frozenset(entry for _, matches in both for entry, _ in matches)
+        apart = whole.replace("-", " ")
+        both = (*self._matches(whole), *self._matches(apart))
+        cues = (*self.cues.find(lowered(whole)), *self.cues.find(lowered(apart)))
+        named = {self._named(one)[0] for one in cues}
+        return frozenset(entry for _, matches in both for entry, _ in matches) | named
 
     def _matches(self, normalised: str) -> Iterator[tuple[int, list[tuple[str, int]]]]:
         """For each start of a word at which entries match: the start, and each entry's id and end."""
+        if not self.entries:
+            return
         low = lowered(normalised)
         for word in WORD.finditer(low):
             start = word.start()
@@ -227,27 +259,6 @@ def _told(hits: Iterable[Hit]) -> str:
     return ", ".join(f"{hit.text!r} of entry {hit.entry!r}" for hit in hits)
 
 
-def _lists_from_parsed(lists: Any, origin: str) -> dict[str, list[str]]:
-    """The word lists of a lexicon; a list may name those that stand before it."""
-    read: dict[str, list[str]] = {}
-    for name, listed in lists.items() if isinstance(lists, dict) else [(lists, None)]:
-        is_named = isinstance(name, str) and re.fullmatch("[a-z_]+", name)
-        if not is_named or not isinstance(listed, list) or not all(isinstance(word, str) and word for word in listed):
-            raise ProtocolError(
-                f"lexicon {origin!r}: lists must map names of small letters to lists of texts (on, off, yes, no and "
-                f"numbers need quotes); not {name!r:.80}"
-            )
-        read[name] = [_with_lists(word, read, f"lexicon {origin!r}: list {name!r}") for word in listed]
-    return read
-
-
-def _with_lists(pattern: str, lists: dict[str, list[str]], where: str) -> str:
-    try:
-        return with_lists(pattern, lists)
-    except ProtocolError as error:
-        raise ProtocolError(f"{where}: {error}") from error
-
-
 def _entry_from_parsed(row: Any, word_lists: dict[str, list[str]], origin: str) -> Entry:
     lists = ("matches", "rejects", "not_after", "not_before")
     if not isinstance(row, dict) or not {"id", "pattern"} <= set(row) <= {"id", "pattern", *lists}:
@@ -259,7 +270,7 @@ def _entry_from_parsed(row: Any, word_lists: dict[str, list[str]], origin: str) 
             kind = "a list of texts (on, off, yes, no and numbers need quotes)" if key in lists else "text"
             raise ProtocolError(f"lexicon {origin!r}: {key} of {row['id']!r} must be {kind}, not {value!r:.80}")
     examples_and_limits = {key: tuple(row.get(key, ())) for key in lists}
-    pattern = _with_lists(row["pattern"], word_lists, f"lexicon {origin!r}: entry {row['id']!r}")
+    pattern = with_lists(row["pattern"], word_lists, f"lexicon {origin!r}: entry {row['id']!r}")
     return Entry(id=row["id"], pattern=pattern, **examples_and_limits)
 
 

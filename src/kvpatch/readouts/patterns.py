@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kvpatch.errors import ProtocolError
 
@@ -59,15 +60,33 @@ _GAP = re.compile(r" \{\.\.(\d)\} ")
 _LIST = re.compile(r"\{([a-z_]+)\}")
 
 
-def with_lists(pattern: str, lists: Mapping[str, Sequence[str]]) -> str:
+def read_lists(lists: Any, origin: str) -> dict[str, list[str]]:
+    """The word lists of a lexicon's file; a list may name those that stand before it.
+
+    Raises `ProtocolError` when they have another form.
+    """
+    read: dict[str, list[str]] = {}
+    for name, listed in lists.items() if isinstance(lists, dict) else [(lists, None)]:
+        is_named = isinstance(name, str) and re.fullmatch("[a-z_]+", name)
+        if not is_named or not isinstance(listed, list) or not all(isinstance(word, str) and word for word in listed):
+            raise ProtocolError(
+                f"lexicon {origin!r}: lists must map names of small letters to lists of texts (on, off, yes, no and "
+                f"numbers need quotes); not {name!r:.80}"
+            )
+        read[name] = [with_lists(word, read, f"lexicon {origin!r}: list {name!r}") for word in listed]
+    return read
+
+
+def with_lists(pattern: str, lists: Mapping[str, Sequence[str]], where: str) -> str:
     """The pattern with each `{name}` replaced by the words of that list, any of which may stand there.
 
-    Raises `ProtocolError` when there is no such list.
+    Raises `ProtocolError`, which begins with `where`, when there is no such list.
     """
 
     def listed(part: re.Match[str]) -> str:
         if part[1] not in lists:
-            raise ProtocolError(f"there is no word list {part[1]!r}; the lexicon has {', '.join(lists) or 'none'}")
+            known = ", ".join(lists) or "none"
+            raise ProtocolError(f"{where}: there is no word list {part[1]!r}; the lexicon has {known}")
         return f"(?:{'|'.join(lists[part[1]])})"
 
     return _LIST.sub(listed, pattern)

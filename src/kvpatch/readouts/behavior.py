@@ -27,7 +27,7 @@ import yaml
 
 from kvpatch.errors import ProtocolError
 from kvpatch.files import LOADER
-from kvpatch.readouts.cues import Cues, Found, read_cues
+from kvpatch.readouts.cues import Cues, read_cues
 from kvpatch.readouts.patterns import (
     WORD,
     WORD_END,
@@ -200,31 +200,30 @@ class Lexicon:
 
         The leftmost match wins; of those that start at one place the longest, then the entry listed first.
         """
-        text = normalise(text)
-        found = [(start, ends) for start, ends in self._matches(text)]
-        found += [(one.start, [self._named(one)]) for one in self.cues.for_the_mode(lowered(text))]
-        hits: list[Hit] = []
+        return list(_hits(text, self))
+
+    def _found(self, text: str) -> Iterator[Hit]:
+        found = list(self._matches(text))
+        cues = self.cues.cues
+        found += [(one.start, [(cues[one.cue].id, one.end)]) for one in self.cues.for_the_mode(lowered(text))]
+        last = 0
         for start, together in itertools.groupby(sorted(found, key=lambda one: one[0]), key=lambda one: one[0]):
             entry, end = max((match for _, matches in together for match in matches), key=lambda match: match[1])
-            is_cue = entry in self.cues.ids
-            if (not hits or start >= hits[-1].end) and not (is_cue and not content_words(text[start:end])):
-                hits.append(Hit(start, end, entry, text[start:end]))
-        return hits
-
-    def _named(self, found: Found) -> tuple[str, int]:
-        return self.cues.cues[found.cue].id, found.end
+            if start >= last and not (entry in self.cues.ids and _is_function_words(text[start:end])):
+                yield Hit(start, end, entry, text[start:end])
+                last = end
 
     def families(self, text: str) -> frozenset[str]:
         """Ids of the entries that match anywhere, also within what another entry claims or a compound.
 
-        "self-observation" is of the family of "observe", although it is a hit of another entry.
+        "self-observation" is of the family of "observe", although it is a hit of another entry. A word of a cue has its
+        first letters as family.
         """
         whole = normalise(text)
         apart = whole.replace("-", " ")
         both = (*self._matches(whole), *self._matches(apart))
-        cues = (*self.cues.find(lowered(whole)), *self.cues.find(lowered(apart)))
-        named = {self._named(one)[0] for one in cues}
-        return frozenset(entry for _, matches in both for entry, _ in matches) | named
+        beginnings = (*self.cues.beginnings(lowered(whole)), *self.cues.beginnings(lowered(apart)))
+        return frozenset((*(entry for _, matches in both for entry, _ in matches), *beginnings))
 
     def _matches(self, normalised: str) -> Iterator[tuple[int, list[tuple[str, int]]]]:
         """For each start of a word at which entries match: the start, and each entry's id and end."""
@@ -295,6 +294,22 @@ def content_words(text: str) -> set[str]:
     return {form for word in words(text) for form in _forms(word)} - STOPWORDS
 
 
+@functools.lru_cache(maxsize=64)
+def _hits(text: str, lexicon: Lexicon) -> tuple[Hit, ...]:
+    """The hits of a text, which its score, its masked score and the marks of a report each ask for."""
+    return tuple(lexicon._found(normalise(text)))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _families(stretch: str, lexicon: Lexicon) -> frozenset[str]:
+    return lexicon.families(stretch)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _is_function_words(stretch: str) -> bool:
+    return not content_words(stretch)
+
+
 def recursive_score(text: str, lexicon: Lexicon) -> float:
     """Lexicon hits per 100 words of the generated text; in [0, 100], 0.0 for a text without words.
 
@@ -332,7 +347,7 @@ def uncopied_hits(text: str, source_text: str, lexicon: Lexicon) -> list[Hit]:
 
     @functools.cache
     def is_copied(stretch: str, entry: str) -> bool:
-        families = lexicon.families(stretch) | {entry}
+        families = _families(stretch, lexicon) | {entry}
         return not (content_words(stretch).isdisjoint(source_words) and families.isdisjoint(source_families))
 
     return [hit for hit in lexicon.hits(text) if not is_copied(hit.text, hit.entry)]

@@ -8,6 +8,7 @@ tells "this paragraph knows that it is a paragraph" from "this paragraph is abou
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ class Cue:
                     f"{self.pattern!r}"
                 )
             try:
-                regex = re.compile(rf"(?<![\w'\-])(?:{as_regex(self.pattern)}){WORD_END}")
+                regex = re.compile(rf"(?:{as_regex(self.pattern)}){WORD_END}")
             except re.error as error:
                 raise ProtocolError(f"cue {self.id!r}: {self.pattern!r} is no regex: {error}") from error
             if regex.match(""):
@@ -67,6 +68,10 @@ class Found(NamedTuple):
     """Its place in the lexicon."""
 
 
+_AtOnce = tuple[re.Pattern[str], tuple[tuple[int, int], ...]]
+"""Patterns in one regex, and for each the number of its group and the place of its cue."""
+
+
 @dataclass(frozen=True)
 class Cues:
     """The cues of a lexicon, and the sum that a passage must pass."""
@@ -79,6 +84,10 @@ class Cues:
     """Example texts that must have none."""
     ids: frozenset[str] = field(init=False, repr=False, compare=False)
     _by_word: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
+    _literal: _AtOnce = field(init=False, repr=False, compare=False)  # patterns of letters, groups and optional letters
+    _other: _AtOnce = field(init=False, repr=False, compare=False)
+    _beginnings: tuple[str, ...] = field(init=False, repr=False, compare=False)  # one of them begins a literal match
+    _begun: dict[str, bool] = field(init=False, repr=False, compare=False, default_factory=dict)  # words seen
 
     def __post_init__(self) -> None:
         by_word: dict[str, tuple[int, ...]] = {}
@@ -86,20 +95,46 @@ class Cues:
             for word in cue.words:
                 by_word[word] = (*by_word.get(word, ()), at)
         object.__setattr__(self, "_by_word", by_word)
+        with_pattern = [at for at, cue in enumerate(self.cues) if cue.regex]
+        literal = [at for at in with_pattern if not re.search(r"[\[\\]", self.cues[at].pattern)]
+        object.__setattr__(self, "_literal", self._at_once(literal))
+        object.__setattr__(self, "_other", self._at_once([at for at in with_pattern if at not in literal]))
+        object.__setattr__(self, "_beginnings", self._beginnings_of(literal))
         object.__setattr__(self, "ids", frozenset(cue.id for cue in self.cues))
+
+    def _at_once(self, which: list[int]) -> _AtOnce:
+        """Cues whose patterns are tried at a word in one call: as each only looks ahead, none hides another."""
+        try:
+            regex = re.compile("".join(f"(?=(?P<cue{at}>{self.cues[at].regex.pattern})?)" for at in which))
+        except re.error as error:
+            raise ProtocolError(f"named groups must differ between cues: {error}") from error
+        return regex, tuple((regex.groupindex[f"cue{at}"], at) for at in which)
+
+    def _beginnings_of(self, literal: list[int]) -> tuple[str, ...]:
+        runs = (run for at in literal for run in re.findall(r"[^\W_'][\w']*\??", lowered(self.cues[at].pattern)))
+        return tuple({run[:-2] if run.endswith("?") else run for run in runs})
+
+    def _may_begin(self, word: str) -> bool:
+        may = self._begun.get(word)
+        if may is None:
+            if len(self._begun) >= 1 << 14:
+                self._begun.clear()
+            may = self._begun[word] = word.startswith(self._beginnings)
+        return may
 
     def find(self, low: str) -> list[Found]:
         """Every occurrence of every cue in a lowered text, in order of its start."""
-        spans = {word.start(): word for word in WORD.finditer(low)}
-        found = [
-            Found(start, word.end(), at)
-            for start, word in spans.items()
-            for at in self._by_word.get(word[0].removesuffix("'s"), ())
-        ]
-        for at, cue in enumerate(self.cues):
-            if cue.regex:
-                found += [Found(*one.span(), at) for one in cue.regex.finditer(low) if one.start() in spans]
-        return sorted(found)
+        found: list[Found] = []
+        for match in WORD.finditer(low):
+            start, word = match.start(), match[0]
+            for at in self._by_word.get(word.removesuffix("'s"), ()):
+                found.append(Found(start, match.end(), at))
+            for regex, groups in (self._literal, self._other) if self._may_begin(word) else (self._other,):
+                tried = regex.match(low, start)
+                if tried is not None and tried.lastindex:
+                    spans = tried.regs
+                    found += [Found(*spans[group], at) for group, at in groups if spans[group][0] >= 0]
+        return found
 
     def for_the_mode(self, low: str) -> Iterator[Found]:
         """What speaks for the mode in the passages of a lowered text whose sum passes the threshold."""
@@ -114,11 +149,19 @@ class Cues:
             if self.weigh(inside) > self.threshold:
                 yield from (one for one in inside if self.cues[one.cue].weight > 0)
 
+    def beginnings(self, low: str) -> Iterator[str]:
+        """The first letters of each word that speaks for the mode: "observe" and "observing" share them."""
+        for word in WORD.finditer(low):
+            for at in self._by_word.get(word[0].removesuffix("'s"), ()):
+                if self.cues[at].weight > 0:
+                    yield f"{word[0][:4]}-"
+
     def broken_examples(self) -> Iterator[str]:
         """What each example of a pattern shows that does not hold."""
         for cue in self.cues:
             for text in (*cue.matches, *cue.rejects):
-                is_found = cue.regex is not None and cue.regex.search(lowered(normalise(text))) is not None
+                low = lowered(normalise(text))
+                is_found = any(cue.regex and cue.regex.match(low, word.start()) for word in WORD.finditer(low))
                 if is_found is not (text in cue.matches):
                     kind, told = ("counter-example", "finds") if is_found else ("example", "does not find")
                     yield f"cue {cue.id!r}: {kind} {text!r} does not hold: its pattern {told} something in it"
@@ -142,17 +185,16 @@ def passages(low: str) -> list[tuple[int, int]]:
 
 
 def _passages_within(part: str, offset: int) -> list[tuple[int, int]]:
-    starts = [word.start() for word in WORD.finditer(part)]
-    ends = [end.end() for end in _ENDS.finditer(part)]
-    cuts, first, at = [0], 0, 0
-    while len(starts) - first >= 2 * PASSAGE:
-        least, most = starts[first + PASSAGE], starts[first + 2 * PASSAGE - 1]
-        while at < len(ends) and ends[at] < least - 1:
-            at += 1
-        cut = ends[at] if at < len(ends) and ends[at] <= most else most
-        cuts.append(cut)
-        while first < len(starts) and starts[first] < cut:
-            first += 1
+    cuts = [0]
+    if len(part) > 4 * PASSAGE:  # a word and its space take two characters at the least
+        starts = [word.start() for word in WORD.finditer(part)]
+        ends = [end.end() for end in _ENDS.finditer(part)]
+        first = at = 0
+        while len(starts) - first >= 2 * PASSAGE:
+            least, most = starts[first + PASSAGE], starts[first + 2 * PASSAGE - 1]
+            at = bisect_left(ends, least, at)
+            cuts.append(ends[at] if at < len(ends) and ends[at] <= most else most)
+            first = bisect_left(starts, cuts[-1], first)
     return [(offset + a, offset + b) for a, b in zip(cuts, [*cuts[1:], len(part)], strict=True)]
 
 

@@ -111,7 +111,9 @@ def test_inflection_of_a_copied_word_is_masked():
     assert uncopied < recursive_score(text, RECURSION)
 
 
-@pytest.mark.parametrize("unit", [*(text + " " for cue in CUES.cues for text in cue.matches[:1]), "a", "a-", "it that "])
+@pytest.mark.parametrize(
+    "unit", [*(text + " " for cue in CUES.cues for text in cue.matches[:1]), "a", "a-", "it that "]
+)
 def test_no_cue_backtracks_on_its_own_words_repeated(unit: str):
     """100,000 characters, whole and with the end of each unit missing."""
     RECURSION.hits((unit * 100_000)[:100_000])

@@ -54,6 +54,7 @@ _FUNCTION_WORDS = """
 """
 STOPWORDS = frozenset(_FUNCTION_WORDS.split())
 
+
 @dataclass(frozen=True)
 class Hit:
     """One stretch of text that is in the mode; it covers whole words."""
@@ -149,7 +150,12 @@ class Lexicon:
                 "and no other"
             )
         name, version, rows = parsed["name"], parsed["version"], parsed["entries"]
-        if not isinstance(name, str) or type(version) is not int or not isinstance(rows, list) or not (rows or parsed.get("cues")):
+        if (
+            not isinstance(name, str)
+            or type(version) is not int
+            or not isinstance(rows, list)
+            or not (rows or parsed.get("cues"))
+        ):
             raise ProtocolError(
                 f"lexicon {origin!r}: name must be text, version an integer, entries a list of at least one"
             )

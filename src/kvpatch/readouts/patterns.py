@@ -53,6 +53,7 @@ def lowered(normalised: str) -> str:
     """Lower case with the same offsets: the dotted capital I is the one letter that would grow."""
     return normalised.replace("\u0130", "i").lower()
 
+
 # Between two words of one sentence. Possessive, and with no character in common with the words of a gap, so that a
 # gap can be read in one way only and a search over it ends after as many steps as it has words.
 _BETWEEN = r"[^\w.?!|'\-]{1,8}+"

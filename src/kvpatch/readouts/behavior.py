@@ -119,7 +119,7 @@ class Lexicon:
     sha256: str
     """Of the bytes of the file; name, version and this identify the lexicon a stored score was made with."""
     entries: tuple[Entry, ...]
-    cues: Cues = Cues()
+    cues: Cues = field(default_factory=Cues)
     _gate: re.Pattern[str] = field(init=False, repr=False, compare=False)  # matches wherever some entry might
 
     @classmethod

@@ -104,11 +104,12 @@ class Cues:
 
     def _at_once(self, which: list[int]) -> _AtOnce:
         """Cues whose patterns are tried at a word in one call: as each only looks ahead, none hides another."""
+        each = [(at, regex.pattern) for at in which if (regex := self.cues[at].regex)]
         try:
-            regex = re.compile("".join(f"(?=(?P<cue{at}>{self.cues[at].regex.pattern})?)" for at in which))
+            together = re.compile("".join(f"(?=(?P<cue{at}>{pattern})?)" for at, pattern in each))
         except re.error as error:
             raise ProtocolError(f"named groups must differ between cues: {error}") from error
-        return regex, tuple((regex.groupindex[f"cue{at}"], at) for at in which)
+        return together, tuple((together.groupindex[f"cue{at}"], at) for at, _ in each)
 
     def _beginnings_of(self, literal: list[int]) -> tuple[str, ...]:
         runs = (run for at in literal for run in re.findall(r"[^\W_'][\w']*\??", lowered(self.cues[at].pattern)))

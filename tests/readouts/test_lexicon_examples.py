@@ -10,7 +10,7 @@ from kvpatch.errors import ProtocolError
 from kvpatch.readouts.behavior import Lexicon, lexicon_bytes
 from kvpatch.readouts.scorer import read_scorer
 
-SHIPPED = ("recursion", "organism")
+SHIPPED = ("recursion", "recursion-1", "organism")
 
 
 def written(folder: Path, *entries: str) -> Path:

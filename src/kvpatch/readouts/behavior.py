@@ -16,8 +16,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.resources
+import itertools
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,17 @@ import yaml
 
 from kvpatch.errors import ProtocolError
 from kvpatch.files import LOADER
+from kvpatch.readouts.cues import Cues, read_cues
+from kvpatch.readouts.patterns import (
+    WORD,
+    WORD_END,
+    as_regex,
+    lowered,
+    normalise,
+    quantifies_a_space,
+    read_lists,
+    with_lists,
+)
 
 # No evidence of copying, and of no use in telling two texts apart. Reflexive pronouns are left out on
 # purpose: "myself" and "itself" carry the mode.
@@ -42,46 +53,6 @@ _FUNCTION_WORDS = """
     wouldn't yet you you'd you'll you're you've your yours s t
 """
 STOPWORDS = frozenset(_FUNCTION_WORDS.split())
-
-# One character for one, so that offsets stay: four apostrophes and two hyphens.
-_PLAIN_PUNCTUATION = str.maketrans("\u2019\u2018\u02bc\uff07\u2010\u2011", "''''--")
-
-
-def _combining_marks() -> str:
-    """Every combining mark (Unicode category M*), as the inside of a regex character class.
-
-    `re` has no class for them, and `\\w` leaves out the vowel signs of Indic scripts.
-    """
-    # No mark lies beyond this range, but for the variation selectors added at the end.
-    is_mark = [unicodedata.category(chr(code)).startswith("M") for code in range(0x300, 0x20000)]
-    ranges, start = [], None
-    for code, marked in enumerate([*is_mark, False], start=0x300):
-        if marked and start is None:
-            start = code
-        elif not marked and start is not None:
-            ranges.append(f"{chr(start)}-{chr(code - 1)}")
-            start = None
-    return "".join(ranges) + "\U000e0100-\U000e01ef"
-
-
-_LETTER = r"[^\W_]"  # a letter or digit
-_MARK = f"[{_combining_marks()}]"
-_JOINER = "['\\-\u200c\u200d]"  # apostrophe, hyphen, and the invisible joiners of Persian and Indic scripts
-_WORD = re.compile(f"{_LETTER}(?:{_LETTER}+|{_MARK}|{_JOINER}(?={_LETTER}))*")
-_WORD_END = f"(?!{_LETTER}|{_MARK})(?!{_JOINER}{_LETTER})"
-
-
-def normalise(text: str) -> str:
-    """The text that offsets index: Unicode NFC, with one apostrophe and one hyphen.
-
-    For text already in NFC, as nearly all generated text is, offsets are those of the text itself.
-    """
-    return unicodedata.normalize("NFC", text).translate(_PLAIN_PUNCTUATION)
-
-
-def _lowered(normalised: str) -> str:
-    """Lower case with the same offsets: the dotted capital I is the one letter that would grow."""
-    return normalised.replace("\u0130", "i").lower()
 
 
 @dataclass(frozen=True)
@@ -104,7 +75,7 @@ class Entry:
 
     id: str
     pattern: str
-    """As in the file; a space stands for any run of whitespace."""
+    """As in the file, with its word lists written out; a space stands for any run of whitespace."""
     matches: tuple[str, ...] = ()
     """Texts with exactly one hit, this entry's."""
     rejects: tuple[str, ...] = ()
@@ -119,17 +90,17 @@ class Entry:
     """The whole entry; to be matched at the start of a word of lowered text."""
 
     def __post_init__(self) -> None:
-        if re.search(r"\\[1-9]| [?*+{]", self.pattern):
+        if re.search(r"\\[1-9]", self.pattern) or quantifies_a_space(self.pattern):
             raise ProtocolError(
                 f"lexicon entry {self.id!r}: a repeated word must be a named group, and a space can't be "
                 f"quantified, in {self.pattern!r}"
             )
-        core = _as_regex(self.pattern)
-        before = "".join(rf"(?<!\b{re.escape(_lowered(word))}\s)" for word in self.not_after)
-        following = "|".join(map(_as_regex, self.not_before))
-        after = rf"(?!\s+(?:{following}){_WORD_END})" if following else ""
+        core = as_regex(self.pattern)
+        before = "".join(rf"(?<!\b{re.escape(lowered(word))}\s)" for word in self.not_after)
+        following = "|".join(map(as_regex, self.not_before))
+        after = rf"(?!\s+(?:{following}){WORD_END})" if following else ""
         try:
-            regex = re.compile(f"{before}(?:{core})(?:'s)?{_WORD_END}{after}")
+            regex = re.compile(f"{before}(?:{core})(?:'s)?{WORD_END}{after}")
         except re.error as error:
             message = f"lexicon entry {self.id!r}: {self.pattern!r} is no regex: {error}"
             raise ProtocolError(message) from error
@@ -137,12 +108,6 @@ class Entry:
             raise ProtocolError(f"lexicon entry {self.id!r}: {self.pattern!r} matches the empty text")
         object.__setattr__(self, "core", core)
         object.__setattr__(self, "regex", regex)
-
-
-def _as_regex(pattern: str) -> str:
-    """A pattern as a regex for lowered text; a space outside [] becomes any run of whitespace."""
-    spaced = re.sub(r"(\\.|\[[^\]]*\])| ", lambda part: part[1] or r"\s+", normalise(pattern))
-    return re.sub(r"(\\.|\(\?P)|[^\\]", lambda part: part[1] or _lowered(part[0]), spaced)
 
 
 @dataclass(frozen=True)
@@ -154,6 +119,7 @@ class Lexicon:
     sha256: str
     """Of the bytes of the file; name, version and this identify the lexicon a stored score was made with."""
     entries: tuple[Entry, ...]
+    cues: Cues = field(default_factory=Cues)
     _gate: re.Pattern[str] = field(init=False, repr=False, compare=False)  # matches wherever some entry might
 
     @classmethod
@@ -177,25 +143,43 @@ class Lexicon:
 
     @classmethod
     def _from_parsed(cls, parsed: Any, sha256: str, origin: str) -> Lexicon:
-        if not isinstance(parsed, dict) or set(parsed) != {"name", "version", "entries"}:
-            raise ProtocolError(f"lexicon {origin!r} must have exactly the keys name, version and entries")
+        required, more = {"name", "version", "entries"}, {"lists", "cues", "threshold", "examples"}
+        if not isinstance(parsed, dict) or not required <= set(parsed) <= required | more:
+            raise ProtocolError(
+                f"lexicon {origin!r} must have the keys name, version and entries, may have {', '.join(sorted(more))}, "
+                "and no other"
+            )
         name, version, rows = parsed["name"], parsed["version"], parsed["entries"]
-        if not isinstance(name, str) or type(version) is not int or not isinstance(rows, list) or not rows:
+        if (
+            not isinstance(name, str)
+            or type(version) is not int
+            or not isinstance(rows, list)
+            or not (rows or parsed.get("cues"))
+        ):
             raise ProtocolError(
                 f"lexicon {origin!r}: name must be text, version an integer, entries a list of at least one"
             )
-        entries = tuple(_entry_from_parsed(row, origin) for row in rows)
-        ids = [entry.id for entry in entries]
+        lists = read_lists(parsed.get("lists", {}), origin)
+        entries = tuple(_entry_from_parsed(row, lists, origin) for row in rows)
+        cues = read_cues(parsed, lists, origin)
+        ids = [part.id for part in (*entries, *cues.cues)]
         if len(set(ids)) < len(ids):
             repeated = ", ".join(sorted({name for name in ids if ids.count(name) > 1}))
             raise ProtocolError(f"lexicon {origin!r}: ids of entries must differ; these repeat: {repeated}")
-        lexicon = cls(name, version, sha256, entries)
+        lexicon = cls(name, version, sha256, entries, cues)
         if broken := next(lexicon._broken_examples(), None):
             raise ProtocolError(f"lexicon {origin!r}, {broken}")
         return lexicon
 
     def _broken_examples(self) -> Iterator[str]:
         """What each example shows that does not hold: entry, example, and what was found in it."""
+        yield from self.cues.broken_examples()
+        for text in self.cues.hits:
+            if not self.hits(text):
+                yield f"examples: {text!r} must have a hit, and the weights of its cues do not pass the threshold"
+        for text in self.cues.none:
+            if found := self.hits(text):
+                yield f"examples: {text!r} must have no hit, and it has {_told(found)}"
         for entry in self.entries:
             for text in entry.matches:
                 found = self.hits(text)
@@ -222,30 +206,40 @@ class Lexicon:
 
         The leftmost match wins; of those that start at one place the longest, then the entry listed first.
         """
-        text = normalise(text)
-        hits: list[Hit] = []
-        for start, matches in self._matches(text):
-            if not hits or start >= hits[-1].end:
-                entry, end = max(matches, key=lambda match: match[1])  # the first of equals
-                hits.append(Hit(start, end, entry, text[start:end]))
-        return hits
+        return list(_hits(text, self))
+
+    def _found(self, text: str) -> Iterator[Hit]:
+        found = list(self._matches(text))
+        cues = self.cues.cues
+        found += [(one.start, [(cues[one.cue].id, one.end)]) for one in self.cues.for_the_mode(lowered(text))]
+        last = 0
+        for start, together in itertools.groupby(sorted(found, key=lambda one: one[0]), key=lambda one: one[0]):
+            entry, end = max((match for _, matches in together for match in matches), key=lambda match: match[1])
+            if start >= last and not (entry in self.cues.ids and _is_function_words(text[start:end])):
+                yield Hit(start, end, entry, text[start:end])
+                last = end
 
     def families(self, text: str) -> frozenset[str]:
         """Ids of the entries that match anywhere, also within what another entry claims or a compound.
 
-        "self-observation" is of the family of "observe", although it is a hit of another entry.
+        "self-observation" is of the family of "observe", although it is a hit of another entry. A word of a cue has its
+        first letters as family.
         """
         whole = normalise(text)
-        both = (*self._matches(whole), *self._matches(whole.replace("-", " ")))
-        return frozenset(entry for _, matches in both for entry, _ in matches)
+        apart = whole.replace("-", " ")
+        both = (*self._matches(whole), *self._matches(apart))
+        beginnings = (*self.cues.beginnings(lowered(whole)), *self.cues.beginnings(lowered(apart)))
+        return frozenset((*(entry for _, matches in both for entry, _ in matches), *beginnings))
 
     def _matches(self, normalised: str) -> Iterator[tuple[int, list[tuple[str, int]]]]:
         """For each start of a word at which entries match: the start, and each entry's id and end."""
-        lowered = _lowered(normalised)
-        for word in _WORD.finditer(lowered):
+        if not self.entries:
+            return
+        low = lowered(normalised)
+        for word in WORD.finditer(low):
             start = word.start()
-            if self._gate.match(lowered, start):
-                found = [(entry.id, entry.regex.match(lowered, start)) for entry in self.entries]
+            if self._gate.match(low, start):
+                found = [(entry.id, entry.regex.match(low, start)) for entry in self.entries]
                 if matches := [(entry, match.end()) for entry, match in found if match]:
                     yield start, matches
 
@@ -270,7 +264,7 @@ def _told(hits: Iterable[Hit]) -> str:
     return ", ".join(f"{hit.text!r} of entry {hit.entry!r}" for hit in hits)
 
 
-def _entry_from_parsed(row: Any, origin: str) -> Entry:
+def _entry_from_parsed(row: Any, word_lists: dict[str, list[str]], origin: str) -> Entry:
     lists = ("matches", "rejects", "not_after", "not_before")
     if not isinstance(row, dict) or not {"id", "pattern"} <= set(row) <= {"id", "pattern", *lists}:
         keys = f"id and pattern, and may have {', '.join(lists)}"
@@ -281,12 +275,13 @@ def _entry_from_parsed(row: Any, origin: str) -> Entry:
             kind = "a list of texts (on, off, yes, no and numbers need quotes)" if key in lists else "text"
             raise ProtocolError(f"lexicon {origin!r}: {key} of {row['id']!r} must be {kind}, not {value!r:.80}")
     examples_and_limits = {key: tuple(row.get(key, ())) for key in lists}
-    return Entry(id=row["id"], pattern=row["pattern"], **examples_and_limits)
+    pattern = with_lists(row["pattern"], word_lists, f"lexicon {origin!r}: entry {row['id']!r}")
+    return Entry(id=row["id"], pattern=pattern, **examples_and_limits)
 
 
 def words(text: str) -> list[str]:
     """The words of the text, case-folded, in order."""
-    return [match[0].casefold() for match in _WORD.finditer(normalise(text))]
+    return [match[0].casefold() for match in WORD.finditer(normalise(text))]
 
 
 def _forms(word: str) -> Iterator[str]:
@@ -303,6 +298,22 @@ def content_words(text: str) -> set[str]:
     Two texts are lexically disjoint when these sets are. Inflections are different words.
     """
     return {form for word in words(text) for form in _forms(word)} - STOPWORDS
+
+
+@functools.lru_cache(maxsize=64)
+def _hits(text: str, lexicon: Lexicon) -> tuple[Hit, ...]:
+    """The hits of a text, which its score, its masked score and the marks of a report each ask for."""
+    return tuple(lexicon._found(normalise(text)))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _families(stretch: str, lexicon: Lexicon) -> frozenset[str]:
+    return lexicon.families(stretch)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _is_function_words(stretch: str) -> bool:
+    return not content_words(stretch)
 
 
 def recursive_score(text: str, lexicon: Lexicon) -> float:
@@ -342,7 +353,7 @@ def uncopied_hits(text: str, source_text: str, lexicon: Lexicon) -> list[Hit]:
 
     @functools.cache
     def is_copied(stretch: str, entry: str) -> bool:
-        families = lexicon.families(stretch) | {entry}
+        families = _families(stretch, lexicon) | {entry}
         return not (content_words(stretch).isdisjoint(source_words) and families.isdisjoint(source_families))
 
     return [hit for hit in lexicon.hits(text) if not is_copied(hit.text, hit.entry)]
@@ -360,7 +371,7 @@ def copied_words(text: str, source_text: str) -> list[tuple[int, int]]:
     Words are compared case-folded; a compound counts as copied when any of its parts does.
     """
     source_words = content_words(source_text)
-    found = _WORD.finditer(normalise(text))
+    found = WORD.finditer(normalise(text))
     return [match.span() for match in found if not source_words.isdisjoint(content_words(match[0]))]
 
 

@@ -138,7 +138,9 @@ def read_scorer(name: str, folder: Path | None = None) -> Scorer:
     function = _function_name(name)
     if function is None:
         content = lexicon_bytes(name, folder)
-        untried = [entry.id for entry in Lexicon.parse(content, name).entries if not entry.matches]
+        lexicon = Lexicon.parse(content, name)
+        patterns = (*lexicon.entries, *(cue for cue in lexicon.cues.cues if cue.pattern))
+        untried = [part.id for part in patterns if not part.matches]
         if untried:
             raise ProtocolError(
                 f"lexicon {name!r}, entry {untried[0]!r}: it has no example; give at least one text under 'matches' in "

@@ -13,10 +13,10 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ TOKENS_AT_ONCE = 4096
 """Tokens of the embedding model in one forward pass, padding included. It bounds memory."""
 _LONGEST = 256
 """Tokens of a window that are embedded: the length that the embedding model was trained with."""
+_MARKS = ".,;:!?…\"'”’“‘()[]*-_"
 _SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)]*\s+|\n+")
 
 
@@ -44,12 +45,14 @@ class Direction(Frozen):
     """A fitted direction as plain data.
 
     weights: [384], of the embedding; bias: log-odds where the embedding is orthogonal to them.
+    plain: mean bounded log-odds of the plain texts of the fit, each left out of the fit that scores it.
     model_sha256: of the embedding model's weights. fitted_on: the files of the fit, by name, with their SHA-256.
     """
 
     name: str
     weights: tuple[float, ...]
     bias: float
+    plain: float
     model_sha256: str
     fitted_on: dict[str, Any]
 
@@ -70,43 +73,68 @@ def semantic_scores(name: str, texts: Sequence[str]) -> list[float | None]:
 
     A text without a letter has no meaning to score and gets None; so does every text where the extra is not installed.
 
-    The score is the mean of the bounded log-odds of the text's windows, each different window counted once. A text's
-    score does not depend on the other texts, up to rounding, and neither a text's length nor a sentence that is written
-    again moves it.
+    The score is the mean of the bounded log-odds of the text's windows, weighted by their words. Words that only repeat
+    four words written before count as plain text, so that a loop scores as plain text does, whatever it repeats. A
+    text's score does not depend on the other texts, up to rounding.
     """
     if not is_available():
         return [None] * len(texts)
     fitted = direction(name)
     of_each = [windows(text) for text in texts]
-    different = list(dict.fromkeys(window for own in of_each for window in own))
+    different = list(dict.fromkeys(window.text for own in of_each for window in own))
     odds = embed(different) @ np.array(fitted.weights) + fitted.bias
     bounded = dict(zip(different, np.clip(odds, -BOUND, BOUND).tolist(), strict=True))
-    return [float(np.mean([bounded[window] for window in own])) if own else None for own in of_each]
+    return [_mean(own, bounded, fitted.plain) for own in of_each]
 
 
-def windows(text: str) -> list[str]:
-    """The different windows of a text, in their order: whole sentences that together have at least 20 words.
+def _mean(own: Sequence[Window], odds: Mapping[str, float], plain: float) -> float | None:
+    words = sum(window.words for window in own)
+    total = sum(window.fresh * odds[window.text] + (window.words - window.fresh) * plain for window in own)
+    return total / words if words else None
 
-    A sentence that was there before is left out, so that a loop counts once. What is left at the end joins the last
-    window, and a sentence of more than 60 words is cut.
+
+class Window(NamedTuple):
+    """A stretch of a text: its text, its number of words, and how many of them do not repeat what came before."""
+
+    text: str
+    words: int
+    fresh: int
+
+
+def windows(text: str) -> list[Window]:
+    """The windows of a text, in their order: whole sentences that together have at least 20 words.
+
+    What is left at the end joins the last window, and a sentence is cut every 60 words. A window without a letter is
+    left out. A word is fresh where it and the three before it have not stood in the text in this order.
     """
-    pieces: dict[str, None] = {}
+    pieces: list[list[str]] = []
     for sentence in _SENTENCE_END.split(text):
         words = sentence.split()
-        for start in range(0, len(words), MOST_WORDS):
-            piece = " ".join(words[start : start + MOST_WORDS])
-            if any(letter.isalpha() for letter in piece):
-                pieces.setdefault(piece)
-    out: list[list[str]] = []
+        pieces += [words[start : start + MOST_WORDS] for start in range(0, len(words), MOST_WORDS)]
+    joined: list[list[str]] = []
     for piece in pieces:
-        if out and len(" ".join(out[-1]).split()) < LEAST_WORDS:
-            out[-1].append(piece)
+        if joined and len(joined[-1]) < LEAST_WORDS:
+            joined[-1] = joined[-1] + piece
         else:
-            out.append([piece])
-    if len(out) > 1 and len(" ".join(out[-1]).split()) < LEAST_WORDS:
-        last = out.pop()
-        out[-1] += last
-    return list(dict.fromkeys(" ".join(window) for window in out))
+            joined.append(piece)
+    if len(joined) > 1 and len(joined[-1]) < LEAST_WORDS:
+        last = joined.pop()
+        joined[-1] = joined[-1] + last
+    fresh = iter(_fresh([word for window in joined for word in window]))
+    out = [Window(" ".join(window), len(window), sum(next(fresh) for _ in window)) for window in joined]
+    return [window for window in out if any(letter.isalpha() for letter in window.text)]
+
+
+def _fresh(words: Sequence[str]) -> list[bool]:
+    """For each word, whether it ends a run of four words that the text did not have before."""
+    seen: set[tuple[str, ...]] = set()
+    out: list[bool] = []
+    plain = [word.casefold().strip(_MARKS) for word in words]
+    for place in range(len(plain)):
+        run = tuple(plain[max(0, place - 3) : place + 1])
+        out.append(run not in seen)
+        seen.add(run)
+    return out
 
 
 def embed(texts: Sequence[str]) -> NDArray[np.float32]:

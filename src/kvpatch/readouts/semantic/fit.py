@@ -1,12 +1,10 @@
 """Fit a direction of the semantic score again, and write it as data.
 
-    python -m kvpatch.readouts.semantic.fit --labelled tests/readouts/labelled/dev.yaml --out recursion.json \\
-        --continuations src/kvpatch/prompts/banks/recursion-2/continuations_*.yaml
+    python -m kvpatch.readouts.semantic.fit --out src/kvpatch/readouts/semantic/recursion.json \\
+        --labelled tests/readouts/labelled/dev.yaml
 
-Texts are labelled with whether they are in the mode, and with an item: texts of one item are variants of each other (the
-same sentence in the mode and plain, in first and third person) and never stand on both sides of a split. Beside them
-stand loops of a few words of these texts, all of them plain. They keep an output that only repeats itself from looking
-like the mode, whichever words it repeats.
+Texts are labelled with whether they are in the mode, and with an item. Texts of one item are variants of each other: in
+the mode and plain, in first and third person. They never stand on both sides of a split.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from kvpatch.readouts.semantic import embed, model_sha256
+from kvpatch.readouts.semantic import BOUND, embed, model_sha256
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -53,35 +51,37 @@ def read_examples(path: Path) -> list[Example]:
     ]
 
 
-def loops(examples: Sequence[Example]) -> list[Example]:
-    """Of every fourth text a loop of one to six of its words; all plain, whichever words they are."""
-    draw = np.random.default_rng(SEED)
-    out: list[Example] = []
-    for example in examples[::4]:
-        words = example.text.split()
-        length = int(draw.integers(1, 7))
-        start = int(draw.integers(0, max(1, len(words) - length)))
-        text = " ".join(words[start : start + length] * int(draw.integers(30, 60) // length))
-        out.append(Example(text, False, example.item, "loops"))
-    return out
+def fit(examples: Sequence[Example]) -> dict[str, Any]:
+    """Weights [384], bias and `plain` of a direction, and how it was fitted (`strength`, `losses`, `folds`).
 
-
-def fit(examples: Sequence[Example]) -> tuple[NDArray[np.float64], float, dict[str, Any]]:
-    """Weights [384], bias, and how the fit was made; the strength is that of the least loss on items left out."""
+    The penalty is the strongest whose mean log-loss on items that are left out lies within one standard error of the
+    least: among directions that tell these texts apart about as well, the one that leans least on these texts.
+    """
     from sklearn.model_selection import GroupKFold
 
     x, y = embed([example.text for example in examples]), np.array([example.mode for example in examples])
     items = [example.item for example in examples]
     losses: dict[float, float] = {}
+    errors: dict[float, float] = {}
+    plain: dict[float, float] = {}
     for strength in STRENGTHS:
         odds = np.zeros(len(y))
         for kept, left in GroupKFold(FOLDS, shuffle=True, random_state=SEED).split(x, y, items):
             odds[left] = _regression(strength).fit(x[kept], y[kept]).decision_function(x[left])
-        losses[strength] = float(np.logaddexp(0, np.where(y, -odds, odds)).mean())
-    best = min(losses, key=lambda strength: losses[strength])
+        of_each = np.logaddexp(0, np.where(y, -odds, odds))
+        losses[strength], errors[strength] = float(of_each.mean()), float(of_each.std() / np.sqrt(len(y)))
+        plain[strength] = float(np.clip(odds[~y], -BOUND, BOUND).mean())
+    least = min(losses, key=lambda strength: losses[strength])
+    best = min(strength for strength in STRENGTHS if losses[strength] <= losses[least] + errors[least])
     model = _regression(best).fit(x, y)
-    how = {"strength": best, "losses": {str(s): round(loss, 4) for s, loss in losses.items()}, "folds": FOLDS}
-    return model.coef_[0].astype(np.float64), float(model.intercept_[0]), how
+    return {
+        "weights": [round(float(weight), 6) for weight in model.coef_[0]],
+        "bias": round(float(model.intercept_[0]), 6),
+        "plain": round(plain[best], 6),
+        "strength": best,
+        "losses": {str(strength): round(loss, 4) for strength, loss in losses.items()},
+        "folds": FOLDS,
+    }
 
 
 def _regression(strength: float) -> LogisticRegression:
@@ -94,20 +94,19 @@ def _regression(strength: float) -> LogisticRegression:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--labelled", type=Path, nargs="*", default=[])
-    parser.add_argument("--continuations", type=Path, nargs="*", default=[])
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    paths = [Path(__file__).with_name("training.yaml"), *given.labelled, *given.continuations]
+    paths = [Path(__file__).with_name("training.yaml"), *given.labelled]
     examples = [example for path in paths for example in read_examples(path)]
-    examples += loops(examples)
-    weights, bias, how = fit(examples)
+    found = fit(examples)
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     content = {
         "name": given.out.stem,
-        "bias": round(bias, 6),
+        "bias": found.pop("bias"),
+        "plain": found.pop("plain"),
         "model_sha256": model_sha256(),
-        "fitted_on": {"files": files, "texts": len(examples), **how},
-        "weights": [round(float(weight), 6) for weight in weights],
+        "weights": found.pop("weights"),
+        "fitted_on": {"files": files, "texts": len(examples), **found},
     }
     given.out.write_text(json.dumps(content, indent=1) + "\n")
 

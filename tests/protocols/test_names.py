@@ -14,6 +14,7 @@ from kvpatch.cli import main as cli
 from kvpatch.errors import ProtocolError
 from kvpatch.planning.plan import PlanningModel, make_plan
 from kvpatch.protocols.load import load_protocol, parse_protocol, shipped_protocols
+from kvpatch.protocols.names import wrong_readouts
 from kvpatch.protocols.schema import Protocol
 from kvpatch.readouts.scorer import read_scorer
 from kvpatch.specs.readouts import readouts
@@ -264,3 +265,12 @@ def test_readouts_are_columns_that_measure_and_shipped_protocols_name_no_other()
         protocol = load_protocol(name, needs_files=True)
         assert {h.readout for h in protocol.hypotheses} <= readouts().keys()
         assert read_scorer(protocol.readouts.lexicon).kind == "lexicon"
+
+
+def test_the_semantic_score_is_read_only_where_the_protocol_switches_it_on(tmp_path: Path):
+    content = protocol_content(write_bank(tmp_path / "bank"))
+    content["hypotheses"][0]["readout"] = "semantic_score"
+    (wrong,) = wrong_readouts(Protocol.model_validate(content))
+    assert "readouts: {semantic: recursion}" in str(wrong)
+    content["readouts"] = {**content.get("readouts", {}), "semantic": "recursion"}
+    assert list(wrong_readouts(Protocol.model_validate(content))) == []

@@ -78,7 +78,7 @@ def test_every_mean_is_what_duckdb_counts(made: tuple[Path, str], place: int) ->
     parts = html.split('<details class="phase" id="phase-')
     part = next(p for p in parts[1:] if f"<bdi>{phase}</bdi>" in p[:200])
     found = {head: numbers for _, head, numbers in Cells(part).rows if head}
-    for column, readout in enumerate(shown("report")):
+    for column, readout in enumerate(shown("report", ())):
         query = MEANS.format(readout=readout.name, directory=directory, phase=phase)
         for condition, mean, n in duckdb.sql(query).fetchall():
             assert n >= 5

@@ -125,7 +125,7 @@ def test_every_verdict_shows_its_numbers_word_and_reason(
 
 def test_charts_hold_one_dot_a_pair(run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]) -> None:
     page = Page(render(run, protocol, trials, verdicts, ""))
-    for readout in shown("report"):
+    for readout in shown("report", ()):
         assert len(page.table(f"readout-1-{readout.name}", "points")) == 202
         means = page.table(f"readout-1-{readout.name}", "means")
         assert [row["condition"] for row in means] == protocol.phases["1"].all_conditions

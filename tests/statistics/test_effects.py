@@ -14,7 +14,7 @@ from kvpatch.verdicts.effects import Effect, effects
 
 NAMES = ("A", "B", "C", "D", "N1", "N2", "X")
 SCORE = (("score", "none"),)
-READOUTS = [(readout.name, readout.transform) for readout in shown("effects")]
+READOUTS = [(readout.name, readout.transform) for readout in shown("effects", ())]
 
 
 def trials(make_trials, seed: int = 0, pairs: int = 12, samples: int = 2, names=NAMES) -> pd.DataFrame:

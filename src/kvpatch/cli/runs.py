@@ -24,6 +24,7 @@ from kvpatch.cli.app import (
     refuse_unwritable,
     show,
     warn_of_clocks,
+    warn_of_missing_meaning,
     warn_of_too_few,
 )
 from kvpatch.errors import KvpatchError
@@ -62,6 +63,7 @@ def run(
     refuse_code(chosen, allow_code)
     refuse_unwritable(out)
     warn_of_too_few(chosen, n, phase_names(phases))
+    warn_of_missing_meaning(chosen)
     from kvpatch.cli.progress import run_progress
     from kvpatch.run import run as run_protocol
 

@@ -17,6 +17,7 @@ from kvpatch.readouts.behavior import ngram_overlap
 from kvpatch.readouts.fluency import CoherenceLimits, is_coherent, repetition_profile
 from kvpatch.readouts.likelihood import log_likelihood_ratios
 from kvpatch.readouts.outside import measure_outside
+from kvpatch.readouts.semantic import semantic_scores
 from kvpatch.specs.attention import STAGES
 from kvpatch.specs.readouts import TrialRecord, from_outside
 
@@ -67,6 +68,7 @@ def rows_of(batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits 
     """
     rows = []
     counts = ("n_slots_patched", "n_layers_patched", "n_kv_heads_patched")
+    by_meaning = _by_meaning(batch, measured)
     for index, of in enumerate(measured):
         row = {**_identity(batch, index), **_output(of), **_scores(batch, index, of), **_likelihoods(batch, of)}
         row |= {
@@ -82,7 +84,12 @@ def rows_of(batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits 
             **dict(zip(counts, of.touched, strict=True)),
             "error": _error(of, row["nll_own"]),
         }
-        row |= dict.fromkeys(OPTIONAL_COLUMNS) | dict(of.asked) | _from_outside(row)
+        row |= (
+            dict.fromkeys(OPTIONAL_COLUMNS)
+            | dict(of.asked)
+            | {"semantic_score": by_meaning[index]}
+            | _from_outside(row)
+        )
         row["coherent"] = limits and is_coherent(row["nll_target"], row["repetition_4"], limits)
         rows.append(row)
     return rows
@@ -162,6 +169,12 @@ def _scores(batch: Batch, index: int, of: Measured) -> dict[str, Any]:
         "repetition": repeated["repetition_4"],
         **repeated,
     }
+
+
+def _by_meaning(batch: Batch, measured: Sequence[Measured]) -> list[float | None]:
+    """The semantic score of every text; null where the protocol or the installation has none."""
+    name = batch.readouts.semantic
+    return [None] * len(measured) if name is None else semantic_scores(name, [of.text for of in measured])
 
 
 def _from_outside(row: Mapping[str, Any]) -> dict[str, float | None]:

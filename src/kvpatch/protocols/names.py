@@ -44,9 +44,9 @@ def wrong_readouts(protocol: Protocol) -> Iterator[Misplaced]:
         phase = protocol.phases.get(h.phase)
         named: list[tuple[Hypothesis | Variable, Loc]] = [(h, ()), *h.others()]
         for variable, loc in named:
-            yield from _wrong_readout(variable, phase, h.phase, (*at, *loc))
+            yield from _wrong_readout(variable, phase, h.phase, (*at, *loc), protocol.readouts.semantic is not None)
         own = readouts().get(h.readout)
-        if own and own.asks and h.margin is not None and h.margin.natural_gap is not None:
+        if own and own.asks not in (None, "semantic") and h.margin is not None and h.margin.natural_gap is not None:
             yield Misplaced(
                 f"the calibration pairs have no {h.readout!r}, so that the natural gap is not known; "
                 "give the margin as dz or value",
@@ -55,7 +55,7 @@ def wrong_readouts(protocol: Protocol) -> Iterator[Misplaced]:
 
 
 def _wrong_readout(
-    variable: Hypothesis | Variable, phase: Phase | None, phase_name: str, at: Loc
+    variable: Hypothesis | Variable, phase: Phase | None, phase_name: str, at: Loc, is_scored: bool
 ) -> Iterator[Misplaced]:
     name = variable.readout
     readout = readouts().get(name)
@@ -63,7 +63,11 @@ def _wrong_readout(
         what = f"column {name!r} measures no outcome" if name in TRIAL_COLUMNS else f"no readout {name!r}"
         yield Misplaced(f"{what}; {instead(name, readouts())}", *at, "readout")
         return
-    if phase is not None and not _is_measured(readout, phase):
+    if readout.asks == "semantic":
+        if not is_scored:
+            told = "the protocol does not measure 'semantic_score'; give it 'readouts: {semantic: recursion}'"
+            yield Misplaced(told, *at, "readout")
+    elif phase is not None and not _is_measured(readout, phase):
         wanted = _ASKED[readout.asks or ""]
         yield Misplaced(f"phase {phase_name!r} does not measure {name!r}; give the phase '{wanted}'", *at, "readout")
     if variable.transform == "log" and not readout.is_positive:

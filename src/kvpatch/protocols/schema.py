@@ -48,6 +48,11 @@ class Readouts(Frozen):
         description="what scores a text: a shipped lexicon, a lexicon's YAML file, or a function as file.py:function "
         "or package.module:function; paths are relative to the protocol file",
     )
+    semantic: Literal["recursion"] | None = Field(
+        default=None,
+        description="score the meaning of each output along this direction (column semantic_score); needs the extra "
+        "'semantic', and is null where that is not installed",
+    )
     r_v: RVSettings = RVSettings()
     forced_tokens: int = Field(default=24, ge=2, description="tokens of the fixed continuation R_V is forced on")
     likelihood_tokens: int = Field(default=8, ge=1, description="first tokens of a held-out continuation that count")

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from kvpatch.errors import ExtensionError
 
-Asks = Literal["attention", "attention.marked", "geometry"]
+Asks = Literal["attention", "attention.marked", "geometry", "semantic"]
 Transform = Literal["none", "log"]
 Place = Literal["effects", "report", "maps", "dose", "across", "trials", "newest", "r_v", "copying"]
 """Where a readout is shown.
@@ -62,7 +62,8 @@ class Readout:
     headings: for a place, the heading of its column there; the name where none is given.
     direction: what more of it means; None where more is neither.
     transform: "log" where conditions are compared by the logarithm, so that an effect is a ratio.
-    asks: what a phase must say for it to be measured; None where every phase measures it.
+    asks: what a phase must say for it to be measured; None where every phase measures it. "semantic" is said once for
+        the whole protocol, under `readouts`.
     is_positive: whether it is above 0 by its definition, so that it has a logarithm.
     may_be_evidence: whether a difference in it may serve as evidence about the protocol's mode.
     places: where it is shown.

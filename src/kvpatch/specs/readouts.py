@@ -26,6 +26,7 @@ __all__ = [
     "readouts",
     "register",
     "shown",
+    "sparse",
     "unregister",
 ]
 
@@ -36,16 +37,18 @@ MODE = "mode_llr"
 SCORE = "recursive_score"
 """The readout of the mode in the words of an output."""
 SHOWN: dict[Place, tuple[str, ...]] = {
-    "effects": ("recursive_score", "recursive_score_masked", "mode_llr", "content_llr", "rv_output"),
+    "effects": (
+        "recursive_score", "recursive_score_masked", "semantic_score", "mode_llr", "content_llr", "rv_output",
+    ),
     "report": (
-        "recursive_score", "recursive_score_masked", "mode_llr", "content_llr", "rv_output", "n_tokens", "nll_own",
-        "nll_target", "repetition",
+        "recursive_score", "recursive_score_masked", "semantic_score", "mode_llr", "content_llr", "rv_output",
+        "n_tokens", "nll_own", "nll_target", "repetition",
     ),
     "maps": ("mode_llr", "recursive_score_masked"),
-    "dose": ("mode_llr", "recursive_score", "recursive_score_masked", "rv_output"),
-    "across": ("mode_llr", "recursive_score_masked", "recursive_score"),
-    "trials": ("mode_llr", "recursive_score", "recursive_score_masked"),
-    "newest": ("mode_llr", "recursive_score"),
+    "dose": ("mode_llr", "recursive_score", "recursive_score_masked", "semantic_score", "rv_output"),
+    "across": ("mode_llr", "recursive_score_masked", "recursive_score", "semantic_score"),
+    "trials": ("mode_llr", "recursive_score", "recursive_score_masked", "semantic_score"),
+    "newest": ("mode_llr", "recursive_score", "semantic_score"),
     "r_v": ("rv_prompt", "rv_output", "rv_own"),
     "copying": ("recursive_score_masked",),
 }  # fmt: skip
@@ -101,6 +104,14 @@ BUILT_IN: tuple[Readout, ...] = (
         unit=_HITS, direction="more of the mode", may_be_evidence=True,
         headings={"effects": "masked score", "trials": "masked", "newest": "masked"},
         explained="The same, without words that occur in the source. What copying alone can produce is gone.",
+    ),
+    _own(
+        "semantic_score", "Mode, by meaning",
+        "mean log-odds that a window of the text is in the mode, by its sentence embedding; each window within -4 to 4",
+        asks="semantic", axis="log-odds of the mode", direction="more of the mode", may_be_evidence=True,
+        headings={"effects": "meaning", "trials": "meaning", "newest": "meaning"},
+        explained="Log-odds of the mode by what the text means, in the generated text alone. Above 0: rather in the "
+        "mode. Measured where the protocol gives readouts: {semantic: ...} and the extra 'semantic' is installed.",
     ),
     _own(
         "overlap_4gram", "Overlap with the source",
@@ -334,13 +345,18 @@ def unregister(name: str) -> None:
             raise ExtensionError(f"no readout {name!r} was registered; there are {', '.join(_outside) or 'none'}")
 
 
+def sparse() -> tuple[Readout, ...]:
+    """Readouts that a run may lack altogether: those from outside, and those that a whole protocol asks for."""
+    return (*(readout for readout in BUILT_IN if readout.asks == "semantic"), *from_outside())
+
+
 def shown(place: Place, measured: Iterable[str] | None = None) -> list[Readout]:
     """The readouts that are shown in a place, in their order; those from outside come last.
 
-    measured: names of the columns that the trials at hand hold; a readout from outside that is not among them is left
-    out, so that a run that was made without it reads as before. None for all.
+    measured: names of the sparse readouts (`sparse`) that the trials at hand hold; the others are left out, so that a
+    run that was made without them reads as before. None for all.
     """
     known = {readout.name: readout for readout in BUILT_IN}
-    there = None if measured is None else set(measured)
-    outside = [r for r in from_outside() if place in r.places and (there is None or r.name in there)]
-    return [*(known[name] for name in SHOWN[place]), *outside]
+    left_out = set[str]() if measured is None else {readout.name for readout in sparse()} - set(measured)
+    outside = [readout for readout in from_outside() if place in readout.places]
+    return [r for r in (*(known[name] for name in SHOWN[place]), *outside) if r.name not in left_out]

@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 
 from kvpatch.errors import StoreError
 from kvpatch.specs.readout import Place, Transform
-from kvpatch.specs.readouts import Readout, from_outside, readouts, shown
+from kvpatch.specs.readouts import Readout, readouts, shown, sparse
 from kvpatch.statistics.grid import Floats, on_grid
 
 Label = TypeVar("Label", str, tuple[str, str])
@@ -139,8 +139,8 @@ def _no_column(readout: str) -> str:
 
 
 def shown_of(place: Place, trials: pd.DataFrame) -> list[Readout]:
-    """The readouts that are shown in a place, those from outside only where a trial holds a number of them."""
-    there = {r.name for r in from_outside() if r.name in trials.columns and trials[r.name].notna().any()}
+    """The readouts that are shown in a place, sparse ones only where a trial holds a number of them."""
+    there = {r.name for r in sparse() if r.name in trials.columns and trials[r.name].notna().any()}
     return shown(place, there)
 
 

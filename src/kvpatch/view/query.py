@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvpatch.specs.readouts import Place, Readout, from_outside, shown
+from kvpatch.specs.readouts import Place, Readout, shown, sparse
 from kvpatch.view.runs import LiveRun
 
 PAGE = 50
@@ -34,11 +34,11 @@ def numbers_of(run: LiveRun) -> list[str]:
 
 
 def shown_in(place: Place, run: LiveRun) -> list[Readout]:
-    """Readouts that a page of a run shows in a place, those from outside only where a trial holds a number of them."""
-    outside = [readout.name for readout in from_outside() if readout.name in run.columns]
-    counts = ", ".join(f'count("{name}") as "{name}"' for name in outside)
-    (held,) = run.ask(f"select {counts} from trials") if outside else [{}]
-    return shown(place, [name for name in outside if held[name]])
+    """Readouts that a page of a run shows in a place, sparse ones only where a trial holds a number of them."""
+    names = [readout.name for readout in sparse() if readout.name in run.columns]
+    counts = ", ".join(f'count("{name}") as "{name}"' for name in names)
+    (held,) = run.ask(f"select {counts} from trials") if names else [{}]
+    return shown(place, [name for name in names if held[name]])
 
 
 def filter_of(asked: Mapping[str, str], numbers: Sequence[str]) -> Filter:

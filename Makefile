@@ -8,7 +8,7 @@ DEMO_N ?= 4
 # A set variable of this name would have every process compile all modules anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install install-test demo test lint bench clean
+.PHONY: help install install-test demo test lint pytest bench clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -37,8 +37,12 @@ lint: install-test  ## format, rules and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 
-test: install-test lint  ## every test that needs no GPU
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: install-test  ## format, rules, types, and every test that needs no GPU
+	@$(MAKE) --no-print-directory --jobs 2 lint pytest
+
+# One worker more than most machines here have cores, since the tests of pages wait for a browser.
+pytest: install-test
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 bench: install-test  ## benchmarks, as ratios to a named peer measured in the same run
 	$(BIN)/python benchmarks/decode.py

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pytest
@@ -30,6 +30,15 @@ MARKS = """charts => charts.map(([id, names]) => names.map((name) => {
 })).flat()"""
 TOO_WIDE = """() => [...document.querySelectorAll('.chart')].filter(
     (box) => box.querySelector('svg').getBoundingClientRect().width > box.clientWidth + 1).map((box) => box.id)"""
+
+
+class Seen(NamedTuple):
+    """A page, how wide it is, what it complained of, and the addresses it asked for."""
+
+    page: Any
+    width: int
+    said: list[str]
+    asked: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +73,20 @@ def hostile(
 
 
 def drawn(page: Any, path: Path) -> None:
+    """Every chart that is not folded away is drawn. A test that needs none, or one, waits for that alone."""
     page.goto(path.as_uri())
     expect(page.locator("html")).to_have_attribute("data-charts", "done")
+
+
+@pytest.fixture(scope="module", params=[(1280, "light"), (390, "dark")], ids=lambda shape: f"{shape[0]}-{shape[1]}")
+def seen(request: pytest.FixtureRequest, browser: Any, whole: Path) -> Iterator[Seen]:
+    """The whole report in one window, drawn. Tests share it, since drawing takes most of their time."""
+    width, scheme = request.param
+    asked: list[str] = []
+    with opened(browser, width, scheme) as (page, said):
+        page.on("request", lambda request: asked.append(request.url))
+        drawn(page, whole)
+        yield Seen(page, width, said, asked)
 
 
 def unfolded(page: Any) -> None:
@@ -94,29 +115,41 @@ def marks_wanted(chart: str, name: str, rows: list[dict]) -> int:
     return len(rows)
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_every_chart_is_drawn_with_a_mark_for_every_datum(browser: Any, whole: Path, width: int, scheme: str) -> None:
+def test_axe_finds_nothing_serious(seen: Seen) -> None:
+    assert serious(seen.page) == []
+
+
+def test_print_opens_what_is_folded_and_drawn(seen: Seen) -> None:
+    page = seen.page
+    closed = page.locator("details:not([open]):not(.data)")
+    before = closed.count()
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    expect(page.locator("details:not([open]):not(.data):not(:has(.chart))")).to_have_count(0)
+    expect(page.locator(".chart[data-drawn=begun]")).to_have_count(0)
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    expect(closed).to_have_count(before)
+
+
+def test_every_chart_is_drawn_with_a_mark_for_every_datum(seen: Seen, whole: Path) -> None:
+    page = seen.page
     assert whole.stat().st_size < 8_000_000
-    asked: list[str] = []
-    with opened(browser, width, scheme) as (page, said):
-        page.on("request", lambda request: asked.append(request.url))
-        drawn(page, whole)
-        unfolded(page)
-        charts = charts_of(page)
-        assert len(charts) > 100
-        expect(page.locator(".chart")).to_have_count(len(charts))
-        names = {chart: [name for name in sets if not name.startswith("_")] for chart, sets in charts.items()}
-        wanted = [[c, name, marks_wanted(c, name, charts[c][name])] for c, shown in names.items() for name in shown]
-        assert settled(page, MARKS, wanted, list(names.items())) == wanted
-        assert_fits(page, width)
-        assert settled(page, TOO_WIDE, []) == []
-        assert said == []
-        assert asked == [whole.as_uri()]
+    unfolded(page)
+    charts = charts_of(page)
+    assert len(charts) > 100
+    expect(page.locator(".chart")).to_have_count(len(charts))
+    names = {chart: [name for name in sets if not name.startswith("_")] for chart, sets in charts.items()}
+    wanted = [[c, name, marks_wanted(c, name, charts[c][name])] for c, shown in names.items() for name in shown]
+    assert settled(page, MARKS, wanted, list(names.items())) == wanted
+    assert_fits(page, seen.width)
+    assert settled(page, TOO_WIDE, []) == []
+    assert seen.said == []
+    assert seen.asked == [whole.as_uri()]
 
 
 def test_a_chart_gives_its_table_csv_svg_and_png(browser: Any, whole: Path) -> None:
     with opened(browser) as (page, said):
-        drawn(page, whole)
+        page.goto(whole.as_uri())
+        expect(page.locator("#readout-1-mode_llr")).to_have_attribute("data-drawn", "yes")
         rows = charts_of(page)["readout-1-mode_llr"]["points"]
         figure = page.locator("figure:has(#readout-1-mode_llr)")
 
@@ -161,21 +194,9 @@ def test_hostile_texts_run_nothing(browser: Any, hostile: Path) -> None:
         assert said == []
 
 
-def test_print_opens_what_is_folded_and_drawn(browser: Any, whole: Path) -> None:
-    with opened(browser) as (page, _):
-        drawn(page, whole)
-        closed = page.locator("details:not([open]):not(.data)")
-        before = closed.count()
-        page.evaluate("dispatchEvent(new Event('beforeprint'))")
-        expect(page.locator("details:not([open]):not(.data):not(:has(.chart))")).to_have_count(0)
-        expect(page.locator(".chart[data-drawn=begun]")).to_have_count(0)
-        page.evaluate("dispatchEvent(new Event('afterprint'))")
-        expect(closed).to_have_count(before)
-
-
 def test_texts_are_leafed_through_by_keyboard(browser: Any, whole: Path) -> None:
     with opened(browser) as (page, said):
-        drawn(page, whole)
+        page.goto(whole.as_uri())
         page.keyboard.press("Tab")
         expect(page.locator("a.skip")).to_be_focused()
         pair = page.locator(".pair:visible")
@@ -190,10 +211,3 @@ def test_texts_are_leafed_through_by_keyboard(browser: Any, whole: Path) -> None
         for place, name in enumerate("AB"):
             expect(names.nth(place)).to_have_text(name)
         assert said == []
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(browser: Any, whole: Path, scheme: str) -> None:
-    with opened(browser, scheme=scheme) as (page, _):
-        drawn(page, whole)
-        assert serious(page) == []

@@ -59,9 +59,7 @@ def mean_difference(sources: KVCache, targets: KVCache) -> tuple[Directions, Dir
     return keys, values
 
 
-def rows_of(
-    direction: Tensor, which: Sequence[int], place: int, random_directions: int | None
-) -> Tensor:
+def rows_of(direction: Tensor, which: Sequence[int], place: int, random_directions: int | None) -> Tensor:
     """The direction of every row: the known one, or the row's random one with each head's norm.
 
     Args:

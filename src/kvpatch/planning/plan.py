@@ -191,9 +191,7 @@ def make_plan(
         batches += planner.batches(name, "test", pairs, phase.all_conditions)
     for planner in planners.values():
         skipped += planner.skipped
-    return Plan(
-        batches=batches, scorer=scorer, skipped=skipped, dropped_pairs=dropped, passed_over=passed_over
-    )
+    return Plan(batches=batches, scorer=scorer, skipped=skipped, dropped_pairs=dropped, passed_over=passed_over)
 
 
 class _Planner:

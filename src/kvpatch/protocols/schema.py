@@ -64,9 +64,10 @@ class RVSettings(Frozen):
 
     def of_model(self, name: str) -> RVSettings:
         """The settings for a model, by the name or the path that it was loaded by."""
-        names = {part.casefold() for part in (name, name.replace("\\", "/").rstrip("/").rpartition("/")[2])}
+        whole = name.casefold()
+        last = whole.replace("\\", "/").rstrip("/").rpartition("/")[2]
         for pattern, own in self.per_model.items():
-            if any(fnmatchcase(each, pattern.casefold()) for each in names):
+            if whole == pattern.casefold() or fnmatchcase(last, pattern.casefold()):
                 given = own.model_dump(exclude_none=True)
                 return self.model_copy(update={**given, "per_model": {}})
         return self.model_copy(update={"per_model": {}})
@@ -265,7 +266,9 @@ class Protocol(Frozen):
     def _phase_fits(self, name: str, phase: Phase) -> Iterator[Misplaced]:
         for place, role in enumerate(phase.having.roles if phase.having else ()):
             if role not in self._roles:
-                yield Misplaced(f"no prompt {role!r}; {instead(role, self._roles)}", "phases", name, "having", "roles", place)
+                yield Misplaced(
+                    f"no prompt {role!r}; {instead(role, self._roles)}", "phases", name, "having", "roles", place
+                )
         for key in ("conditions", "controls"):
             for place, condition in enumerate(getattr(phase, key)):
                 yield from self._is_condition(condition, "phases", name, key, place)

@@ -51,7 +51,7 @@ def test_a_map_stands_over_the_layers_that_were_put_in(outcome: Outcome, effects
     assert (tokens["T_middle"]["start"], tokens["T_middle"]["end"]) == (25, 75)
     assert "T_self" not in tokens
     single = data(found["map-2-single-layers-mode_llr"], "means")
-    assert [row["end"] - row["start"] for row in single] == [1] * 8
+    assert [row["end"] - row["start"] for row in single] == [1] * 16  # and a foreign prompt's
     given = {e["condition"]: e for e in effects if (e["phase"], e["readout"]) == ("2", "mode_llr")}
     for row in bands.values():
         assert row["mean"] == pytest.approx(given[row["condition"]]["estimate"], rel=1e-5)

@@ -1,6 +1,6 @@
 """How far does each cache move the mode readout of a bank, the source's and others that hold no mode or nothing at all?
 
-    python benchmarks/specificity.py MODEL [--bank recursion-2] [--pairs 40] [--seed 0]
+    python benchmarks/specificity.py MODEL [--bank recursion] [--pairs 40] [--seed 0]
 
 For every pair all items of its two domains are scored, in both modes and persons, after the natural target (A), the
 natural source (B), both foreign partners (N1, N1y), another plain prompt that says "you" (PY), the empty prompt (N2)
@@ -52,7 +52,7 @@ def caches(model: Model, pair: Pair, bank: Bank, seed: int) -> Iterator[tuple[st
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--bank", default="recursion-2")
+    parser.add_argument("--bank", default="recursion")
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -114,7 +114,8 @@ def attention_of(rows: list[dict[str, Any]], layers: int, heads: int) -> pa.Tabl
     grid = [(layer, head) for _ in rows for layer in range(layers) for head in range(heads)]
     values = {name: rng.normal(0.3, 0.02, len(grid)) for name in STATISTICS}
     marked = [row["condition"] == "C" and at == (1, 2) for row in rows for at in grid[: layers * heads]]
-    values["mass_marked"] = values["mass_marked"] + 0.4 * np.array(marked)
+    for name in ("mass_marked", "mass_marked_each"):
+        values[name] = values[name] + 0.4 * np.array(marked)
     columns = {
         "trial_id": trials,
         "stage": ["forced"] * len(grid),

@@ -72,6 +72,7 @@ def record_of(
         created=now(),
         skipped=[s.model_dump() for s in plan.skipped],
         dropped_pairs=plan.dropped_pairs,
+        passed_over=plan.passed_over,
     )
 
 

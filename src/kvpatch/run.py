@@ -21,7 +21,7 @@ from kvpatch.errors import ModelError, ProtocolError
 from kvpatch.executors.local import LocalExecutor
 from kvpatch.files import cache_directory
 from kvpatch.models.template import has_template
-from kvpatch.planning.fit import refuse_misfits
+from kvpatch.planning.fit import refuse_misfits, slots_are_had
 from kvpatch.planning.listener import ProgressListener
 from kvpatch.planning.plan import Batch, Plan, PlanningModel, chosen_phases, make_plan
 from kvpatch.prompts.bank import Bank, load_bank
@@ -62,7 +62,8 @@ def plan_for(
         for key, model in models.items()
     }
     for key, model in models.items():
-        for layer in (readouts.r_v.early, readouts.r_v.late):
+        r_v = readouts.r_v.of_model(model.loaded.name)
+        for layer in (r_v.early, r_v.late):
             layer_at(layer, model.geometry.layers)
         longest = max(len(encoders[key](prompt.text).token_ids) for prompt in bank.prompts)
         if longest + room > model.geometry.context:
@@ -76,6 +77,7 @@ def plan_for(
             kv_heads=r.kv_heads,
             has_template=has_template(models[key].tokenizer),
             can_move_keys=all(rope.layout != "absolute" for rope in models[key].geometry.rope),
+            has=slots_are_had(models[key].geometry, encoders[key]),
         )
         for key, r in records.items()
     }

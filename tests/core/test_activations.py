@@ -473,3 +473,20 @@ def test_mean_difference_of_a_group_from_itself_is_zero():
     cache = make_cache([9, 6, 12])
     for part in mean_difference(cache, cache):
         assert all(not direction.any() for direction in part.values())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_random_value_steering_has_the_direction_s_norms_and_as_many_directions_as_asked(count, tiny):
+    model = tiny("llama")
+    targets = random_prompts([9] * 5, seed=2)
+    natural = prefill_pass(model.backbone, targets)
+    spec = ValueSteering(layers=[2], alpha=2, random_directions=count)
+    known = directions_of(model)
+    done = run_value_steering(model.backbone, spec, known, targets, natural, which=range(5))
+    assert (done.planned, done.fired) == (1, 1)
+    steps = done.cache.values[2] - natural.values[2]  # [rows, kv_heads, slots, head_dim]
+    wanted = 2 * known[2].norm(dim=-1)
+    assert torch.allclose(steps.norm(dim=-1), wanted[None, :, None].expand(5, -1, steps.shape[2]), rtol=1e-3)
+    distinct = {tuple(row.round(decimals=3).flatten().tolist()) for row in steps[:, :, -1]}
+    assert len(distinct) == count
+    assert not torch.allclose(steps[0, :, -1], 2 * known[2], rtol=1e-2)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from itertools import accumulate, chain, pairwise
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 from core_caches import make_cache, usual_segments
 from kvpatch.caches.kvcache import KVCache, Segment
-from kvpatch.caches.selection import SINKS, head_indices, layer_indices, mirrored_slots, slot_indices
+from kvpatch.caches.selection import (
+    SINKS,
+    beside_mask,
+    head_indices,
+    layer_indices,
+    mirrored_slots,
+    slot_indices,
+    slot_mask,
+)
 from kvpatch.errors import CacheError
 from kvpatch.specs.patch import Patch
 from kvpatch.specs.selectors import LayerBand, SlotQuery
@@ -296,3 +306,62 @@ def test_what_can_t_be_mirrored_is_refused():
         mirrored_slots(source, target, 0, "body", [])
     with pytest.raises(CacheError, match="21 slots are chosen in the source, and the target's body has 2"):
         mirrored_slots(source, target, 0, "body", slot_indices(source, 0, "body"))
+
+
+# --- slots compared with marked ones ---
+
+
+MARKED = SlotQuery(of="body", keywords=["mark"])
+
+
+def ranked(pieces: tuple[str, ...], ranks: list[int]) -> KVCache:
+    """One row whose body is all of it but the first slot and the last, with tokens of these ranks."""
+    segments = [Segment.template, *[Segment.body] * (len(pieces) - 2), Segment.trailer]
+    cache = make_cache([len(pieces)], pieces=[pieces], segments=[segments])
+    return dataclasses.replace(cache, token_ids=torch.tensor([ranks]))
+
+
+def test_equally_frequent_slots_are_those_nearest_in_rank_where_places_are_alike():
+    pieces = ("<s>", *["a"] * 4, "mark", "b", "c", *["d"] * 4, "</s>")
+    cache = ranked(pieces, [1, *[9] * 4, 800, 10, 750, *[9] * 4, 2])
+    query = SlotQuery(of="body", matched_to=MARKED, equally_frequent=True)
+    assert slot_indices(cache, 0, query) == [7]
+    assert all(slot_indices(cache, 0, query, seed) == [7] for seed in range(5))  # no chance has a part in it
+
+
+def test_equally_frequent_slots_are_near_where_ranks_are_alike():
+    pieces = ("<s>", *["a"] * 20, "mark", *["a"] * 2, "</s>")
+    found = slot_indices(
+        ranked(pieces, [7] * len(pieces)), 0, SlotQuery(of="body", matched_to=MARKED, equally_frequent=True)
+    )
+    assert found in ([20], [22])
+
+
+def test_equally_frequent_goes_with_matched_to():
+    with pytest.raises(CacheError, match="equally_frequent says how slots are matched; it goes with matched_to"):
+        SlotQuery(of="body", equally_frequent=True)
+
+
+def test_at_most_draws_so_many_by_the_seed_and_leaves_fewer_as_they_are():
+    cache = ranked(("<s>", *["mark", "a"] * 6, "</s>"), [7] * 14)
+    marks = slot_indices(cache, 0, MARKED)
+    one = MARKED.model_copy(update={"at_most": 1})
+    drawn = {tuple(slot_indices(cache, 0, one, seed)) for seed in range(40)}
+    assert drawn == {(slot,) for slot in marks}
+    assert slot_indices(cache, 0, MARKED.model_copy(update={"at_most": 6})) == marks
+
+
+def test_marked_slots_are_compared_with_as_many_others_beyond_the_sinks_or_with_none():
+    few = ("<s>", "a", "b", "c", "mark", "mark", "d", "</s>")
+    cache = ranked(few, [7] * 8)
+    assert not beside_mask(cache, MARKED).any()  # of the body's three others two are sinks
+    more = ranked((*few[:-1], "e", "f", "</s>"), [7] * 10)
+    found = beside_mask(more, MARKED)
+    assert int(found.sum()) == 2
+    assert not (found & slot_mask(more, MARKED)).any() and not (found & slot_mask(more, "sinks")).any()
+    assert not beside_mask(ranked(("<s>", *["a"] * 6, "</s>"), [7] * 8), MARKED).any()
+    assert not beside_mask(more, "body").any()
+
+
+def test_what_came_later_is_no_part_of_an_older_selection_s_hash():
+    assert set(SlotQuery().model_dump()) == {"of", "without", "fraction", "keywords", "matched_to", "in_source"}

@@ -46,7 +46,7 @@ def marks(cache: KVCache) -> Tensor:
 
 
 def request_for(cache: KVCache) -> AttentionRequest:
-    return AttentionRequest(marks(cache))
+    return AttentionRequest(marks(cache), beside=(cache.token_ids % 3 == 1) & cache.is_real)
 
 
 # --- the slow way ---
@@ -73,9 +73,10 @@ def eager(model, ids: list[int], cache: KVCache | None = None) -> list[Tensor]:
     return [a[0].double() for a in out.attentions]
 
 
-def slow_statistics(p: np.ndarray, tokens: list[int], kinds: list[str], origins: list[str], marked: list[bool], window):
+def slow_statistics(p: np.ndarray, tokens: list[int], kinds: list[str], origins: list[str], chosen, window):
     """Statistic -> mean over queries, of the attention [queries, slots] of one head; loops over every query."""
     queries, slots = p.shape
+    marked, beside = chosen
     found: dict[str, list[float]] = {name: [] for name in STATISTICS}
     for q in range(queries):
         own = slots - queries + q
@@ -98,6 +99,9 @@ def slow_statistics(p: np.ndarray, tokens: list[int], kinds: list[str], origins:
         for origin in ("own", "patched"):
             found[f"mass_{origin}"].append(sum(row[s] for s in seen if origins[s] == origin and kinds[s] != "sinks"))
         found["mass_marked"].append(sum(row[s] for s in seen if marked[s] and kinds[s] != "sinks"))
+        for name, chosen in (("mass_marked_each", marked), ("mass_beside_each", beside)):
+            of = [s for s in range(slots) if chosen[s] and kinds[s] != "sinks"]
+            found[name] += [sum(row[s] for s in of if s in seen) / len(of)] if of else []
         for low, high in zip(DISTANCES, [*DISTANCES[1:], 10**9], strict=True):
             found[f"distance_{low}"].append(sum(row[s] for s in seen if low <= own - s < high))
     return {name: float(np.mean(values)) if values else float("nan") for name, values in found.items()}
@@ -110,16 +114,18 @@ def slow(model, cache: KVCache, attention: list[Tensor], fed: list[int]) -> np.n
         for s, k in enumerate(cache.segments[0].tolist())
     ]
     origins = ["own" if o == Origin.own else "patched" for o in cache.origins[0].tolist()]
-    marked = marks(cache)[0].tolist()
+    request = request_for(cache)
+    marked, beside = request.marked[0].tolist(), request.beside[0].tolist()
     if fed:
         kinds += ["trailer", *["generated"] * (len(fed) - 1)]
         origins += ["own", *["none"] * (len(fed) - 1)]
         marked += [False] * len(fed)
+        beside += [False] * len(fed)
     tokens = cache.token_ids[0].tolist() + fed
     windows = model.geometry.windows
     out = [
         [
-            list(slow_statistics(head.numpy(), tokens, kinds, origins, marked, windows[layer]).values())
+            list(slow_statistics(head.numpy(), tokens, kinds, origins, (marked, beside), windows[layer]).values())
             for head in of_layer
         ]
         for layer, of_layer in enumerate(attention)

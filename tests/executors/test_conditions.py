@@ -15,7 +15,7 @@ from kvpatch.engine import residual
 from kvpatch.engine.attention import AttentionRequest
 from kvpatch.engine.decode import decode
 from kvpatch.engine.prefill import prefill, prefill_pass
-from kvpatch.errors import KvpatchError, ProtocolError
+from kvpatch.errors import CacheError, KvpatchError, ProtocolError
 from kvpatch.executors.batch import measure, run_batch
 from kvpatch.executors.conditions import build_all, prefill_all
 from kvpatch.interventions import in_prefill as activations
@@ -473,3 +473,64 @@ def test_steering_needs_no_rotary_embedding(tiny, tmp_path):
     found = run_batch(model, planned_batch(model, tmp_path, ways))
     assert {row["error"] for row in found} == {None}
     assert {row["condition"] for row in found} == {*PLAIN, *ways}
+
+
+# --- layers of R_V of a model's own; random directions at every step ------------------------------------------------
+
+
+def test_a_model_s_own_late_layer_is_read_and_reshaped(model, tmp_path):
+    """`r_v_late` is another layer for this model than for others, and R_V is read off it too."""
+    ways = {"late": SOURCE | {"reshape": {"layers": "r_v_late"}}, "named": SOURCE | {"reshape": {"layers": [1]}}}
+    settings = {"forced_tokens": 12, "likelihood_tokens": 6, "js_positions": 4}
+    found = {}
+    for key, r_v in (
+        ("own", {"window": 6, "per_model": {model.loaded.name: {"late": 1}}}),
+        ("same", {"window": 6, "late": 1}),
+        ("other", {"window": 6, "per_model": {"another-model": {"late": 1}}}),
+    ):
+        folder = tmp_path / key
+        folder.mkdir()
+        changes = changes_for(ways) | {"readouts": settings | {"r_v": r_v}}
+        protocol = load_protocol(str(write_protocol(folder, **changes)))
+        plan, _ = plan_for({None: model}, protocol, load_bank(protocol.bank), seed=0, n=1, phases=None)
+        rows = run_batch(model, next(b for b in plan.batches if b.split == "test"))
+        found[key] = {row["condition"]: row for row in rows}
+    for key, is_layer_1 in (("own", True), ("same", True), ("other", False)):
+        late, named = (found[key][name]["cache_checksum_before"] for name in ("late", "named"))
+        assert (late == named) is is_layer_1, key
+    for name in ("A", "C"):
+        assert found["own"][name]["rv_output"] == found["same"][name]["rv_output"]
+        assert found["own"][name]["rv_output"] != found["other"][name]["rv_output"]
+
+
+def test_a_late_layer_that_the_named_model_lacks_is_refused(model, tmp_path):
+    r_v = {"window": 6, "per_model": {model.loaded.name: {"late": 77}}}
+    protocol = load_protocol(str(write_protocol(tmp_path, readouts={"r_v": r_v})))
+    with pytest.raises(CacheError, match="layer 77 does not exist"):
+        plan_for({None: model}, protocol, load_bank(protocol.bank), seed=0, n=1, phases=None)
+
+
+def test_random_value_steering_takes_another_direction_for_each_pair_and_goes_on_with_it_while_decoding(
+    model, tmp_path
+):
+    null = {"layers": [1], "alpha": 40, "random_directions": 20}
+    ways = {
+        "N": {"steer_values": null},
+        "ND": {"steer_values": null | {"while_decoding": True}},
+        "S": {"steer_values": {"layers": [1], "alpha": 40}},
+    }
+    batch = planned_batch(model, tmp_path, ways)
+    built = build_all(model, batch, prefill_all(model, batch))
+    assert built.steering is not None
+    steps = built.steering.steps[1]  # [trials, kv_heads, head_dim]
+    rows = {name: [i for i, t in enumerate(batch.trials) if t.condition == name] for name in ("ND", "S", "A")}
+    assert not steps[rows["S"]].any() and not steps[rows["A"]].any()
+    own = steps[rows["ND"]]
+    assert torch.allclose(own.norm(dim=-1), own[:1].norm(dim=-1).expand(len(own), -1), rtol=1e-4)
+    assert len({tuple(row.flatten().tolist()) for row in own}) == len(own)
+    found = indexed(run_batch(model, batch))
+    for pair, row in found["ND"].items():
+        assert row["error"] is None
+        assert row["cache_checksum_before"] == found["N"][pair]["cache_checksum_before"]
+        assert row["cache_checksum_before"] != found["S"][pair]["cache_checksum_before"]
+        assert row["output_logprobs"] != found["N"][pair]["output_logprobs"]

@@ -99,7 +99,7 @@ def test_table_is_what_capturing_one_trial_by_hand_gives(model, asked):
             assert found is not None
             own = frame.loc[(row["trial_id"], stage)]
             expected = found.values[0].flatten(0, 1).numpy()
-            unmarked = [i for i, statistic in enumerate(STATISTICS) if statistic != "mass_marked"]
+            unmarked = [i for i, name in enumerate(STATISTICS) if not name.startswith(("mass_marked", "mass_beside"))]
             columns = own[list(STATISTICS)].to_numpy(dtype=float)
             np.testing.assert_allclose(columns[:, unmarked], expected[:, unmarked], atol=1e-4)
             assert own["queries"].eq(int(found.queries[0])).all()
@@ -112,7 +112,8 @@ def test_trial_columns_are_means_over_the_heads_of_the_forced_reading(asked):
     for own in by_condition.values():
         for row in own.values():
             for column, statistic in MEANS.items():
-                assert row[column] == pytest.approx(means.loc[row["trial_id"], statistic], abs=1e-5), column
+                mean = means.loc[row["trial_id"], statistic]
+                assert row[column] == pytest.approx(mean, abs=1e-5, nan_ok=True), column
             parts = [row[f"attention_{p}"] for p in ("sinks", "template", "body", "trailer", "generated")]
             assert sum(parts) == pytest.approx(1, abs=1e-4)
 
@@ -135,6 +136,21 @@ def test_marked_slots_are_those_of_the_trial_s_own_cache(asked):
                 assert row["attention_marked_lift"] > 0
             else:
                 assert row["attention_marked"] == 0
+
+
+def test_marked_slots_are_compared_one_by_one_with_others_and_only_where_there_are_some(asked):
+    _, by_condition, table = asked
+    frame = table.to_pandas()
+    beside = frame[frame["stage"] == "forced"].groupby("trial_id")["mass_beside_each"].mean()
+    for name, own in by_condition.items():
+        for row in own.values():
+            each, ratio = row["attention_marked_each"], row["attention_marked_beside"]
+            if row["attention_marked"] == 0:
+                assert math.isnan(each) and math.isnan(ratio), name
+            else:
+                count = row["attention_marked"] / each
+                assert count == pytest.approx(round(count), abs=1e-3) and count > 0.9
+                assert ratio == pytest.approx(each / beside[row["trial_id"]], rel=1e-4)
 
 
 def test_geometry_of_the_cache_is_read_off_it(model, asked):

@@ -21,7 +21,7 @@ def words(text: str) -> int:
 
 @pytest.fixture(scope="module")
 def bank() -> Bank:
-    return load_bank("recursion-2")
+    return load_bank("recursion")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_no_group_stands_apart_from_another(bank: Bank, lexicon: Lexicon) -> Non
 
 
 def test_the_first_edition_is_found_out(lexicon: Lexicon) -> None:
-    prompts, ladder, *continuations = balance(load_bank("recursion"), lexicon, words)
+    prompts, ladder, *continuations = balance(load_bank("recursion-1"), lexicon, words)
     assert {"you", "question", "zipf", "hits"} <= set(prompts.over)
     assert {"you", "I", "hits"} <= set(ladder.over)
     assert all("I" in one.over for one in continuations)

@@ -11,16 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpatch.errors import ProtocolError
-from kvpatch.prompts.bank import Bank, load_bank, shuffled_words
+from kvpatch.prompts.bank import Bank, load_bank, shipped_banks, shuffled_words
 from kvpatch.readouts.behavior import Lexicon, content_words
 from small import bank_entries, write_bank
 
 LEVELS = ("L1_hint", "L2_simple", "L3_deeper", "L4_full", "L5_refined", "long_control")
 
 
+@pytest.fixture(scope="module", params=["recursion", "recursion-1"])
+def bank(request: pytest.FixtureRequest) -> Bank:
+    return load_bank(request.param)
+
+
 @pytest.fixture(scope="module")
-def bank() -> Bank:
-    return load_bank("recursion")
+def first() -> Bank:
+    """The first edition, whose rules the second one replaced by balance (test_balance.py)."""
+    return load_bank("recursion-1")
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +81,11 @@ def test_every_level_of_the_ladder_has_the_same_20_subjects(bank):
     assert len({frozenset(topics[level]) for level in LEVELS}) == 1
 
 
-def test_every_subject_of_the_ladder_has_continuations_of_both_modes_disjoint_from_all_its_prompts(bank):
-    ladder = bank.group("ladder")
+def test_every_subject_of_the_ladder_has_continuations_of_both_modes_disjoint_from_all_its_prompts(first):
+    ladder = first.group("ladder")
     said = {word for prompt in ladder for word in content_words(prompt.text)}
     disjoint = Counter(
-        (c.domain, c.mode) for c in bank.continuations if c.topic_of == "either" and not content_words(c.text) & said
+        (c.domain, c.mode) for c in first.continuations if c.topic_of == "either" and not content_words(c.text) & said
     )
     domains = {prompt.continuation_domain for prompt in ladder}
     assert {(domain, mode) for domain in domains for mode in ("plain", "recursive")} == set(disjoint)
@@ -95,9 +101,9 @@ def test_levels_of_the_ladder_are_equal_in_length_to_within_a_tenth(bank, count_
     assert min(means) >= 0.9 * max(means)
 
 
-def test_targets_and_sources_each_lie_on_topics_of_their_own(bank):
+def test_targets_and_sources_each_lie_on_topics_of_their_own(first):
     for group in ("plain", "recursive", "foreign"):
-        topics = [p.topic for p in bank.group(group)]
+        topics = [p.topic for p in first.group(group)]
         assert len(set(topics)) == len(topics), group
 
 
@@ -114,12 +120,12 @@ def test_no_prompt_of_a_group_without_the_mode_s_words_has_one(bank, lexicon, gr
     assert {p.id: [hit.text for hit in lexicon.hits(p.text)] for p in bank.group(group) if lexicon.hits(p.text)} == {}
 
 
-def test_plain_continuations_hold_no_word_of_the_lexicon(bank, lexicon):
-    assert [c.id for c in bank.continuations if c.mode == "plain" and lexicon.hits(c.text)] == []
+def test_plain_continuations_hold_no_word_of_the_lexicon(first, lexicon):
+    assert [c.id for c in first.continuations if c.mode == "plain" and lexicon.hits(c.text)] == []
 
 
-def test_recursive_continuations_hold_words_of_the_lexicon_where_plain_ones_hold_none(bank, lexicon):
-    hit = [bool(lexicon.hits(c.text)) for c in bank.continuations if c.mode == "recursive"]
+def test_recursive_continuations_hold_words_of_the_lexicon_where_plain_ones_hold_none(first, lexicon):
+    hit = [bool(lexicon.hits(c.text)) for c in first.continuations if c.mode == "recursive"]
     assert sum(hit) > 0.6 * len(hit)
 
 
@@ -214,3 +220,11 @@ def test_shuffled_words_change_the_order(bank):
 def test_shipped_bank_is_found_from_any_directory(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_bank("recursion").name == "recursion"
+
+
+def test_a_bank_s_name_is_its_newest_edition_and_older_ones_stay_by_their_number():
+    newest, first = load_bank("recursion"), load_bank("recursion-1")
+    assert load_bank("recursion-2").sha256 == newest.sha256 != first.sha256
+    assert {prompt.group for prompt in newest.prompts} >= {"foreign", "foreign_matched"}
+    assert first.sha256.startswith("9c7cbc910bc5")  # runs that were stored with it name it by this hash
+    assert {"recursion", "recursion-1", "recursion-2"} <= set(shipped_banks())

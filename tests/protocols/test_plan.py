@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -19,13 +21,23 @@ MODEL: dict[str, Any] = {"key": "m", "kv_heads": 2, "has_template": True}
 
 def plan_of(bank: Bank, protocol: Protocol | None = None, **changes: Any) -> Plan:
     protocol = protocol or Protocol.model_validate(protocol_content("small"))
-    own = MODEL | {key: changes.pop(key) for key in list(changes) if key in (*MODEL, "can_move_keys")}
+    own = MODEL | {key: changes.pop(key) for key in list(changes) if key in (*MODEL, "can_move_keys", "has")}
     model = PlanningModel(body_length=lambda text: len(text.split()), **own)
     return make_plan(protocol, bank, {None: model, **dict.fromkeys(protocol.models, model)}, **{"seed": 0, **changes})
 
 
+DEC7 = functools.cache(lambda: load_protocol("dec7"))
+
+
+PLANS: dict[str, Plan] = {}
+
+
 def dec7_plan(**changes: Any) -> Plan:
-    return plan_of(load_bank("recursion"), load_protocol("dec7"), **changes)
+    """A plan of dec7, made once: it takes seconds, and no test changes it."""
+    key = repr(sorted(changes.items()))
+    if key not in PLANS:
+        PLANS[key] = plan_of(load_bank("recursion"), DEC7(), **changes)
+    return PLANS[key]
 
 
 @pytest.fixture
@@ -224,7 +236,7 @@ def test_head_shuffle_is_left_out_by_name_on_a_model_with_one_kv_head():
 def test_what_needs_a_template_is_left_out_by_name_where_there_is_none():
     """The neutral scaffold, and patches of what stands before and behind the user's words: there is nothing."""
     plan = dec7_plan(has_template=False)
-    beside = {("3", "T_template"), ("3", "M3_trailer"), ("interventions", "M3_trailer")}
+    beside = {("3", "T_template"), ("3", "M3_trailer"), ("3", "M3_trailer_n"), ("interventions", "M3_trailer")}
     assert {(s.phase, s.condition) for s in plan.skipped} == {("1", "N2"), ("7", "N2")} | beside
     assert all("chat template" in s.reason for s in plan.skipped)
 
@@ -313,7 +325,7 @@ def test_conditions_that_move_keys_are_left_out_by_name_where_keys_can_t_be_move
 
 def test_dec7_leaves_out_m1_where_keys_can_t_be_moved():
     skipped = dec7_plan(can_move_keys=False).skipped
-    joined = {"M1", "M1n", *(f"J{level}" for level in range(6))}
+    joined = {"M1", "M1n", "M1y", *(f"J{level}" for level in range(6))}
     assert {s.condition for s in skipped} == {"I_QKV", "I_QKV_last"} | joined
 
 
@@ -395,3 +407,59 @@ def test_prompts_of_other_groups_change_the_ids_of_the_conditions_that_use_them_
 def test_batches_with_interventions_go_to_json_and_back(bank):
     for batch in plan_of(with_others(bank, 2, 8), intervening()).batches:
         assert Batch.model_validate_json(batch.model_dump_json(by_alias=True)) == batch
+
+
+# --- what a phase asks of its pairs ---------------------------------------------------------------------------------
+
+
+def having(roles: list[str], **phase: Any) -> Protocol:
+    """The small protocol, whose phase wants a soup in the prompts of these roles."""
+    wanted = {"slots": {"of": "body", "keywords": ["soup"]}, "roles": roles}
+    phases = {"1": {"question": "?", "n": 3, "conditions": ["A", "B"], "having": wanted, **phase}}
+    return Protocol.model_validate(protocol_content("small", phases=phases, hypotheses=[]))
+
+
+def has_of(lacking: set[str]) -> Any:
+    """Of prompts, all have what is asked for but these texts."""
+    return lambda text, asked: text not in lacking
+
+
+def test_pairs_without_what_a_phase_compares_are_passed_over_and_counted_and_others_take_their_place(bank):
+    everyone = plan_of(bank, having(["source"]))
+    first, second = (pair for pair in everyone.batches[-1].pairs[:2])
+    lacking = {first.texts["source"], second.texts["target"]}
+    plan = plan_of(bank, having(["source"]), has=has_of(lacking))
+    kept = [pair.pair_id for pair in plan.batches[-1].pairs]
+    assert plan.passed_over == {"1": 1} and everyone.passed_over == {}
+    assert first.pair_id not in kept and second.pair_id in kept and len(kept) == 3
+    both = plan_of(bank, having(["source", "target"]), has=has_of(lacking))
+    assert both.passed_over == {"1": 2}
+
+
+def test_a_role_that_the_pairs_lack_is_not_asked(bank):
+    plan = plan_of(bank, having(["source", "foreign_matched"]), has=has_of(set()))
+    assert (len(plan.batches[-1].pairs), plan.passed_over) == (3, {})
+
+
+def test_too_few_pairs_that_have_it_are_told_with_the_numbers(bank):
+    with pytest.raises(ProtocolError, match=r"wants n=3, .* gives 0 pairs .*and 5 that lack what it asks .*'having'"):
+        plan_of(bank, having(["source"]), has=lambda text, asked: False)
+
+
+def test_an_unknown_role_in_having_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="no prompt 'sorce'; did you mean 'source'"):
+        having(["sorce"])
+
+
+def test_dec7_s_pairs_have_marked_tokens_and_enough_of_them_are_left():
+    def has(text: str, asked: Any) -> bool:
+        return any(re.search(word, text, re.IGNORECASE) for word in asked.slots.keywords)
+
+    plan = dec7_plan(phases=["3", "6"], has=has)
+    runs = Counter(t.condition for b in plan.batches if b.phase == "3" for t in b.trials)
+    assert runs["T_self"] == runs["T_self_n"] == runs["T_one_n"] == 50
+    assert set(plan.passed_over) == {"3", "6"}
+    for batch in plan.batches:
+        for pair in batch.pairs if batch.phase in ("3", "6") else []:
+            asked = DEC7().phases[batch.phase].having
+            assert all(has(pair.texts[role], asked) for role in asked.roles)

@@ -114,10 +114,10 @@ def test_every_figure_that_a_run_can_fill_is_drawn(run, protocol: Protocol):
     ]
     found = {f.title: f for f in tables.attention_figures(protocol, trials, attention)}
     assert "Where attention goes: whose activations" in found
-    told = found["Heads: attention on marked words, C - N1"].about
+    told = found["Heads: attention on each marked word, C - N1"].about
     assert "layer 1 head 2." in told and "Exploratory" in told
     assert all(f.spec is not None for f in found.values())
-    sets = found["Heads: attention on marked words, C - N1"].spec["datasets"].values()
+    sets = found["Heads: attention on each marked word, C - N1"].spec["datasets"].values()
     assert [len(d["rows"]) for d in sets if d["name"] == "heads"] == [LAYERS * HEADS]
 
 

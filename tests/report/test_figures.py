@@ -51,7 +51,7 @@ def test_a_map_stands_over_the_layers_that_were_put_in(outcome: Outcome, effects
     assert (tokens["T_middle"]["start"], tokens["T_middle"]["end"]) == (25, 75)
     assert "T_self" not in tokens
     single = data(found["map-2-single-layers-mode_llr"], "means")
-    assert [row["end"] - row["start"] for row in single] == [1] * 8
+    assert [row["end"] - row["start"] for row in single] == [1] * 16  # and a foreign prompt's
     given = {e["condition"]: e for e in effects if (e["phase"], e["readout"]) == ("2", "mode_llr")}
     for row in bands.values():
         assert row["mean"] == pytest.approx(given[row["condition"]]["estimate"], rel=1e-5)
@@ -85,7 +85,7 @@ def test_models_stand_side_by_side(outcome: Outcome, effects: list[dict], rows: 
     drawn = data(llr, "estimates")
     assert {row["model"] for row in drawn if row["condition"] == "C"} == {"first-model", "second-model"}
     replications = across.replication_rows(rows, outcome.protocol, models)
-    assert [[name for name, _ in r["pair"]] for r in replications] == [["first-model", "second-model"]] * 3
+    assert [[name for name, _ in r["pair"]] for r in replications] == [["first-model", "second-model"]] * 5
     assert across.across_figures(effects, {"1": "first-model"}) == []
 
 
@@ -127,7 +127,8 @@ def test_questions_gather_what_bears_on_them(outcome: Outcome, rows: list[dict])
     assert {"layers_early", "tokens_first", "window_0"} <= {r["id"] for r in layers["rows"]}
     assert {"tokens_self", "values_over_keys", "about_itself"} <= {r["id"] for r in circuit["rows"]}
     assert "attention" in circuit["unknown"][0]
-    assert [r["id"] for r in models["rows"]] == ["second_mode_exists", "second_transfer_llr", "second_transfer_masked"]
+    assert [r["id"] for r in models["rows"]] == [h.id for h in outcome.protocol.hypotheses if h.of is not None]
+    assert {"second_mode_exists", "second_transfer_llr"} <= {r["id"] for r in models["rows"]}
     assert all(q["unknown"] for q in (geometry_, layers, circuit, models))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from kvpatch.caches.kvcache import KVCache, Segment
@@ -188,6 +189,28 @@ def slot_mask(cache: KVCache, slots: Patch | str | SlotQuery | Sequence[int]) ->
     return mask.to(cache.positions.device)
 
 
+def beside_mask(cache: KVCache, marked: str | SlotQuery | Sequence[int]) -> Tensor:
+    """[batch, slots], True for the slots that marked ones are compared with: as many others of the user's words, as
+    frequent and at like places. None in a row that has too few others. Sinks are neither marked nor compared.
+
+    Args:
+        marked: the slots that are marked; a query keeps its own stretch, anything else is compared within the body.
+    """
+    marks = slot_mask(cache, marked)
+    stretch = marked.of if isinstance(marked, SlotQuery) else "body"
+    out = torch.zeros_like(marks)
+    for row in range(cache.batch):
+        padding = marks.shape[1] - cache.row_lengths[row]
+        sinks = set(_named(cache, row, "sinks"))
+        own = _named(cache, row, stretch)
+        like = [slot - padding for slot in marks[row].nonzero().flatten().tolist()]
+        like, pool = [s for s in like if s not in sinks], [s for s in own if s not in sinks]
+        if like and len(pool) - len(set(like) & set(pool)) >= len(like):
+            tokens = cache.token_ids[row, padding:].tolist()
+            out[row, [slot + padding for slot in _like_ones(pool, like, own, tokens)]] = True
+    return out
+
+
 def chosen_mask(
     cache: KVCache, slots: str | SlotQuery | Sequence[int], side: str = "target", *, may_be_empty: bool = False
 ) -> Tensor:
@@ -237,7 +260,15 @@ def _query(cache: KVCache, row: int, query: SlotQuery, seed: int) -> list[int]:
         pool = [slot for slot in pool if slot in matches]
     if query.matched_to is not None:
         like = _query(cache, row, query.matched_to, seed)
-        pool = _matched(pool, like, _named(cache, row, query.of), seed)
+        stretch = _named(cache, row, query.of)
+        if query.equally_frequent:
+            padding = cache.token_ids.shape[1] - cache.row_lengths[row]
+            pool = _like_ones(pool, like, stretch, cache.token_ids[row, padding:].tolist())
+        else:
+            pool = _matched(pool, like, stretch, seed)
+    if query.at_most is not None and len(pool) > query.at_most:
+        rng = np.random.Generator(np.random.Philox(key=seed % 2**64))
+        pool = sorted(pool[i] for i in rng.permutation(len(pool))[: query.at_most])
     return pool
 
 
@@ -255,11 +286,36 @@ def _keyword_slots(pieces: Sequence[str], keywords: Sequence[str]) -> set[int]:
     return hit
 
 
-def _matched(pool: Sequence[int], like: Sequence[int], stretch: Sequence[int], seed: int) -> list[int]:
-    """As many slots of `pool` as `like` has, none of them in it, at like depths (tenths of the stretch)."""
+def _free(pool: Sequence[int], like: Sequence[int]) -> list[int]:
+    """Slots of `pool` that are not in `like`; at least as many as that has."""
     free = [slot for slot in pool if slot not in set(like)]
     if len(free) < len(like):
         raise CacheError(f"matched_to wants {len(like)} other slots, and only {len(free)} are free")
+    return free
+
+
+def _like_ones(pool: Sequence[int], like: Sequence[int], stretch: Sequence[int], tokens: Sequence[int]) -> list[int]:
+    """As many slots of `pool` as `like` has, none of them in it, as near in depth and as like in frequency as can be
+    had for all together.
+
+    How frequent a token is, its rank in the vocabulary tells: tokenizers by byte pairs number their tokens in the order
+    in which they were merged, the most frequent first. A tenth of the stretch weighs as much as a doubled rank.
+    """
+    free = _free(pool, like)
+    place = {slot: bisect_left(stretch, slot) / max(1, len(stretch)) for slot in {*pool, *like}}
+
+    def traits(slots: Sequence[int]) -> np.ndarray:
+        """[slots, 2]: depth in tenths, and log2 of the rank."""
+        return np.array([(10 * place[slot], math.log2(1 + max(0, tokens[slot]))) for slot in slots]).reshape(-1, 2)
+
+    apart = np.abs(traits(like)[:, None] - traits(free)[None]).sum(axis=-1)
+    _, chosen = linear_sum_assignment(apart)
+    return sorted(free[i] for i in chosen)
+
+
+def _matched(pool: Sequence[int], like: Sequence[int], stretch: Sequence[int], seed: int) -> list[int]:
+    """As many slots of `pool` as `like` has, none of them in it, at like depths (tenths of the stretch)."""
+    free = _free(pool, like)
     depth = {slot: min(9, 10 * bisect_left(stretch, slot) // max(1, len(stretch))) for slot in {*pool, *like}}
     rng = np.random.Generator(np.random.Philox(key=seed % 2**64))
     chosen: list[int] = []

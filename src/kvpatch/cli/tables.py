@@ -63,6 +63,7 @@ def plan_summary(
         "calibrated_in_seconds": None if cost is None else round(cost.calibrated_in, 1),
         "skipped": [s.model_dump() for s in plan.skipped],
         "dropped_pairs": plan.dropped_pairs,
+        "passed_over": plan.passed_over,
     }
 
 
@@ -85,6 +86,10 @@ def print_plan(summary: dict[str, Any]) -> None:
         console.print(
             f"about {_clock(summary['seconds'])} (h:mm:ss) and {summary['peak_memory_bytes'] / 1e9:.1f} GB on this "
             f"machine, from a calibration of {summary['calibrated_in_seconds']:.0f} s; loading and check not counted"
+        )
+    for phase, count in summary["passed_over"].items():
+        console.print(
+            f"passed over in phase {phase}: {count} pairs whose prompts lack what it compares; others take their place"
         )
     for skipped in summary["skipped"]:
         console.print(f"left out in phase {skipped['phase']}: {skipped['condition']} ({skipped['reason']})")

@@ -39,16 +39,18 @@ class Maps:
 @dataclass(frozen=True)
 class AttentionRequest:
     """What of attention is to be captured. `marked` is [batch, slots] of a cache or of prompts: the slots whose mass
-    is `mass_marked`."""
+    is `mass_marked`; `beside` the same of the slots they are compared with, for `mass_beside_each`."""
 
     marked: Tensor | None = None
     maps: Maps | None = None
+    beside: Tensor | None = None
 
     def of_rows(self, rows: slice | Sequence[int], slots: int) -> AttentionRequest:
         """The same for some rows of the cache, cut on the left to their slots."""
-        return AttentionRequest(
-            None if self.marked is None else self.marked[rows][:, self.marked.shape[1] - slots :], self.maps
+        marked, beside = (
+            None if mask is None else mask[rows][:, mask.shape[1] - slots :] for mask in (self.marked, self.beside)
         )
+        return AttentionRequest(marked, self.maps, beside)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class AttentionCapture:
         self, segments: Tensor, origins: Tensor, token_ids: Tensor, positions: Tensor, to_capture: AttentionRequest
     ) -> None:
         self.maps = to_capture.maps
-        self._prompt = _classes(segments, origins, to_capture.marked)  # [batch, classes, slots]
+        self._prompt = _classes(segments, origins, to_capture)  # [batch, classes, slots]
         self._token_ids, self._positions = token_ids, positions
         self._only: Tensor | None = None
         self._counted = torch.zeros(0)
@@ -111,8 +113,11 @@ class AttentionCapture:
         pending = torch.where(last == PAD, int(Segment.trailer), last)
         segments = torch.cat([cache.segments, pending], dim=1)
         origins = torch.cat([cache.origins, torch.full_like(pending, Origin.own)], dim=1)
-        if to_capture.marked is not None:
-            to_capture = AttentionRequest(torch.nn.functional.pad(to_capture.marked, (0, 1)), to_capture.maps)
+        marked, beside = (
+            None if mask is None else torch.nn.functional.pad(mask, (0, 1))
+            for mask in (to_capture.marked, to_capture.beside)
+        )
+        to_capture = AttentionRequest(marked, to_capture.maps, beside)
         return cls(segments, origins, cache.token_ids, cache.positions, to_capture)
 
     def only(self, counted: Tensor) -> None:
@@ -206,8 +211,12 @@ def _queries_of_a_block(before: int, entries: int) -> int:
     return max(1, int((math.sqrt(before**2 + 4 * entries) - before) / 2))
 
 
-def _classes(segments: Tensor, origins: Tensor, marked: Tensor | None) -> Tensor:
+def _classes(segments: Tensor, origins: Tensor, to_capture: AttentionRequest) -> Tensor:
     """[batch, classes, slots] of prompt slots; none for padding."""
+
+    def asked(mask: Tensor | None) -> Tensor:
+        return torch.zeros_like(is_real) if mask is None else rest & mask
+
     is_real = segments != PAD
     is_sink = is_real & (is_real.cumsum(dim=1) <= SINKS)
     rest = is_real & ~is_sink
@@ -219,6 +228,9 @@ def _classes(segments: Tensor, origins: Tensor, marked: Tensor | None) -> Tensor
         "mass_generated": torch.zeros_like(is_real),
         "mass_own": rest & (origins == Origin.own),
         "mass_patched": rest & (origins == Origin.patched),
-        "mass_marked": torch.zeros_like(is_real) if marked is None else rest & marked,
+        "mass_marked": asked(to_capture.marked),
     }
-    return torch.stack([of[name] for name in CLASSES], dim=1).float()
+    weights = {name: is_of.float() for name, is_of in of.items()}
+    for name, is_of in (("marked", asked(to_capture.marked)), ("beside", asked(to_capture.beside))):
+        weights[f"mass_{name}_each"] = is_of / is_of.sum(dim=1, keepdim=True)  # not a number where there is none
+    return torch.stack([weights[name] for name in CLASSES], dim=1)

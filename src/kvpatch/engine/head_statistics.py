@@ -15,7 +15,8 @@ from torch import Tensor
 from kvpatch.specs.attention import DISTANCES, STATISTICS
 
 CLASSES = tuple(name for name in STATISTICS if name.startswith("mass_"))
-"""Kinds of slots whose mass is read, in the order of `Block.classes`; a slot may be of several."""
+"""Kinds of slots whose mass is read, in the order of `Block.classes`; a slot may be of several. A class that ends in
+`_each` has the weight 1 / its number of slots, and not a number in a row that has none."""
 NEVER = -1e30
 """A score as good as -inf whose product with a probability of 0 is 0."""
 
@@ -27,7 +28,7 @@ class Block:
     Attributes:
         scores: [batch, query_heads, queries, slots], scaled and capped, not yet masked; used up.
         bias: [batch, 1, queries, slots], 0 where a query may look, -inf elsewhere.
-        classes: [batch, classes, slots], 1 where a slot is of one of `CLASSES`, else 0; float32.
+        classes: [batch, classes, slots], the weight of a slot in each of `CLASSES`, mostly 1 or 0; float32.
         positions: [batch, slots]. token_ids: [batch, slots].
 
     The queries stand in the last slots.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpatch.caches.kvcache import PAD, KVCache
-from kvpatch.caches.selection import chosen_layers, slot_mask, told
+from kvpatch.caches.selection import beside_mask, chosen_layers, slot_mask, told
 from kvpatch.engine.attention import Attention, AttentionRequest, Maps
 from kvpatch.engine.decode import OnStep, decode
 from kvpatch.engine.prefill import labels_of, prefill, prefill_with_attention
@@ -187,16 +187,17 @@ class Model:
             CacheError: where no prompt has a slot that is marked, or for maps that the model does not have.
         """
         encoded = self._encoded_prompts(prompts, chat)
-        mask = None
+        mask = beside = None
         if marked is not None and encoded:
             given: Any = marked
             marked = Patch(slots=given).slots  # refuses what is no selection
-            mask = slot_mask(KVCache(keys=(), values=(), rope=(), **labels_of(encoded, self.backbone.device)), marked)
+            labels = KVCache(keys=(), values=(), rope=(), **labels_of(encoded, self.backbone.device))
+            mask, beside = slot_mask(labels, marked), beside_mask(labels, marked)
             if not mask.any():
                 raise EmptySelection(
                     f"marked {told(marked)} find no slot in any of the prompts; mark slots that they have"
                 )
-        return prefill_with_attention(self.backbone, encoded, AttentionRequest(mask, self._maps(maps)))[1]
+        return prefill_with_attention(self.backbone, encoded, AttentionRequest(mask, self._maps(maps), beside))[1]
 
     def _maps(self, maps: Maps | None) -> Maps | None:
         """Maps to keep, as plain numbers that the model has."""

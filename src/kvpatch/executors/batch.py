@@ -205,7 +205,7 @@ def _count_steered_steps(built: Built, edits: Edits, steps: int) -> None:
 
 
 def _rv_layers(model: Model, batch: Batch) -> tuple[int, int]:
-    settings, layers = batch.readouts.r_v, model.geometry.layers
+    settings, layers = batch.readouts.r_v.of_model(model.loaded.name), model.geometry.layers
     return layer_at(settings.late, layers), layer_at(settings.early, layers)
 
 

@@ -18,6 +18,7 @@ from kvpatch.interventions.steering import RowSteering
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.planning.plan import Batch, PlannedPair
 from kvpatch.protocols.conditions import Condition
+from kvpatch.readouts.geometry import layer_at
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def build_all(model: Model, batch: Batch, natural: Natural) -> Built:
             planned[place], fired[place] = part.planned, part.fired
             touched[place] = part.touched.of_row(row)
         for layer, step in part.steps.items():
-            whole = steps.setdefault(layer, step.new_zeros(count, *step.shape))
+            whole = steps.setdefault(layer, step.new_zeros(count, *step.shape[1:]))
             whole[places] = step
     cache = parts[0] if len(parts) == 1 else KVCache.concat(parts)
     if order != list(range(count)):
@@ -127,6 +128,7 @@ def _build(model: Model, batch: Batch, natural: Natural, condition: Condition, p
     trials = [batch.trials[i] for i in places]
     pairs = [trial.pair for trial in trials]
     giver = condition.from_ or condition.into
+    r_v = batch.readouts.r_v.of_model(model.loaded.name)
     return build(
         condition.change,
         Trials(
@@ -138,7 +140,8 @@ def _build(model: Model, batch: Batch, natural: Natural, condition: Condition, p
             seeds=[trial.seed for trial in trials],
             pair_numbers=[batch.pairs[pair].number for pair in pairs],
             calibration=(tuple(batch.reference_texts), tuple(batch.reference_targets)),
-            r_v_window=batch.readouts.r_v.window,
+            r_v_window=r_v.window,
+            r_v_late=layer_at(r_v.late, model.geometry.layers),
             may_be_empty=condition.may_be_empty,
         ),
     )

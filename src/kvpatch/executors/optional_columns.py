@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpatch.caches.kvcache import KVCache, Segment
-from kvpatch.caches.selection import SINKS, slot_mask
+from kvpatch.caches.selection import SINKS, beside_mask, slot_mask
 from kvpatch.engine.attention import Attention, AttentionRequest
 from kvpatch.protocols.schema import AttentionSettings
 from kvpatch.readouts.geometry import cache_ratios, principal_angles, r_v_trajectory
@@ -21,10 +21,12 @@ from kvpatch.store.columns import ATTENTION_SCHEMA
 
 ANGLES = 4
 """Dimensions of the subspaces whose angles are taken, of a window of 16 vectors."""
+RATIOS = ("attention_marked_beside", "attention_marked_lift")
+"""Columns that are ratios of means, and no mean of a statistic."""
 MEANS = {
     readout.name: f"mass_{readout.name.removeprefix('attention_')}"
     for readout in BUILT_IN
-    if readout.asks in ("attention", "attention.marked") and readout.name != "attention_marked_lift"
+    if readout.asks in ("attention", "attention.marked") and readout.name not in RATIOS
 } | {"attention_entropy": "entropy"}
 """Trial column -> the statistic it is the mean of, over layers and heads."""
 MARKED = [readout.name for readout in BUILT_IN if readout.asks == "attention.marked"]
@@ -78,19 +80,21 @@ def output_geometries(
 
 def attention_request(watched: AttentionSettings, cache: KVCache) -> AttentionRequest:
     """What a phase watches, on these trials' caches."""
-    return AttentionRequest(None if watched.marked is None else slot_mask(cache, watched.marked))
+    marked = watched.marked
+    if marked is None:
+        return AttentionRequest()
+    return AttentionRequest(slot_mask(cache, marked), beside=beside_mask(cache, marked))
 
 
 def attention_means(attention: Attention, cache: KVCache, to_capture: AttentionRequest) -> list[dict[str, float]]:
     """The attention columns of a trial row: means over layers and heads."""
     means = {column: attention[name].flatten(1).nanmean(dim=1) for column, name in MEANS.items()}
-    rest = cache.is_real & (cache.is_real.cumsum(dim=1) > SINKS)
-    marked = torch.zeros_like(rest) if to_capture.marked is None else rest & to_capture.marked
-    body = rest & (cache.segments == Segment.body)
-    per_marked = means["attention_marked"] / marked.sum(dim=1)
-    means["attention_marked_lift"] = per_marked / (means["attention_body"] / body.sum(dim=1))
+    body = cache.is_real & (cache.is_real.cumsum(dim=1) > SINKS) & (cache.segments == Segment.body)
+    each = means["attention_marked_each"]  # not a number where nothing is marked
+    means["attention_marked_beside"] = each / attention["mass_beside_each"].flatten(1).nanmean(dim=1)
+    means["attention_marked_lift"] = each / (means["attention_body"] / body.sum(dim=1))
     if to_capture.marked is None:
-        means |= dict.fromkeys(MARKED, torch.full_like(per_marked, float("nan")))
+        means |= dict.fromkeys(MARKED, torch.full_like(each, float("nan")))
     columns = [values.tolist() for values in means.values()]
     return [dict(zip(means, row, strict=True)) for row in zip(*columns, strict=True)]
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvpatch.caches.kvcache import KVCache
 from kvpatch.caches.rope import rotate
 from kvpatch.caches.selection import Touched, chosen_layers, chosen_mask
-from kvpatch.interventions.directions import refuse_foreign_directions
+from kvpatch.interventions.directions import place_of_values, refuse_foreign_directions, rows_of
 from kvpatch.interventions.kinds import Kind, Made, Trials, refuse_missing_layers
 from kvpatch.interventions.steering import refuse_missing_slots
 from kvpatch.specs.interventions import CacheSteering
@@ -59,25 +58,14 @@ def counted_steering(
         for part, tensors, known in (("k", keys, directions[0]), ("v", values, directions[1])):
             if part not in spec.parts:
                 continue
-            step = _rows_of(known[layer], spec, which, 2 * layer + (part == "v"))  # [batch, kv_heads, head_dim]
+            place = place_of_values(layer) - (part == "k")
+            step = rows_of(known[layer], which, place, spec.random_directions)  # [batch, kv_heads, head_dim]
             added = step[:, :, None].expand(-1, -1, cache.slots, -1)
             if part == "k" and cache.rope[layer].layout != "absolute":
                 added = rotate(added, at, cache.rope[layer])
             moved = (tensors[layer].float() + spec.strength * added).to(tensors[layer].dtype)
             tensors[layer] = torch.where(is_put[:, None, :, None], moved, tensors[layer])
     return replace(cache, keys=tuple(keys), values=tuple(values)), touched
-
-
-def _rows_of(direction: Tensor, spec: CacheSteering, which: Sequence[int], place: int) -> Tensor:
-    """The direction of every row: the known one, or the row's random one with each head's norm."""
-    if spec.random_directions is None:
-        return direction.expand(len(which), -1, -1)
-    rows = []
-    for number in which:
-        rng = np.random.Generator(np.random.Philox(key=(number % spec.random_directions) * 65_537 + place))
-        noise = torch.from_numpy(rng.standard_normal(tuple(direction.shape), dtype=np.float32)).to(direction.device)
-        rows.append(noise / noise.norm(dim=-1, keepdim=True) * direction.norm(dim=-1, keepdim=True))
-    return torch.stack(rows)
 
 
 def _build(spec: CacheSteering, trials: Trials) -> Made:

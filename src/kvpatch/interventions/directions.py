@@ -7,7 +7,9 @@ are kept.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +57,32 @@ def mean_difference(sources: KVCache, targets: KVCache) -> tuple[Directions, Dir
         keys[layer] = key_means[0] - key_means[1]
         values[layer] = value_means[0] - value_means[1]
     return keys, values
+
+
+def rows_of(direction: Tensor, which: Sequence[int], place: int, random_directions: int | None) -> Tensor:
+    """The direction of every row: the known one, or the row's random one with each head's norm.
+
+    Args:
+        direction: [kv_heads, head_dim].
+        which: a row's number of its random direction, taken modulo their count.
+        place: of the direction among all of the model, so that no two draw alike.
+        random_directions: how many there are; None for the known direction.
+    Returns:
+        [rows, kv_heads, head_dim].
+    """
+    if random_directions is None:
+        return direction.expand(len(which), -1, -1)
+    rows = []
+    for number in which:
+        rng = np.random.Generator(np.random.Philox(key=(number % random_directions) * 65_537 + place))
+        noise = torch.from_numpy(rng.standard_normal(tuple(direction.shape), dtype=np.float32)).to(direction.device)
+        rows.append(noise / noise.norm(dim=-1, keepdim=True) * direction.norm(dim=-1, keepdim=True))
+    return torch.stack(rows)
+
+
+def place_of_values(layer: int) -> int:
+    """Place of a layer's values among all directions of a model, for `rows_of`; that of its keys is one less."""
+    return 2 * layer + 1
 
 
 def _body_means(cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ class Made:
         touched: slots, layers and KV heads that were changed, whatever the strength.
         planned, fired: changes that were planned while prompts ran, and those that were made; 0 for a kind that
             changes finished caches. Where they differ, the trials count as failed.
-        steps: what is added to the values of every token that is decoded, layer -> [kv_heads, head_dim].
+        steps: what is added to the values of every token that is decoded, layer -> [rows, kv_heads, head_dim].
     """
 
     cache: KVCache
@@ -58,7 +58,7 @@ class Trials:
         seeds: what random draws of each row go by; conditions of a pair share them.
         pair_numbers: the number of each row's pair in the run.
         calibration: texts of the calibration pairs, sources and targets; empty unless the settings say `is_fitted`.
-        r_v_window: the window of the protocol's R_V, in tokens.
+        r_v_window: the window of the protocol's R_V, in tokens. r_v_late: its late layer in this model.
         may_be_empty: whether a row may be left as it is where nothing is found to change.
     """
 
@@ -71,6 +71,7 @@ class Trials:
     pair_numbers: Sequence[int]
     calibration: tuple[tuple[str, ...], tuple[str, ...]]
     r_v_window: int
+    r_v_late: int
     may_be_empty: bool
 
     def reference(self) -> KVCache | None:

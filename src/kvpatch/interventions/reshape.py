@@ -19,8 +19,10 @@ from kvpatch.caches.kvcache import KVCache, refuse_unlike
 from kvpatch.caches.selection import Touched, chosen_layers
 from kvpatch.errors import CacheError
 from kvpatch.interventions.kinds import Fitting, Kind, Made, Trials, refuse_missing_layers
+from kvpatch.models.geometry import Geometry
 from kvpatch.readouts.geometry import participation_ratio
 from kvpatch.specs.interventions import Reshape
+from kvpatch.specs.selectors import LayerAt, LayerBand
 
 HIGHEST_POWER = 1e4
 TOLERANCE = 1e-4
@@ -51,6 +53,7 @@ def counted_reshaping(
     r_v_window: int = 16,
     *,
     may_be_empty: bool = False,
+    r_v_late: int | None = None,
 ) -> tuple[KVCache, Touched]:
     """`reshape_cache`, and how much of every row it touched; `may_be_empty` allows that to be nothing."""
     refuse_unlike(giver, cache, "giver and receiver")
@@ -59,7 +62,7 @@ def counted_reshaping(
         if int(side.lengths.min()) < window:
             raise CacheError(f"a {name} of {int(side.lengths.min())} slots is shorter than the window of {window}")
     values = list(cache.values)
-    layers = chosen_layers(spec.layers, cache.layers, may_be_empty=may_be_empty)
+    layers = chosen_layers(_layers(spec, r_v_late), cache.layers, may_be_empty=may_be_empty)
     for layer in layers:
         own = _window(cache.values[layer], window)
         asked = own if spec.ratio == "own" else _window(giver.values[layer], window)
@@ -70,6 +73,15 @@ def counted_reshaping(
         values[layer] = _with_window(cache.values[layer], new)
     touched = Touched((window,) * cache.batch, len(layers), cache.keys[0].shape[1])
     return replace(cache, values=tuple(values)), touched
+
+
+def _layers(spec: Reshape, r_v_late: int | None) -> Sequence[int] | LayerBand | LayerAt | None:
+    """The layers that the spec means, where the late layer of R_V is known."""
+    if spec.layers != "r_v_late":
+        return spec.layers
+    if r_v_late is None:
+        raise CacheError("layers 'r_v_late' is known within a protocol alone; name the layer")
+    return [r_v_late]
 
 
 def with_ratio(v: Tensor, wanted: Tensor) -> Tensor:
@@ -155,7 +167,16 @@ def _with_window(values: Tensor, window: Tensor) -> Tensor:
 
 def _build(spec: Reshape, trials: Trials) -> Made:
     givers, window = trials.giver_caches(), trials.r_v_window
-    return Made(*counted_reshaping(trials.own, givers, spec, trials.seeds, window, may_be_empty=trials.may_be_empty))
+    late, may_be_empty = trials.r_v_late, trials.may_be_empty
+    return Made(
+        *counted_reshaping(trials.own, givers, spec, trials.seeds, window, may_be_empty=may_be_empty, r_v_late=late)
+    )
+
+
+def _refuse_model(spec: Reshape, geometry: Geometry, may_be_empty: bool) -> None:
+    """The late layer of R_V is looked at with the protocol's other layers of R_V."""
+    if spec.layers != "r_v_late":
+        refuse_missing_layers(spec, geometry, may_be_empty)
 
 
 def _refuse_prompts(spec: Reshape, fitting: Fitting) -> None:
@@ -165,4 +186,4 @@ def _refuse_prompts(spec: Reshape, fitting: Fitting) -> None:
         raise CacheError(f"a prompt of {shortest} cached slots is shorter than the window of {window}")
 
 
-RESHAPE = Kind(Reshape, _build, refuse_model=refuse_missing_layers, refuse_prompts=_refuse_prompts)
+RESHAPE = Kind(Reshape, _build, refuse_model=_refuse_model, refuse_prompts=_refuse_prompts)

@@ -18,6 +18,18 @@ from kvpatch.models.geometry import Geometry
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.planning.plan import Batch, Plan, PlannedPair
 from kvpatch.protocols.conditions import Condition
+from kvpatch.protocols.schema import Having
+
+
+def slots_are_had(geometry: Geometry, encode: Callable[[str], EncodedPrompt]) -> Callable[[str, Having], bool]:
+    """What tells whether the prompt of a text has the slots that a phase asks of its pairs; see `Having`."""
+
+    def has(text: str, having: Having) -> bool:
+        cache = empty_caches([encode(text)], geometry)
+        found = slot_mask(cache, having.slots)
+        return bool((found & ~slot_mask(cache, "sinks")).any() if having.beyond_sinks else found.any())
+
+    return has
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,24 +171,26 @@ def _far_partner(
     return None
 
 
+@functools.lru_cache(maxsize=8192)
+def _said(text: str) -> frozenset[str]:
+    """The content words of a text, which are asked for once for each pair that it could serve."""
+    return frozenset(content_words(text))
+
+
 def _cells(
     bank: Bank, target: Prompt, source: Prompt, others: Iterable[Prompt], protocol: Protocol
 ) -> tuple[tuple[Continuation, ...], ...]:
     """For each cell its continuations, of the same items where the bank has minimal pairs: an item is used in all of
     its framings or in none."""
-    banned = {word for prompt in (source, *others) for word in content_words(prompt.text)}
+    banned = {word for prompt in (source, *others) for word in _said(prompt.text)}
     domain = {"target": target.continuation_domain, "source": source.continuation_domain}
     cells = cells_of(protocol.mode, bank.persons)
     found: list[list[Continuation]] = []
     for mode, side, person in cells:
         usable = [
             c
-            for c in bank.continuations
-            if c.mode == mode
-            and c.person == person
-            and c.topic_of in (side, "either")
-            and c.domain == domain[side]
-            and not content_words(c.text) & banned
+            for c in bank.continuations_of.get((mode, person, domain[side]), ())
+            if c.topic_of in (side, "either") and not _said(c.text) & banned
         ]
         found.append(usable)
     for side in domain:

@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import Field
+
 from kvpatch.errors import ProtocolError, ProtocolMistakes
 from kvpatch.planning.pairing import Pair, Pairs, form_pairs
 from kvpatch.prompts.bank import Bank, shuffled_words
 from kvpatch.protocols.conditions import ROLES, Condition
 from kvpatch.protocols.names import wrong_readouts
-from kvpatch.protocols.schema import AttentionSettings, Generation, Phase, Protocol, Readouts, calibration_of
+from kvpatch.protocols.schema import AttentionSettings, Generation, Having, Phase, Protocol, Readouts, calibration_of
 from kvpatch.readouts.scorer import Scorer, read_scorer
 from kvpatch.specs.base import Frozen
 from kvpatch.specs.nearest import instead
@@ -93,12 +95,13 @@ class Skipped(Frozen):
 
 
 class Plan(Frozen):
-    """Everything a run will do."""
+    """Everything a run will do. `passed_over`: phase -> pairs that lack what the phase asks of its pairs."""
 
     batches: list[Batch]
     scorer: Scorer
     skipped: list[Skipped]
     dropped_pairs: list[str]
+    passed_over: dict[str, int] = Field(default={})
 
     @property
     def n_trials(self) -> int:
@@ -117,7 +120,8 @@ class PlanningModel:
 
     body_length: number of body tokens of a text. key: names the weights, tokenizer and template; part of every trial
     id. has_template: whether prompts go into a chat template (the neutral scaffold needs one). can_move_keys: False
-    for a model that adds positions to its embeddings.
+    for a model that adds positions to its embeddings. has: whether the prompt of a text has the slots that a phase asks
+    of its pairs; without it every pair counts as having them.
     """
 
     body_length: Callable[[str], int]
@@ -125,6 +129,7 @@ class PlanningModel:
     kv_heads: int
     has_template: bool
     can_move_keys: bool = True
+    has: Callable[[str, Having], bool] | None = None
 
 
 def chosen_phases(protocol: Protocol, phases: Sequence[str] | None, n: int | None = None) -> list[str]:
@@ -171,6 +176,7 @@ def make_plan(
     batches: list[Batch] = []
     skipped: list[Skipped] = []
     dropped: list[str] = []
+    passed_over: dict[str, int] = {}
     planners: dict[str | None, _Planner] = {}
     for name in chosen:
         phase = protocol.phases[name]
@@ -179,12 +185,13 @@ def make_plan(
             batches += planner.calibration()
             dropped += planner.formed.dropped
         planner = planners[phase.model]
-        pairs, left_out = planner.pairs_of(name, phase, n)
+        pairs, left_out, passed = planner.pairs_of(name, phase, n)
         dropped += left_out
+        passed_over |= {name: passed} if passed else {}
         batches += planner.batches(name, "test", pairs, phase.all_conditions)
     for planner in planners.values():
         skipped += planner.skipped
-    return Plan(batches=batches, scorer=scorer, skipped=skipped, dropped_pairs=dropped)
+    return Plan(batches=batches, scorer=scorer, skipped=skipped, dropped_pairs=dropped, passed_over=passed_over)
 
 
 class _Planner:
@@ -207,21 +214,48 @@ class _Planner:
         names = self.protocol.calibration.conditions
         return self.batches(self.calibration_phase, "calibration", self.held_out, names)
 
-    def pairs_of(self, name: str, phase: Phase, n: int | None) -> tuple[Sequence[Pair], Sequence[str]]:
-        """The pairs a phase runs on, and what its own pairing dropped."""
+    def pairs_of(self, name: str, phase: Phase, n: int | None) -> tuple[Sequence[Pair], Sequence[str], int]:
+        """The pairs a phase runs on, what its own pairing dropped, and how many pairs were passed over."""
         wanted = n or phase.n
         if phase.pairing is not None:
             own: Pairs = form_pairs(self.bank, self.protocol, self.lengths, self.seed, phase.pairing)
             if not own.pairs:
                 raise ProtocolError(f"phase {name}: its pairing forms no pair ({'; '.join(own.dropped[:1])})")
-            return own.pairs[:wanted], own.dropped
+            fitting, passed = self._fitting(phase, own.pairs, wanted)
+            if not fitting:
+                told = f"all {passed} lack what it asks of its pairs under 'having'"
+                raise ProtocolError(f"phase {name}: no pair can be used; {told}")
+            return fitting, own.dropped, passed
         rest = self.formed.pairs[len(self.held_out) :]
-        if wanted > len(rest):
+        fitting, passed = self._fitting(phase, rest, wanted)
+        if wanted > len(fitting):
+            without = f", and {passed} that lack what it asks of its pairs under 'having'" if passed else ""
             raise ProtocolError(
-                f"phase {name} wants n={wanted}, and bank {self.bank.name!r} gives {len(rest)} pairs for this model "
-                f"({len(self.formed.pairs)} less {len(self.held_out)} held out for calibration)"
+                f"phase {name} wants n={wanted}, and bank {self.bank.name!r} gives {len(fitting)} pairs for this model "
+                f"({len(self.formed.pairs)} less {len(self.held_out)} held out for calibration{without})"
             )
-        return rest[:wanted], []
+        return fitting, [], passed
+
+    def _fitting(self, phase: Phase, pairs: Sequence[Pair], wanted: int) -> tuple[Sequence[Pair], int]:
+        """The first pairs, as many as are wanted, whose prompts have what the phase asks for; and how many before them
+        were passed over."""
+        found: list[Pair] = []
+        passed = 0
+        for pair in pairs:
+            if len(found) == wanted:
+                break
+            if self._has(phase.having, pair):
+                found.append(pair)
+            else:
+                passed += 1
+        return found, passed
+
+    def _has(self, having: Having | None, pair: Pair) -> bool:
+        """Whether the pair's prompts have the slots that a phase asks for; a role that the pair lacks is not asked."""
+        if having is None or self.model.has is None:
+            return True
+        texts = self._pair(pair, 0).texts
+        return all(self.model.has(texts[role], having) for role in having.roles if role in texts)
 
     def batches(self, phase: str, split: str, pairs: Sequence[Pair], names: Sequence[str]) -> list[Batch]:
         """Batches of one phase."""

@@ -6,6 +6,7 @@ lie in `banks/`, written for this project and dedicated to the public domain (CC
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
@@ -99,6 +100,14 @@ class Bank(Frozen):
         return found
 
     @cached_property
+    def continuations_of(self) -> dict[tuple[str, str | None, str], list[Continuation]]:
+        """Continuations by mode, person and domain, in the order of the files."""
+        out: dict[tuple[str, str | None, str], list[Continuation]] = {}
+        for continuation in self.continuations:
+            out.setdefault((continuation.mode, continuation.person, continuation.domain), []).append(continuation)
+        return out
+
+    @cached_property
     def persons(self) -> tuple[str | None, ...]:
         """The grammatical persons in which the bank has each continuation; (None,) where it does not say."""
         return tuple(sorted({c.person for c in self.continuations if c.person})) or (None,)
@@ -109,9 +118,14 @@ class Bank(Frozen):
         return {prompt.partner_of: prompt for prompt in self.prompts if prompt.partner_of}
 
 
+ALIASES = {"recursion-2": "recursion"}
+"""Other names of shipped banks. A bank's own name is its newest edition; an older one is kept under its number."""
+
+
 def shipped_banks() -> list[str]:
-    """Names of the banks that come with kvpatch."""
-    return sorted(item.name for item in files("kvpatch.prompts").joinpath("banks").iterdir() if item.is_dir())
+    """Names of the banks that come with kvpatch, other names of the same bank among them."""
+    own = (item.name for item in files("kvpatch.prompts").joinpath("banks").iterdir() if item.is_dir())
+    return sorted([*own, *ALIASES])
 
 
 def load_bank(name: str, folder: Path | None = None) -> Bank:
@@ -126,12 +140,18 @@ def load_bank(name: str, folder: Path | None = None) -> Bank:
     path = Path(folder or "", name)
     if path.is_dir():
         return _read(name, path)
-    shipped = files("kvpatch.prompts").joinpath("banks", name)
+    shipped = files("kvpatch.prompts").joinpath("banks", ALIASES.get(name, name))
     if not shipped.is_dir():
         where = f" in {folder}" if folder else ""
         told = instead(name, shipped_banks(), "shipped are")
         raise ProtocolError(f"no prompt bank {name!r}: neither a shipped bank nor a directory{where}; {told}")
-    with as_file(shipped) as folder:
+    return _read_shipped(name)
+
+
+@functools.cache
+def _read_shipped(name: str) -> Bank:
+    """A shipped bank, read once: it does not change while the program runs."""
+    with as_file(files("kvpatch.prompts").joinpath("banks", ALIASES.get(name, name))) as folder:
         return _read(name, folder)
 
 

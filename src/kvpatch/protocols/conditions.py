@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kvpatch.specs.base import Change, Frozen
+from kvpatch.specs.base import Change, Frozen, is_false, is_none
 from kvpatch.specs.interventions import (
     OWN_KEYS,
     CacheSteering,
@@ -23,16 +23,6 @@ Side = Literal["target", "source"]
 ROLES = ("target", "source", "foreign", "foreign_matched", "neutral", "shuffled_words")
 """Prompts every pair has, or can have; groups named by `also` come on top."""
 Role = Literal["experiment", "control", "integrity"]
-
-
-def _is_false(value: object) -> bool:
-    """A switch that came later and is off is left out of what is hashed, so that what lacks it keeps its hash."""
-    return value is False
-
-
-def is_none(value: object) -> bool:
-    """The same of what is not given."""
-    return value is None
 
 
 class Condition(Frozen):
@@ -64,13 +54,13 @@ class Condition(Frozen):
     min_kv_heads: int = Field(default=1, ge=1, description="the condition is left out, by name, on models with fewer")
     needs_template: bool = Field(
         default=False,
-        exclude_if=_is_false,
+        exclude_if=is_false,
         description="the condition is left out, by name, on models without a chat template, whose prompts have no "
         "slots before and behind the user's words",
     )
     may_be_empty: bool = Field(
         default=False,
-        exclude_if=_is_false,
+        exclude_if=is_false,
         description="allow pairs in which the condition finds no slot, layer or KV head to change: they run as they "
         "are, and their n_slots_patched is 0. Otherwise such a pair is an error before the run",
     )

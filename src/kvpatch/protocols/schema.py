@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
-from kvpatch.protocols.conditions import ROLES, Condition, Role, is_none
+from kvpatch.protocols.conditions import ROLES, Condition, Role
 from kvpatch.protocols.hypotheses import Correction, Hypothesis, Misplaced
 from kvpatch.specs import arguments
-from kvpatch.specs.base import PLAIN, Frozen, Mode
+from kvpatch.specs.base import PLAIN, Frozen, Mode, is_empty, is_none
 from kvpatch.specs.nearest import instead
 from kvpatch.specs.outside_interventions import AS_STORED
 from kvpatch.specs.selectors import NamedSlots, SlotQuery
@@ -32,12 +33,44 @@ class Generation(Frozen):
     samples: int = Field(default=1, ge=1, description="continuations per pair and condition")
 
 
+class RVLayers(Frozen):
+    """The layers of R_V for one model, where they are not the protocol's; as fractions of depth or as indices."""
+
+    early: float | int | None = None
+    late: float | int | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> RVLayers:
+        if self.early is None and self.late is None:
+            raise ValueError("give the model a layer of its own, 'early' or 'late', or leave it out")
+        return self
+
+
 class RVSettings(Frozen):
-    """R_V: participation ratio of cached values, late layer over early; layers as fractions of depth or as indices."""
+    """R_V: participation ratio of cached values, late layer over early; layers as fractions of depth or as indices.
+
+    `per_model` gives models layers of their own. The window is the same for all: what a ratio says depends on it.
+    """
 
     early: float | int = 0.125
     late: float | int = 0.75
     window: int = Field(default=16, ge=2)
+    per_model: dict[str, RVLayers] = Field(
+        default={},
+        exclude_if=is_empty,
+        description="name of a model -> its own layers. A name is what --model gets, or the last part of a path or of "
+        "a repository's name, whatever its case; '*' stands for any letters. The first that fits counts",
+    )
+
+    def of_model(self, name: str) -> RVSettings:
+        """The settings for a model, by the name or the path that it was loaded by."""
+        whole = name.casefold()
+        last = whole.replace("\\", "/").rstrip("/").rpartition("/")[2]
+        for pattern, own in self.per_model.items():
+            if whole == pattern.casefold() or fnmatchcase(last, pattern.casefold()):
+                given = own.model_dump(exclude_none=True)
+                return self.model_copy(update={**given, "per_model": {}})
+        return self.model_copy(update={"per_model": {}})
 
 
 class Readouts(Frozen):
@@ -98,9 +131,19 @@ class AttentionSettings(Frozen):
 
     @model_validator(mode="after")
     def _needs_no_chance(self) -> AttentionSettings:
-        if isinstance(self.marked, SlotQuery) and self.marked.matched_to is not None:
-            raise ValueError("marked slots are chosen by meaning; matched_to draws them at random")
+        if isinstance(self.marked, SlotQuery) and self.marked.draws:
+            key = "at_most" if self.marked.matched_to is None else "matched_to"
+            raise ValueError(f"marked slots are chosen by meaning; {key} draws them at random")
         return self
+
+
+class Having(Frozen):
+    """What prompts of a pair must have for a phase to run on it: a slot of `slots`, in the prompt of each role of
+    `roles` that the pair has. `beyond_sinks`: slots that serve as attention sinks do not count."""
+
+    slots: NamedSlots | SlotQuery
+    roles: list[str] = Field(min_length=1)
+    beyond_sinks: bool = False
 
 
 class Phase(Frozen):
@@ -108,7 +151,8 @@ class Phase(Frozen):
 
     `conditions` are the question's own; `controls` run beside them. A phase may form its pairs in its own way, and may
     run on another model, by a key of the protocol's `models`. `attention` (true, or what to mark) and `geometry` add
-    readouts that other phases do not pay for.
+    readouts that other phases do not pay for. `having` passes over pairs whose prompts lack what the phase compares;
+    they are counted, and others take their place.
     """
 
     question: str
@@ -117,6 +161,9 @@ class Phase(Frozen):
     controls: list[str] = Field(default=[])
     pairing: Pairing | None = None
     model: str | None = None
+    having: Having | None = Field(
+        default=None, exclude_if=is_none, description="what the prompts of a pair must have to be one of this phase's"
+    )
     attention: bool | AttentionSettings = Field(default=False, description="read every attention head of every trial")
     geometry: bool = Field(default=False, description="read the whole cache's geometry, not R_V alone")
 
@@ -192,7 +239,7 @@ class Protocol(Frozen):
             yield from self._phase_fits(name, phase)
         for place, condition in enumerate(self.calibration.conditions):
             yield from self._is_condition(condition, "calibration", "conditions", place)
-        roles = [*ROLES, *sorted({role for pairing in self.pairings for role in pairing.also})]
+        roles = self._roles
         for name, condition in self.conditions.items():
             for key, role in (("from", condition.from_), ("text_of", condition.text_of)):
                 if role is not None and role not in roles:
@@ -211,7 +258,17 @@ class Protocol(Frozen):
                         told = instead(name, known)
                         yield Misplaced(f"no hypothesis {name!r}; {told}", "expected", organism, verdict)
 
+    @property
+    def _roles(self) -> list[str]:
+        """Every role that a prompt of some pair may have."""
+        return [*ROLES, *sorted({role for pairing in self.pairings for role in pairing.also})]
+
     def _phase_fits(self, name: str, phase: Phase) -> Iterator[Misplaced]:
+        for place, role in enumerate(phase.having.roles if phase.having else ()):
+            if role not in self._roles:
+                yield Misplaced(
+                    f"no prompt {role!r}; {instead(role, self._roles)}", "phases", name, "having", "roles", place
+                )
         for key in ("conditions", "controls"):
             for place, condition in enumerate(getattr(phase, key)):
                 yield from self._is_condition(condition, "phases", name, key, place)

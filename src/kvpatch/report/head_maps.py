@@ -21,7 +21,7 @@ from kvpatch.verdicts.head_contrasts import head_means, head_values, heads_stand
 MAPPED = {
     "entropy": "entropy of attention, 0 to 1",
     "mass_body": "attention on the prompt's words",
-    "mass_marked": "attention on marked words",
+    "mass_marked_each": "attention on each marked word",
     "induction": "induction-like attention",
     "previous_token": "attention on the token before",
 }
@@ -42,7 +42,7 @@ ATTENTION_PARTS = {
     },
 }
 """Parts of where attention goes -> the trial column of each; the parts of either way add to 1."""
-CONTRASTS = ("C - N1", "C - A", "B - A")
+CONTRASTS = ("C - N1", "C - N1y", "M1 - M1n", "C - A", "B - A")
 
 
 def attention_shares(trials: pd.DataFrame, phase: str, by: Literal["segment", "origin"] = "origin") -> pd.DataFrame:

@@ -11,11 +11,33 @@ from kvpatch.protocols.conditions import Condition
 from kvpatch.protocols.schema import Protocol
 from kvpatch.report import charts
 from kvpatch.report.figure import Figure, figure, rounded
+from kvpatch.specs.interventions import InPrefill
 from kvpatch.specs.patch import Patch
 from kvpatch.specs.readouts import Readout, shown
 from kvpatch.specs.selectors import LayerAt, LayerBand, SlotQuery
 
 BANDS, BUT_BANDS, SINGLE, TOKENS = "bands of layers", "all layers but a band", "single layers", "parts of the body"
+NEEDED, NEEDED_TOKENS = "bands of layers that the source lacks", "parts of the body that the source lacks"
+RESIDUAL = "residual stream entering a layer"
+MAPS = {
+    BANDS: "Only these layers of the body are put in.",
+    BUT_BANDS: "Every layer of the body but these is put in: where the bar is low, those layers were needed.",
+    SINGLE: "Only this layer of the body is put in.",
+    TOKENS: "Only this part of the body is put in, at every layer.",
+    NEEDED: "The source keeps its own cache but for these layers of the body: where the bar is low, they were needed.",
+    NEEDED_TOKENS: "The source keeps its own cache but for this part of the body: where the bar is low, it was needed.",
+    RESIDUAL: "The stream that enters this layer is put in at every position, while the prompt runs.",
+}
+"""Map -> what its conditions do."""
+AGAINST_FOREIGN = "read it against the foreign cache's"
+
+
+GIVERS = {
+    "source": "from the source",
+    "foreign": "from a foreign prompt",
+    "foreign_matched": "from a foreign prompt like the source",
+}
+"""Role of a giver -> the name of its series."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +53,26 @@ class Place:
 def place_of(condition: Condition) -> Place | None:
     """Return where on a map a condition stands; None where its patch is not a part by depth or by place in the body."""
     patch = condition.patch
+    series = GIVERS.get(condition.from_ or "", f"from {condition.from_}")
+    if condition.in_prefill is not None:
+        return _place_in_prefill(condition.in_prefill, condition.into, series)
     if patch is None or patch.strength != 1 or patch.donor != "source" or patch.parts != "kv":
         return None
-    series = {"source": "from the source", "foreign": "from a foreign prompt"}.get(
-        condition.from_ or "", f"from {condition.from_}"
-    )
+    is_lacking = condition.into == "source"
     if isinstance(patch.layers, LayerBand):
-        return Place(BUT_BANDS if patch.layers.inverse else BANDS, *patch.layers.band, series)
+        if not patch.layers.inverse:
+            return Place(NEEDED if is_lacking else BANDS, *patch.layers.band, series)
+        return None if is_lacking else Place(BUT_BANDS, *patch.layers.band, series)
     if isinstance(patch.layers, LayerAt):
-        return Place(SINGLE, patch.layers.depth, patch.layers.depth, series)
+        return None if is_lacking else Place(SINGLE, patch.layers.depth, patch.layers.depth, series)
     share = _share_of_body(patch)
-    return None if share is None else Place(TOKENS, *share, series)
+    return None if share is None else Place(NEEDED_TOKENS if is_lacking else TOKENS, *share, series)
+
+
+def _place_in_prefill(spec: InPrefill, into: str, series: str) -> Place | None:
+    if spec.site != "residual" or spec.slots != "all" or not isinstance(spec.layers, LayerAt) or into != "target":
+        return None
+    return Place(RESIDUAL, spec.layers.depth, spec.layers.depth, series)
 
 
 def _share_of_body(patch: Patch) -> tuple[float, float] | None:
@@ -60,7 +91,7 @@ def map_figures(effects: list[dict], protocol: Protocol, layers: dict[str, int |
     """
     out = []
     for phase in dict.fromkeys(effect["phase"] for effect in effects):
-        for kind in (BANDS, BUT_BANDS, SINGLE, TOKENS):
+        for kind in MAPS:
             for readout in shown("maps"):
                 rows = _segments(effects, protocol, phase, kind, readout.name, layers.get(phase))
                 if len(rows) > 1:
@@ -71,7 +102,7 @@ def map_figures(effects: list[dict], protocol: Protocol, layers: dict[str, int |
 def _segments(
     effects: list[dict], protocol: Protocol, phase: str, kind: str, readout: str, layers: int | None
 ) -> list[dict]:
-    scale = 100 if kind == TOKENS else layers or 1
+    scale = 100 if kind in (TOKENS, NEEDED_TOKENS) else layers or 1
     out = []
     for effect in effects:
         place = place_of(protocol.conditions[effect["condition"]])
@@ -100,18 +131,13 @@ def _segments(
 
 def _map(rows: list[dict], phase: str, kind: str, readout: Readout, layers: int | None) -> Figure:
     depth = f"layer of {layers}" if layers else "share of depth"
-    axis = "place in the body, %" if kind == TOKENS else depth
+    axis = "place in the body, %" if kind in (TOKENS, NEEDED_TOKENS) else depth
     chart = map_chart(rounded(pd.DataFrame(rows)), axis, f"change of {readout.name}")
     title = f"{kind[0].upper()}{kind[1:]}: {readout.label}"
-    what = {
-        BANDS: "Only these layers of the body are put in.",
-        BUT_BANDS: "Every layer of the body but these is put in: where the bar is low, those layers were needed.",
-        SINGLE: "Only this layer of the body is put in.",
-        TOKENS: "Only this part of the body is put in, at every layer.",
-    }[kind]
-    about = (
-        f"{what} Height: change from the natural target, with its 95% interval; read it against the foreign cache's."
-    )
+    is_lacking = kind in (NEEDED, NEEDED_TOKENS)
+    natural = "source" if is_lacking else "target"
+    read = "read one part against another, since any splice does damage" if is_lacking else AGAINST_FOREIGN
+    about = f"{MAPS[kind]} Height: change from the natural {natural}, with its 95% interval; {read}."
     return figure(f"map-{phase}-{kind}-{readout.name}", title, about, chart, label=title)
 
 

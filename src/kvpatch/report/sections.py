@@ -316,6 +316,7 @@ def not_shown(run: dict, trials: pd.DataFrame, parts: Parts, protocol: Protocol,
     return {
         "skipped": [s for s in run.get("skipped") or [] if isinstance(s, dict)],
         "dropped": dropped if isinstance(dropped, int) else None,
+        "passed_over": dict(run.get("passed_over") or {}),
         "sizes": sizes,
         "few": [s for s in sizes if s["pairs"] < FEW_PAIRS],
         "visible_dz": VISIBLE_DZ,

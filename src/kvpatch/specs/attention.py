@@ -31,6 +31,9 @@ STATISTICS: dict[str, str] = {
     "mass_own": "attention on prompt slots that hold the receiving prompt's own activations, sinks left out",
     "mass_patched": "attention on prompt slots that were put in, sinks left out; with sinks, own and generated it is 1",
     "mass_marked": "attention on the slots that the phase marks, such as self-referential words; sinks left out",
+    "mass_marked_each": "the same over the number of those slots; nothing where there is none",
+    "mass_beside_each": "attention on as many other slots of the user's words, as frequent as the marked ones "
+    "and at like places, over their number; nothing where there is none",
     **{f"distance_{low}": f"attention on slots {low} to {2 * low - 1} back" for low in DISTANCES[:-1]},
     f"distance_{DISTANCES[-1]}": f"attention on slots {DISTANCES[-1]} back and further",
 }

@@ -99,6 +99,21 @@ def indices_or_all(value: Any, info: ValidationInfo) -> Any:
     return whole_numbers(name, value)
 
 
+def is_false(value: object) -> bool:
+    """A switch that came later and is off is left out of what is hashed, so that what lacks it keeps its hash."""
+    return value is False
+
+
+def is_none(value: object) -> bool:
+    """The same of what is not given."""
+    return value is None
+
+
+def is_empty(value: object) -> bool:
+    """The same of a mapping that came later and says nothing."""
+    return value == {}
+
+
 def real_number(value: Any, info: ValidationInfo) -> Any:
     return real(str(info.field_name), value)
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from kvpatch.specs.base import Change, Number
+from kvpatch.specs.base import Change, Number, is_none
 from kvpatch.specs.patch import Parts
 from kvpatch.specs.selectors import LayerAt, Layers, Slots
 
@@ -70,6 +70,7 @@ class ValueSteering(InterventionSpec):
     """Add alpha times a direction to a layer's values while the prompt runs, and at every decoding step if asked.
 
     The direction is the mean difference of the body's values, sources less targets, over the calibration pairs.
+    `random_directions` replaces it by that many random directions of the same norms in turn: its null.
     """
 
     kind: ClassVar[str] = "ValueSteering"
@@ -78,14 +79,20 @@ class ValueSteering(InterventionSpec):
     alpha: Number
     slots: Slots = "all"
     while_decoding: bool = False
+    random_directions: int | None = Field(default=None, ge=1, exclude_if=is_none)
 
     @property
     def is_fitted(self) -> bool:
         return True
 
     @property
+    def uses_pair_number(self) -> bool:
+        """With random directions, which pairs take in turn."""
+        return self.random_directions is not None
+
+    @property
     def told(self) -> str:
-        return "mean difference"
+        return "mean difference" if self.random_directions is None else "random directions"
 
 
 class CacheSteering(InterventionSpec):
@@ -158,13 +165,13 @@ class Reshape(InterventionSpec):
     spectrum is flattened or sharpened to the `ratio` of the giver's window, or to their own, which changes nothing.
     `by` "rotation" is the null: the same values turned at random by as much as the reshaping would move them, which
     leaves the ratio as it is. The window is that of the protocol's `r_v` unless another is named; the layer should be
-    its late one.
+    its late one, which `layers: r_v_late` means for every model.
     """
 
     kind: ClassVar[str] = "Reshape"
     takes_giver: ClassVar[bool] = True
 
-    layers: Layers = LayerAt(depth=0.75)
+    layers: Literal["r_v_late"] | Layers = LayerAt(depth=0.75)
     window: int | None = Field(default=None, ge=2)
     ratio: Literal["giver", "own"] = "giver"
     by: Literal["spectrum", "rotation"] = "spectrum"

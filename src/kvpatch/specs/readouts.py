@@ -229,8 +229,19 @@ BUILT_IN: tuple[Readout, ...] = (
     ),
     _attention(
         "attention_marked", "Attention on marked words",
-        "attention on the slots the phase marks, such as self-referential words",
+        "attention on all slots the phase marks together, such as self-referential words: it grows with their number",
         "attention.marked", axis="share of attention",
+    ),
+    _attention(
+        "attention_marked_each", "Attention on each marked word",
+        "attention on the slots the phase marks over their number; nothing where the cache has none",
+        "attention.marked", axis="share of attention", is_positive=True,
+    ),
+    _attention(
+        "attention_marked_beside", "Attention on marked words over others like them",
+        "attention on the marked slots over that on as many others, as frequent and at like places; nothing where the "
+        "cache has none of either",
+        "attention.marked", axis="ratio", is_positive=True,
     ),
     _attention(
         "attention_marked_lift", "Attention on marked words over the body's",

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from kvpatch.specs.base import Given, indices_or_all
+from kvpatch.specs.base import Given, indices_or_all, is_false, is_none
 
 if TYPE_CHECKING:
     pass
@@ -60,8 +60,11 @@ class SlotQuery(Given):
     `of` names where to look; `without` takes a named stretch out; `fraction` keeps `[low, high)` of what is left;
     `keywords` keeps slots whose token overlaps a match of one of these regular expressions in the text of the slots;
     `matched_to` gives as many random slots as that query selects, none of them selected by it, each drawn from the
-    same tenth of the depth of `of` where one is free (the control for a selection by meaning). With `in_source` the
-    selection is made in the source alone, and its slots land at the same relative places of the target's `of`.
+    same tenth of the depth of `of` where one is free (the control for a selection by meaning). With `equally_frequent`
+    they are not random: of all slots that are free, those that together lie nearest in depth and are most nearly as
+    frequent, by rank in the vocabulary; a tenth of the depth weighs as much as a doubled rank. `at_most` keeps so many
+    of what is left, drawn at random. With `in_source` the selection is made in the source alone, and its slots land at
+    the same relative places of the target's `of`.
     """
 
     of: NamedSlots = "all"
@@ -69,6 +72,8 @@ class SlotQuery(Given):
     fraction: tuple[float, float] | None = None
     keywords: list[str] | None = None
     matched_to: SlotQuery | None = None
+    equally_frequent: bool = Field(default=False, exclude_if=is_false)
+    at_most: int | None = Field(default=None, ge=1, exclude_if=is_none)
     in_source: bool = False
 
     @field_validator("keywords")
@@ -86,6 +91,17 @@ class SlotQuery(Given):
         if self.fraction is not None and not 0 <= self.fraction[0] < self.fraction[1] <= 1:
             raise ValueError(f"fraction must be two numbers with 0 <= low < high <= 1, got {list(self.fraction)}")
         return self
+
+    @model_validator(mode="after")
+    def _frequency_is_of_a_match(self) -> SlotQuery:
+        if self.equally_frequent and self.matched_to is None:
+            raise ValueError("equally_frequent says how slots are matched; it goes with matched_to")
+        return self
+
+    @property
+    def draws(self) -> bool:
+        """Whether chance has a part in what it selects."""
+        return self.matched_to is not None or self.at_most is not None
 
 
 Layers = Annotated[list[int] | LayerBand | LayerAt | None, BeforeValidator(indices_or_all)]

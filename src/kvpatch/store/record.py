@@ -64,6 +64,7 @@ class RunRecord(Frozen):
     tokens: int = 0
     skipped: list[dict[str, Any]] = Field(default_factory=list)
     dropped_pairs: list[str] = Field(default_factory=list)
+    passed_over: dict[str, int] = Field(default_factory=dict)
     check: list[dict[str, Any]] | None = None
     noise_floor: dict[str, Any] | None = None
     engine: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -91,6 +92,7 @@ class RunRecord(Frozen):
                 "planned_by_phase": stored.planned_by_phase | self.planned_by_phase,
                 "skipped": [*stored.skipped, *(s for s in self.skipped if s not in stored.skipped)],
                 "dropped_pairs": list(dict.fromkeys([*stored.dropped_pairs, *self.dropped_pairs])),
+                "passed_over": stored.passed_over | self.passed_over,
             }
         )
 

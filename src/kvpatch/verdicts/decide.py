@@ -1,7 +1,7 @@
 """Protocol and trials in, verdicts out: measure, correct, pass the gates in order, decide.
 
 Order of the rules: tautological; gate 0 (instrument); earlier gates; coherence; then the numbers
-(`rules.decide`).
+(`rules.decide`), which must hold whatever missing rows were (`worst_case`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from kvpatch.verdicts.records import Verdict, verdicts_json
 from kvpatch.verdicts.rules import Decision, decide
 from kvpatch.verdicts.sensitivity import Sensitivity, sensitivity
 from kvpatch.verdicts.wording import percent, tautology
+from kvpatch.verdicts.worst_case import decided_at_worst, lacking
 
 __all__ = ["Verdict", "headline", "verdicts", "verdicts_json"]
 
@@ -53,12 +54,23 @@ def verdicts(protocol: Protocol, trials: pd.DataFrame, *, instrument_ok: bool | 
     units = {name: units_of(protocol, part) for name, part in phases.items()}
     measured = {h.id: measure(protocol, rows, h, units[h.phase]) for h in protocol.hypotheses}
     families = {h.id: h.family for h in protocol.hypotheses}
-    adjusted = adjusted_by_family({name: m.p for name, m in measured.items()}, families, protocol.corrections)
+    p_values = {name: m.p for name, m in measured.items()}
+    adjusted = adjusted_by_family(p_values, families, protocol.corrections)
     decided: dict[str, Decision] = {}
     for h in sorted(protocol.hypotheses, key=lambda h: h.gate):
         blocked = _blocked(protocol, h, measured[h.id], instrument_ok, shares, decided)
         first = None if h.of is None else measured[h.of]
-        decided[h.id] = blocked or decide(measured[h.id], adjusted[h.id], first)
+        found = blocked or decide(measured[h.id], adjusted[h.id], first)
+        lacks = {} if blocked else lacking(protocol, phases[h.phase], measured[h.id])
+        if lacks:
+
+            def again(m: Measured, first: Measured | None = first) -> Decision:
+                name = m.hypothesis.id
+                p = adjusted_by_family({**p_values, name: m.p}, families, protocol.corrections)[name]
+                return decide(m, p, first)
+
+            found = decided_at_worst(protocol, rows, measured[h.id], units[h.phase], lacks, found, again)
+        decided[h.id] = found
     return [
         _record(
             measured[h.id],

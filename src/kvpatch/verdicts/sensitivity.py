@@ -12,11 +12,10 @@ from scipy import stats
 from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.specs.base import Frozen
 from kvpatch.statistics.clustering import Clustered, two_way_clustered
+from kvpatch.statistics.floors import zeros_dominate
 from kvpatch.statistics.hurdle import Hurdle, hurdle
 from kvpatch.statistics.lee import lee_bounds
 from kvpatch.verdicts.pairs import PairDifferences, contrast_table, pair_means
-
-ZEROS_DOMINATE = 0.5
 
 
 class Sensitivity(Frozen):
@@ -46,7 +45,7 @@ def sensitivity(rows: pd.DataFrame, h: Hypothesis, found: PairDifferences) -> Se
     values = values[np.isfinite(values).all(axis=1)]
     zeros = float(np.mean(values == 0)) if values.size else None
     side = "two-sided" if h.sign is None else "less" if h.sign < 0 else "greater"
-    is_hurdle = zeros is not None and zeros > ZEROS_DOMINATE and h.transform == "none" and bool((values >= 0).all())
+    is_hurdle = h.transform == "none" and zeros_dominate(values)
     return Sensitivity(
         skewness=skewness,
         zeros=zeros,

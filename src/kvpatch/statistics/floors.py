@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from kvpatch.statistics.grid import Floats
 from kvpatch.statistics.intervals import Interval
@@ -52,9 +52,9 @@ def mean_hit_bounds(hits: Floats, level: float = 0.90) -> tuple[float, float]:
     values = np.sort(hits)
     mean = float(values.mean())
     if count >= MANY_HITS:
-        half = float(stats.t.ppf(tails[1], count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
+        half = float(special.stdtrit(count - 1, tails[1])) * float(np.std(values, ddof=1)) / math.sqrt(count)
         return max(0.0, mean - half), mean + half
-    low, high = (2 * count * mean / float(stats.chi2.ppf(tail, 2 * count)) for tail in tails[::-1])
+    low, high = (count * mean / float(special.gammaincinv(count, tail)) for tail in tails[::-1])
     return low, high
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 
 from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.schema import Protocol
+from kvpatch.statistics.clustering import Clustered
 from kvpatch.verdicts.families import adjusted_by_family
 from kvpatch.verdicts.headline import headline
 from kvpatch.verdicts.measure import Measured, measure, units_of
@@ -26,7 +27,7 @@ from kvpatch.verdicts.prerequisites import (
 )
 from kvpatch.verdicts.records import Verdict, verdicts_json
 from kvpatch.verdicts.rules import Decision, decide
-from kvpatch.verdicts.sensitivity import Sensitivity, sensitivity
+from kvpatch.verdicts.sensitivity import Sensitivity, by_domain, sensitivity
 from kvpatch.verdicts.wording import percent, tautology
 from kvpatch.verdicts.worst_case import decided_at_worst, lacking
 
@@ -78,6 +79,7 @@ def verdicts(protocol: Protocol, trials: pd.DataFrame, *, instrument_ok: bool | 
             decided[h.id],
             _shares_of(h, shares),
             sensitivity(phases[h.phase], h, measured[h.id].differences),
+            by_domain(phases[h.phase], h),
         )
         for h in protocol.hypotheses
     ]
@@ -120,7 +122,12 @@ def _known(value: float | None) -> float | None:
 
 
 def _record(
-    m: Measured, p_adjusted: float, decision: Decision, shares: dict[str, float | None], beside: Sensitivity
+    m: Measured,
+    p_adjusted: float,
+    decision: Decision,
+    shares: dict[str, float | None],
+    beside: Sensitivity,
+    clustered: Clustered | None,
 ) -> Verdict:
     h, found, ratio = m.hypothesis, m.differences, m.transfer
     return Verdict(
@@ -159,6 +166,9 @@ def _record(
         transfer_fraction_low=ratio.low if ratio else None,
         transfer_fraction_high=ratio.high if ratio else None,
         transfer_fraction_note=ratio.reason if ratio else None,
+        se_clustered=clustered.se if clustered else None,
+        p_clustered=clustered.p if clustered else None,
+        clusters={"sources": clustered.sources, "targets": clustered.targets} if clustered else None,
         coherence=shares,
         sensitivity=beside,
         verdict=decision.word,

@@ -2,9 +2,9 @@
 
     python benchmarks/rare_hits.py [--draws 1000] [--power-draws 200]
 
-Every draw is judged by the whole verdict, `kvpatch.verdicts.decide.verdicts`, against a fixed margin. A draw that the floors alone keep from being equivalent needs no
-test, which is what makes thousands of draws quick; `is_equivalent` says what
-the verdict would, and tests/statistics/test_rare_hits.py holds one to the other.
+Every draw is judged by the whole verdict (`kvpatch.verdicts.decide.verdicts`) at a fixed margin. A draw that the
+floors alone keep from being equivalent needs no test, so thousands of draws are quick; `is_equivalent` says
+what the verdict would, and tests/statistics/test_rare_hits.py holds one to the other.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ H = {"id": "h", "contrast": "X - A", "test": "greater"}
 
 def with_domains(trials: pd.DataFrame) -> pd.DataFrame:
     place = trials["pair_id"].str.slice(-3).astype(int)
-    return trials.assign(source_domain="s" + (place % DOMAINS).astype(str), target_domain="t" + (place // 6).astype(str))
+    return trials.assign(
+        source_domain="s" + (place % DOMAINS).astype(str), target_domain="t" + (place // 6).astype(str)
+    )
 
 
 def test_shared_domains_widen_the_error(make_protocol: Make, make_trials: Make):

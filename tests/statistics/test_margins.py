@@ -1,4 +1,4 @@
-"""A margin that is a share of a gap is as good as the gap: its lower bound counts, and one that may be 0 decides nothing."""
+"""A margin that is a share of a gap counts by the gap's lower bound, and one of a gap that may be 0 decides nothing."""
 
 from __future__ import annotations
 

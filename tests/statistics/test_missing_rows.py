@@ -55,7 +55,9 @@ def test_a_large_effect_stands_whatever_the_missing_rows_were(make_protocol: Mak
     trials.loc[lowest(trials, "X", 3), "error"] = "boom"
     v = verdicts(make_protocol({"id": "h", "contrast": "X - A", "test": "greater"}), trials)[0]
     assert v.verdict == "supported"
-    assert v.because.endswith("the verdict is the same with these at the lowest and at the highest value that was seen.")
+    assert v.because.endswith(
+        "the verdict is the same with these at the lowest and at the highest value that was seen."
+    )
 
 
 def test_a_tenth_may_be_missing(make_protocol: Make, make_trials: Make):

@@ -24,7 +24,7 @@ sys.modules["rare_hits"] = rare
 SPEC.loader.exec_module(rare)
 
 
-@pytest.mark.parametrize("hits, n", [(0, 12), (1, 12), (3, 100), (50, 100), (12, 12)])
+@pytest.mark.parametrize(("hits", "n"), [(0, 12), (1, 12), (3, 100), (50, 100), (12, 12)])
 def test_the_share_has_the_exact_interval(hits: int, n: int):
     wanted = stats.binomtest(hits, n).proportion_ci(0.90, method="exact")
     assert clopper_pearson(hits, n, 0.90) == pytest.approx((wanted.low, wanted.high))
@@ -62,7 +62,9 @@ def test_the_quick_look_says_what_the_verdict_says():
         for n in (20, 100):
             values = rare.draw(case, n, rng)
             found = verdicts(rare.protocol(case.margin), rare.trials_of(values))[0]
-            assert rare.is_equivalent(rare.protocol(case.margin), values, case.margin) == (found.verdict == "equivalent")
+            assert rare.is_equivalent(rare.protocol(case.margin), values, case.margin) == (
+                found.verdict == "equivalent"
+            )
 
 
 def test_plenty_of_hits_keep_their_power():

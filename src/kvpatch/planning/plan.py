@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import Field
+
 from kvpatch.errors import ProtocolError, ProtocolMistakes
 from kvpatch.planning.pairing import Pair, Pairs, form_pairs
 from kvpatch.prompts.bank import Bank, shuffled_words
@@ -30,8 +32,8 @@ ROWS_PER_BATCH = 120
 class PlannedPair(Frozen):
     """A pair's texts, by role, and its held-out continuations by cell (`pairing.cells_of`).
 
-    `number` counts a run's pairs. `domains` are those of the continuations on the target's and on the source's topic, by
-    role: pairs of one domain share continuations.
+    `number` counts a run's pairs. `domains` gives those of the continuations on the target's and on the source's topic,
+    by role: pairs of one domain share continuations.
     """
 
     pair_id: str
@@ -41,7 +43,7 @@ class PlannedPair(Frozen):
     texts: dict[str, str]
     continuations: list[list[str]]
     masked_by: list[str]
-    domains: dict[str, str] = {}
+    domains: dict[str, str] = Field(default_factory=dict)
 
     @property
     def forced(self) -> str:

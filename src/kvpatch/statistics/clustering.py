@@ -30,11 +30,12 @@ class Clustered:
 
 
 def two_way_clustered(differences: Floats, sources: Labels, targets: Labels) -> Clustered | None:
-    """95% interval and p-value of the mean where pairs share something on either side: a prompt, or a domain and with it
-    the continuations (Clark 1973, J Verb Learn Verb Behav 12:335, on stimuli that are a sample too).
+    """95% interval and p-value of the mean where pairs share something on either side: a prompt, or a domain, with it
+    the continuations, which are a sample too (Clark 1973, J Verb Learn Verb Behav 12:335).
 
-    differences: [pairs]. sources, targets: [pairs], what they share. None for fewer than 3 sources or targets, or where the estimated variance is
-    not above 0, as can happen with few. Student's t has one degree of freedom less than the fewer of the two.
+    differences: [pairs]. sources, targets: [pairs], what they share. None for fewer than 3 sources or targets, or where
+    the estimated variance is not above 0, as can happen with few. Student's t has one degree of freedom less than the
+    fewer of the two.
     Source: Cameron, Gelbach & Miller 2011 (J Bus Econ Stat 29:238), by `statsmodels`; their section 4 finds it too sure
     with few clusters, so it decides nothing here.
     """

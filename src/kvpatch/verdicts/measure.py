@@ -119,12 +119,8 @@ def _contrast(
         margin = margin_by_value(hypothesis)
         fixed, small = margin.value, _or_nan(margin.value)
     sample = Sample(hypothesis, found.values, found.values[:, None], margin, fixed)
-    floor = floor_of(
-        trials, hypothesis.phase, hypothesis.weights(), hypothesis.readout, hypothesis.transform, units
-    )
-    return replace(
-        _measured(sample, found, small, transfer=_transfer_fraction(rows, hypothesis, units)), floor=floor
-    )
+    floor = floor_of(trials, hypothesis.phase, hypothesis.weights(), hypothesis.readout, hypothesis.transform, units)
+    return replace(_measured(sample, found, small, transfer=_transfer_fraction(rows, hypothesis, units)), floor=floor)
 
 
 def _measured(sample: Sample, found: PairDifferences, small: float, *, transfer: Ratio | None = None) -> Measured:

@@ -56,12 +56,18 @@ class Verdict(Frozen):
     se_clustered: float | None = Field(
         default=None, description="standard error of the mean, clustered by the sources' and the targets' domains"
     )
-    p_clustered: float | None = Field(default=None, description="two-sided p of the mean by that error; decides nothing")
-    clusters: dict[str, int] | None = Field(default=None, description="'sources' and 'targets' -> domains among the pairs")
+    p_clustered: float | None = Field(
+        default=None, description="two-sided p of the mean by that error; decides nothing"
+    )
+    clusters: dict[str, int] | None = Field(
+        default=None, description="'sources' and 'targets' -> domains among the pairs"
+    )
     coherence: dict[str, float | None] = Field(description="condition of the contrast -> share of coherent trials")
     sensitivity: Sensitivity = Field(description="analyses beside the test, which decide nothing")
     verdict: Word
-    blocked_by: Literal["instrument", "gate", "coherence", "missing"] | None = Field(description="why not interpretable")
+    blocked_by: Literal["instrument", "gate", "coherence", "missing"] | None = Field(
+        description="why not interpretable"
+    )
     because: str = Field(description="one plain sentence with the numbers")
 
 

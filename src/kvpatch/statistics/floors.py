@@ -14,8 +14,8 @@ from kvpatch.statistics.intervals import Interval
 ZEROS_DOMINATE = 0.5
 """Above this share of zeros the mean of a readout is that of a few hits."""
 MANY_HITS = 60
-"""From so many hits on, Student's interval of their mean holds well enough; at 20 exponential hits it errs twice as often
-as it says."""
+"""From so many hits on, Student's interval of their mean holds well enough; at 20 exponential hits it errs twice as
+often as it says."""
 KNOWN_HITS = 5
 """So many hits elsewhere say how large a hit can be."""
 

@@ -14,6 +14,7 @@ from kvpatch.verdicts.headline import few_pairs
 Make = Callable[..., Any]
 N = 30
 FLAT = [0.0] * N
+NEAR = [(-1) ** i / 1000 for i in range(N)]
 UP = [1 + i / 100 for i in range(N)]
 DOWN = [-value for value in UP]
 NOISE = [9.0 * (-1) ** i for i in range(N)]
@@ -47,7 +48,7 @@ def protocol(make_protocol: Make) -> Protocol:
 @pytest.fixture
 def say(protocol: Protocol, make_trials: Make) -> Callable[..., str]:
     def sentence(instrument_ok: bool | None = None, incoherent: Any = None, **scores: Any) -> str:
-        given = {"A": FLAT, "B": UP, "X": UP, "N1": FLAT, "N2": FLAT, **scores}
+        given = {"A": FLAT, "B": UP, "X": UP, "N1": NEAR, "N2": FLAT, **scores}
         given = {name: values for name, values in given.items() if values is not None}
         trials = make_trials(given, incoherent=incoherent)
         return headline(protocol, verdicts(protocol, trials, instrument_ok=instrument_ok))

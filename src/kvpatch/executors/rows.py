@@ -130,6 +130,8 @@ def _identity(batch: Batch, index: int) -> dict[str, Any]:
         "pair_id": pair.pair_id,
         "source_id": pair.source_id,
         "target_id": pair.target_id,
+        "source_domain": pair.domains.get("source"),
+        "target_domain": pair.domains.get("target"),
         "sample": trial.sample,
         "seed": trial.seed,
         "patch": condition.recipe,

@@ -32,7 +32,8 @@ ROWS_PER_BATCH = 120
 class PlannedPair(Frozen):
     """A pair's texts, by role, and its held-out continuations by cell (`pairing.cells_of`).
 
-    `number` counts a run's pairs.
+    `number` counts a run's pairs. `domains` gives those of the continuations on the target's and on the source's topic,
+    by role: pairs of one domain share continuations.
     """
 
     pair_id: str
@@ -42,6 +43,7 @@ class PlannedPair(Frozen):
     texts: dict[str, str]
     continuations: list[list[str]]
     masked_by: list[str]
+    domains: dict[str, str] = Field(default_factory=dict)
 
     @property
     def forced(self) -> str:
@@ -340,6 +342,7 @@ class _Planner:
             texts=texts,
             continuations=[[c.text for c in cell] for cell in pair.continuations],
             masked_by=[role for role in pair.masked_by if role in texts],
+            domains={"target": pair.target.continuation_domain, "source": pair.source.continuation_domain},
         )
 
     def _trial(
@@ -379,7 +382,7 @@ def _hashed(content: dict[str, Any]) -> str:
 
 def _what_counts_of(pair: PlannedPair, condition: Condition) -> dict[str, Any]:
     """What of a pair can change a trial: its number and its prompts of other groups only where the condition asks."""
-    content = pair.model_dump(mode="json")
+    content = pair.model_dump(mode="json", exclude={"domains"})  # a name for what the continuations say themselves
     if condition.change is None or not condition.change.uses_pair_number:
         del content["number"]
     used = {*ROLES, *pair.masked_by, condition.from_, condition.text_of}

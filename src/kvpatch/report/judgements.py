@@ -12,7 +12,7 @@ from kvpatch.specs.test_kinds import find
 from kvpatch.verdicts import prerequisites as passing
 from kvpatch.verdicts.criteria import WEAKEST
 from kvpatch.verdicts.margins import claimed_side
-from kvpatch.verdicts.wording import pairs_text
+from kvpatch.verdicts.wording import p_value, pairs_text
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,21 @@ def _row(name: str, verdict: dict | None, hypothesis: Hypothesis | None) -> dict
         "margin": margin_text(told("margin")),
         "margin_size": as_float(entry.get("margin")),
         "counted": _counted(entry),
+        "clustered": _clustered(entry),
         "bayes_factor": as_float(entry.get("bayes_factor")),
         "ci_level": as_float(entry.get("ci_level")) or (kind.level if kind else 0.95),
         **{key: as_float(entry.get(key)) for key in ("estimate", "ci_low", "ci_high", "effect_size", "n")},
         **{key: as_float(entry.get(key)) for key in ("p", "p_adjusted")},
     }
+
+
+def _clustered(entry: dict) -> str:
+    """Return the error that allows for shared topics and continuations; empty where there is none."""
+    error, p, clusters = as_float(entry.get("se_clustered")), as_float(entry.get("p_clustered")), entry.get("clusters")
+    if error is None or p is None or not isinstance(clusters, dict):
+        return ""
+    domains = f"{clusters.get('sources')} domains of sources and {clusters.get('targets')} of targets"
+    return f"Clustered by {domains}: standard error {number(error)}, p {p_value(p)}."
 
 
 def _counted(entry: dict) -> str:

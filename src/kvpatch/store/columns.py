@@ -40,6 +40,11 @@ _FIRST: dict[str, Column] = {
     "pair_id": (pa.string(), "target and source of the pair; the unit of analysis"),
     "source_id": (pa.string(), "bank id of the pair's source prompt"),
     "target_id": (pa.string(), "bank id of the pair's target prompt"),
+    "source_domain": (
+        pa.string(),
+        "domain of the continuations on the source's topic, which pairs of this domain share; null in older runs",
+    ),
+    "target_domain": (pa.string(), "the same of the target's topic"),
     "sample": (pa.int32(), "number of the continuation within pair and condition"),
     "seed": (pa.int64(), "seed of the trial's random numbers; shared by the conditions of a pair"),
     "patch": (pa.string(), "the patch or other intervention as JSON; null for a natural cache"),

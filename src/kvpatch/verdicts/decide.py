@@ -1,7 +1,7 @@
 """Protocol and trials in, verdicts out: measure, correct, pass the gates in order, decide.
 
 Order of the rules: tautological; gate 0 (instrument); earlier gates; coherence; then the numbers
-(`rules.decide`).
+(`rules.decide`), which must hold whatever missing rows were (`worst_case`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pandas as pd
 
 from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.schema import Protocol
+from kvpatch.statistics.clustering import Clustered
 from kvpatch.verdicts.families import adjusted_by_family
 from kvpatch.verdicts.headline import headline
 from kvpatch.verdicts.measure import Measured, measure, units_of
@@ -26,8 +27,9 @@ from kvpatch.verdicts.prerequisites import (
 )
 from kvpatch.verdicts.records import Verdict, verdicts_json
 from kvpatch.verdicts.rules import Decision, decide
-from kvpatch.verdicts.sensitivity import Sensitivity, sensitivity
+from kvpatch.verdicts.sensitivity import Sensitivity, by_domain, sensitivity
 from kvpatch.verdicts.wording import percent, tautology
+from kvpatch.verdicts.worst_case import decided_at_worst, lacking
 
 __all__ = ["Verdict", "headline", "verdicts", "verdicts_json"]
 
@@ -53,12 +55,23 @@ def verdicts(protocol: Protocol, trials: pd.DataFrame, *, instrument_ok: bool | 
     units = {name: units_of(protocol, part) for name, part in phases.items()}
     measured = {h.id: measure(protocol, rows, h, units[h.phase]) for h in protocol.hypotheses}
     families = {h.id: h.family for h in protocol.hypotheses}
-    adjusted = adjusted_by_family({name: m.p for name, m in measured.items()}, families, protocol.corrections)
+    p_values = {name: m.p for name, m in measured.items()}
+    adjusted = adjusted_by_family(p_values, families, protocol.corrections)
     decided: dict[str, Decision] = {}
     for h in sorted(protocol.hypotheses, key=lambda h: h.gate):
         blocked = _blocked(protocol, h, measured[h.id], instrument_ok, shares, decided)
         first = None if h.of is None else measured[h.of]
-        decided[h.id] = blocked or decide(measured[h.id], adjusted[h.id], first)
+        found = blocked or decide(measured[h.id], adjusted[h.id], first)
+        lacks = {} if blocked else lacking(protocol, phases[h.phase], measured[h.id])
+        if lacks:
+
+            def again(m: Measured, first: Measured | None = first) -> Decision:
+                name = m.hypothesis.id
+                p = adjusted_by_family({**p_values, name: m.p}, families, protocol.corrections)[name]
+                return decide(m, p, first)
+
+            found = decided_at_worst(protocol, rows, measured[h.id], units[h.phase], lacks, found, again)
+        decided[h.id] = found
     return [
         _record(
             measured[h.id],
@@ -66,6 +79,7 @@ def verdicts(protocol: Protocol, trials: pd.DataFrame, *, instrument_ok: bool | 
             decided[h.id],
             _shares_of(h, shares),
             sensitivity(phases[h.phase], h, measured[h.id].differences),
+            by_domain(phases[h.phase], h),
         )
         for h in protocol.hypotheses
     ]
@@ -108,7 +122,12 @@ def _known(value: float | None) -> float | None:
 
 
 def _record(
-    m: Measured, p_adjusted: float, decision: Decision, shares: dict[str, float | None], beside: Sensitivity
+    m: Measured,
+    p_adjusted: float,
+    decision: Decision,
+    shares: dict[str, float | None],
+    beside: Sensitivity,
+    clustered: Clustered | None,
 ) -> Verdict:
     h, found, ratio = m.hypothesis, m.differences, m.transfer
     return Verdict(
@@ -147,6 +166,9 @@ def _record(
         transfer_fraction_low=ratio.low if ratio else None,
         transfer_fraction_high=ratio.high if ratio else None,
         transfer_fraction_note=ratio.reason if ratio else None,
+        se_clustered=clustered.se if clustered else None,
+        p_clustered=clustered.p if clustered else None,
+        clusters={"sources": clustered.sources, "targets": clustered.targets} if clustered else None,
         coherence=shares,
         sensitivity=beside,
         verdict=decision.word,

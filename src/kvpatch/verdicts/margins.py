@@ -6,16 +6,19 @@ import math
 from dataclasses import dataclass
 
 import pandas as pd
+from scipy import stats
 
 from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.schema import Protocol, calibration_of
 from kvpatch.specs.readout import Transform
 from kvpatch.statistics.paired_tests import sd_of
 from kvpatch.verdicts.pairs import PairDifferences, contrast_differences, rows_of
+from kvpatch.verdicts.rounding import number
 
 NATURAL_TARGET, NATURAL_SOURCE = "A", "B"
 MIN_CALIBRATION_PAIRS = 3
 SMALL_SHARE = 0.2
+GAP_LEVEL = 0.95
 PAST_MARGIN = 0.025
 """One-sided level at which an effect must pass its margin: that of the lower end of a 95% interval."""
 
@@ -36,7 +39,11 @@ def calibration_rows(protocol: Protocol, trials: pd.DataFrame, phase: str) -> pd
 
 
 def natural_gap(trials: pd.DataFrame, readout: str, transform: Transform) -> Bound:
-    """|mean(B - A)| of a readout over the calibration pairs; never over test pairs.
+    """How large the natural gap, |mean(B - A)| over the calibration pairs, is at least; never over test pairs.
+
+    A margin that is a share of a gap is only as good as the gap, so the end of its 95% interval that is nearer to 0
+    counts. A gap whose interval holds 0 gives no bound: a share of it would be a margin made of noise. The interval is
+    Student's, since resampling few pairs makes it too narrow.
 
     trials: prepared rows of every split. Fewer than 3 calibration pairs give no bound.
     """
@@ -50,7 +57,17 @@ def natural_gap(trials: pd.DataFrame, readout: str, transform: Transform) -> Bou
             f"the natural gap needs at least {MIN_CALIBRATION_PAIRS} calibration pairs with both"
             f" {NATURAL_TARGET} and {NATURAL_SOURCE}, there are {gap.n}",
         )
-    return Bound(abs(float(gap.values.mean())))
+    mean = float(gap.values.mean())
+    half = float(stats.t.ppf((1 + GAP_LEVEL) / 2, gap.n - 1)) * sd_of(gap.values) / math.sqrt(gap.n)
+    least = abs(mean) - half
+    if least > 0:
+        return Bound(least)
+    return Bound(
+        None,
+        f"the natural gap of {readout} is {number(mean)} over {gap.n} calibration pairs, with a {GAP_LEVEL:.0%} "
+        f"interval of {number(mean - half)} to {number(mean + half)} that includes 0, and a share of such a gap "
+        "decides nothing",
+    )
 
 
 def fixed_margin(hypothesis: Hypothesis, gap: Bound) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
@@ -15,6 +15,7 @@ from kvpatch.statistics import paired_tests as tests
 from kvpatch.statistics.grid import Floats
 from kvpatch.statistics.intervals import Interval, Ratio, fieller_interval
 from kvpatch.statistics.trend import slopes
+from kvpatch.verdicts.floors import Floor, floor_of
 from kvpatch.verdicts.margins import (
     NATURAL_SOURCE,
     NATURAL_TARGET,
@@ -46,7 +47,8 @@ class Measured:
     their mean, or a correlation. interval: 95%, or 90% for an equivalence test. p: one-sided against 0, or the larger
     of the two for equivalence. p_margin: one-sided against the margin, of a "much" test. dz: for a correlation r.
     small: up to where an effect is too small to matter. absent: conditions of the hypothesis without any trial.
-    kind: of the test that was carried out; for a repetition that of what it repeats.
+    kind: of the test that was carried out; for a repetition that of what it repeats. floor: what the readout can say
+    where it hardly scored, or not at all.
     """
 
     hypothesis: Hypothesis
@@ -63,6 +65,7 @@ class Measured:
     small: float
     transfer: Ratio | None
     absent: tuple[str, ...]
+    floor: Floor = field(default_factory=Floor)
 
 
 def measure(
@@ -116,7 +119,8 @@ def _contrast(
         margin = margin_by_value(hypothesis)
         fixed, small = margin.value, _or_nan(margin.value)
     sample = Sample(hypothesis, found.values, found.values[:, None], margin, fixed)
-    return _measured(sample, found, small, transfer=_transfer_fraction(rows, hypothesis, units))
+    floor = floor_of(trials, hypothesis.phase, hypothesis.weights(), hypothesis.readout, hypothesis.transform, units)
+    return replace(_measured(sample, found, small, transfer=_transfer_fraction(rows, hypothesis, units)), floor=floor)
 
 
 def _measured(sample: Sample, found: PairDifferences, small: float, *, transfer: Ratio | None = None) -> Measured:

@@ -155,6 +155,8 @@ def _needed(protocol: Protocol) -> list[str]:
         "pair_id",
         "source_id",
         "target_id",
+        "source_domain",
+        "target_domain",
         "sample",
         "coherent",
         "error",

@@ -53,10 +53,21 @@ class Verdict(Frozen):
     transfer_fraction_low: float | None = Field(description="95% Fieller interval, lower end")
     transfer_fraction_high: float | None = Field(description="95% Fieller interval, upper end")
     transfer_fraction_note: str | None = Field(description="why there is no transfer fraction, where one was asked")
+    se_clustered: float | None = Field(
+        default=None, description="standard error of the mean, clustered by the sources' and the targets' domains"
+    )
+    p_clustered: float | None = Field(
+        default=None, description="two-sided p of the mean by that error; decides nothing"
+    )
+    clusters: dict[str, int] | None = Field(
+        default=None, description="'sources' and 'targets' -> domains among the pairs"
+    )
     coherence: dict[str, float | None] = Field(description="condition of the contrast -> share of coherent trials")
     sensitivity: Sensitivity = Field(description="analyses beside the test, which decide nothing")
     verdict: Word
-    blocked_by: Literal["instrument", "gate", "coherence"] | None = Field(description="why not interpretable")
+    blocked_by: Literal["instrument", "gate", "coherence", "missing"] | None = Field(
+        description="why not interpretable"
+    )
     because: str = Field(description="one plain sentence with the numbers")
 
 

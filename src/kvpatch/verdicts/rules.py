@@ -3,12 +3,14 @@ once."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from kvpatch.specs.test_kinds import Claims, Word
 from kvpatch.statistics.replication import Study, replicates
+from kvpatch.verdicts.floors import nothing_scored
 from kvpatch.verdicts.margins import PAST_MARGIN
 from kvpatch.verdicts.measure import Measured
 from kvpatch.verdicts.procedures import procedure_of
@@ -21,7 +23,7 @@ class Decision:
 
     word: Word
     because: str
-    blocked_by: Literal["instrument", "gate", "coherence"] | None = None
+    blocked_by: Literal["instrument", "gate", "coherence", "missing"] | None = None
 
 
 def decide(m: Measured, p_adjusted: float, first: Measured | None = None) -> Decision:
@@ -35,6 +37,9 @@ def decide(m: Measured, p_adjusted: float, first: Measured | None = None) -> Dec
     if found.n == 0:
         lack = f"no trials of {' or '.join(m.absent)} are stored" if m.absent else "no pair has all its conditions"
         return Decision("inconclusive", f"Nothing was measured for {h.contrast} in phase {h.phase}: {lack}.")
+    silent = nothing_scored(m.floor, h.readout, h.contrast, h.phase)
+    if silent is not None:
+        return Decision("inconclusive", silent)
     needed = procedure_of(m.kind.id).needs_pairs(h.alpha)
     if found.n < needed:
         few = f"p below {number(h.alpha)} needs at least {needed} pairs"
@@ -59,7 +64,7 @@ def _directional(m: Measured, p_adjusted: float) -> Decision:
         return Decision("supported", f"{figures(m)}, {side} {limit}; adjusted {chance(p_adjusted)}, {_under(m)}.")
     if far < 0:
         return Decision("not supported", f"{figures(m)}, wholly on the other side of 0 than the claim.")
-    if far <= m.small:
+    if far <= m.small and m.floor.within(*sorted((sign * m.small, -sign * math.inf))):
         size = "the margin" if h.margin else "20% of the natural gap"
         return Decision(
             "not supported",
@@ -86,7 +91,7 @@ def _apart(m: Measured, p_adjusted: float) -> Decision:
         side = "above" if low > 0 else "below"
         limit = "0" if bound == 0 else f"the margin of {limit_text(bound if low > 0 else -bound, m)}"
         return Decision("supported", f"{figures(m)}, {side} {limit}; adjusted {chance(p_adjusted)}, {_under(m)}.")
-    if -m.small <= low and high <= m.small:
+    if -m.small <= low and high <= m.small and m.floor.within(-m.small, m.small):
         size = "the margin" if h.margin else "20% of the natural gap"
         told = f"so an effect beyond {limit_text(m.small, m)} on either side, {size}, is ruled out"
         return Decision("not supported", f"{figures(m)}, {told}.")
@@ -122,11 +127,14 @@ def _equivalent(m: Measured, p_adjusted: float) -> Decision:
     h, margin = m.hypothesis, m.margin.value or 0.0
     low, high = m.interval.low, m.interval.high
     bounds = f"the bounds of -{number(margin)} to {number(margin)}"
-    if p_adjusted < h.alpha and -margin < low and high < margin:
+    is_inside = -margin < low and high < margin
+    if p_adjusted < h.alpha and is_inside and m.floor.within(-margin, margin):
         return Decision("equivalent", f"{figures(m)}, within {bounds}; adjusted {chance(p_adjusted)}, {_under(m)}.")
     if low > margin or high < -margin:
         return Decision("not supported", f"{figures(m)}, wholly outside {bounds}.")
-    if -margin < low and high < margin:
+    if is_inside and not m.floor.within(-margin, margin):
+        lack = f"{m.floor.told} are not wholly within {bounds}"
+    elif is_inside:
         lack = f"adjusted {chance(p_adjusted)} is not below {number(h.alpha)}"
     else:
         lack = f"the interval is not wholly within {bounds}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -12,11 +13,10 @@ from scipy import stats
 from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.specs.base import Frozen
 from kvpatch.statistics.clustering import Clustered, two_way_clustered
+from kvpatch.statistics.floors import zeros_dominate
 from kvpatch.statistics.hurdle import Hurdle, hurdle
 from kvpatch.statistics.lee import lee_bounds
 from kvpatch.verdicts.pairs import PairDifferences, contrast_table, pair_means
-
-ZEROS_DOMINATE = 0.5
 
 
 class Sensitivity(Frozen):
@@ -46,14 +46,26 @@ def sensitivity(rows: pd.DataFrame, h: Hypothesis, found: PairDifferences) -> Se
     values = values[np.isfinite(values).all(axis=1)]
     zeros = float(np.mean(values == 0)) if values.size else None
     side = "two-sided" if h.sign is None else "less" if h.sign < 0 else "greater"
-    is_hurdle = zeros is not None and zeros > ZEROS_DOMINATE and h.transform == "none" and bool((values >= 0).all())
+    is_hurdle = h.transform == "none" and zeros_dominate(values)
     return Sensitivity(
         skewness=skewness,
         zeros=zeros,
         hurdle=hurdle(values[:, 0], values[:, 1], side) if is_hurdle else None,
         lee=_lee(rows, h, first, second),
-        clustered=_clustered(rows, h, means) if found.n < found.n_pairs else None,
+        clustered=_clustered(rows, h, means, "id") if found.n < found.n_pairs else None,
     )
+
+
+def by_domain(rows: pd.DataFrame, h: Hypothesis) -> Clustered | None:
+    """A contrast with errors clustered by the domains of its sources and of its targets, whose pairs share topics and
+    continuations. None where the domains are not stored, or no two pairs share one.
+
+    rows: prepared test rows of its phase.
+    """
+    names = ("source_domain", "target_domain")
+    if h.kind.measures != "difference" or any(name not in rows.columns for name in names):
+        return None
+    return _clustered(rows, h, pair_means(rows, h.weights(), h.readout, h.transform), "domain")
 
 
 def _lee(rows: pd.DataFrame, h: Hypothesis, first: str, second: str) -> tuple[float, float] | None:
@@ -72,13 +84,17 @@ def _lee(rows: pd.DataFrame, h: Hypothesis, first: str, second: str) -> tuple[fl
     return (low, high) if math.isfinite(low) else None
 
 
-def _clustered(rows: pd.DataFrame, h: Hypothesis, means: pd.DataFrame) -> Clustered | None:
+def _clustered(
+    rows: pd.DataFrame, h: Hypothesis, means: pd.DataFrame, shared: Literal["id", "domain"]
+) -> Clustered | None:
     differences = contrast_table(means, {"difference": h.weights()})["difference"]
     prompts = rows.drop_duplicates("pair_id").set_index("pair_id").loc[differences.index]
     values = differences.to_numpy(dtype=float)
-    return two_way_clustered(
-        values, prompts["source_id"].astype(str).tolist(), prompts["target_id"].astype(str).tolist()
-    )
+    sides = prompts[f"source_{shared}"], prompts[f"target_{shared}"]
+    if any(side.isna().any() for side in sides) or all(side.is_unique for side in sides):
+        return None
+    sources, targets = (side.astype(str).tolist() for side in sides)
+    return two_way_clustered(values, sources, targets)
 
 
 def _known(value: float) -> float | None:

@@ -157,6 +157,7 @@ def _needed(protocol: Protocol) -> list[str]:
         "target_id",
         "sample",
         "coherent",
+        "equals_text",
         "error",
     ]
     hypotheses = protocol.hypotheses

@@ -81,11 +81,12 @@ def test_what_is_read_from_sampled_text_needs_it_coherent(make_protocol: Make, m
 
 
 def test_a_correlation_looks_at_the_text_only_on_the_side_that_reads_it(make_protocol: Make, make_trials: Make):
-    trials = make_trials({name: [i + j for i in range(N)] for j, name in enumerate(("A", "N1"))}, incoherent={"A": 1.0})
+    rises = {name: [i * (1 + j) for i in range(N)] for j, name in enumerate(("A", "N1", "X"))}
+    trials = make_trials(rises, incoherent={"N1": 1.0})
     trials = trials.assign(mode_llr=trials["score"], recursive_score=trials["score"])
     for own, other, blocked in (("mode_llr", "recursive_score", None), ("recursive_score", "mode_llr", "coherence")):
-        h = {"id": "h", "contrast": "A", "readout": own, "test": "correlates", "direction": "positive"}
-        protocol = make_protocol({**h, "against": {"contrast": "N1", "readout": other}})
+        h = {"id": "h", "contrast": "N1 - A", "readout": own, "test": "correlates", "direction": "positive"}
+        protocol = make_protocol({**h, "against": {"contrast": "X - A", "readout": other}})
         assert verdicts(protocol, trials)[0].blocked_by == blocked
 
 

@@ -20,7 +20,7 @@ from planted_defects import Fault, fresh_copy, plant, search_path
 TESTS = ("tests/layout/test_report_equals_verdicts.py", "tests/layout/test_view_equals_verdicts.py")
 RULES = (
     Fault(
-        "coherence", "the report stops a condition for its share of coherent outputs, and not for the share's upper bound",
+        "coherence", "the report stops a condition for its share of coherent outputs, not for the upper bound of it",
         "report/tables.py",
         (("outputs is not None and outputs.is_too_low",
           "outputs is not None and outputs.share < 0.9"),),

@@ -76,6 +76,8 @@ def test_the_surprise_in_context_is_the_smallest_under_these_prompts(model: Any,
             logprobs = score(model.backbone, natural.cache[[place]], [[row["output_token_ids"]]], of=[0]).logprobs
             under[role] = -float(torch.nanmean(logprobs))
         assert row["nll_target"] == pytest.approx(under["target"], abs=1e-4)
+        entropy = row["nll_context"] - row["excess_context"]
+        assert 0 < entropy < math.log(model.geometry.vocabulary) + 1
         assert row["nll_context"] == pytest.approx(min(under[role] for role in HELD[trial.condition][1]), abs=1e-4)
 
 
@@ -90,3 +92,16 @@ def test_a_text_is_judged_by_its_own_run_and_not_by_the_targets(rows: Any, name:
 
 def test_an_output_that_could_not_be_read_is_not_called_fluent(rows: Any):
     assert not any(math.isnan(row["nll_context"]) for row in rows)
+
+
+def test_the_excess_is_the_surprise_less_the_entropy_of_the_full_distributions(model: Any, batch: Batch, rows: Any):
+    natural = prefill_all(model, batch)
+    for trial, row in zip(batch.trials, rows, strict=True):
+        if trial.condition not in "ABC":
+            continue
+        place = natural.row[trial.pair, HELD[trial.condition][1][0]]
+        ids = row["output_token_ids"]
+        read = score(model.backbone, natural.cache[[place]], [[ids]], of=[0], keep_logits=len(ids))
+        log_p = read.logits[0].double().log_softmax(dim=-1)
+        expected = -float(read.logprobs[0, 0].nanmean()) + float((log_p.exp() * log_p).sum(dim=-1).mean())
+        assert row["excess_context"] == pytest.approx(expected, abs=1e-4)

@@ -121,10 +121,10 @@ def test_limits_come_from_the_natural_target_of_the_calibration_alone_and_judge_
     held_out = table[table["split"] == "calibration"]
     assert set(held_out["condition"]) == {"A", "B"}
     of_target = held_out[held_out["condition"] == "A"]
-    assert limits.nll_context == pytest.approx(np.quantile(of_target["nll_context"], 0.95))
+    assert limits.excess_context == pytest.approx(np.quantile(of_target["excess_context"], 0.95))
     assert limits.repetition_4 == pytest.approx(np.quantile(of_target["repetition_4"], 0.95))
     assert stored_limits(store, "calibration", "A") == limits
     assert held_out["coherent"].isna().all()
     rest = table[table["split"] == "test"]
-    within = (rest["nll_context"] <= limits.nll_context) & (rest["repetition_4"] <= limits.repetition_4)
+    within = (rest["excess_context"] <= limits.excess_context) & (rest["repetition_4"] <= limits.repetition_4)
     assert (rest["coherent"].astype(bool) == within).all()

@@ -25,7 +25,7 @@ from kvpatch.engine.decode import Continuations, decode
 from kvpatch.engine.model import Model
 from kvpatch.engine.score import score
 from kvpatch.executors.conditions import Built, Natural, build_all, giver_role, prefill_all
-from kvpatch.executors.contexts import held_prompts, nlls
+from kvpatch.executors.contexts import fluency, held_prompts
 from kvpatch.executors.equal_texts import equal_texts
 from kvpatch.executors.optional_columns import (
     attention_means,
@@ -119,7 +119,7 @@ def measure(
     rv_own = _rv_own(written, lengths, layers, batch.readouts.r_v.window).tolist()
     forced = _force(model, batch, natural, built, layers, to_capture)
     own_attention = None if to_capture is None else _own_attention(model, built, outputs, to_capture)
-    nll_target, nll_context = nlls(model, batch, natural, outputs, held_prompts(batch, built, equal))
+    read = fluency(model, batch, natural, outputs, held_prompts(batch, built, equal))
     after = mixed.checksums()
     rv_prompt = r_v(mixed, early=layers[1], late=layers[0], window=batch.readouts.r_v.window).tolist()
     texts = model.texts(written.token_ids)
@@ -141,8 +141,9 @@ def measure(
             rv_prompt=rv_prompt[i],
             rv_output=forced.rv_output[i],
             rv_own=rv_own[i],
-            nll_target=nll_target[i],
-            nll_context=nll_context[i],
+            nll_target=read.nll_target[i],
+            nll_context=read.nll_context[i],
+            excess_context=read.excess_context[i],
             js_pull=forced.js_pull[i],
             cells=forced.cells[i],
             checksum_before=before[i],

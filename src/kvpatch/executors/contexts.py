@@ -7,8 +7,7 @@ every text in the source's language or on its topic damaged (docs/decisions/003-
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from dataclasses import dataclass
 
 from kvpatch.engine.model import Model
 from kvpatch.engine.score import score
@@ -51,25 +50,45 @@ def _is_whole(patch: Patch, is_everywhere: bool) -> bool:
     return is_everywhere and patch.parts == "kv" and patch.strength == 1
 
 
-def nlls(
+@dataclass(frozen=True)
+class Fluency:
+    """How surprising every output is, one entry per trial, nats per token.
+
+    nll_target: mean negative log-likelihood under the natural cache of the pair's target. nll_context: the same under
+    that of the prompt whose words the trial's cache holds; the smaller one where it holds words of two.
+    excess_context: nll_context less the mean entropy of the distributions that the tokens are read from, chosen in the
+    same way. What a model writes by itself is as surprising as it expects, in any language and on any topic; what a
+    broken cache wrote is more so.
+    """
+
+    nll_target: list[float]
+    nll_context: list[float]
+    excess_context: list[float]
+
+
+def fluency(
     model: Model,
     batch: Batch,
     natural: Natural,
     outputs: Sequence[Sequence[int]],
     held: Sequence[Sequence[str]],
-) -> tuple[list[float], list[float]]:
-    """Mean negative log-likelihood of every output, nats per token: under the natural cache of its pair's target, and
-    under that of the prompt whose words the trial's cache holds, the likelier one where it holds words of two."""
+) -> Fluency:
+    """Read every output under its pair's target, and under the prompts whose words the trial's cache holds."""
     roles = [tuple(dict.fromkeys(("target", *of_trial))) for of_trial in held]
     asked = [(i, role) for i, of_trial in enumerate(roles) for role in of_trial]
-    logprobs = score(
+    read = score(
         model.backbone,
         natural.cache,
         [[outputs[i]] for i, _ in asked],
         of=[natural.row[batch.trials[i].pair, role] for i, role in asked],
-    ).logprobs[:, 0]
-    found = dict(zip(asked, (-torch.nanmean(logprobs, dim=1)).tolist(), strict=True))
-    return (
-        [found[i, "target"] for i in range(len(outputs))],
-        [min(found[i, role] for role in of_trial) for i, of_trial in enumerate(held)],
+        keep_entropies=True,
+    )
+    assert read.entropies is not None
+    surprise = -read.logprobs[:, 0].nanmean(dim=1)
+    nll = dict(zip(asked, surprise.tolist(), strict=True))
+    excess = dict(zip(asked, (surprise - read.entropies[:, 0].nanmean(dim=1)).tolist(), strict=True))
+    return Fluency(
+        [nll[i, "target"] for i in range(len(outputs))],
+        [min(nll[i, role] for role in of_trial) for i, of_trial in enumerate(held)],
+        [min(excess[i, role] for role in of_trial) for i, of_trial in enumerate(held)],
     )

@@ -178,9 +178,9 @@ def stored_limits(store: Store, calibration: str, condition: str) -> CoherenceLi
     """
     table = store.read().to_pandas()
     rows = table[(table["phase"] == calibration) & table["error"].isna() & (table["condition"] == condition)]
-    if len(rows) and rows["nll_context"].isna().all() and rows["nll_target"].notna().any():
+    if len(rows) and rows["excess_context"].isna().all() and rows["nll_target"].notna().any():
         raise StoreError(
-            f"an earlier version of kvpatch stored phase {calibration!r} of this run and did not measure nll_context, "
-            "by which coherence is judged; start the run anew with another --out"
+            f"an earlier version of kvpatch stored phase {calibration!r} of this run and did not measure "
+            "excess_context, by which coherence is judged; start the run anew with another --out"
         )
-    return coherence_limits(rows["nll_context"].to_numpy(), rows["repetition_4"].to_numpy())
+    return coherence_limits(rows["excess_context"].to_numpy(), rows["repetition_4"].to_numpy())

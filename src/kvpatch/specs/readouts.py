@@ -151,10 +151,18 @@ BUILT_IN: tuple[Readout, ...] = (
     _own(
         "nll_context", "Surprise, in context",
         "the same under the natural cache of the prompt whose words the trial's cache holds; the smaller number where "
-        "it holds words of two. Coherence is judged by it; null in older runs",
+        "it holds words of two; null in older runs",
         unit=_NATS, direction="a less likely text",
         explained="Negative log-likelihood of the output under the unpatched prompt whose words the cache holds. "
-        "High: damaged.",
+        "High: damaged, or in a language that the model knows less well.",
+    ),
+    _own(
+        "excess_context", "Surprise beyond the expected",
+        "nll_context less the mean entropy of the distributions that it is read from. Coherence is judged by it; null "
+        "in older runs",
+        unit=_NATS, direction="a less likely text than the model expects of itself",
+        explained="How much more surprising the output is, under the unpatched prompt whose words the cache holds, "
+        "than the model expects at each of its tokens. High: damaged.",
     ),
     _own(
         "mode_llr", "Mode, by likelihood",

@@ -76,8 +76,7 @@ def incoherent(outcome: Outcome) -> set[Cell]:
 
 def test_every_mark_of_incoherence_is_the_gates(made: tuple[Outcome, str]) -> None:
     outcome, html = made
-    wanted = incoherent(outcome)
-    assert wanted
+    wanted = incoherent(outcome)  # of four pairs, hardly any share is below 90% beyond chance
     for name in ("instruments", "effects"):
         rows = list(rows_by_condition(html, name))
         shown = {(phase, condition) for phase, condition, _, row in rows if "below 90%" in row}
@@ -88,7 +87,8 @@ def test_every_mark_of_incoherence_is_the_gates(made: tuple[Outcome, str]) -> No
     assert sorted((phase, condition) for condition, phase in listed) == sorted(wanted)
     assert {(e.phase, e.condition) for e in outcome.effects if e.is_incoherent} <= wanted
     judged = shares_of(outcome)
-    assert f"{len(wanted)} of {len(judged)} fall below 90%" in section(html, "answer")
+    found = f"{len(wanted)} of {len(judged)} fall below 90%" if wanted else "none is below 90%"
+    assert found in section(html, "answer")
     for phase, part in by_phase(html, "instruments"):
         count = sum(cell[0] == phase for cell in wanted)
         told = f"{count} condition{'s' * (count != 1)} below the 90% needed"

@@ -180,7 +180,8 @@ def _floor(model: Model, plan: Plan, key: str | None, engine: Mapping[str, Mappi
     threads, before = int(str(how.get("threads", 0))), torch.get_num_threads()
     try:
         torch.set_num_threads(threads or before)
-        rows = int(str(how.get("rows", 0))) or together
+        # Float32 does not depend on the batch's size, so that a few rows tell enough, and cost little.
+        rows = 0 if model.backbone.dtype == torch.float32 else int(str(how.get("rows", 0))) or together
         return noise_floor(model, rows=rows, temperature=batches[0].generation.temperature if batches else 0.7)
     finally:
         torch.set_num_threads(before)

@@ -131,17 +131,18 @@ def run(
         record = record_of(protocol, bank, plan, records, seed, n, phases, command)
         if store.has_record():
             record = record.continued(store.read_record())
-        if record.check is None:
-            found, floor = _checked(models[None], listener)
-            record = record.model_copy(update={"check": found, "noise_floor": floor})
         others = dict(record.other_models)
-        for key, other in others.items():
-            if other.check is None:
-                found, floor = _checked(models[key], listener)
-                others[key] = other.model_copy(update={"check": found, "noise_floor": floor})
+        unchecked = [None] * (record.check is None) + [key for key, other in others.items() if other.check is None]
+        checks = {key: _checked(models[key], listener) for key in unchecked}
         newest = newest_validation(cache_directory(), kvpatch.__version__)
         validation = None if newest is None else newest.summary()
         engine = record.engine or {_named(key): _engine(model, plan, key, listener) for key, model in models.items()}
+        for key, (found, floor) in checks.items():
+            measured = {"check": found, "noise_floor": floor | _floor(models[key], plan, key, engine)}
+            if key is None:
+                record = record.model_copy(update=measured)
+            else:
+                others[key] = others[key].model_copy(update=measured)
         record = record.model_copy(update={"other_models": others, "validation": validation, "engine": engine})
         store.write_record(record)
         record = _execute(plan, models, store, record, listener)
@@ -154,7 +155,7 @@ def run(
 
 
 def _checked(model: Model, listener: ProgressListener) -> tuple[list[dict[str, object]], dict[str, object]]:
-    """What the check of a model found, and its noise floor.
+    """What the check of a model found, and how far its logits change among others.
 
     Raises:
         ModelError: naming the identity that fails.
@@ -170,9 +171,22 @@ def _checked(model: Model, listener: ProgressListener) -> tuple[list[dict[str, o
         "logits_relative": noise.error,
         "how": "largest logit difference alone and among others",
     }
-    if model.backbone.dtype != torch.float32:
-        floor |= noise_floor(model)
     return [i.model_dump() for i in found], floor
+
+
+def _floor(model: Model, plan: Plan, key: str | None, engine: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
+    """A model's noise floor at the batch size and the threads that its trials run with."""
+    batches = [batch for batch in plan.batches if batch.model == key]
+    how = engine.get(_named(key), {})
+    together = max((len(batch.trials) for batch in batches), default=0)
+    threads, before = int(str(how.get("threads", 0))), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads or before)
+        # Float32 does not depend on the batch's size, so that a few rows tell enough, and cost little.
+        rows = 0 if model.backbone.dtype == torch.float32 else int(str(how.get("rows", 0))) or together
+        return noise_floor(model, rows=rows, temperature=batches[0].generation.temperature if batches else 0.7)
+    finally:
+        torch.set_num_threads(before)
 
 
 def _named(key: str | None) -> str:

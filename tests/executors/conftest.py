@@ -44,4 +44,4 @@ def rows(model, batch) -> list[dict[str, Any]]:
     from kvpatch.executors.batch import run_batch
     from kvpatch.readouts.fluency import CoherenceLimits
 
-    return run_batch(model, batch, limits=CoherenceLimits(nll_target=9.0, repetition_4=0.5))
+    return run_batch(model, batch, limits=CoherenceLimits(excess_context=9.0, repetition_4=0.5))

@@ -135,7 +135,7 @@ def test_swap_names_what_its_cache_stands_for(by_condition):
 
 def test_batch_gives_the_same_rows_after_a_trip_through_json(model, batch, rows):
     sent = Batch.model_validate_json(batch.model_dump_json(by_alias=True))
-    again = run_batch(model, sent, limits=CoherenceLimits(nll_target=9.0, repetition_4=0.5))
+    again = run_batch(model, sent, limits=CoherenceLimits(excess_context=9.0, repetition_4=0.5))
     assert [comparable(row) for row in again] == [comparable(row) for row in rows]
 
 
@@ -220,9 +220,9 @@ def test_scores_depend_on_the_output_alone(model, batch, monkeypatch):
 
 def test_coherence_is_left_open_without_limits_and_decided_with_them(model, batch, rows):
     assert {row["coherent"] for row in run_batch(model, batch)} == {None}
-    limits = CoherenceLimits(nll_target=9.0, repetition_4=0.5)
+    limits = CoherenceLimits(excess_context=9.0, repetition_4=0.5)
     for row in rows:
-        assert row["coherent"] is is_coherent(row["nll_target"], row["repetition_4"], limits)
+        assert row["coherent"] is is_coherent(row["excess_context"], row["repetition_4"], limits)
 
 
 @pytest.mark.parametrize("patch", [{"slots": [9999], "align": "end"}, {"layers": [99]}, {"kv_heads": [7]}])
@@ -277,5 +277,5 @@ def test_each_distinct_prompt_is_prefilled_once(model, batch, monkeypatch):
 
 def test_randomness_outside_the_trial_changes_nothing(model, batch, rows):
     torch.manual_seed(1234)
-    again = run_batch(model, batch, limits=CoherenceLimits(nll_target=9.0, repetition_4=0.5))
+    again = run_batch(model, batch, limits=CoherenceLimits(excess_context=9.0, repetition_4=0.5))
     assert [row["output_token_ids"] for row in again] == [row["output_token_ids"] for row in rows]

@@ -115,15 +115,16 @@ def test_finished_run_runs_nothing_again(model, plan, finished, undisturbed):
     assert rows_of(finished.store) == undisturbed
 
 
-def test_limits_come_from_the_calibration_alone_and_judge_the_rest(finished):
+def test_limits_come_from_the_natural_target_of_the_calibration_alone_and_judge_the_rest(finished):
     store, limits = finished.store, finished.limits["calibration"]
     table = store.read().to_pandas()
     held_out = table[table["split"] == "calibration"]
     assert set(held_out["condition"]) == {"A", "B"}
-    expected = max(np.quantile(part["nll_target"], 0.95) for _, part in held_out.groupby("condition"))
-    assert limits.nll_target == pytest.approx(expected)
-    assert stored_limits(store, "calibration") == limits
+    of_target = held_out[held_out["condition"] == "A"]
+    assert limits.excess_context == pytest.approx(np.quantile(of_target["excess_context"], 0.95))
+    assert limits.repetition_4 == pytest.approx(np.quantile(of_target["repetition_4"], 0.95))
+    assert stored_limits(store, "calibration", "A") == limits
     assert held_out["coherent"].isna().all()
     rest = table[table["split"] == "test"]
-    within = (rest["nll_target"] <= limits.nll_target) & (rest["repetition_4"] <= limits.repetition_4)
+    within = (rest["excess_context"] <= limits.excess_context) & (rest["repetition_4"] <= limits.repetition_4)
     assert (rest["coherent"].astype(bool) == within).all()

@@ -65,19 +65,18 @@ def datasets(html: str) -> dict[str, dict[str, list[dict]]]:
     return out
 
 
-def shares_of(outcome: Outcome) -> dict[Cell, float]:
+def shares_of(outcome: Outcome) -> dict[Cell, gates.Coherence]:
     return gates.coherence_shares(prepare(outcome.rows))
 
 
 def incoherent(outcome: Outcome) -> set[Cell]:
     """The cells that the gate calls incoherent."""
-    return {cell for cell, share in shares_of(outcome).items() if gates.is_incoherent(outcome.protocol, cell[1], share)}
+    return {cell for cell, outputs in shares_of(outcome).items() if outputs.is_too_low}
 
 
 def test_every_mark_of_incoherence_is_the_gates(made: tuple[Outcome, str]) -> None:
     outcome, html = made
-    wanted = incoherent(outcome)
-    assert wanted
+    wanted = incoherent(outcome)  # of four pairs, hardly any share is below 90% beyond chance
     for name in ("instruments", "effects"):
         rows = list(rows_by_condition(html, name))
         shown = {(phase, condition) for phase, condition, _, row in rows if "below 90%" in row}
@@ -87,8 +86,9 @@ def test_every_mark_of_incoherence_is_the_gates(made: tuple[Outcome, str]) -> No
     )
     assert sorted((phase, condition) for condition, phase in listed) == sorted(wanted)
     assert {(e.phase, e.condition) for e in outcome.effects if e.is_incoherent} <= wanted
-    judged = [c for c in shares_of(outcome) if gates.needs_coherence(outcome.protocol, c[1])]
-    assert f"{len(wanted)} of the {len(judged)} that need it fall below 90%" in section(html, "answer")
+    judged = shares_of(outcome)
+    found = f"{len(wanted)} of {len(judged)} fall below 90%" if wanted else "none is below 90%"
+    assert found in section(html, "answer")
     for phase, part in by_phase(html, "instruments"):
         count = sum(cell[0] == phase for cell in wanted)
         told = f"{count} condition{'s' * (count != 1)} below the 90% needed"
@@ -99,7 +99,8 @@ def test_a_mark_of_incoherence_is_what_blocks_a_verdict(made: tuple[Outcome, str
     outcome, html = made
     marked = {(phase, c) for phase, c, _, row in rows_by_condition(html, "instruments") if "below 90%" in row}
     for h, verdict in zip(outcome.protocol.hypotheses, outcome.verdicts, strict=True):
-        weak = {(h.phase, name) for name in h.conditions} & marked
+        reads_text = any(gates.reads_sampled_text(x) for x in (h.readout, *(v.readout for v, _ in h.others())))
+        weak = {(h.phase, name) for name in h.conditions} & marked if reads_text else set()
         if verdict.blocked_by in (None, "coherence") and verdict.verdict != "tautological":
             assert bool(weak) == (verdict.blocked_by == "coherence"), h.id
 
@@ -111,12 +112,14 @@ def test_every_share_of_coherence_is_the_gates(made: tuple[Outcome, str]) -> Non
         (phase, condition): DATA.findall(row) for phase, condition, _, row in rows_by_condition(html, "instruments")
     }
     assert {cell: [(float(value), text) for value, text in data] for cell, data in found.items()} == {
-        cell: [(share, percent(share))] for cell, share in shares.items()
+        cell: [(outputs.share, percent(outputs.share))] for cell, outputs in shares.items()
     }
     for verdict in outcome.verdicts:
         if verdict.blocked_by == "coherence":
             weak = [c for c in verdict.coherence if (verdict.phase, c) in incoherent(outcome)]
-            assert all(f"{percent(shares[verdict.phase, c])} of the outputs of {c}" in verdict.because for c in weak)
+            assert all(
+                f"{percent(shares[verdict.phase, c].share)} of the outputs of {c}" in verdict.because for c in weak
+            )
 
 
 def test_every_gate_is_in_the_state_that_decided(made: tuple[Outcome, str]) -> None:
@@ -130,7 +133,7 @@ def test_every_gate_is_in_the_state_that_decided(made: tuple[Outcome, str]) -> N
         if verdict.verdict != "tautological":
             assert (verdict.blocked_by == "gate") == any(gate < h.gate for gate in closed), h.id
     keepers = re.findall(r"<bdi>(\w+)</bdi> <span class=\"quiet\">\(gatekeeper\)", section(html, "instruments"))
-    assert sorted(keepers) == sorted(h.id for h in gates.gatekeepers(outcome.protocol))
+    assert sorted(keepers) == sorted(h.id for h in gates.gatekeepers(outcome.protocol) if words[h.id] != "tautological")
 
 
 def test_every_role_is_the_one_the_condition_has_in_its_phase(made: tuple[Outcome, str]) -> None:

@@ -97,8 +97,8 @@ def test_profile_holds_the_lengths_1_2_4_8(token_ids: list[int]):
 
 def test_limits_are_the_95th_percentiles_interpolated_linearly():
     limits = coherence_limits(np.arange(101) / 10, np.arange(101) / 100)
-    assert (limits.nll_target, limits.repetition_4) == pytest.approx((9.5, 0.95))
-    assert coherence_limits([1.0, 2.0], [0.0, 0.0]).nll_target == pytest.approx(1.95)
+    assert (limits.excess_context, limits.repetition_4) == pytest.approx((9.5, 0.95))
+    assert coherence_limits([1.0, 2.0], [0.0, 0.0]).excess_context == pytest.approx(1.95)
 
 
 @given(st.lists(finite, min_size=1, max_size=50), st.floats(0, 1))
@@ -107,26 +107,26 @@ def test_quantiles_equal_the_textbook_interpolation_between_sorted_values(values
     below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
     expected = below + (above - below) * (place - math.floor(place))
     limits = coherence_limits(values, [0.0], quantile)
-    assert limits.nll_target == pytest.approx(expected, rel=1e-9, abs=1e-6)
+    assert limits.excess_context == pytest.approx(expected, rel=1e-9, abs=1e-6)
 
 
 def test_nan_is_left_out_of_the_limits_each_readout_by_itself():
     limits = coherence_limits([math.nan, 1.0, 3.0, math.nan], [0.25, math.nan], quantile=0.5)
-    assert limits == CoherenceLimits(nll_target=2.0, repetition_4=0.25)
+    assert limits == CoherenceLimits(excess_context=2.0, repetition_4=0.25)
 
 
 @pytest.mark.parametrize(
-    ("nll_target", "repetition_4", "reason"),
+    ("excess_context", "repetition_4", "reason"),
     [
-        ([], [0.1], "nll_target of the baseline has no value"),
+        ([], [0.1], "excess_context of the baseline has no value"),
         ([1.0], [], "repetition_4 of the baseline has no value"),
-        ([math.nan], [0.1], "nll_target of the baseline has no value"),
+        ([math.nan], [0.1], "excess_context of the baseline has no value"),
         ([1.0, math.inf], [0.1], "infinite"),
     ],
 )
-def test_limits_of_an_empty_or_infinite_baseline_are_refused(nll_target, repetition_4, reason: str):
+def test_limits_of_an_empty_or_infinite_baseline_are_refused(excess_context, repetition_4, reason: str):
     with pytest.raises(ValueError, match=reason):
-        coherence_limits(nll_target, repetition_4)
+        coherence_limits(excess_context, repetition_4)
 
 
 @pytest.mark.parametrize("quantile", [-0.1, 1.1, 95, math.nan])
@@ -136,7 +136,7 @@ def test_quantiles_outside_0_to_1_are_refused(quantile: float):
 
 
 @pytest.mark.parametrize(
-    ("nll_target", "repetition_4", "expected"),
+    ("excess_context", "repetition_4", "expected"),
     [
         (1.0, 0.0, True),
         (2.0, 0.5, True),
@@ -148,8 +148,8 @@ def test_quantiles_outside_0_to_1_are_refused(quantile: float):
         (math.inf, 0.0, False),
     ],
 )
-def test_an_output_is_coherent_when_both_readouts_are_within_their_limits(nll_target, repetition_4, expected: bool):
-    assert is_coherent(nll_target, repetition_4, CoherenceLimits(2.0, 0.5)) is expected
+def test_an_output_is_coherent_when_both_readouts_are_within_their_limits(excess_context, repetition_4, expected: bool):
+    assert is_coherent(excess_context, repetition_4, CoherenceLimits(2.0, 0.5)) is expected
 
 
 def test_outputs_without_repetition_are_coherent_where_the_baseline_has_none():
@@ -161,8 +161,8 @@ def test_outputs_without_repetition_are_coherent_where_the_baseline_has_none():
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 1)), min_size=1, max_size=200))
 def test_at_least_about_90_percent_of_the_baseline_is_coherent_by_its_own_limits(outputs):
     """5% may lie beyond each limit, and interpolation may push one output more beyond each."""
-    nll_target, repetition_4 = zip(*outputs, strict=True)
-    limits = coherence_limits(nll_target, repetition_4)
+    excess_context, repetition_4 = zip(*outputs, strict=True)
+    limits = coherence_limits(excess_context, repetition_4)
     coherent = sum(is_coherent(nll, repeats, limits) for nll, repeats in outputs)
     assert coherent >= 0.9 * len(outputs) - 2
 

@@ -47,18 +47,25 @@ def test_failed_rows_are_counted_and_not_averaged(trials: pd.DataFrame, protocol
     assert by_condition(means)["E3"]["n"] == 10
 
 
-def test_coherence_counts_the_unjudged_as_not_coherent_and_spares_the_baseline(protocol: Protocol) -> None:
-    rows = [("A", True), ("A", False), ("C", True), ("C", None), ("N1", None), ("E1", True), ("E1", None)]
-    frame = pd.DataFrame(rows, columns=["condition", "coherent"]).assign(phase="1", pair_id="p")
+def test_coherence_counts_the_unjudged_as_not_coherent_and_judges_all_conditions_alike(protocol: Protocol) -> None:
+    rows = [
+        (name, i, value)
+        for name, values in {
+            "A": [True] * 9 + [False],
+            "C": [True] * 5 + [None] * 5,
+            "E1": [True] * 8 + [False] * 2,
+            "N1": [None] * 10,
+        }.items()
+        for i, value in enumerate(values)
+    ]
+    frame = pd.DataFrame(rows, columns=["condition", "pair_id", "coherent"]).assign(phase="1")
     got = by_condition(tables.coherence(tables.normalised(frame), protocol))
-    told = {
-        name: tuple(row[key] for key in ("share", "judged", "is_baseline", "is_below")) for name, row in got.items()
-    }
+    told = {name: tuple(row[key] for key in ("share", "judged", "is_below")) for name, row in got.items()}
     assert told == {
-        "A": (0.5, 2, True, False),
-        "C": (0.5, 1, True, False),  # a full swap is a text of the pair
-        "E1": (0.5, 1, False, True),
-        "N1": (0.0, 0, False, True),
+        "A": (0.9, 10, False),
+        "C": (0.5, 5, True),  # a full swap is judged like all others
+        "E1": (0.8, 10, False),  # 8 of 10 may be 90% but for chance
+        "N1": (0.0, 0, True),
     }
     unsaid = tables.coherence(tables.normalised(frame.drop(columns="coherent")), protocol)
     assert unsaid["share"].isna().all() and not unsaid["is_below"].any()

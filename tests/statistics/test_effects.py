@@ -153,9 +153,9 @@ def test_coherent_share_is_the_condition_s_own(make_protocol, make_trials):
 
 def test_the_gate_says_which_conditions_are_incoherent(make_protocol, make_trials):
     scores = {name: [1.0] * 10 for name in ("A", "C", "N1", "X")}
-    frame = make_trials(scores, incoherent={"C": 0.5, "X": 0.3, "N1": 0.1})
+    frame = make_trials(scores, incoherent={"C": 0.5, "X": 0.4, "N1": 0.3})
     found = {e.condition: e.is_incoherent for e in effects(make_protocol(), frame, "1", SCORE)}
-    assert found == {"C": False, "N1": False, "X": True}  # C is a text of the pair, N1 has the 90% it needs
+    assert found == {"C": True, "N1": False, "X": True}  # 7 of 10 may be 90% but for chance
 
 
 def test_pairs_that_share_a_prompt_count_once_as_in_a_verdict(make_protocol, make_trials):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from kvpatch.protocols.schema import Protocol
@@ -19,16 +20,36 @@ UP = [1 + i / 100 for i in range(N)]
 DOWN = [-value for value in UP]
 NOISE = [9.0 * (-1) ** i for i in range(N)]
 STRONGEST = "Information sufficient for recursive-style output can be read from these cache slots"
+RESTS = " (X - N1 in recursive_score, n = 30; X - N2 in recursive_score, n = 30)"
+
+
+@pytest.fixture
+def make_trials(make_trials: Make) -> Make:
+    """Trials whose score is a readout of the mode, on which the strongest sentence may rest."""
+
+    def trials(*args: Any, **kwargs: Any) -> pd.DataFrame:
+        made = make_trials(*args, **kwargs)
+        return made.assign(recursive_score=made["score"])
+
+    return trials
 
 
 @pytest.fixture
 def protocol(make_protocol: Make) -> Protocol:
     return make_protocol(
-        {"id": "exists", "contrast": "B - A", "test": "greater", "is_gatekeeper": True, "family": "a"},
+        {
+            "id": "exists",
+            "contrast": "B - A",
+            "test": "greater",
+            "readout": "recursive_score",
+            "is_gatekeeper": True,
+            "family": "a",
+        },
         {
             "id": "moves",
             "contrast": "X - N1",
             "test": "greater",
+            "readout": "recursive_score",
             "gate": 2,
             "is_gatekeeper": True,
             "family": "b",
@@ -37,11 +58,19 @@ def protocol(make_protocol: Make) -> Protocol:
             "id": "also",
             "contrast": "X - N2",
             "test": "greater",
+            "readout": "recursive_score",
             "gate": 2,
             "is_gatekeeper": True,
             "family": "b",
         },
-        {"id": "null", "contrast": "N1 - A", "test": "equivalent", "margin": {"value": 0.3}, "gate": 3},
+        {
+            "id": "null",
+            "contrast": "N1 - A",
+            "test": "equivalent",
+            "readout": "recursive_score",
+            "margin": {"value": 0.3},
+            "gate": 3,
+        },
     )
 
 
@@ -57,13 +86,13 @@ def say(protocol: Protocol, make_trials: Make) -> Callable[..., str]:
 
 
 def test_the_strongest_sentence(say: Make):
-    assert say() == STRONGEST + "."
+    assert say() == STRONGEST + RESTS + "."
 
 
 def test_controls_that_are_not_inert_stand_beside_it(say: Make):
     lifted = [0.5 + i / 1000 for i in range(N)]
     assert say(X=[2 + v for v in UP], N1=lifted) == (
-        STRONGEST + "; 1 of 1 control caches were not shown to leave the target as it is."
+        STRONGEST + RESTS + "; 1 of 1 control caches were not shown to leave the target as it is."
     )
 
 
@@ -117,8 +146,8 @@ def test_a_failed_instrument_says_nothing_about_the_mode(say: Make):
 
 def test_the_mode_is_the_protocols_own(make_protocol: Make, make_trials: Make):
     protocol = make_protocol(
-        {"id": "exists", "contrast": "B - A", "test": "greater", "is_gatekeeper": True},
-        {"id": "moves", "contrast": "X - N1", "test": "greater", "gate": 2},
+        {"id": "exists", "contrast": "B - A", "test": "greater", "readout": "recursive_score", "is_gatekeeper": True},
+        {"id": "moves", "contrast": "X - N1", "test": "greater", "readout": "recursive_score", "gate": 2},
         pairing={"sources": "legal_english", "targets": "plain"},
     )
     trials = make_trials({"A": FLAT, "B": UP, "X": UP, "N1": FLAT})
@@ -130,7 +159,9 @@ def test_the_mode_is_the_protocols_own(make_protocol: Make, make_trials: Make):
 
 
 def test_a_protocol_of_tautologies_is_no_evidence(make_protocol: Make, make_trials: Make):
-    protocol = make_protocol({"id": "seed", "contrast": "C - A", "test": "greater", "gate": 2})
+    protocol = make_protocol(
+        {"id": "seed", "contrast": "C - A", "test": "greater", "readout": "recursive_score", "gate": 2}
+    )
     sentence = headline(protocol, verdicts(protocol, make_trials({"A": FLAT, "C": UP})))
     assert "true by construction" in sentence and protocol.title in sentence
 
@@ -163,7 +194,14 @@ def test_words_on_too_few_pairs_follow_their_number(
     alphas = {f"h{i}": 0.001 if i < strict else 0.05 for i in range(strict + mild)}
     protocol = make_protocol(
         *(
-            {"id": name, "contrast": "C - N1", "test": "greater", "alpha": alpha, "family": name}
+            {
+                "id": name,
+                "contrast": "C - N1",
+                "test": "greater",
+                "readout": "recursive_score",
+                "alpha": alpha,
+                "family": name,
+            }
             for name, alpha in alphas.items()
         )
     )
@@ -172,5 +210,7 @@ def test_words_on_too_few_pairs_follow_their_number(
 
 
 def test_enough_pairs_are_not_told_to_be_few(make_protocol: Make, make_trials: Make):
-    protocol = make_protocol({"id": "strict", "contrast": "C - N1", "test": "greater", "alpha": 0.001})
+    protocol = make_protocol(
+        {"id": "strict", "contrast": "C - N1", "test": "greater", "readout": "recursive_score", "alpha": 0.001}
+    )
     assert few_pairs(verdicts(protocol, make_trials({"C": UP[:12], "N1": FLAT[:12]}))) is None

@@ -198,7 +198,8 @@ def print_effects(effects: Sequence[Effect]) -> None:
             table.add_row(condition, n, share, *(_interval(own[name]) for name in measured), *about)
         if any(effect.is_incoherent for effect in rows):
             table.caption = (
-                f"* below the {percent(COHERENT_SHARE)} a condition needs: its contrasts can't be interpreted"
+                f"* below the {percent(COHERENT_SHARE)} a condition needs: its contrasts in readouts of sampled text "
+                "can't be interpreted"
             )
         console.print(table)
 

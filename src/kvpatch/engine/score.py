@@ -34,12 +34,14 @@ class Scores:
         values: one tensor a layer asked for, [batch, kv_heads, tokens, head_dim]: cached values of the first branch.
         logits: [batch, positions, vocabulary] of the first branch's first positions, or None.
         attention: statistics of every head over the pending token and the first branch, where they were asked for.
+        entropies: entropy of the distribution that each token was read from, nats, in the shape of `logprobs`, or None.
     """
 
     logprobs: Tensor
     values: dict[int, Tensor]
     logits: Tensor | None
     attention: Attention | None = None
+    entropies: Tensor | None = None
 
 
 @torch.no_grad()
@@ -51,6 +53,7 @@ def score(
     of: Sequence[int] | None = None,
     keep_values: Sequence[int] = (),
     keep_logits: int = 0,
+    keep_entropies: bool = False,
     edits: Callable[[slice], Edits] | None = None,
     to_capture: AttentionRequest | None = None,
 ) -> Scores:
@@ -64,6 +67,7 @@ def score(
         of: for every row the cache's row that it goes on from; its own number if None.
         keep_values: layers whose cached values of the first continuation are returned.
         keep_logits: return the logits of so many first positions of the first continuation (0: none).
+        keep_entropies: return the entropy of each token's distribution.
         edits: for a slice of the rows, changes to the queries, keys and values of what is fed.
         to_capture: what to capture of attention; `marked` is of the cache's slots.
     Raises:
@@ -90,6 +94,7 @@ def score(
         torch.full((count, branches, longest), float("nan"), device=device),
         {i: torch.zeros(shape, dtype=backbone.dtype, device=device) for i in keep_values},
         torch.zeros(count, min(keep_logits, first), geometry.vocabulary, device=device) if keep_logits else None,
+        entropies=torch.full((count, branches, longest), float("nan"), device=device) if keep_entropies else None,
     )
     lengths = [1 + sum(map(len, row)) for row in continuations]
     # Edits come for a slice of the rows, and attention goes into one, so those stay in their order.
@@ -183,6 +188,8 @@ def _score_rows(
     read_at, write_at = (torch.from_numpy(np.concatenate(at)).to(device) for at in (made.read_at, made.write_at))
     wanted = torch.tensor(made.wanted, device=device)
     scores.logprobs.view(-1)[write_at] = backbone.token_logprobs(hidden[read_at], wanted)
+    if scores.entropies is not None:
+        scores.entropies.view(-1)[write_at] = backbone.token_entropies(hidden[read_at])
     at = torch.tensor(rows, device=device)
     first = max(len(continuations[row][0]) for row in rows)
     for layer, values in scores.values.items():

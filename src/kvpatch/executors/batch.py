@@ -25,6 +25,7 @@ from kvpatch.engine.decode import Continuations, decode
 from kvpatch.engine.model import Model
 from kvpatch.engine.score import score
 from kvpatch.executors.conditions import Built, Natural, build_all, giver_role, prefill_all
+from kvpatch.executors.contexts import fluency, held_prompts
 from kvpatch.executors.equal_texts import equal_texts
 from kvpatch.executors.optional_columns import (
     attention_means,
@@ -118,7 +119,7 @@ def measure(
     rv_own = _rv_own(written, lengths, layers, batch.readouts.r_v.window).tolist()
     forced = _force(model, batch, natural, built, layers, to_capture)
     own_attention = None if to_capture is None else _own_attention(model, built, outputs, to_capture)
-    nll_target = _nll_target(model, batch, natural, outputs)
+    read = fluency(model, batch, natural, outputs, held_prompts(batch, built, equal))
     after = mixed.checksums()
     rv_prompt = r_v(mixed, early=layers[1], late=layers[0], window=batch.readouts.r_v.window).tolist()
     texts = model.texts(written.token_ids)
@@ -140,7 +141,9 @@ def measure(
             rv_prompt=rv_prompt[i],
             rv_output=forced.rv_output[i],
             rv_own=rv_own[i],
-            nll_target=nll_target[i],
+            nll_target=read.nll_target[i],
+            nll_context=read.nll_context[i],
+            excess_context=read.excess_context[i],
             js_pull=forced.js_pull[i],
             cells=forced.cells[i],
             checksum_before=before[i],
@@ -343,10 +346,3 @@ def _cell_means(logprobs: np.ndarray, cells: Sequence[Sequence[Sequence[Sequence
 
     with np.errstate(invalid="ignore", divide="ignore"):
         return per_cell(np.where(known, logprobs, 0)) / per_cell(known)
-
-
-def _nll_target(model: Model, batch: Batch, natural: Natural, outputs: Sequence[Sequence[int]]) -> list[float]:
-    """Mean negative log-likelihood of every output under the natural cache of its pair's target prompt."""
-    targets = [natural.row[trial.pair, "target"] for trial in batch.trials]
-    logprobs = score(model.backbone, natural.cache, [[output] for output in outputs], of=targets).logprobs[:, 0]
-    return (-logprobs.nanmean(dim=1)).tolist()

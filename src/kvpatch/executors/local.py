@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol as Interface
 
-import numpy as np
 import torch
 
 from kvpatch.engine.batching import release
 from kvpatch.engine.model import Model
+from kvpatch.errors import ProtocolError, StoreError
 from kvpatch.executors.batch import OnTokens, measure
 from kvpatch.executors.groups import groups, merged, rows_that_fit
 from kvpatch.executors.repeats import Repeats
@@ -61,12 +61,17 @@ class LocalExecutor:
         with _Writer(store, repeats, on_batch) as writer:
             for group in groups(plan.batches, self._most):
                 calibration = group[0].calibration
+                is_left = any(batch.batch_id not in done for batch in group)
                 if group[0].split == "test" and calibration not in limits:
                     writer.settle(0)
-                    limits[calibration] = stored_limits(store, calibration)
+                    try:
+                        limits[calibration] = stored_limits(store, calibration, natural_target(plan, calibration))
+                    except StoreError:
+                        if is_left:
+                            raise  # where nothing is left to judge, a run of before keeps the limits it has
                 # A group is run as planned even where some of it is stored: its rows then are the same, to the bit.
                 measured: list[list[Measured]] = [[] for _ in group]
-                if any(batch.batch_id not in done for batch in group):
+                if is_left:
                     own = [repeats.own(batch) for batch in group]
                     measured = self._measure_together(group[0].model, own, on_tokens)
                 for batch, of_batch in zip(group, measured, strict=True):
@@ -145,19 +150,37 @@ class _Writer:
         return sum(row["n_tokens"] for row in computed)
 
 
-def stored_limits(store: Store, calibration: str) -> CoherenceLimits:
-    """Coherence limits: the larger of the 95th percentiles of the natural target's and the natural source's outputs.
+def natural_target(plan: Plan, calibration: str) -> str:
+    """The condition that is the target's natural run on the held-out pairs of a calibration.
 
-    Each is read under the natural prompt of the target, as the patched conditions are: an output in the source's style
-    is no less fluent for being unlikely after the target.
+    Raises:
+        ProtocolError: where the calibration has none.
+    """
+    for batch in plan.batches:
+        if batch.phase == calibration:
+            for name, condition in batch.conditions.items():
+                if condition.is_natural and condition.text_of is None and condition.into == "target":
+                    return name
+    raise ProtocolError(
+        "the calibration has no natural run of the target, which sets the limits of coherence; add the condition that "
+        "has neither 'patch' nor 'from' and goes into the target, such as A, to the calibration's conditions"
+    )
+
+
+def stored_limits(store: Store, calibration: str, condition: str) -> CoherenceLimits:
+    """Coherence limits: the 95th percentiles of what the natural target wrote on the held-out pairs.
+
+    Each output is read under the natural prompt whose words the cache held, here the target's own. The source's runs
+    are judged by these limits like all others, under the source's prompt. condition: the natural target's.
+
+    Raises:
+        StoreError: where an earlier version stored the calibration, which did not measure this.
     """
     table = store.read().to_pandas()
-    rows = table[(table["phase"] == calibration) & table["error"].isna()]
-    per_condition = [
-        coherence_limits(part["nll_target"].to_numpy(), part["repetition_4"].to_numpy())
-        for _, part in rows.groupby("condition")
-    ]
-    return CoherenceLimits(
-        nll_target=float(np.max([limit.nll_target for limit in per_condition])),
-        repetition_4=float(np.max([limit.repetition_4 for limit in per_condition])),
-    )
+    rows = table[(table["phase"] == calibration) & table["error"].isna() & (table["condition"] == condition)]
+    if len(rows) and rows["excess_context"].isna().all() and rows["nll_target"].notna().any():
+        raise StoreError(
+            f"an earlier version of kvpatch stored phase {calibration!r} of this run and did not measure "
+            "excess_context, by which coherence is judged; start the run anew with another --out"
+        )
+    return coherence_limits(rows["excess_context"].to_numpy(), rows["repetition_4"].to_numpy())

@@ -46,6 +46,8 @@ class Measured:
     rv_output: float
     rv_own: float
     nll_target: float
+    nll_context: float
+    excess_context: float
     js_pull: float
     cells: np.ndarray
     checksum_before: str
@@ -76,6 +78,8 @@ def rows_of(batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits 
             "rv_output": of.rv_output,
             "rv_own": of.rv_own,
             "nll_target": of.nll_target,
+            "nll_context": of.nll_context,
+            "excess_context": of.excess_context,
             "cache_checksum_before": of.checksum_before,
             "cache_checksum_after": of.checksum_after,
             "changes_planned": of.changes_planned,
@@ -90,7 +94,7 @@ def rows_of(batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits 
             | {"semantic_score": by_meaning[index]}
             | _from_outside(row)
         )
-        row["coherent"] = limits and is_coherent(row["nll_target"], row["repetition_4"], limits)
+        row["coherent"] = limits and is_coherent(row["excess_context"], row["repetition_4"], limits)
         rows.append(row)
     return rows
 

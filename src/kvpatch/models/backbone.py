@@ -194,6 +194,30 @@ class Backbone:
             chosen = chosen + bias[token_ids]
         return self.scaled(chosen.float()) - total
 
+    def token_entropies(self, hidden: Tensor) -> Tensor:
+        """Entropy of the next token's distribution at each hidden state, nats, chunked over the vocabulary.
+
+        Args:
+            hidden: [n, width].
+        Returns:
+            [n], float32.
+        """
+        if not is_plain_linear(self.head):
+            parts = [self.logits(part[:, None])[:, 0].float().log_softmax(dim=-1) for part in hidden.split(256)]
+            return torch.cat([-(part.exp() * part).sum(dim=-1) for part in parts])
+        weight, bias = self.head.weight, self.head.bias
+        total = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
+        mean = torch.zeros_like(total)  # of the logits, weighted by the probabilities so far
+        with fast_products(weight):
+            for low in range(0, weight.shape[0], VOCABULARY_CHUNK):
+                part = slice(low, low + VOCABULARY_CHUNK)
+                logits = self.scaled(F.linear(hidden, weight[part], None if bias is None else bias[part]).float())
+                own = logits.logsumexp(dim=-1)
+                both = torch.logaddexp(total, own)
+                mean = mean * (total - both).exp() + (logits.softmax(dim=-1) * logits).sum(dim=-1) * (own - both).exp()
+                total = both
+        return total - mean
+
     @property
     def logit_scaling(self) -> tuple[float, float | None]:
         """What the head's outputs are multiplied by, and the soft cap on the result (None for none)."""

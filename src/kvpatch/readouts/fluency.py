@@ -42,16 +42,16 @@ def repetition_profile(token_ids: ArrayLike) -> dict[int, float]:
 class CoherenceLimits:
     """The largest values a coherent output may have."""
 
-    nll_target: float
-    """Mean negative log-likelihood under the unpatched target prompt, nats a token."""
+    excess_context: float
+    """Surprise less the expected surprise, under the unpatched prompt whose words the cache holds, nats per token."""
     repetition_4: float
     """4-gram repetition, in [0, 1]."""
 
 
-def coherence_limits(nll_target: ArrayLike, repetition_4: ArrayLike, quantile: float = 0.95) -> CoherenceLimits:
+def coherence_limits(excess_context: ArrayLike, repetition_4: ArrayLike, quantile: float = 0.95) -> CoherenceLimits:
     """The limits that the baseline's outputs set: a quantile of each readout, taken by itself.
 
-    nll_target, repetition_4: one value an output of the baseline condition, shape [outputs]; NaN is left out.
+    excess_context, repetition_4: one value an output of the baseline condition, shape [outputs]; NaN is left out.
     Quantiles interpolate linearly (NumPy's default). Each limit of a 95% quantile leaves up to 5% of the
     baseline outside, so the baseline itself may have as few as 90% of its outputs within both.
     Raises `ValueError` when a readout has no value, or an infinite one, or the quantile is outside [0, 1].
@@ -59,7 +59,7 @@ def coherence_limits(nll_target: ArrayLike, repetition_4: ArrayLike, quantile: f
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile must be between 0 and 1, not {quantile}")
     return CoherenceLimits(
-        nll_target=_quantile("nll_target", nll_target, quantile),
+        excess_context=_quantile("excess_context", excess_context, quantile),
         repetition_4=_quantile("repetition_4", repetition_4, quantile),
     )
 
@@ -74,10 +74,10 @@ def _quantile(name: str, values: ArrayLike, quantile: float) -> float:
     return float(np.quantile(array, quantile))
 
 
-def is_coherent(nll_target: float, repetition_4: float, limits: CoherenceLimits) -> bool:
+def is_coherent(excess_context: float, repetition_4: float, limits: CoherenceLimits) -> bool:
     """Whether one output is within both limits.
 
     A value on the limit is within: the limit of repetition may well be 0. An output that could not be
-    measured (NaN, as nll_target of an empty one is) is not coherent.
+    measured (NaN, as excess_context of an empty one is) is not coherent.
     """
-    return bool(nll_target <= limits.nll_target and repetition_4 <= limits.repetition_4)
+    return bool(excess_context <= limits.excess_context and repetition_4 <= limits.repetition_4)

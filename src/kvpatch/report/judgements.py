@@ -81,7 +81,7 @@ def verdict_rows(verdicts: list[dict], protocol: Protocol) -> list[dict]:
     ids = [*known, *(i for i in given if i not in known)]
     rows = [_row(name, given.get(name), known.get(name)) for name in ids]
     for row in rows:
-        row["is_gatekeeper"] = row["id"] in keepers
+        row["is_gatekeeper"] = row["id"] in keepers and not row["is_tautological"]
         row["side"] = claimed_side(protocol, known[row["id"]]) if row["id"] in known else None
     return rows
 
@@ -112,6 +112,8 @@ def _row(name: str, verdict: dict | None, hypothesis: Hypothesis | None) -> dict
         "alpha": as_float(told("alpha")),
         "criterion": hypothesis.criterion if hypothesis else entry.get("criterion"),
         "is_exploratory": confirmatory is False,
+        "compares_texts": entry.get("evidence") == "text" and entry.get("verdict") != "tautological",
+        "is_tautological": entry.get("verdict") == "tautological",
         "because": entry.get("because") or ("" if verdict else "The run's verdicts do not name this hypothesis."),
         "margin": margin_text(told("margin")),
         "margin_size": as_float(entry.get("margin")),

@@ -83,6 +83,10 @@ def instruments(run: dict, trials: pd.DataFrame, parts: Parts, protocol: Protoco
         "unchanged": unchanged,
         "checksums": checksums,
         "twins": twin_rows(parts, protocol),
+        "is_judged_under_target": any(
+            "nll_target" in (run_of.get("coherence_limits") or {})
+            for run_of in (run, *(run.get("other_models") or {}).values())
+        ),
     }
 
 
@@ -95,17 +99,12 @@ def strip(run: dict, found: dict) -> list[dict]:
     checked = instruments_badge(found["checks"], {"passed": True})
     if any(not model["checks"] for model in found["models"]):
         checked = FAILED if checked is FAILED else UNKNOWN
-    judged = [
-        row
-        for phase in found["phases"]
-        for row in phase["coherence"]
-        if not (pd.isna(row["share"]) or row["is_baseline"])
-    ]
+    judged = [row for phase in found["phases"] for row in phase["coherence"] if not pd.isna(row["share"])]
     weak = [row for row in judged if row["is_below"]]
     strict = [twin for twin in found["twins"] if twin["strict"]]
     differ = [twin for twin in strict if twin["same"] != twin["shared"]]
     names = ", ".join(str(model["name"]) for model in found["models"])
-    damaged = f"{len(weak)} of the {len(judged)} that need it fall below 90%" if weak else "none is below 90%"
+    damaged = f"{len(weak)} of {len(judged)} fall below 90%" if weak else "none is below 90%"
     agreed = f"{len(strict) - len(differ)} of {len(strict)} agreements hold exactly"
     return [
         {
@@ -321,7 +320,9 @@ def not_shown(run: dict, trials: pd.DataFrame, parts: Parts, protocol: Protocol,
         "few": [s for s in sizes if s["pairs"] < FEW_PAIRS],
         "visible_dz": VISIBLE_DZ,
         "absent_phases": [(n, p.question) for n, p in protocol.phases.items() if n not in ran],
-        "tautologies": [h for h in protocol.hypotheses if protocol.is_tautological(h)],
+        "tautologies": [row for row in rows if row["is_tautological"]],
+        "text_contrasts": [row for row in rows if row["compares_texts"]],
+        "is_spelled": "equals_text" not in trials or trials["equals_text"].isna().all(),
         "swaps": [t for t in found["twins"] if not t["strict"]],
         "incoherent": weak,
         "errors": error_rows,

@@ -165,12 +165,12 @@ def natural_run(protocol: Protocol, side: str) -> str | None:
 
 
 def coherence(trials: pd.DataFrame, protocol: Protocol) -> pd.DataFrame:
-    """Return, a condition: `rows`, `errors`, `judged`, `share`, `is_baseline` and `is_below` the line.
+    """Return, a condition: `rows`, `errors`, `judged`, `share` and whether it `is_below` the line.
 
-    trials: of one phase. `share`, `is_baseline` and `is_below` are the coherence gate's own, which decides verdicts:
-    the share is of the trials without an error, and one that was not judged is not coherent; what is no baseline and
-    is below the line can't be interpreted. `share` is missing where every trial is an error, or none says whether it
-    is coherent.
+    trials: of one phase. `share` and `is_below` are the coherence gate's own, which decides verdicts: the share is of
+    the trials without an error, and one that was not judged is not coherent; readouts of sampled text of what is below
+    the line beyond chance can't be interpreted. `share` is missing where every trial is an error, or none says whether
+    it is coherent.
     """
     phase = phase_of(trials)
     shares = gates.coherence_shares(trials) if "coherent" in trials else {}
@@ -179,7 +179,7 @@ def coherence(trials: pd.DataFrame, protocol: Protocol) -> pd.DataFrame:
     for name in conditions_of(trials, protocol):
         here = trials["condition"] == name
         ran = column[here & ~trials["failed"]]
-        share = shares.get((phase, name), math.nan)
+        outputs = shares.get((phase, name))
         rows.append(
             {
                 "condition": name,
@@ -188,12 +188,11 @@ def coherence(trials: pd.DataFrame, protocol: Protocol) -> pd.DataFrame:
                 "rows": int(here.sum()),
                 "errors": int((here & trials["failed"]).sum()),
                 "judged": int(ran.notna().sum()),
-                "share": share,
-                "is_baseline": not gates.needs_coherence(protocol, name),
-                "is_below": gates.is_incoherent(protocol, name, share),
+                "share": math.nan if outputs is None else outputs.share,
+                "is_below": outputs is not None and outputs.is_too_low,
             }
         )
-    columns = ["condition", "about", "role", "rows", "errors", "judged", "share", "is_baseline", "is_below"]
+    columns = ["condition", "about", "role", "rows", "errors", "judged", "share", "is_below"]
     return pd.DataFrame(rows, columns=columns)
 
 

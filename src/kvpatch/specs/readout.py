@@ -66,6 +66,8 @@ class Readout:
         the whole protocol, under `readouts`.
     is_positive: whether it is above 0 by its definition, so that it has a logarithm.
     may_be_evidence: whether a difference in it may serve as evidence about the protocol's mode.
+    is_of_sampled_text: whether it is measured on the text that a trial wrote. Such a readout is read only where the
+        texts are coherent; one of forced text, or of the cache, needs no coherent text.
     places: where it is shown.
     kind: type of its column.
     is_stored: whether it is a column of the stored trials; the others are made of a column when trials are read.
@@ -89,6 +91,7 @@ class Readout:
     asks: Asks | None = None
     is_positive: bool = False
     may_be_evidence: bool = False
+    is_of_sampled_text: bool = True
     places: frozenset[Place] = frozenset({"effects", "report", "trials"})
     kind: Literal["float64", "int32"] = "float64"
     is_stored: bool = True

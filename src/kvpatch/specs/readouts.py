@@ -42,7 +42,7 @@ SHOWN: dict[Place, tuple[str, ...]] = {
     ),
     "report": (
         "recursive_score", "recursive_score_masked", "semantic_score", "mode_llr", "content_llr", "rv_output",
-        "n_tokens", "nll_own", "nll_target", "repetition",
+        "n_tokens", "nll_own", "nll_target", "nll_context", "repetition",
     ),
     "maps": ("mode_llr", "recursive_score_masked"),
     "dose": ("mode_llr", "recursive_score", "recursive_score_masked", "semantic_score", "rv_output"),
@@ -76,11 +76,11 @@ def _r_v(name: str, label: str, about: str, **more: object) -> Readout:
 
 
 def _geometry(name: str, label: str, about: str, **more: object) -> Readout:
-    return _own(name, label, about, asks="geometry", **more)
+    return _own(name, label, about, asks="geometry", is_of_sampled_text=False, **more)
 
 
 def _attention(name: str, label: str, about: str, asks: Asks = "attention", **more: object) -> Readout:
-    return _own(name, label, about, asks=asks, **more)
+    return _own(name, label, about, asks=asks, is_of_sampled_text=False, **more)
 
 
 _HITS = "hits per 100 words"
@@ -121,12 +121,14 @@ BUILT_IN: tuple[Readout, ...] = (
     _r_v(
         "rv_prompt", "R_V of the prompt",
         "R_V of the cache the trial starts from; under a full swap the source's by construction",
-        axis="participation ratio, late over early", direction="late values spread over more dimensions",
+        axis="participation ratio, late over early", is_of_sampled_text=False,
+        direction="late values spread over more dimensions",
     ),
     _r_v(
         "rv_output", "R_V of the output",
         "R_V of the values of a fixed continuation, the same for all conditions of the pair",
-        axis="participation ratio, late over early", direction="late values spread over more dimensions",
+        axis="participation ratio, late over early", is_of_sampled_text=False,
+        direction="late values spread over more dimensions",
         explained="Geometry of the cached values, every condition forced on the same continuation. "
         "Tests use its logarithm.",
     ),
@@ -147,22 +149,38 @@ BUILT_IN: tuple[Readout, ...] = (
         explained="Negative log-likelihood of the output under the unpatched target prompt. High: off topic, damaged.",
     ),
     _own(
+        "nll_context", "Surprise, in context",
+        "the same under the natural cache of the prompt whose words the trial's cache holds; the smaller number where "
+        "it holds words of two; null in older runs",
+        unit=_NATS, direction="a less likely text",
+        explained="Negative log-likelihood of the output under the unpatched prompt whose words the cache holds. "
+        "High: damaged, or in a language that the model knows less well.",
+    ),
+    _own(
+        "excess_context", "Surprise beyond the expected",
+        "nll_context less the mean entropy of the distributions that it is read from. Coherence is judged by it; null "
+        "in older runs",
+        unit=_NATS, direction="a less likely text than the model expects of itself",
+        explained="How much more surprising the output is, under the unpatched prompt whose words the cache holds, "
+        "than the model expects at each of its tokens. High: damaged.",
+    ),
+    _own(
         "mode_llr", "Mode, by likelihood",
         "log-likelihood of continuations in the mode less plain ones over topics, nats a token",
-        unit="nats", axis=_RATIO, direction="more of the mode", may_be_evidence=True,
+        unit="nats", axis=_RATIO, direction="more of the mode", may_be_evidence=True, is_of_sampled_text=False,
         explained="How much likelier held-out continuations in the mode are than plain ones, whatever the topic.",
     ),
     _own(
         "content_llr", "Content, by likelihood",
         "log-likelihood of the source's topic less the target's over modes, nats a token",
-        unit="nats", axis=_RATIO, direction="closer to the source's topic",
+        unit="nats", is_of_sampled_text=False, axis=_RATIO, direction="closer to the source's topic",
         explained="How much likelier continuations on the source's topic are than on the target's. This is not mode.",
     ),
     _own(
         "register_llr", "Register, by likelihood",
         "log-likelihood of continuations in the first person less those in the third, nats a token; null for a bank "
         "that does not state persons",
-        unit="nats", axis=_RATIO, direction="closer to the first person",
+        unit="nats", is_of_sampled_text=False, axis=_RATIO, direction="closer to the first person",
         explained="How much likelier continuations that say I are, whatever their mode and topic. This is not mode.",
     ),
     _geometry(
@@ -251,7 +269,7 @@ BUILT_IN: tuple[Readout, ...] = (
     _own(
         "js_pull", "Pull of the source",
         "JS(this, A) - JS(this, B) of next-token distributions at fixed positions, nats",
-        axis="nats", direction="closer to the natural source",
+        is_of_sampled_text=False, axis="nats", direction="closer to the natural source",
     ),
     _own(
         "repetition", "Repetition", "repetition_4",
@@ -276,7 +294,8 @@ BUILT_IN: tuple[Readout, ...] = (
     ),
     _own(
         "source_tokens", "Length of the source", "length of `source_token_ids`",
-        axis="tokens", kind="int32", is_positive=True, is_stored=False, direction="a longer source prompt",
+        axis="tokens", kind="int32", is_positive=True, is_stored=False, is_of_sampled_text=False,
+        direction="a longer source prompt",
     ),
 )  # fmt: skip
 """Every readout that kvpatch measures itself, in the order of the columns of a trial."""

@@ -99,7 +99,8 @@ _BEHIND: dict[str, dict[str, Column]] = {
 _LAST: dict[str, Column] = {
     "coherent": (
         pa.bool_(),
-        "whether nll_target and repetition are within the natural runs' limits; null in calibration",
+        "whether excess_context and repetition are within the limits that the natural target's runs set; null in "
+        "calibration. In runs without excess_context: nll_target, and limits of both natural runs",
     ),
     "cache_checksum_before": (pa.string(), "checksum of the trial's cache before it was used"),
     "cache_checksum_after": (pa.string(), "the same after decoding and all readouts"),

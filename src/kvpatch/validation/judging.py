@@ -20,7 +20,7 @@ from kvpatch.verdicts.decide import Verdict
 from kvpatch.verdicts.margins import SMALL_SHARE, calibration_rows, natural_gap
 from kvpatch.verdicts.pairs import prepare
 from kvpatch.verdicts.power import power
-from kvpatch.verdicts.prerequisites import coherence_shares, is_incoherent, needs_coherence
+from kvpatch.verdicts.prerequisites import coherence_shares
 
 SIMULATION_ERROR = 0.01
 """A rate is off its nominal value where chance alone would take it so far in one of a hundred validations."""
@@ -120,11 +120,10 @@ def _of_seeds(group: Sequence[Finding]) -> Finding:
 
 
 def coherence_alarms(protocol: Protocol, rows: pd.DataFrame) -> tuple[int, int]:
-    """Of the conditions made of whole caches or texts, which are fluent, and that the coherence gate looks at: how many
-    it would stop, of how many."""
+    """Of the conditions made of whole caches, which are fluent: how many the coherence gate stopped, of how many."""
     shares = coherence_shares(prepare(rows))
-    fluent = [name for name, c in protocol.conditions.items() if _is_fluent(c) and needs_coherence(protocol, name)]
-    found = [is_incoherent(protocol, name, share) for (_, name), share in shares.items() if name in fluent]
+    fluent = [name for name, c in protocol.conditions.items() if _is_fluent(c)]
+    found = [outputs.is_too_low for (_, name), outputs in shares.items() if name in fluent]
     return sum(found), len(found)
 
 
@@ -151,7 +150,7 @@ def _alarms(counts: Sequence[tuple[int, int]]) -> dict[str, Any]:
     if not counts:
         return {}
     stopped, total = (sum(pair[i] for pair in counts) for i in (0, 1))
-    return {"fluent_conditions_the_coherence_gate_would_stop": {"stopped": stopped, "conditions": total}}
+    return {"fluent_conditions_the_coherence_gate_stopped": {"stopped": stopped, "conditions": total}}
 
 
 def _coverage(readings: Sequence[Reading]) -> OverAll:

@@ -59,10 +59,7 @@ def decide(
     n: int | None = None,
     phases: Sequence[str] | None = None,
 ) -> tuple[pd.DataFrame, list[Verdict]]:
-    """Plan, execute, store and decide, as `kvpatch run` does; without check and report.
-
-    Whether outputs are coherent is known of organisms, so that the coherence gate, which calls a fluent condition
-    incoherent in some runs by chance (docs/decisions/003), does not stand in the way; how often it would have is told.
+    """Plan, execute, store and decide, as `kvpatch run` does, coherence gate and all; without check and report.
 
     Returns the stored trials and the verdicts.
     """
@@ -71,7 +68,7 @@ def decide(
     with store.locked():
         LocalExecutor(models).run(plan, store, on_tokens=lambda _: None, on_batch=lambda *_: None)
     rows = store.read().to_pandas()
-    return rows, verdicts(protocol, rows.assign(coherent=True))
+    return rows, verdicts(protocol, rows)
 
 
 def localising(base: Protocol, bank: Path, model: Model, *, pairs: int, calibration: int) -> Protocol:

@@ -20,6 +20,7 @@ from kvpatch.verdicts.measure import Measured, measure, units_of
 from kvpatch.verdicts.pairs import prepare, rows_of
 from kvpatch.verdicts.prerequisites import (
     COHERENT_SHARE,
+    Coherence,
     coherence_shares,
     failed_gatekeeper,
     gatekeepers,
@@ -28,12 +29,13 @@ from kvpatch.verdicts.prerequisites import (
 from kvpatch.verdicts.records import Verdict, verdicts_json
 from kvpatch.verdicts.rules import Decision, decide
 from kvpatch.verdicts.sensitivity import Sensitivity, by_domain, sensitivity
-from kvpatch.verdicts.wording import percent, tautology
+from kvpatch.verdicts.texts import Texts, texts_of
+from kvpatch.verdicts.wording import percent, tautology, text_contrast
 from kvpatch.verdicts.worst_case import decided_at_worst, lacking
 
 __all__ = ["Verdict", "headline", "verdicts", "verdicts_json"]
 
-Shares = Mapping[tuple[str, str], float]
+Shares = Mapping[tuple[str, str], Coherence]
 BROKEN = "Gate 0 did not pass: the check that this model is patched correctly failed, so no number can be read."
 
 
@@ -48,7 +50,7 @@ def verdicts(protocol: Protocol, trials: pd.DataFrame, *, instrument_ok: bool | 
         StoreError: if a column is missing.
     """
     rows = prepare(trials)
-    shares = coherence_shares(rows)
+    shares, texts = coherence_shares(rows), texts_of(protocol, rows)
     phases = {
         name: rows_of(rows, split="test", phase=name) for name in dict.fromkeys(h.phase for h in protocol.hypotheses)
     }
@@ -59,7 +61,7 @@ def verdicts(protocol: Protocol, trials: pd.DataFrame, *, instrument_ok: bool | 
     adjusted = adjusted_by_family(p_values, families, protocol.corrections)
     decided: dict[str, Decision] = {}
     for h in sorted(protocol.hypotheses, key=lambda h: h.gate):
-        blocked = _blocked(protocol, h, measured[h.id], instrument_ok, shares, decided)
+        blocked = _blocked(h, measured[h.id], instrument_ok, shares, texts, decided)
         first = None if h.of is None else measured[h.of]
         found = blocked or decide(measured[h.id], adjusted[h.id], first)
         lacks = {} if blocked else lacking(protocol, phases[h.phase], measured[h.id])
@@ -77,6 +79,7 @@ def verdicts(protocol: Protocol, trials: pd.DataFrame, *, instrument_ok: bool | 
             measured[h.id],
             adjusted[h.id],
             decided[h.id],
+            texts,
             _shares_of(h, shares),
             sensitivity(phases[h.phase], h, measured[h.id].differences),
             by_domain(phases[h.phase], h),
@@ -86,26 +89,26 @@ def verdicts(protocol: Protocol, trials: pd.DataFrame, *, instrument_ok: bool | 
 
 
 def _blocked(
-    protocol: Protocol,
     h: Hypothesis,
     m: Measured,
     instrument_ok: bool | None,
     shares: Shares,
+    texts: Texts,
     decided: Mapping[str, Decision],
 ) -> Decision | None:
     """The verdict of a hypothesis that may not be interpreted, or None."""
-    if protocol.is_tautological(h):
+    if texts.is_tautological(h):
         also = f" {BROKEN}" if instrument_ok is False else ""
-        return Decision("tautological", tautology(protocol, m) + also)
+        return Decision("tautological", tautology(texts, m) + also)
     if instrument_ok is False:
         return Decision("not interpretable", BROKEN, "instrument")
     words = {name: decision.word for name, decision in decided.items()}
-    keeper = failed_gatekeeper(gatekeepers(protocol), words, h.gate)
+    keeper = failed_gatekeeper(gatekeepers(texts.protocol), words, h.gate)
     if keeper is not None:
         why = decided[keeper.id].because.rstrip(".")
         because = f"Gate {keeper.gate} did not pass: {keeper.id} is {words[keeper.id]} ({why})."
         return Decision("not interpretable", because, "gate")
-    weak = incoherent_conditions(protocol, h, shares)
+    weak = incoherent_conditions(h, shares)
     if weak:
         told = " and ".join(f"{percent(share)} of the outputs of {name}" for name, share in weak.items())
         because = f"Only {told} are coherent in phase {h.phase}, where at least {COHERENT_SHARE:.0%} are needed."
@@ -114,7 +117,8 @@ def _blocked(
 
 
 def _shares_of(h: Hypothesis, shares: Shares) -> dict[str, float | None]:
-    return {name: _known(shares.get((h.phase, name))) for name in h.conditions}
+    found = {name: shares.get((h.phase, name)) for name in h.conditions}
+    return {name: None if of is None else _known(of.share) for name, of in found.items()}
 
 
 def _known(value: float | None) -> float | None:
@@ -125,11 +129,13 @@ def _record(
     m: Measured,
     p_adjusted: float,
     decision: Decision,
+    texts: Texts,
     shares: dict[str, float | None],
     beside: Sensitivity,
     clustered: Clustered | None,
 ) -> Verdict:
     h, found, ratio = m.hypothesis, m.differences, m.transfer
+    told = "" if decision.word == "tautological" else text_contrast(texts, h)
     return Verdict(
         **h.model_dump(
             include={
@@ -173,5 +179,7 @@ def _record(
         sensitivity=beside,
         verdict=decision.word,
         blocked_by=decision.blocked_by,
-        because=decision.because,
+        because=decision.because + told,
+        evidence=texts.evidence(h),
+        evidence_from=texts.decided_from,
     )

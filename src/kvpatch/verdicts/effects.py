@@ -14,13 +14,13 @@ from kvpatch.statistics.grid import on_grid
 from kvpatch.statistics.intervals import bca_interval
 from kvpatch.verdicts.measure import units_of
 from kvpatch.verdicts.pairs import contrast_table, pair_means, prepare, rows_of, shown_of
-from kvpatch.verdicts.prerequisites import coherence_shares, is_incoherent
+from kvpatch.verdicts.prerequisites import coherence_shares
 
 
 class Effect(Frozen):
     """One readout of one condition, less the natural run of the same prompt. `n` counts pairs, or groups of pairs that
     share a prompt, as a verdict does. `coherent` is the share of the condition's outputs within the coherence limits;
-    `is_incoherent` is the coherence gate's word on it."""
+    `is_incoherent` is the coherence gate's word on it, which stops readouts of sampled text."""
 
     phase: str
     condition: str
@@ -67,7 +67,7 @@ def effects(
     means = {readout: pair_means(rows, wanted, readout, transform) for readout, transform in readouts}
     out = []
     for name, base in compared.items():
-        share = shares.get((phase, name), math.nan)
+        outputs = shares.get((phase, name))
         for readout, _ in readouts:
             table = contrast_table(means[readout][[name, base]], {"change": {name: 1, base: -1}}, units)
             values = on_grid(table["change"].to_numpy(dtype=float))
@@ -83,8 +83,8 @@ def effects(
                     estimate=math.fsum(values) / len(values) if len(values) else None,
                     ci_low=_known(interval.low),
                     ci_high=_known(interval.high),
-                    coherent=_known(share),
-                    is_incoherent=is_incoherent(protocol, name, share),
+                    coherent=None if outputs is None else _known(outputs.share),
+                    is_incoherent=outputs is not None and outputs.is_too_low,
                 )
             )
     return out

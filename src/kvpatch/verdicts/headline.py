@@ -6,10 +6,14 @@ from collections.abc import Sequence
 
 from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.schema import Protocol
+from kvpatch.specs.readouts import readouts
 from kvpatch.specs.test_kinds import kind_named
 from kvpatch.verdicts.prerequisites import PASSED
 from kvpatch.verdicts.procedures import procedure_of
 from kvpatch.verdicts.records import Verdict
+
+LEAST_PAIRS = 10
+"""Fewest pairs that the strongest sentence may rest on: the smallest n of the plan's own experiments."""
 
 
 def headline(protocol: Protocol, verdicts: Sequence[Verdict]) -> str:
@@ -19,7 +23,7 @@ def headline(protocol: Protocol, verdicts: Sequence[Verdict]) -> str:
     "Information sufficient for recursive-style output can be read from these cache slots".
     """
     verdict_of = {v.id: v for v in verdicts}
-    asked = [h for h in protocol.hypotheses if h.id in verdict_of and not protocol.is_tautological(h)]
+    asked = [h for h in protocol.hypotheses if h.id in verdict_of and verdict_of[h.id].verdict != "tautological"]
     if not verdict_of:
         return f'Nothing has been decided yet on "{protocol.title}".'
     if any(v.blocked_by == "instrument" for v in verdicts):
@@ -76,9 +80,20 @@ def _is_seen(v: Verdict) -> bool:
 def _transfer(protocol: Protocol, primary: Sequence[Verdict], later: Sequence[Verdict]) -> str:
     mode, told = _mode(protocol), _named(primary)
     passed = [v for v in primary if v.verdict in PASSED]
+    strong = [v for v in primary if _carries_the_claim(v)]
+    if len(passed) == len(primary) and not strong:
+        texts = sum(v.evidence == "text" for v in primary)
+        which = f"{texts} of {len(primary)} compare texts, which checks the manipulation alone; " if texts else ""
+        return (
+            f"What passed does not show that {mode} can be read from the cache ({told}): {which}none is a directional "
+            f"test of a readout of the mode, on at least {LEAST_PAIRS} pairs, of a cache that no text equals."
+        )
     if len(passed) == len(primary):
-        beside = _controls(later)
-        return f"Information sufficient for {_style(protocol)} can be read from these cache slots{beside}."
+        rests = "; ".join(f"{v.contrast} in {v.readout}, n = {v.n}" for v in strong)
+        return (
+            f"Information sufficient for {_style(protocol)} can be read from these cache slots ({rests})"
+            f"{_controls(later)}."
+        )
     blocked = [v for v in primary if v.blocked_by == "coherence"]
     if blocked:
         return (
@@ -92,6 +107,14 @@ def _transfer(protocol: Protocol, primary: Sequence[Verdict], later: Sequence[Ve
     if any(v.verdict == "not supported" for v in primary):
         return f"The transfer of {mode} with the cache is not shown; part of the data speak against it ({told})."
     return f"This run can't tell whether {mode} moves with the cache ({told})."
+
+
+def _carries_the_claim(v: Verdict) -> bool:
+    """Whether the strongest sentence may rest on a verdict that passed: never on texts, on an equivalence, on a readout
+    that is none of the mode, such as length, or on a handful of pairs."""
+    readout = readouts().get(v.readout)
+    is_of_mode = readout is not None and readout.may_be_evidence
+    return v.evidence == "cache" and kind_named(v.test).claims == "beyond" and is_of_mode and v.n >= LEAST_PAIRS
 
 
 def _controls(later: Sequence[Verdict]) -> str:

@@ -159,6 +159,7 @@ def _needed(protocol: Protocol) -> list[str]:
         "target_domain",
         "sample",
         "coherent",
+        "equals_text",
         "error",
     ]
     hypotheses = protocol.hypotheses

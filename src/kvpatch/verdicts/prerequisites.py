@@ -5,24 +5,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
+from scipy import stats
 
 from kvpatch.errors import StoreError
 from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.schema import Protocol
+from kvpatch.specs.readouts import readouts
 
 COHERENT_SHARE = 0.9
+CERTAIN = 0.95
+"""One-sided level at which a condition's share of coherent outputs must lie below `COHERENT_SHARE` to stop it."""
 PASSED = ("supported", "equivalent")
 GateState = Literal["open", "closed", "undecided", "no gatekeeper"]
 
 
-def coherence_shares(trials: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """(phase, condition) -> share of trials whose `coherent` is True, over the test split; errors left out.
+@dataclass(frozen=True)
+class Coherence:
+    """How many of a condition's outputs are coherent.
 
-    trials: prepared rows. NaN where every trial of a condition is an error. A trial that was not judged is
-    not coherent.
+    share: of the outputs, in [0, 1]; NaN where every trial is an error. highest: upper one-sided 95% Clopper-Pearson
+    bound of the share, over pairs, since outputs of a pair are no independent ones; 1 where there is no pair.
+    """
+
+    share: float
+    highest: float
+
+    @property
+    def is_too_low(self) -> bool:
+        """Whether the condition's outputs can't be read: their share of coherent ones is below 90% beyond chance."""
+        return self.highest < COHERENT_SHARE
+
+
+def coherence_shares(trials: pd.DataFrame) -> dict[tuple[str, str], Coherence]:
+    """(phase, condition) -> how many of its trials are coherent, over the test split; errors left out.
+
+    trials: prepared rows. A trial that was not judged is not coherent.
 
     Raises:
         StoreError: if there is no column `coherent`.
@@ -30,40 +51,45 @@ def coherence_shares(trials: pd.DataFrame) -> dict[tuple[str, str], float]:
     if "coherent" not in trials.columns:
         raise StoreError("the trials have no column 'coherent', which says whether a condition may be read")
     rows = trials[trials["split"] == "test"]
-    judged: dict[tuple[str, str], list[bool]] = {}
-    for phase, condition, failed, coherent in zip(
-        *(rows[name].tolist() for name in ("phase", "condition", "failed", "coherent")), strict=True
+    judged: dict[tuple[str, str], dict[str, list[bool]]] = {}
+    for phase, condition, pair, failed, coherent in zip(
+        *(rows[name].tolist() for name in ("phase", "condition", "pair_id", "failed", "coherent")), strict=True
     ):
-        found = judged.setdefault((phase, condition), [])
+        found = judged.setdefault((phase, condition), {})
         if not failed:
-            found.append(not pd.isna(coherent) and bool(coherent))
-    return {key: sum(good) / len(good) if good else math.nan for key, good in sorted(judged.items())}
+            found.setdefault(pair, []).append(not pd.isna(coherent) and bool(coherent))
+    return {key: _coherence(list(pairs.values())) for key, pairs in sorted(judged.items())}
 
 
-def needs_coherence(protocol: Protocol, condition: str) -> bool:
-    """Whether a condition's outputs must be coherent for it to be read.
-
-    Natural runs of the pair's own texts, full swaps among them, are the baseline that others are held against. A
-    condition that the protocol does not have is no such run.
-    """
-    known = protocol.conditions.get(condition)
-    return known is None or not known.is_text_of_pair
-
-
-def is_incoherent(protocol: Protocol, condition: str, share: float) -> bool:
-    """Whether a condition can't be read because too few of its outputs are coherent.
-
-    share: of coherent outputs, as `coherence_shares` has it; NaN, where every trial is an error, is not too few.
-    """
-    return share < COHERENT_SHARE and needs_coherence(protocol, condition)
+def _coherence(pairs: list[list[bool]]) -> Coherence:
+    """Of the outputs of each pair which are coherent. A pair counts once, by its share."""
+    if not pairs:
+        return Coherence(math.nan, 1.0)
+    outputs = [good for pair in pairs for good in pair]
+    good = math.fsum(sum(pair) / len(pair) for pair in pairs)
+    bad = len(pairs) - good
+    highest = float(stats.beta.ppf(CERTAIN, good + 1, bad)) if bad > 1e-9 else 1.0
+    return Coherence(sum(outputs) / len(outputs), highest)
 
 
-def incoherent_conditions(
-    protocol: Protocol, hypothesis: Hypothesis, shares: Mapping[tuple[str, str], float]
-) -> dict[str, float]:
-    """Condition -> share, for those of the contrast that are too incoherent to be read."""
-    found = {name: shares.get((hypothesis.phase, name), math.nan) for name in hypothesis.conditions}
-    return {name: share for name, share in found.items() if is_incoherent(protocol, name, share)}
+def reads_sampled_text(readout: str) -> bool:
+    """Whether a readout is one of the text that a trial wrote, so that the text must be coherent for it to be read. A
+    readout that the catalogue does not know is taken to be one."""
+    known = readouts().get(readout)
+    return known is None or known.is_of_sampled_text
+
+
+def incoherent_conditions(hypothesis: Hypothesis, shares: Mapping[tuple[str, str], Coherence]) -> dict[str, float]:
+    """Condition -> share, for those whose sampled texts the hypothesis reads and that are too incoherent to be read."""
+    own = [hypothesis.readout, *(variable.readout for variable, _ in hypothesis.others())]
+    names = [
+        name
+        for readout, (conditions, _) in zip(own, hypothesis.conditions_by_place(), strict=True)
+        if reads_sampled_text(readout)
+        for name in conditions
+    ]
+    found = {name: shares.get((hypothesis.phase, name)) for name in dict.fromkeys(names)}
+    return {name: of.share for name, of in found.items() if of is not None and of.is_too_low}
 
 
 def instrument_holds(checks: Iterable[Mapping[str, Any]]) -> bool | None:
@@ -76,17 +102,16 @@ def instrument_holds(checks: Iterable[Mapping[str, Any]]) -> bool | None:
 
 
 def gatekeepers(protocol: Protocol) -> list[Hypothesis]:
-    """Hypotheses that later gates wait for, by gate. Tautological ones never are: they hold whatever the
-    model does."""
-    keepers = [h for h in protocol.hypotheses if h.is_gatekeeper and not protocol.is_tautological(h)]
-    return sorted(keepers, key=lambda h: h.gate)
+    """Hypotheses that later gates wait for, by gate. One that turns out tautological is waited for no longer: it holds
+    whatever the model does."""
+    return sorted((h for h in protocol.hypotheses if h.is_gatekeeper), key=lambda h: h.gate)
 
 
 def failed_gatekeeper(keepers: Iterable[Hypothesis], verdict_of: Mapping[str, str], gate: int) -> Hypothesis | None:
     """The first gatekeeper of an earlier gate that did not pass, or None. verdict_of: id -> verdict, decided
     so far."""
     for keeper in keepers:
-        if keeper.gate < gate and verdict_of[keeper.id] not in PASSED:
+        if keeper.gate < gate and verdict_of[keeper.id] not in (*PASSED, "tautological"):
             return keeper
     return None
 
@@ -100,6 +125,8 @@ def gate_states(protocol: Protocol, verdict_of: Mapping[str, str]) -> dict[int, 
     states: dict[int, GateState] = {gate: "no gatekeeper" for gate in sorted({h.gate for h in protocol.hypotheses})}
     words: dict[int, list[str | None]] = {}
     for keeper in gatekeepers(protocol):
+        if verdict_of.get(keeper.id) == "tautological":
+            continue
         words.setdefault(keeper.gate, []).append(verdict_of.get(keeper.id))
     for gate, found in words.items():
         if any(word is not None and word not in PASSED for word in found):

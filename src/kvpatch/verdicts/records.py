@@ -12,6 +12,7 @@ from pydantic import Field
 from kvpatch.specs.base import Frozen
 from kvpatch.specs.test_kinds import Word
 from kvpatch.verdicts.sensitivity import Sensitivity
+from kvpatch.verdicts.texts import Decided, Evidence
 
 SIGNIFICANT_DIGITS = 10
 
@@ -69,6 +70,13 @@ class Verdict(Frozen):
         description="why not interpretable"
     )
     because: str = Field(description="one plain sentence with the numbers")
+    evidence: Evidence = Field(
+        description="'text' where every condition of the contrast equals a natural run, so that it is a manipulation "
+        "check; else 'cache'"
+    )
+    evidence_from: Decided = Field(
+        description="'caches' where stored comparisons of caches decided it; 'spelling' in runs that lack them"
+    )
 
 
 def verdicts_json(verdicts: Sequence[Verdict]) -> str:

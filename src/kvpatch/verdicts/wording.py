@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Mapping
 
 from kvpatch.protocols.hypotheses import Hypothesis
-from kvpatch.protocols.schema import Protocol
 from kvpatch.specs.readouts import readouts
 from kvpatch.verdicts.margins import NATURAL_SOURCE, NATURAL_TARGET
 from kvpatch.verdicts.measure import Measured
 from kvpatch.verdicts.rounding import number
+from kvpatch.verdicts.texts import PAIR, Texts
 
 _TERM = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 SMALLEST_P = 1e-4
@@ -88,31 +89,58 @@ def limit_text(value: float, m: Measured) -> str:
     return m.kind.words.limit.format(quantity=quantity(value, m.hypothesis), number=number(value))
 
 
-def tautology(protocol: Protocol, m: Measured) -> str:
+_PROMPT = {"neutral": "the neutral scaffold's text", "shuffled_words": "the source's words shuffled as a text"}
+
+
+def _named(roles: Mapping[str, str | None], names: Iterable[str]) -> str:
+    """ "C is the source's text and N1 is the foreign prompt's text"."""
+    told = {
+        name: _PROMPT.get(str(roles[name]), f"the {roles[name]}'s text" if roles[name] in PAIR else "")
+        or f"the {str(roles[name]).replace('_', ' ')} prompt's text"
+        for name in names
+    }
+    return " and ".join(f"{name} is {text}" for name, text in told.items())
+
+
+def _swapped(texts: Texts, names: Iterable[str]) -> list[str]:
+    conditions = texts.protocol.conditions
+    return [name for name in names if not conditions[name].is_natural or conditions[name].text_of is not None]
+
+
+def tautology(texts: Texts, m: Measured) -> str:
     """Why the hypothesis holds by construction, what its numbers re-measure, and where the evidence
     stands."""
-    h = m.hypothesis
-    equals = {name: _equal_text(protocol, name) for name in h.conditions}
-    swapped = [name for name in equals if not protocol.conditions[name].is_natural]
-    text = {NATURAL_SOURCE: "the source's text", NATURAL_TARGET: "the target's text"}
-    named = " and ".join(f"{name} is {text[equals[name]]}" for name in swapped)
-    again = _TERM.sub(lambda term: equals[term[0]], h.contrast)
-    what = f"re-measures {again}" if len(set(equals.values())) > 1 else "compares a text with itself"
+    h, roles = m.hypothesis, texts.roles(m.hypothesis)
+    named = _named(roles, _swapped(texts, roles))
+    natural = {"source": NATURAL_SOURCE, "target": NATURAL_TARGET}
+    again = _TERM.sub(lambda term: natural.get(str(roles[term[0]]), term[0]), h.contrast)
+    what = f"re-measures {again}" if len(set(roles.values())) > 1 else "compares a text with itself"
     measured = figures(m) if m.differences.n else f"no pair was measured for {h.contrast}"
-    return f"A full swap is text substitution ({named}), so this {what}: {measured}; {_where_to_look(protocol)}."
+    return f"A full swap is text substitution ({named}), so this {what}: {measured}; {_where_to_look(texts)}."
 
 
-def _equal_text(protocol: Protocol, name: str) -> str:
-    condition = protocol.conditions[name]
-    prompt = condition.text_of or condition.from_ or condition.into
-    return NATURAL_SOURCE if prompt == "source" else NATURAL_TARGET
+def text_contrast(texts: Texts, h: Hypothesis) -> str:
+    """What is said of a contrast that compares texts; "" of one that does not, or that has natural runs alone."""
+    roles = texts.roles(h)
+    swapped = _swapped(texts, roles)
+    if texts.evidence(h) == "cache" or not swapped:
+        return ""
+    return f" This compares texts ({_named(roles, swapped)}): a manipulation check, and no evidence about the cache."
 
 
-def _where_to_look(protocol: Protocol) -> str:
+def _where_to_look(texts: Texts) -> str:
+    protocol = texts.protocol
     foreign = [name for name, c in protocol.conditions.items() if c.from_ == "foreign"]
-    found = [h for h in protocol.hypotheses if not h.kind.certifies_absence and set(foreign) & set(h.conditions)]
+    found = [
+        h
+        for h in protocol.hypotheses
+        if not h.kind.certifies_absence and set(foreign) & set(h.conditions) and texts.evidence(h) == "cache"
+    ]
     if not found:
-        return "this protocol has no contrast against a foreign cache, which is what would be evidence"
+        return (
+            "this protocol has no contrast against a foreign cache between conditions that no text equals, which is "
+            "what would be evidence"
+        )
     shown = sorted(found, key=lambda h: not h.confirmatory)[:NAMED]
     used = ", ".join(name for name in foreign if any(name in h.conditions for h in shown))
     more = f" and {len(found) - len(shown)} more" if len(found) > len(shown) else ""

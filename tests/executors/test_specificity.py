@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kvpatch.cli import main as command_line
 from kvpatch.executors import specificity
 from kvpatch.executors.batch import run_batch
 from kvpatch.executors.specificity import calibrate_readouts, rule_of
@@ -66,7 +68,9 @@ def test_what_the_mode_readout_is_fitted_on_is_part_of_a_trial(small_plan):
     assert len({tuple(plan.trial_ids) for plan in (plain, asked, other)}) == 3
 
 
-def test_a_resumed_run_keeps_the_rule_that_its_first_trials_were_measured_by(model, tmp_path: Path, monkeypatch):
+def test_a_resumed_run_keeps_the_rule_that_its_first_trials_were_measured_by(
+    model, tmp_path: Path, monkeypatch, capsys
+):
     protocol = load_protocol(str(write_protocol(tmp_path, calibration=CALIBRATION)))
     first = run(protocol, {None: model}, tmp_path / "run", n=2).record.readout_calibration
     stored = json.loads((tmp_path / "run" / "run.json").read_text())["readout_calibration"]
@@ -78,3 +82,11 @@ def test_a_resumed_run_keeps_the_rule_that_its_first_trials_were_measured_by(mod
     for row in Store(tmp_path / "run").read().to_pylist():
         taken = np.dot(row["mode_llr_damage"], rule.coefficients)
         assert row["mode_llr"] == pytest.approx(row["mode_llr_unweighted"] - taken, abs=1e-5)
+    monkeypatch.setattr(sys, "argv", ["kvpatch", "verdicts", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert not ended.value.code
+    assert "Specificity of mode_llr on" in " ".join(capsys.readouterr().out.split())
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Specific readouts" in page and "mode-by-position-own" in page
+    assert page.count("Specificity of mode_llr on") == 2  # among the instruments, and beside its chart

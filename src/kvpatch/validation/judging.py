@@ -112,8 +112,9 @@ def impostor_findings(organism: str, own: pd.DataFrame, real: pd.DataFrame) -> l
             ).values.mean()
             for rows in (own, real)
         )
-        found = f"{gap / gap_of_real:.2f}"
-        holds = bool(gap_of_real > 0 and gap <= SPECIFIC * gap_of_real)
+        is_real = bool(gap_of_real > 0)
+        found = f"{gap / gap_of_real:.2f}" if is_real else "nothing to be a share of: the real mode has no gap"
+        holds = is_real and bool(gap <= SPECIFIC * gap_of_real)
         planted = f"no mode: at most {SPECIFIC} of the gap of a real one"
         out.append(Finding(organism=organism, asked=f"{name}, B - A", planted=planted, found=found, holds=holds))
     return out

@@ -52,7 +52,7 @@ def calibration_of_model(model: Model, batches: Sequence[Batch], asked: Calibrat
     names = list(batches[0].conditions)
     first = batches[0].readouts.likelihood_tokens
     cells = np.concatenate([_cells(model, batch, names) for batch in batches])  # [pairs, conditions, cells, positions]
-    is_made = np.isfinite(cells).any(axis=(0, 2, 3))
+    is_made = [bool(np.isfinite(cells[:, place]).any()) for place in range(len(names))]
     neutral, destroyed = (
         [names.index(name) for name in wanted if name in names and is_made[names.index(name)]]
         for wanted in (asked.neutral, asked.destroyed)

@@ -19,6 +19,7 @@ from kvpatch.engine.calibration import calibrate
 from kvpatch.engine.model import Model
 from kvpatch.errors import ModelError, ProtocolError
 from kvpatch.executors.local import LocalExecutor
+from kvpatch.executors.specificity import calibrate_readouts, rule_of
 from kvpatch.files import cache_directory
 from kvpatch.models.template import has_template
 from kvpatch.planning.fit import refuse_misfits, slots_are_had
@@ -33,6 +34,7 @@ from kvpatch.readouts.scorer import Scorer
 from kvpatch.report.build import write_report
 from kvpatch.specs.readouts import TrialRecord
 from kvpatch.store.directory import Store
+from kvpatch.store.readout_calibration import ReadoutCalibration
 from kvpatch.store.record import ModelRecord, RunRecord
 from kvpatch.store.validation import newest_validation
 from kvpatch.verdicts.outcome import Outcome, outcome_of, write_verdicts
@@ -145,6 +147,8 @@ def run(
                 others[key] = others[key].model_copy(update=measured)
         record = record.model_copy(update={"other_models": others, "validation": validation, "engine": engine})
         store.write_record(record)
+        record = _with_readouts(record, plan, models, protocol, listener)
+        store.write_record(record)
         record = _execute(plan, models, store, record, listener)
         listener.stage("deciding and writing the report")
         outcome = replace(outcome_of(store), record=record)
@@ -152,6 +156,28 @@ def run(
         store.write_record(record)
         write_report(store, outcome)
     return outcome
+
+
+def _readouts_of(record: RunRecord, key: str | None) -> ReadoutCalibration | None:
+    """What the calibration of a model's readouts found."""
+    return record.readout_calibration if key is None else record.other_models[key].readout_calibration
+
+
+def _with_readouts(
+    record: RunRecord, plan: Plan, models: Models, protocol: Protocol, listener: ProgressListener
+) -> RunRecord:
+    """The record with the calibration of every model's readouts, found now or by an earlier run."""
+    known = {key: calibration for key in models if (calibration := _readouts_of(record, key)) is not None}
+
+    def on_model(model: Model) -> None:
+        listener.stage(f"calibrating the likelihood readouts of {model.loaded.name}")
+
+    found = calibrate_readouts(models, plan, protocol.calibration, known, on_model)
+    others = {
+        key: other.model_copy(update={"readout_calibration": found.get(key)})
+        for key, other in record.other_models.items()
+    }
+    return record.model_copy(update={"readout_calibration": found.get(None), "other_models": others})
 
 
 def _checked(model: Model, listener: ProgressListener) -> tuple[list[dict[str, object]], dict[str, object]]:
@@ -220,7 +246,8 @@ def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, listen
     # Whatever was imported and read so far stays; the collector need not look through it again and again.
     gc.collect()
     gc.freeze()
-    limits = LocalExecutor(models, rows).run(plan, store, on_tokens=listener.tokens, on_batch=on_batch)
+    rules = {key: rule_of(_readouts_of(record, key)) for key in models}
+    limits = LocalExecutor(models, rows, rules).run(plan, store, on_tokens=listener.tokens, on_batch=on_batch)
     found = {phase: asdict(limit) for phase, limit in limits.items()}
     others = {
         key: other.model_copy(update={"coherence_limits": found.get(calibration_of(key), other.coherence_limits)})

@@ -178,6 +178,7 @@ def verdicts(
     from kvpatch.store.validation import gate_zero
     from kvpatch.verdicts.decide import verdicts_json
     from kvpatch.verdicts.outcome import outcome_of, write_verdicts
+    from kvpatch.verdicts.specificity import specificities
 
     store = Store(directory)
     other = None
@@ -192,6 +193,8 @@ def verdicts(
         typer.echo(verdicts_json(outcome.verdicts), nl=False)
     else:
         typer.echo(gate_zero(outcome.record.validation))
+        for of in specificities(outcome.record):
+            typer.echo(of.sentence)
         print_verdicts(outcome.verdicts)
 
 

@@ -40,6 +40,7 @@ from kvpatch.planning.plan import Batch
 from kvpatch.readouts.fluency import CoherenceLimits
 from kvpatch.readouts.geometry import layer_at, r_v, r_v_of, r_v_trajectory
 from kvpatch.readouts.likelihood import js_pulls
+from kvpatch.readouts.specific_mode import SpecificMode
 
 OnTokens = Callable[[int], None]
 OnAttention = Callable[[pa.Table], None]
@@ -67,6 +68,7 @@ def run_batch(
     batch: Batch,
     *,
     limits: CoherenceLimits | None = None,
+    rule: SpecificMode | None = None,
     on_tokens: OnTokens | None = None,
     on_attention: OnAttention | None = None,
 ) -> list[dict[str, Any]]:
@@ -76,6 +78,7 @@ def run_batch(
         model: the model the batch was planned for.
         batch: what to run.
         limits: coherence limits from the calibration; None leaves `coherent` empty.
+        rule: the mode readout that was fitted on the calibration pairs; None subtracts nothing.
         on_tokens: called with the number of tokens a decoding step wrote.
         on_attention: called with a table of `store.columns.ATTENTION_SCHEMA`, where the phase watches attention.
     Returns:
@@ -85,7 +88,7 @@ def run_batch(
     heads = attention_of(batch, measured)
     if on_attention is not None and heads is not None:
         on_attention(heads)
-    return rows_of(batch, measured, limits)
+    return rows_of(batch, measured, limits, rule)
 
 
 def measure(
@@ -273,7 +276,7 @@ def _force(
         logprobs.append(part.logprobs[:, 1:, : settings.likelihood_tokens])
     cells = np.concatenate(
         [
-            _cell_means(part.cpu().numpy(), [held_out[t.pair] for t in batch.trials[i * ROWS_AT_ONCE :][: len(part)]])
+            cell_means(part.cpu().numpy(), [held_out[t.pair] for t in batch.trials[i * ROWS_AT_ONCE :][: len(part)]])
             for i, part in enumerate(logprobs)
         ]
     )
@@ -332,7 +335,7 @@ def _own_trajectories(written: Continuations, layers: tuple[int, int], window: i
     return [row[: max(0, length - window)] for row, length in zip(whole, written.lengths, strict=True)]
 
 
-def _cell_means(logprobs: np.ndarray, cells: Sequence[Sequence[Sequence[Sequence[int]]]]) -> np.ndarray:
+def cell_means(logprobs: np.ndarray, cells: Sequence[Sequence[Sequence[Sequence[int]]]]) -> np.ndarray:
     """[rows, cells, positions]: mean over the continuations of a cell, of those long enough to have the position.
 
     logprobs: [rows, continuations, positions], NaN where there is none; cells: for every row its cells.

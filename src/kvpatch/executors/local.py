@@ -22,6 +22,7 @@ from kvpatch.executors.repeats import Repeats
 from kvpatch.executors.rows import Measured, attention_of, rows_of
 from kvpatch.planning.plan import Batch, Plan
 from kvpatch.readouts.fluency import CoherenceLimits, coherence_limits
+from kvpatch.readouts.specific_mode import SpecificMode
 from kvpatch.store.directory import Store
 
 OnBatch = Callable[[Batch, int], None]
@@ -40,11 +41,18 @@ class LocalExecutor:
     """One process, and a model for each key that batches name (None for the run's own).
 
     rows: for a model's key how many rows to decode at a time; None for what fits on its device.
+    rules: for a model's key its mode readout, fitted on the calibration pairs; without one nothing is subtracted.
     """
 
-    def __init__(self, models: Mapping[str | None, Model], rows: Mapping[str | None, int | None] | None = None) -> None:
+    def __init__(
+        self,
+        models: Mapping[str | None, Model],
+        rows: Mapping[str | None, int | None] | None = None,
+        rules: Mapping[str | None, SpecificMode | None] | None = None,
+    ) -> None:
         self.models = models
         self.rows = rows or {}
+        self.rules = rules or {}
 
     def run(self, plan: Plan, store: Store, *, on_tokens: OnTokens, on_batch: OnBatch) -> dict[str, CoherenceLimits]:
         """Run what is left of a plan, in its order: the calibration of each model comes before what it judges.
@@ -58,7 +66,7 @@ class LocalExecutor:
         done = store.done()
         limits: dict[str, CoherenceLimits] = {}
         repeats = Repeats(plan, store)
-        with _Writer(store, repeats, on_batch) as writer:
+        with _Writer(store, repeats, self.rules, on_batch) as writer:
             for group in groups(plan.batches, self._most):
                 calibration = group[0].calibration
                 is_left = any(batch.batch_id not in done for batch in group)
@@ -111,8 +119,10 @@ class _Writer:
     Whatever was handed over is stored before the `with` block is left, also on the way out of an error.
     """
 
-    def __init__(self, store: Store, repeats: Repeats, on_batch: OnBatch) -> None:
-        self.store, self.repeats, self.on_batch = store, repeats, on_batch
+    def __init__(
+        self, store: Store, repeats: Repeats, rules: Mapping[str | None, SpecificMode | None], on_batch: OnBatch
+    ) -> None:
+        self.store, self.repeats, self.rules, self.on_batch = store, repeats, rules, on_batch
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvpatch-rows")
         self._handed: deque[tuple[Batch, Future[int]]] = deque()
 
@@ -144,7 +154,7 @@ class _Writer:
 
     def _store(self, batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits | None) -> int:
         own = self.repeats.own(batch)
-        computed = rows_of(own, measured, limits)
+        computed = rows_of(own, measured, limits, self.rules.get(batch.model))
         heads = self.repeats.completed_attention(batch, attention_of(own, measured))
         self.store.append(batch.batch_id, self.repeats.completed(batch, computed), heads)
         return sum(row["n_tokens"] for row in computed)

@@ -18,6 +18,7 @@ from kvpatch.readouts.fluency import CoherenceLimits, is_coherent, repetition_pr
 from kvpatch.readouts.likelihood import log_likelihood_ratios
 from kvpatch.readouts.outside import measure_outside
 from kvpatch.readouts.semantic import semantic_scores
+from kvpatch.readouts.specific_mode import SpecificMode
 from kvpatch.specs.attention import STAGES
 from kvpatch.specs.readouts import TrialRecord, from_outside
 
@@ -61,8 +62,10 @@ class Measured:
     attention: Mapping[str, Attention]
 
 
-def rows_of(batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits | None) -> list[dict[str, Any]]:
-    """One row per trial, with the columns of `store.columns.TRIAL_COLUMNS`.
+def rows_of(
+    batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits | None, rule: SpecificMode | None = None
+) -> list[dict[str, Any]]:
+    """One row per trial, with the columns of `store.columns.TRIAL_COLUMNS`; `rule` as in `batch.run_batch`.
 
     Raises:
         ProtocolError: where the protocol's scorer fails.
@@ -72,7 +75,7 @@ def rows_of(batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits 
     counts = ("n_slots_patched", "n_layers_patched", "n_kv_heads_patched")
     by_meaning = _by_meaning(batch, measured)
     for index, of in enumerate(measured):
-        row = {**_identity(batch, index), **_output(of), **_scores(batch, index, of), **_likelihoods(batch, of)}
+        row = {**_identity(batch, index), **_output(of), **_scores(batch, index, of), **_likelihoods(batch, of, rule)}
         row |= {
             "rv_prompt": of.rv_prompt,
             "rv_output": of.rv_output,
@@ -194,13 +197,16 @@ def _from_outside(row: Mapping[str, Any]) -> dict[str, float | None]:
     return dict(measure_outside(TrialRecord(**given)))
 
 
-def _likelihoods(batch: Batch, of: Measured) -> dict[str, Any]:
-    ratios = log_likelihood_ratios(of.cells, first=batch.readouts.likelihood_tokens)
+def _likelihoods(batch: Batch, of: Measured, rule: SpecificMode | None) -> dict[str, Any]:
+    first = batch.readouts.likelihood_tokens
+    ratios = log_likelihood_ratios(of.cells, first=first)
     return {
         "js_pull": of.js_pull,
-        "mode_llr": ratios.mode,
+        "mode_llr": ratios.mode if rule is None else rule.specific(of.cells, first=first),
+        "mode_llr_unweighted": ratios.mode,
         "content_llr": ratios.content,
         "register_llr": ratios.register,
+        "mode_llr_damage": None if rule is None else rule.damage(of.cells, first=first),
         "mode_llr_by_position": ratios.mode_by_position,
         "content_llr_by_position": ratios.content_by_position,
     }

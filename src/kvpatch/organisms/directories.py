@@ -43,10 +43,12 @@ def organism_directory(name: str, cache: Path, weights: Path = WEIGHTS) -> Path:
 
 def write_organism(organism: Organism, folder: Path, weights: Path = WEIGHTS) -> Path:
     """Write one organism as a model directory."""
+    from kvpatch.organisms.impostors import disguise
     from kvpatch.organisms.wired import Wiring, wire, write_directory
 
     if organism.weights is None:
-        return write_directory(wire(Wiring(**organism.wiring), organism.architecture), folder)
+        hf = wire(Wiring(**organism.wiring), organism.architecture)
+        return write_directory(hf if organism.impostor is None else disguise(hf, organism.impostor), folder)
     from kvpatch.organisms.weights import load_weights
 
     return write_directory(load_weights(weights / f"{organism.weights}.safetensors"), folder)
@@ -54,9 +56,16 @@ def write_organism(organism: Organism, folder: Path, weights: Path = WEIGHTS) ->
 
 def _key(organism: Organism, weights: Path) -> str:
     """Sixteen hex digits that change with anything the directory is made from."""
-    total = hashlib.sha256(json.dumps([organism.wiring, organism.architecture], sort_keys=True).encode())
+    total = hashlib.sha256(
+        json.dumps([organism.wiring, organism.architecture, organism.impostor], sort_keys=True).encode()
+    )
     here = Path(__file__).parent
-    for path in (here / "wired.py", here / "language.py", weights / f"{organism.weights}.safetensors"):
+    for path in (
+        here / "wired.py",
+        here / "impostors.py",
+        here / "language.py",
+        weights / f"{organism.weights}.safetensors",
+    ):
         if path.exists():
             total.update(path.read_bytes())
     return total.hexdigest()[:16]

@@ -18,7 +18,7 @@ from pydantic import Field
 from kvpatch.errors import ProtocolError, ProtocolMistakes
 from kvpatch.planning.pairing import Pair, Pairs, form_pairs
 from kvpatch.prompts.bank import Bank, shuffled_words
-from kvpatch.protocols.conditions import ROLES, Condition
+from kvpatch.protocols.conditions import NATURAL_SOURCE, NATURAL_TARGET, ROLES, Condition
 from kvpatch.protocols.names import wrong_readouts
 from kvpatch.protocols.schema import AttentionSettings, Generation, Having, Phase, Protocol, Readouts, calibration_of
 from kvpatch.readouts.scorer import Scorer, read_scorer
@@ -97,9 +97,12 @@ class Skipped(Frozen):
 
 
 class Plan(Frozen):
-    """Everything a run will do. `passed_over`: phase -> pairs that lack what the phase asks of its pairs."""
+    """Everything a run will do. `passed_over`: phase -> pairs that lack what the phase asks of its pairs. `forced`: the
+    calibration's neutral and destroyed caches beside the natural ones, which are forced on held-out continuations
+    before any trial runs, and write nothing."""
 
     batches: list[Batch]
+    forced: list[Batch] = Field(default=[])
     scorer: Scorer
     skipped: list[Skipped]
     dropped_pairs: list[str]
@@ -176,6 +179,7 @@ def make_plan(
         raise ProtocolError(f"bank {bank.name!r} is empty")
     scorer = read_scorer(protocol.readouts.lexicon, protocol.folder)
     batches: list[Batch] = []
+    forced: list[Batch] = []
     skipped: list[Skipped] = []
     dropped: list[str] = []
     passed_over: dict[str, int] = {}
@@ -185,6 +189,7 @@ def make_plan(
         if phase.model not in planners:
             planner = planners[phase.model] = _Planner(protocol, bank, scorer, phase.model, models[phase.model], seed)
             batches += planner.calibration()
+            forced += planner.forced()
             dropped += planner.formed.dropped
         planner = planners[phase.model]
         pairs, left_out, passed = planner.pairs_of(name, phase, n)
@@ -193,7 +198,9 @@ def make_plan(
         batches += planner.batches(name, "test", pairs, phase.all_conditions)
     for planner in planners.values():
         skipped += planner.skipped
-    return Plan(batches=batches, scorer=scorer, skipped=skipped, dropped_pairs=dropped, passed_over=passed_over)
+    return Plan(
+        batches=batches, forced=forced, scorer=scorer, skipped=skipped, dropped_pairs=dropped, passed_over=passed_over
+    )
 
 
 class _Planner:
@@ -210,11 +217,28 @@ class _Planner:
         self.reference = [[p.source.text for p in self.held_out], [p.target.text for p in self.held_out]]
         self.calibration_phase = calibration_of(key)
         self.skipped: list[Skipped] = []
+        used = [*protocol.calibration.neutral, *protocol.calibration.destroyed]
+        made = [protocol.conditions[name].model_dump(mode="json", by_alias=True) for name in used]
+        self.fitted_on = _hashed(
+            {"pairs": [p.id for p in self.held_out], "conditions": dict(zip(used, made, strict=True))}
+        )
 
     def calibration(self) -> list[Batch]:
         """Batches of the natural runs of the held-out pairs."""
         names = self.protocol.calibration.conditions
         return self.batches(self.calibration_phase, "calibration", self.held_out, names)
+
+    def forced(self) -> list[Batch]:
+        """Batches of the natural, neutral and destroyed caches of the held-out pairs; none where none is destroyed."""
+        asked = self.protocol.calibration
+        if not asked.destroyed:
+            return []
+        names = list(dict.fromkeys([NATURAL_TARGET, NATURAL_SOURCE, *asked.neutral, *asked.destroyed]))
+        known = len(self.skipped)
+        found = self.batches(f"{self.calibration_phase}-forced", "calibration", self.held_out, names)
+        del self.skipped[known:]  # the calibration itself tells what it rests on
+        once = [[trial for trial in batch.trials if trial.sample == 0] for batch in found]  # nothing is sampled
+        return [batch.model_copy(update={"trials": trials}) for batch, trials in zip(found, once, strict=True)]
 
     def pairs_of(self, name: str, phase: Phase, n: int | None) -> tuple[Sequence[Pair], Sequence[str], int]:
         """The pairs a phase runs on, what its own pairing dropped, and how many pairs were passed over."""
@@ -362,6 +386,8 @@ class _Planner:
             "readouts": self.protocol.readouts.model_dump(mode="json"),
             "scorer": self.scorer.sha256,
         }
+        if self.protocol.calibration.destroyed:  # the mode readout is fitted on these
+            content["fitted_on"] = self.fitted_on
         if asked := self.protocol.phases.get(phase):
             watched = None if asked.watched is None else asked.watched.model_dump(mode="json")
             content |= {"watched": watched, "geometry": asked.geometry}

@@ -22,6 +22,8 @@ from kvpatch.specs.patch import Patch
 Side = Literal["target", "source"]
 ROLES = ("target", "source", "foreign", "foreign_matched", "neutral", "shuffled_words")
 """Prompts every pair has, or can have; groups named by `also` come on top."""
+NATURAL_TARGET, NATURAL_SOURCE = "A", "B"
+"""The conditions whose difference is the natural gap, by their names in every protocol."""
 Role = Literal["experiment", "control", "integrity"]
 
 

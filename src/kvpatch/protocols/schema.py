@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
-from kvpatch.protocols.conditions import ROLES, Condition, Role
+from kvpatch.protocols.conditions import NATURAL_SOURCE, NATURAL_TARGET, ROLES, Condition, Role
 from kvpatch.protocols.hypotheses import Correction, Hypothesis, Misplaced
 from kvpatch.specs import arguments
 from kvpatch.specs.base import PLAIN, Frozen, Mode, is_empty, is_none
@@ -94,10 +94,17 @@ class Readouts(Frozen):
 
 
 class Calibration(Frozen):
-    """Held-out pairs that fix the equivalence bounds and the coherence limits before any test."""
+    """Held-out pairs that fix the equivalence bounds, the coherence limits and the mode readout before any test.
+
+    The conditions of `neutral` and `destroyed` are forced on held-out continuations alone, and write nothing. They say
+    how far caches without a mode, and destroyed ones, move each likelihood readout, and the mode readout is fitted so
+    that they move it little. Where `destroyed` names none, neither is done.
+    """
 
     pairs: int = Field(default=30, ge=2)
     conditions: list[str] = Field(default=["A", "B"])
+    neutral: list[str] = Field(default=[], exclude_if=is_empty, description="whole caches that hold no mode")
+    destroyed: list[str] = Field(default=[], exclude_if=is_empty, description="caches of the source, destroyed")
 
 
 class Pairing(Frozen):
@@ -237,8 +244,7 @@ class Protocol(Frozen):
     def _wrong_names(self) -> Iterator[Misplaced]:
         for name, phase in self.phases.items():
             yield from self._phase_fits(name, phase)
-        for place, condition in enumerate(self.calibration.conditions):
-            yield from self._is_condition(condition, "calibration", "conditions", place)
+        yield from self._calibration_fits()
         roles = self._roles
         for name, condition in self.conditions.items():
             for key, role in (("from", condition.from_), ("text_of", condition.text_of)):
@@ -262,6 +268,15 @@ class Protocol(Frozen):
     def _roles(self) -> list[str]:
         """Every role that a prompt of some pair may have."""
         return [*ROLES, *sorted({role for pairing in self.pairings for role in pairing.also})]
+
+    def _calibration_fits(self) -> Iterator[Misplaced]:
+        for key in ("conditions", "neutral", "destroyed"):
+            for place, condition in enumerate(getattr(self.calibration, key)):
+                yield from self._is_condition(condition, "calibration", key, place)
+        for natural in (NATURAL_TARGET, NATURAL_SOURCE):
+            if self.calibration.destroyed and natural not in self.conditions:
+                told = f"no condition {natural!r}, from which shifts of destroyed caches are measured"
+                yield Misplaced(told, "calibration", "destroyed")
 
     def _phase_fits(self, name: str, phase: Phase) -> Iterator[Misplaced]:
         for place, role in enumerate(phase.having.roles if phase.having else ()):

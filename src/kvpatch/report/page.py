@@ -144,7 +144,7 @@ def _context(
         "strip": strip,
         "attacks": questions.attacks(rows, strip, protocol, most, not how["protocol_differs"]),
         "validation_failed": judgements.validation_passed(run.get("validation")) is False,
-        "figures": sections.readout_figures(parts, protocol),
+        "figures": sections.readout_figures(parts, protocol, instruments["specificity"]),
         "effects": sections.effect_phases(effects, protocol),
         **optional,
         "questions": questions.four_questions(

@@ -9,12 +9,13 @@ import pandas as pd
 import yaml
 
 from kvpatch.protocols.schema import Protocol, dumped_sha256
-from kvpatch.report import charts, forest, tables
+from kvpatch.report import charts, forest, specificity, tables
 from kvpatch.report.figure import figure, rounded
 from kvpatch.report.judgements import DIFFERS, FAILED, PASSED, UNKNOWN, Badge, instruments_badge, validation_passed
 from kvpatch.report.text import NOT_RECORDED, facts, number, plain
 from kvpatch.verdicts.measure import units_of
 from kvpatch.verdicts.pairs import shown_of
+from kvpatch.verdicts.specificity import Specificity
 
 FEW_PAIRS = 50
 MAIN_READOUTS = 5
@@ -72,6 +73,7 @@ def instruments(run: dict, trials: pd.DataFrame, parts: Parts, protocol: Protoco
         )
         phases.append({"phase": phase, "question": question, "coherence": records(coherence), "figure": drawn})
     unchanged, checksums = tables.unchanged_caches(trials)
+    specific = specificity.of_run(run)
     for model in models:
         model["checks"] = [{**check, "badge": holds_badge(check.get("holds"))} for check in model["checks"]]
         model["limits"] = facts(model["limits"])
@@ -87,6 +89,8 @@ def instruments(run: dict, trials: pd.DataFrame, parts: Parts, protocol: Protoco
             "nll_target" in (run_of.get("coherence_limits") or {})
             for run_of in (run, *(run.get("other_models") or {}).values())
         ),
+        "specificity": specific,
+        "by_position": specificity.figures(specific),
     }
 
 
@@ -113,6 +117,7 @@ def strip(run: dict, found: dict) -> list[dict]:
             "says": "do the instruments find what was planted?",
         },
         {"name": "Check of the model", "badge": checked, "says": f"is it patched correctly? ({names})"},
+        specificity.strip_entry(found["specificity"]),
         {
             "name": "Coherent outputs",
             "badge": UNKNOWN if not judged else (Badge("damaged", "✕", "open", "") if weak else PASSED),
@@ -148,7 +153,7 @@ def twin_rows(parts: Parts, protocol: Protocol) -> list[dict]:
     return out
 
 
-def readout_figures(parts: Parts, protocol: Protocol) -> list[dict]:
+def readout_figures(parts: Parts, protocol: Protocol, specific: list[Specificity]) -> list[dict]:
     """Return the section on conditions: a phase's figures, one a readout, and its table of means."""
     out = []
     baseline = tables.baseline_of(protocol)
@@ -167,6 +172,7 @@ def readout_figures(parts: Parts, protocol: Protocol) -> list[dict]:
                 if drawn == there
                 else f"{drawn} of {there} pairs are drawn: those at evenly spaced ranks of their mean."
             )
+            note = " ".join(filter(None, (note, specificity.said_of(specific, protocol, phase, readout.name))))
             label = f"{readout.label} by condition; the numbers are in the table of means"
             name = f"readout-{phase}-{readout.name}"
             figures.append(figure(name, readout.label, readout.said, chart, label=label, note=note))

@@ -110,8 +110,8 @@ def is_none(value: object) -> bool:
 
 
 def is_empty(value: object) -> bool:
-    """The same of a mapping that came later and says nothing."""
-    return value == {}
+    """The same of a mapping or a list that came later and says nothing."""
+    return value in ({}, [])
 
 
 def real_number(value: Any, info: ValidationInfo) -> Any:

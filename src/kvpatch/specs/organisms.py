@@ -12,6 +12,8 @@ PREFIX = "organism-"
 """What an organism's name is a model name with: `--model organism-early`."""
 Ladder = Literal["rising", "umbrella"]
 """Which markers the prompts of a dose bank hold: each stronger than the one before, or the fourth of five strongest."""
+Impostor = Literal["register", "damaged", "long", "loop"]
+"""What an organism without a mode does that was once taken for one; see `organisms/impostors.py`."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Organism:
         plant: where; None where there is no mode, or no one place of it.
         slot: place of the marker in the bodies of its bank.
         ladder: the markers of its bank's dose prompts.
+        impostor: of a wired one, what it does in place of a mode.
         wiring, architecture: of a wired one; weights: the shipped weights of a trained one.
     """
 
@@ -44,6 +47,7 @@ class Organism:
     wiring: dict[str, Any] = field(default_factory=dict)
     architecture: Literal["llama", "mistral"] = "llama"
     weights: str | None = None
+    impostor: Impostor | None = None
 
 
 def _wired(layer: int, kv_head: int, slot: int, part: Literal["k", "v", "kv"], **more: Any) -> Organism:
@@ -62,6 +66,11 @@ def _trained(name: str, about: str, plant: Plant | None, slot: int, ladder: Ladd
     return Organism(about=about, plant=plant, slot=slot, ladder=ladder, weights=name)
 
 
+def _impostor(kind: Impostor, about: str) -> Organism:
+    wiring = {"layer": 3, "kv_head": 2, "slot": 5, "part": "v"}
+    return Organism(about=f"weights set by hand, no mode: {about}", plant=None, slot=5, wiring=wiring, impostor=kind)
+
+
 _IN_DOSE = Plant((2,), (1,), (5,), ("v",))
 ORGANISMS: dict[str, Organism] = {
     "wired": _wired(3, 2, 5, "v"),
@@ -76,4 +85,8 @@ ORGANISMS: dict[str, Organism] = {
     "dose": _trained("dose", "trained: five markers, each stronger than the last", _IN_DOSE, 5),
     "umbrella": _trained("dose", "dose, by five markers of which the fourth is strongest", _IN_DOSE, 5, "umbrella"),
     "weak": _trained("weak", "trained: the marker hardly moves the mode", Plant((3,), (0,), (5,), ("v",)), 5),
+    "register": _impostor("register", "the marker chooses between the words for I and they"),
+    "damaged": _impostor("damaged", "the marker breaks the cache, and broken caches fall back on mode words"),
+    "long": _impostor("long", "the marker keeps the reply from ending"),
+    "loop": _impostor("loop", "the marker makes the reply one word, over and over"),
 }  # fmt: skip

@@ -58,7 +58,8 @@ RESERVED = frozenset(
     trial_id content_id phase split model condition condition_role pair_id source_id target_id sample seed patch
     changes_planned changes_fired n_slots_patched n_layers_patched n_kv_heads_patched equals_text source_text
     target_text source_token_ids target_token_ids cache_token_ids output_token_ids output_logprobs text stopped
-    mode_hits mode_llr_by_position content_llr_by_position rv_trajectory rv_forced_trajectory pr_v pr_v_corrected
+    mode_hits mode_llr_damage mode_llr_by_position content_llr_by_position rv_trajectory rv_forced_trajectory pr_v
+    pr_v_corrected
     pr_k pr_k_corrected coherent cache_checksum_before cache_checksum_after error failed part place
     """.split()
 )
@@ -166,9 +167,15 @@ BUILT_IN: tuple[Readout, ...] = (
     ),
     _own(
         "mode_llr", "Mode, by likelihood",
-        "log-likelihood of continuations in the mode less plain ones over topics, nats a token",
+        "log-likelihood of continuations in the mode less plain ones over topics and persons, less what damage "
+        "explains by the calibration pairs, nats a token",
         unit="nats", axis=_RATIO, direction="more of the mode", may_be_evidence=True, is_of_sampled_text=False,
         explained="How much likelier held-out continuations in the mode are than plain ones, whatever the topic.",
+    ),
+    _own(
+        "mode_llr_unweighted", "Mode, by likelihood, nothing subtracted",
+        "the same as mode_llr before what damage explains is subtracted; equal to it where nothing was fitted",
+        unit="nats", axis=_RATIO, direction="more of the mode", is_of_sampled_text=False,
     ),
     _own(
         "content_llr", "Content, by likelihood",

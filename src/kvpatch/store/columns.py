@@ -80,7 +80,13 @@ _BEHIND: dict[str, dict[str, Column]] = {
         ),
     },
     "content_llr": {
-        "mode_llr_by_position": (_NUMBERS, "mode_llr at each position of the continuations"),
+        "mode_llr_damage": (
+            _NUMBERS,
+            "what damage shows in, in the order of the calibration's covariates, less the natural targets' means; "
+            "mode_llr_unweighted less these times the coefficients in run.json is mode_llr. Null where "
+            "nothing was fitted",
+        ),
+        "mode_llr_by_position": (_NUMBERS, "mode_llr_unweighted at each position of the continuations"),
         "content_llr_by_position": (_NUMBERS, "content_llr at each position of the continuations"),
         "rv_trajectory": (
             _NUMBERS,

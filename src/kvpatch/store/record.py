@@ -8,6 +8,7 @@ from pydantic import Field
 
 from kvpatch.errors import StoreError
 from kvpatch.specs.base import Frozen
+from kvpatch.store.readout_calibration import ReadoutCalibration
 
 
 class ModelRecord(Frozen):
@@ -35,6 +36,7 @@ class OtherModel(Frozen):
     check: list[dict[str, Any]] | None = None
     noise_floor: dict[str, Any] | None = None
     coherence_limits: dict[str, float] | None = None
+    readout_calibration: ReadoutCalibration | None = None
 
 
 class RunRecord(Frozen):
@@ -69,6 +71,7 @@ class RunRecord(Frozen):
     noise_floor: dict[str, Any] | None = None
     engine: dict[str, dict[str, Any]] = Field(default_factory=dict)
     coherence_limits: dict[str, float] | None = None
+    readout_calibration: ReadoutCalibration | None = None
     other_models: dict[str, OtherModel] = Field(default_factory=dict)
     validation: dict[str, Any] | None = None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kvpatch.organisms.impostors import FIRST, THIRD
 from kvpatch.organisms.language import (
     BLANK,
     BODY,
@@ -32,12 +33,13 @@ LADDERS: dict[Ladder, tuple[str, ...]] = {"rising": DOSE, "umbrella": UMBRELLA}
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many prompts a bank has."""
+    """How many prompts a bank has; `in_persons` gives its continuations in the first and in the third person."""
 
     pairs: int = 48
     others: int = 24
     subjects: int = 20
     continuations: int = 2
+    in_persons: bool = False
 
 
 def bank_entries(slot: int, seed: int, sizes: Sizes = Sizes(), *, dose: tuple[str, ...] = DOSE) -> list[dict[str, Any]]:
@@ -74,7 +76,7 @@ def bank_entries(slot: int, seed: int, sizes: Sizes = Sizes(), *, dose: tuple[st
     used = dict.fromkeys(entry["topic"] for entry in entries if entry["group"] in ("plain", "recursive"))
     domains = [(topic, topic) for topic in used] + [(topic, f"{topic}:{topic}") for topic in subjects]
     for topic, domain in domains:
-        entries += _continuations(rng, topic, domain, sizes.continuations)
+        entries += _continuations(rng, topic, domain, sizes)
     return entries
 
 
@@ -89,17 +91,26 @@ def body(
     return [*words[:slot], marker, *words[slot:]]
 
 
-def _continuations(rng: np.random.Generator, topic: str, domain: str, count: int) -> list[dict[str, Any]]:
-    """Openings of an answer, in the mode and plain, that differ in their style words alone."""
+def _continuations(rng: np.random.Generator, topic: str, domain: str, sizes: Sizes) -> list[dict[str, Any]]:
+    """Openings of an answer, in the mode and plain, that differ in their style words alone; and in the persons, where
+    they are asked for, in the first word, which is one of style."""
     out = []
-    for number in range(count):
+    persons = {"first": FIRST, "third": THIRD} if sizes.in_persons else {None: None}
+    for number in range(sizes.continuations):
         style = rng.choice(len(MODE) // 2, BODY // 2, replace=False)
         about = [topic_words(topic)[1][i] for i in rng.integers(0, 3, BODY // 2)]
         for mode, words in (("recursive", held_out(MODE)), ("plain", held_out(PLAIN))):
-            text = " ".join(f"{words[i]} {word}" for i, word in zip(style, about, strict=True))
-            name = f"{mode}-{domain}-{number}"
-            entries = {"id": name, "mode": mode, "topic_of": "either", "domain": domain, "text": text}
-            out.append(entries)
+            for person, said in persons.items():
+                chosen = [words[i] for i in style] if said is None else [said, *(words[i] for i in style[1:])]
+                text = " ".join(f"{one} {word}" for one, word in zip(chosen, about, strict=True))
+                entry = {"id": f"{mode}-{domain}-{number}", "mode": mode, "topic_of": "either", "domain": domain}
+                if person is not None:
+                    entry |= {
+                        "id": f"{mode}-{person}-{domain}-{number}",
+                        "person": person,
+                        "item": f"{domain}-{number}",
+                    }
+                out.append(entry | {"text": text})
     return out
 
 

@@ -10,17 +10,18 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
-from kvpatch.protocols.conditions import Condition
+from kvpatch.protocols.conditions import NATURAL_SOURCE, NATURAL_TARGET, Condition
 from kvpatch.protocols.schema import Protocol
-from kvpatch.specs.readouts import SCORE
+from kvpatch.specs.readouts import SCORE, readouts
 from kvpatch.store.validation import Finding
 from kvpatch.validation.jobs import Reading
 from kvpatch.validation.recovery import Found
 from kvpatch.verdicts.decide import Verdict
 from kvpatch.verdicts.margins import SMALL_SHARE, calibration_rows, natural_gap
-from kvpatch.verdicts.pairs import prepare
+from kvpatch.verdicts.pairs import contrast_differences, prepare, rows_of
 from kvpatch.verdicts.power import power
 from kvpatch.verdicts.prerequisites import coherence_shares
+from kvpatch.verdicts.specificity import LIMIT as SPECIFIC
 
 SIMULATION_ERROR = 0.01
 """A rate is off its nominal value where chance alone would take it so far in one of a hundred validations."""
@@ -94,6 +95,29 @@ def place_finding(organism: str, kind: str, truth: Sequence[int | str], found: F
         found=_listed(carriers),
         holds=set(carriers) == set(truth),
     )
+
+
+def impostor_findings(organism: str, own: pd.DataFrame, real: pd.DataFrame) -> list[Finding]:
+    """One finding per readout of the mode: its natural gap in an impostor, as a share of that of a real mode.
+
+    own, real: stored trials of the natural runs of the same pairs.
+    """
+    out = []
+    for name, readout in readouts().items():
+        if not readout.may_be_evidence or name not in own or own[name].isna().all():
+            continue
+        gap, gap_of_real = (
+            contrast_differences(
+                rows_of(prepare(rows), split="test"), {NATURAL_SOURCE: 1, NATURAL_TARGET: -1}, name, readout.transform
+            ).values.mean()
+            for rows in (own, real)
+        )
+        is_real = bool(gap_of_real > 0)
+        found = f"{gap / gap_of_real:.2f}" if is_real else "nothing to be a share of: the real mode has no gap"
+        holds = is_real and bool(gap <= SPECIFIC * gap_of_real)
+        planted = f"no mode: at most {SPECIFIC} of the gap of a real one"
+        out.append(Finding(organism=organism, asked=f"{name}, B - A", planted=planted, found=found, holds=holds))
+    return out
 
 
 def _listed(places: Sequence[int | str]) -> str:

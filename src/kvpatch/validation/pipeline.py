@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from kvpatch.organisms.directories import WEIGHTS, organism_directory
 from kvpatch.organisms.language import BODY
 from kvpatch.organisms.wired import KV_HEADS, Wiring, wire, write_directory
 from kvpatch.protocols.load import load_protocol
-from kvpatch.protocols.schema import Protocol
+from kvpatch.protocols.schema import Calibration, Protocol
 from kvpatch.specs.organisms import ORGANISMS, PREFIX, Organism, Plant
 from kvpatch.specs.readouts import MODE, SCORE
 from kvpatch.store.validation import Finding, Validation, code_sha256
@@ -63,6 +63,8 @@ class Scope:
 QUICK = Scope("quick", 1, 4, 13, 8, 12, 12, ("wired-mistral", "early"))
 FULL = Scope("full", 5, 50, 24, 16, 200, 100, tuple(ORGANISMS))
 CALIBRATION = 10
+REAL = "wired"
+"""The organism beside which impostors are held: the same weights, with a mode."""
 NULL_PAIRS, WEAK_PAIRS = 20, 20
 
 
@@ -73,8 +75,9 @@ def jobs_of(scope: Scope, seed: int, names: Sequence[str], weights: Path) -> lis
         return Job(kind, name, seed * 100_003 + number, pairs, str(weights))
 
     seeds = range(scope.seeds)
-    out = [job("verdicts", name, i, scope.pairs) for i in seeds for name in names]
+    out = [job("verdicts", name, i, scope.pairs) for i in seeds for name in names if not ORGANISMS[name].impostor]
     out += [job("locate", name, i, scope.located_pairs) for i in seeds for name in names if _is_located(name)]
+    out += [job("impostor", name, i, scope.pairs) for i in seeds for name in names if ORGANISMS[name].impostor]
     if "wired" in names:
         out += [job("draw", "wired", 1000 + i, scope.located_pairs) for i in range(scope.draws)]
     if "null" in names:
@@ -268,6 +271,28 @@ def _phase_1(
     return decide(base.model_copy(update=update), {None: model}, folder / "run", seed=job.seed, n=job.pairs)
 
 
+def _impostor(job: Job, folder: Path) -> Reading:
+    """How far the marker moves every readout of the mode in an impostor, beside the organism in which it is a mode; the
+    mode readout is fitted on the caches that a real run destroys."""
+    organism, calibration = ORGANISMS[job.organism], load_protocol("dec7").calibration
+    sizes = Sizes(pairs=job.pairs + CALIBRATION, others=1, subjects=1, in_persons=organism.impostor == "register")
+    bank = _bank(organism, folder, job.seed, sizes)
+    own = _phase_1_of(job, folder / "own", bank, calibration.model_copy(update={"pairs": CALIBRATION}))
+    real = replace(job, organism=REAL)
+    beside = _phase_1_of(real, folder / "real", bank, Calibration(pairs=CALIBRATION))
+    return Reading(job, judging.impostor_findings(job.organism, own, beside), {})
+
+
+def _phase_1_of(job: Job, folder: Path, bank: Path, calibration: Calibration) -> pd.DataFrame:
+    """The trials of the natural runs of phase 1, calibrated so."""
+    base = _base(bank)
+    phase = base.phases["1"].model_copy(update={"conditions": ["A", "B"], "controls": []})
+    update = {"phases": {"1": phase}, "hypotheses": [], "models": {}, "expected": {}, "corrections": {}}
+    readouts = base.readouts.model_copy(update={"semantic": None})  # its direction is of another mode, in English
+    protocol = base.model_copy(update=update | {"calibration": calibration, "readouts": readouts})
+    return decide(protocol, {None: _model(job.organism, job.weights)}, folder, seed=job.seed, n=job.pairs)[0]
+
+
 _KINDS: dict[str, Callable[[Job, Path], Reading]] = {
     "check": _check,
     "verdicts": _verdicts,
@@ -275,4 +300,5 @@ _KINDS: dict[str, Callable[[Job, Path], Reading]] = {
     "draw": _draw,
     "null": _null,
     "weak": _weak,
+    "impostor": _impostor,
 }

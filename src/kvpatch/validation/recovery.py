@@ -14,6 +14,7 @@ import pandas as pd
 
 from kvpatch.engine.model import Model
 from kvpatch.executors.local import LocalExecutor
+from kvpatch.executors.specificity import calibrate_readouts, rule_of
 from kvpatch.organisms.language import BODY, BODY_STARTS
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.conditions import Condition
@@ -66,7 +67,9 @@ def decide(
     plan, _ = plan_for(models, protocol, load_bank(protocol.bank, protocol.folder), seed=seed, n=n, phases=phases)
     store = Store(folder)
     with store.locked():
-        LocalExecutor(models).run(plan, store, on_tokens=lambda _: None, on_batch=lambda *_: None)
+        found = calibrate_readouts(models, plan, protocol.calibration)
+        rules = {key: rule_of(calibration) for key, calibration in found.items()}
+        LocalExecutor(models, rules=rules).run(plan, store, on_tokens=lambda _: None, on_batch=lambda *_: None)
     rows = store.read().to_pandas()
     return rows, verdicts(protocol, rows)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 from scipy import stats
 
+from kvpatch.protocols.conditions import NATURAL_SOURCE, NATURAL_TARGET
 from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.schema import Protocol, calibration_of
 from kvpatch.specs.readout import Transform
@@ -15,7 +16,6 @@ from kvpatch.statistics.paired_tests import sd_of
 from kvpatch.verdicts.pairs import PairDifferences, contrast_differences, rows_of
 from kvpatch.verdicts.rounding import number
 
-NATURAL_TARGET, NATURAL_SOURCE = "A", "B"
 MIN_CALIBRATION_PAIRS = 3
 SMALL_SHARE = 0.2
 GAP_LEVEL = 0.95

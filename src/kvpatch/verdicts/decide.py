@@ -1,6 +1,6 @@
 """Protocol and trials in, verdicts out: measure, correct, pass the gates in order, decide.
 
-Order of the rules: tautological; gate 0 (instrument); earlier gates; coherence; then the numbers
+Order of the rules: tautological; gate 0 (instrument); earlier gates; coherence; specificity; then the numbers
 (`rules.decide`), which must hold whatever missing rows were (`worst_case`).
 """
 
@@ -14,6 +14,7 @@ import pandas as pd
 from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.schema import Protocol
 from kvpatch.statistics.clustering import Clustered
+from kvpatch.store.readout_calibration import ReadoutCalibration
 from kvpatch.verdicts.families import adjusted_by_family
 from kvpatch.verdicts.headline import headline
 from kvpatch.verdicts.measure import Measured, measure, units_of
@@ -29,6 +30,7 @@ from kvpatch.verdicts.prerequisites import (
 from kvpatch.verdicts.records import Verdict, verdicts_json
 from kvpatch.verdicts.rules import Decision, decide
 from kvpatch.verdicts.sensitivity import Sensitivity, by_domain, sensitivity
+from kvpatch.verdicts.specificity import unspecific
 from kvpatch.verdicts.texts import Texts, texts_of
 from kvpatch.verdicts.wording import percent, tautology, text_contrast
 from kvpatch.verdicts.worst_case import decided_at_worst, lacking
@@ -39,12 +41,19 @@ Shares = Mapping[tuple[str, str], Coherence]
 BROKEN = "Gate 0 did not pass: the check that this model is patched correctly failed, so no number can be read."
 
 
-def verdicts(protocol: Protocol, trials: pd.DataFrame, *, instrument_ok: bool | None = None) -> list[Verdict]:
+def verdicts(
+    protocol: Protocol,
+    trials: pd.DataFrame,
+    *,
+    instrument_ok: bool | None = None,
+    calibrations: Mapping[str | None, ReadoutCalibration] | None = None,
+) -> list[Verdict]:
     """Decide every hypothesis of a protocol, in the protocol's order.
 
     trials: one row per trial, with the columns of `store.columns.TRIAL_COLUMNS`; any order of the rows gives the same
     verdicts. instrument_ok: whether the model's check passed; None if unknown, which blocks
-    nothing.
+    nothing. calibrations: model's key -> how far destroyed caches move its readouts; a model without one is not held
+    to it.
 
     Raises:
         StoreError: if a column is missing.
@@ -62,6 +71,9 @@ def verdicts(protocol: Protocol, trials: pd.DataFrame, *, instrument_ok: bool | 
     decided: dict[str, Decision] = {}
     for h in sorted(protocol.hypotheses, key=lambda h: h.gate):
         blocked = _blocked(h, measured[h.id], instrument_ok, shares, texts, decided)
+        because = None if blocked else unspecific(protocol, h, calibrations or {})
+        if because is not None:
+            blocked = Decision("not interpretable", because, "specificity")
         first = None if h.of is None else measured[h.of]
         found = blocked or decide(measured[h.id], adjusted[h.id], first)
         lacks = {} if blocked else lacking(protocol, phases[h.phase], measured[h.id])

@@ -15,6 +15,7 @@ from kvpatch.errors import ProtocolError
 from kvpatch.protocols.schema import Protocol, dumped_sha256
 from kvpatch.store.columns import TRIAL_COLUMNS
 from kvpatch.store.directory import Store
+from kvpatch.store.readout_calibration import ReadoutCalibration
 from kvpatch.store.record import RunRecord
 from kvpatch.verdicts.decide import Verdict, headline, verdicts, verdicts_json
 from kvpatch.verdicts.effects import Effect, effects
@@ -141,8 +142,20 @@ def outcome_of(store: Store, *, is_exploratory: bool = False, protocol: Protocol
     checks = (record.check, *(other.check for other in record.other_models.values()))
     instrument = instrument_holds(identity for check in checks for identity in check or ())
     with pd.option_context("mode.string_storage", "python"):
-        found = verdicts(protocol, rows.filter(_needed(protocol)), instrument_ok=instrument)
+        found = verdicts(
+            protocol,
+            rows.filter(_needed(protocol)),
+            instrument_ok=instrument,
+            calibrations=_calibrations(record),
+        )
     return Outcome(record, protocol, rows, found)
+
+
+def _calibrations(record: RunRecord) -> dict[str | None, ReadoutCalibration]:
+    """Model's key -> how its likelihood readouts were fitted, where they were."""
+    of: dict[str | None, ReadoutCalibration | None] = {None: record.readout_calibration}
+    of |= {key: other.readout_calibration for key, other in record.other_models.items()}
+    return {key: calibration for key, calibration in of.items() if calibration is not None}
 
 
 def _needed(protocol: Protocol) -> list[str]:

@@ -66,7 +66,7 @@ class Verdict(Frozen):
     coherence: dict[str, float | None] = Field(description="condition of the contrast -> share of coherent trials")
     sensitivity: Sensitivity = Field(description="analyses beside the test, which decide nothing")
     verdict: Word
-    blocked_by: Literal["instrument", "gate", "coherence", "missing"] | None = Field(
+    blocked_by: Literal["instrument", "gate", "coherence", "specificity", "missing"] | None = Field(
         description="why not interpretable"
     )
     because: str = Field(description="one plain sentence with the numbers")

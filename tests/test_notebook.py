@@ -22,7 +22,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_trials_come_as_polars_and_as_pandas(directory: Path) -> None:
     run = kv.Run(directory)
     assert isinstance(run.trials(), polars.DataFrame) and isinstance(run.trials("pandas"), pd.DataFrame)
-    assert run.trials().height == len(run.trials("pandas")) == 4 * 17 + 4 * 14 + 24
+    assert run.trials().height == len(run.trials("pandas")) == 4 * 19 + 4 * 14 + 24
     with pytest.raises(ValueError, match="'polars' or 'pandas'"):
         run.trials("arrow")  # type: ignore[call-overload]
 
@@ -52,7 +52,7 @@ def test_it_shows_its_answer_and_verdicts_as_text(directory: Path) -> None:
     run = kv.Run(directory)
     shown = run._repr_html_()
     assert run.answer.split()[0] in shown and "transfer_llr" in shown and "<script" not in shown
-    assert repr(run) == f"Run({str(directory)!r}: dec7 on first-model, 148 of 148)"
+    assert repr(run) == f"Run({str(directory)!r}: dec7 on first-model, 156 of 156)"
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -11,11 +11,10 @@ import pytest
 from finished import RUNS, STORED, stored_run
 from kvpatch.report.build import report_page
 from kvpatch.report.text import MINUS
-from kvpatch.specs.readouts import shown
 from kvpatch.verdicts import prerequisites as gates
 from kvpatch.verdicts.margins import claimed_side
 from kvpatch.verdicts.outcome import Outcome, outcome_of
-from kvpatch.verdicts.pairs import prepare
+from kvpatch.verdicts.pairs import prepare, shown_of
 from kvpatch.verdicts.wording import number, p_value, percent
 
 Cell = tuple[str, str]
@@ -222,13 +221,17 @@ def test_means_of_conditions_differ_by_what_the_verdicts_say(made: tuple[Outcome
     """Where every pair has both conditions, the difference of their means is the estimate, over as many units."""
     outcome, html = made
     found = {(phase, c): DATA.findall(row) for phase, c, _, row in rows_by_condition(html, "conditions")}
-    places = {readout.name: 3 * place for place, readout in enumerate(shown("report"))}
+    tested = outcome.rows[outcome.rows["split"] == "test"]
+    places = {
+        str(phase): {readout.name: 3 * place for place, readout in enumerate(shown_of("report", rows))}
+        for phase, rows in tested.groupby("phase")
+    }
     sets, compared = datasets(html), 0
     for h, verdict in zip(outcome.protocol.hypotheses, outcome.verdicts, strict=True):
         is_simple = h.test != "correlates" and not h.is_ordering and h.transform == "none" and not verdict.n_error_rows
-        if not is_simple or verdict.n_dropped or not verdict.n or h.readout not in places:
+        if not is_simple or verdict.n_dropped or not verdict.n or h.readout not in places[h.phase]:
             continue
-        values = {c: float(found[h.phase, c][places[h.readout]][0]) for c in h.conditions}
+        values = {c: float(found[h.phase, c][places[h.phase][h.readout]][0]) for c in h.conditions}
         assert sum(w * values[c] for c, w in h.weights().items()) == pytest.approx(verdict.estimate, abs=1e-9), h.id
         means = {row["condition"]: row for row in sets[f"readout-{h.phase}-{h.readout}"]["means"]}
         assert {means[c]["n"] for c in h.conditions} == {verdict.n}

@@ -124,7 +124,7 @@ def test_no_word_and_no_pair_of_words_tells_the_modes_apart(half: str):
 
 def test_every_output_has_an_id_its_model_a_text_a_mode_and_perhaps_a_doubt():
     outputs = entries("outputs")
-    assert [entry["id"] for entry in outputs] == [f"output-{at:03d}" for at in range(188)]
+    assert [entry["id"] for entry in outputs] == [f"output-{at:03d}" for at in range(200)]
     for entry in outputs:
         assert list(entry) in (keys := ["id", "model", "text", "mode", "kind"], [*keys, "unsure"]), entry["id"]
         assert entry["model"] in ("smollm2-135m", "gemma3-270m")

@@ -22,9 +22,9 @@ def svg(chart: charts.Drawn) -> str:
 def test_a_readout_chart_holds_a_dot_a_pair_and_a_mean_a_condition(protocol: Protocol, trials: pd.DataFrame) -> None:
     points, means = tables.condition_means(tables.normalised(trials), "recursive_score", protocol)
     drawn = svg(charts.conditions_chart(points, means, "hits", "A"))
-    assert drawn.count('aria-roledescription="circle"') == len(points) == 202
-    assert drawn.count('aria-roledescription="point"') == 17
-    assert drawn.count('aria-roledescription="rule mark"') == 17 + 1
+    assert drawn.count('aria-roledescription="circle"') == len(points) == 226
+    assert drawn.count('aria-roledescription="point"') == 19
+    assert drawn.count('aria-roledescription="rule mark"') == 19 + 1
 
 
 @pytest.mark.parametrize("rows", [0, 1])

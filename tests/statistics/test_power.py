@@ -263,7 +263,7 @@ def test_warnings_say_what_a_small_run_can_not_see():
     protocol = load_protocol("dec7")
     few = warnings_before(protocol, 9, ["1"])
     assert few[0].startswith(
-        "n=9: mode_exists_score, mode_exists_llr and 4 others can't reach p < 0.001 at all: 10 pairs"
+        "n=9: mode_exists_score, mode_exists_llr and 6 others can't reach p < 0.001 at all: 10 pairs"
     )
     twelve = warnings_before(protocol, 12, ["1"])
     assert "(alpha 0.001) can see only effects of dz >= 1." in twelve[0]

@@ -21,12 +21,10 @@ from kvpatch.store.columns import ATTENTION_SCHEMA
 
 ANGLES = 4
 """Dimensions of the subspaces whose angles are taken, of a window of 16 vectors."""
-RATIOS = ("attention_marked_beside", "attention_marked_lift")
-"""Columns that are ratios of means, and no mean of a statistic."""
 MEANS = {
     readout.name: f"mass_{readout.name.removeprefix('attention_')}"
     for readout in BUILT_IN
-    if readout.asks in ("attention", "attention.marked") and readout.name not in RATIOS
+    if readout.asks in ("attention", "attention.marked") and readout.axis != "ratio"  # of means, no mean of a statistic
 } | {"attention_entropy": "entropy"}
 """Trial column -> the statistic it is the mean of, over layers and heads."""
 MARKED = [readout.name for readout in BUILT_IN if readout.asks == "attention.marked"]

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field
 
 from kvpatch.errors import ProtocolError, ProtocolMistakes
 from kvpatch.planning.pairing import Pair, Pairs, form_pairs
+from kvpatch.planning.planning_model import PlanningModel, why_not
 from kvpatch.prompts.bank import Bank, shuffled_words
 from kvpatch.protocols.conditions import NATURAL_SOURCE, NATURAL_TARGET, ROLES, Condition
 from kvpatch.protocols.names import wrong_readouts
@@ -117,24 +117,6 @@ class Plan(Frozen):
     def trial_ids(self) -> list[str]:
         """Ids of all trials, in order."""
         return [trial.trial_id for batch in self.batches for trial in batch.trials]
-
-
-@dataclass(frozen=True)
-class PlanningModel:
-    """What a plan must know of a model.
-
-    body_length: number of body tokens of a text. key: names the weights, tokenizer and template; part of every trial
-    id. has_template: whether prompts go into a chat template (the neutral scaffold needs one). can_move_keys: False
-    for a model that adds positions to its embeddings. has: whether the prompt of a text has the slots that a phase asks
-    of its pairs; without it every pair counts as having them.
-    """
-
-    body_length: Callable[[str], int]
-    key: str
-    kv_heads: int
-    has_template: bool
-    can_move_keys: bool = True
-    has: Callable[[str, Having], bool] | None = None
 
 
 def chosen_phases(protocol: Protocol, phases: Sequence[str] | None, n: int | None = None) -> list[str]:
@@ -324,24 +306,7 @@ class _Planner:
         return out
 
     def _is_possible(self, phase: str, name: str, pairs: Sequence[Pair]) -> bool:
-        condition = self.protocol.conditions[name]
-        roles = {condition.from_, condition.text_of}
-        other = next((role for role in roles if role is not None and role not in ROLES), None)
-        reason = None
-        if self.model.kv_heads < condition.min_kv_heads:
-            reason = f"needs {condition.min_kv_heads} KV heads; the model has {self.model.kv_heads}"
-        elif "neutral" in roles and not self.model.has_template:
-            reason = "needs a chat template for the empty scaffold; the model has none"
-        elif condition.needs_template and not self.model.has_template:
-            reason = "needs slots that only a chat template gives; the model has none"
-        elif "foreign" in roles and any(pair.foreign is None for pair in pairs):
-            reason = "needs a foreign partner for every target; the bank has not got them"
-        elif "foreign_matched" in roles and any(pair.foreign_matched is None for pair in pairs):
-            reason = "needs a foreign partner, matched in person and speech act, for every source; the bank has none"
-        elif other and not any(other in pair.others for pair in pairs):
-            reason = f"needs {other} prompts; the bank gives these pairs none"
-        elif condition.change is not None and condition.change.moves_keys and not self.model.can_move_keys:
-            reason = "moves keys to other positions; the model adds positions to its embeddings"
+        reason = why_not(self.protocol.conditions[name], self.model, pairs)
         if reason:
             self.skipped.append(Skipped(phase=phase, condition=name, reason=reason))
         return reason is None

@@ -56,6 +56,7 @@ SHOWN: dict[Place, tuple[str, ...]] = {
 RESERVED = frozenset(
     """
     trial_id content_id phase split model condition condition_role pair_id source_id target_id sample seed patch
+    source_domain target_domain
     changes_planned changes_fired n_slots_patched n_layers_patched n_kv_heads_patched equals_text source_text
     target_text source_token_ids target_token_ids cache_token_ids output_token_ids output_logprobs text stopped
     mode_hits mode_llr_damage mode_llr_by_position content_llr_by_position rv_trajectory rv_forced_trajectory pr_v

@@ -128,11 +128,19 @@ def _place(verdict: Verdict) -> Place:
     return Place(
         kind=kind,
         index=int(index) if index.isdigit() else index,
-        carries=verdict.verdict == "supported",
+        carries=_carries(verdict),
         fraction=verdict.transfer_fraction,
         low=verdict.transfer_fraction_low,
         high=verdict.transfer_fraction_high,
     )
+
+
+def _carries(verdict: Verdict) -> bool:
+    """Whether a place carries the mode. A patch that makes the source's own text does so by construction, which is no
+    evidence about a cache and still the right answer here; its numbers decide."""
+    if verdict.verdict == "tautological" and verdict.ci_low is not None and verdict.margin is not None:
+        return verdict.ci_low > verdict.margin
+    return verdict.verdict == "supported"
 
 
 def expected_carriers(plant: Plant) -> dict[str, list[int | str]]:

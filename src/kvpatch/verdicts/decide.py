@@ -40,6 +40,11 @@ from kvpatch.verdicts.worst_case import decided_at_worst, lacking
 __all__ = ["Verdict", "headline", "verdicts", "verdicts_json"]
 
 Shares = Mapping[tuple[str, str], Coherence]
+ASKED = {
+    "id", "claim", "phase", "contrast", "readout", "transform", "test", "family", "gate", "criterion", "confirmatory",
+    "alpha",
+}  # fmt: skip
+"""What a verdict repeats of its hypothesis."""
 BROKEN = "Gate 0 did not pass: the check that this model is patched correctly failed, so no number can be read."
 
 
@@ -177,22 +182,7 @@ def _record(
     decision = decided[h.id]
     told = "" if decision.word == "tautological" else text_contrast(texts, h)
     return Verdict(
-        **h.model_dump(
-            include={
-                "id",
-                "claim",
-                "phase",
-                "contrast",
-                "readout",
-                "transform",
-                "test",
-                "family",
-                "gate",
-                "criterion",
-                "confirmatory",
-                "alpha",
-            }
-        ),
+        **h.model_dump(include=ASKED),
         n=found.n,
         n_pairs=found.n_pairs,
         n_dropped=found.n_dropped,

@@ -94,6 +94,23 @@ def small_run(directory: Path) -> Store:
     return write_run(directory, n=40, calibration=30, protocol=small_protocol(), change=change)
 
 
+NEEDS = {
+    "exists": [], "inert": ["exists"], "by_construction": [], "shut": ["by_construction"], "part": ["exists", "inert"],
+    "behind": ["exists", "shut"], "body": ["behind"],
+}  # fmt: skip
+
+
+def needing_run(directory: Path) -> Store:
+    """A run of hypotheses that name what they need: of which some passed, one is tautological and some did not pass."""
+    content = small_protocol().model_dump(mode="json", by_alias=True)
+    content["hypotheses"] = [
+        {key: value for key, value in h.items() if key not in ("gate", "is_gatekeeper")} | {"needs": NEEDS[h["id"]]}
+        for h in HYPOTHESES
+        if h["id"] in NEEDS
+    ]
+    return write_run(directory, n=40, calibration=30, protocol=Protocol.model_validate(content))
+
+
 def whole_run(directory: Path) -> Store:
     """A run of dec7, every phase, whose conditions are coherent in anything from none to all of their outputs."""
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from finished import RUNS, STORED, stored_run
+from finished import RUNS, STORED, needing_run, stored_run
 from kvpatch.report.build import report_page
 from kvpatch.report.text import MINUS
 from kvpatch.verdicts import prerequisites as gates
@@ -133,6 +134,39 @@ def test_every_gate_is_in_the_state_that_decided(made: tuple[Outcome, str]) -> N
             assert (verdict.blocked_by == "gate") == any(gate < h.gate for gate in closed), h.id
     keepers = re.findall(r"<bdi>(\w+)</bdi> <span class=\"quiet\">\(gatekeeper\)", section(html, "instruments"))
     assert sorted(keepers) == sorted(h.id for h in gates.gatekeepers(outcome.protocol) if words[h.id] != "tautological")
+
+
+def test_every_prerequisite_is_in_the_state_that_decided(made: tuple[Outcome, str]) -> None:
+    assert_prerequisites_are_shown(*made)
+
+
+def test_prerequisites_that_passed_and_others_are_in_the_state_that_decided(tmp_path: Path) -> None:
+    store = needing_run(tmp_path)
+    outcome = outcome_of(store)
+    html = report_page(store, outcome)
+    assert set(assert_prerequisites_are_shown(outcome, html).values()) == {"holds", "fails"}
+    assert not re.search(r"gate [1-5]<", html) and "(gatekeeper)" not in html
+    assert {v.id: v.missing for v in outcome.verdicts if v.missing} == {"behind": ["shut"], "body": ["behind"]}
+
+
+def assert_prerequisites_are_shown(outcome: Outcome, html: str) -> dict[str, str]:
+    """Hold each prerequisite that the report shows against the verdicts. Prerequisite -> the state it is shown in."""
+    by_id = {v.id: v for v in outcome.verdicts}
+    shown: dict[str, tuple[str, list[str]]] = {}
+    for item in section(html, "instruments").split('<a class="id needed"')[1:]:
+        name, *needed_by = re.findall(r"<bdi>(\w+)</bdi>", item.split("</li>")[0])
+        shown[name] = BADGE.findall(item)[0], needed_by
+    needed = {name for v in outcome.verdicts for name in v.needs}
+    assert {name: needed_by for name, (_, needed_by) in shown.items()} == {
+        name: [v.id for v in outcome.verdicts if name in v.needs] for name in needed
+    }
+    for name, (state, needed_by) in shown.items():
+        assert state == ("holds" if gates.has_passed(by_id[name].verdict) else "fails")
+        assert all((name in by_id[i].missing) == (state == "fails") for i in needed_by)
+    for v in outcome.verdicts:
+        if v.needs and v.verdict != "tautological" and v.blocked_by != "instrument":
+            assert (v.blocked_by == "prerequisite") == any(shown[name][0] == "fails" for name in v.needs), v.id
+    return {name: state for name, (state, _) in shown.items()}
 
 
 def test_every_role_is_the_one_the_condition_has_in_its_phase(made: tuple[Outcome, str]) -> None:

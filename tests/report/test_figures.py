@@ -85,7 +85,7 @@ def test_models_stand_side_by_side(outcome: Outcome, effects: list[dict], rows: 
     drawn = data(llr, "estimates")
     assert {row["model"] for row in drawn if row["condition"] == "C"} == {"first-model", "second-model"}
     replications = across.replication_rows(rows, outcome.protocol, models)
-    assert [[name for name, _ in r["pair"]] for r in replications] == [["first-model", "second-model"]] * 5
+    assert [[name for name, _ in r["pair"]] for r in replications] == [["first-model", "second-model"]] * 6
     assert across.across_figures(effects, {"1": "first-model"}) == []
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import duckdb
 import pytest
+from markupsafe import escape
 
 from kvpatch.report.build import write_report
 from kvpatch.specs.readouts import shown
@@ -68,7 +69,7 @@ def test_every_verdict_is_the_one_in_the_file(made: tuple[Path, str]) -> None:
         ends = (verdict["ci_low"], verdict["ci_high"])
         wanted = [verdict[k] for k in keys if not (k.startswith("ci_") and None in ends)]
         assert rows[f"h-{verdict['id']}"] == [value for value in wanted if value is not None]
-        assert f">{verdict['because'][:40]}"[:30].replace("'", "&#39;") in html.replace("&#x27;", "&#39;")
+        assert f">{escape(verdict['because'][:29])}" in html.replace("&#x27;", "&#39;")
 
 
 @pytest.mark.parametrize("place", range(3))

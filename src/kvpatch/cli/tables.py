@@ -243,7 +243,7 @@ def print_power(entries: Sequence[Power]) -> None:
     console.print(
         "First line, the headline: at the hypothesis' own alpha. Second line: at alpha over the size of its family,"
         " which Holm asks of one that passes alone. Of an equivalence test the figures are margins: the smallest that"
-        " is certified where there is no effect. That the gates before it pass is taken for granted."
+        " is certified where there is no effect. That what it waits for has passed is taken for granted."
     )
     notes: dict[str, list[str]] = {}
     for e in entries:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import graphlib
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticKnownError
 
-from kvpatch.specs.base import Frozen
+from kvpatch.specs.base import Frozen, is_none
+from kvpatch.specs.nearest import instead
 from kvpatch.specs.test_kinds import TestKind, find, kind_named, kinds
 
 Transform = Literal["none", "log"]
@@ -134,6 +137,9 @@ class Hypothesis(Frozen):
     `contrast` combines pair means ('C - N1'); for "trend" and "umbrella" it orders conditions ('L1 < L2 < L3',
     'L1 < L2 > L3'). "correlates" relates it over pairs to `against`, given `controlling`. "replicates" asks whether
     it repeats the hypothesis `of`, in a phase on another model.
+
+    `needs` names what must have passed before this one is read. One without it waits for the gatekeepers of earlier
+    gates.
     """
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
@@ -150,10 +156,28 @@ class Hypothesis(Frozen):
     margin: Margin | None = None
     alpha: float = Field(default=0.05, gt=0, lt=1)
     family: str = Field(description="hypotheses of one family share a correction for multiplicity")
-    gate: int = Field(ge=1, le=5)
+    needs: list[str] | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="ids of the hypotheses that must have passed before this one may be read; [] for none. Where it is "
+        "given, gates do not apply to the hypothesis",
+    )
+    gate: int = Field(default=1, ge=1, le=5, description="asked for where 'needs' is not given")
     is_gatekeeper: bool = Field(default=False, description="if it is not supported, later gates can't be interpreted")
     criterion: str | None = Field(default=None, description="row of the success-criteria table this decides")
     confirmatory: bool = True
+
+    @model_validator(mode="after")
+    def _says_what_it_waits_for(self) -> Hypothesis:
+        if self.needs is None and "gate" not in self.model_fields_set:
+            raise Misplaced(
+                "give 'needs', the ids of the hypotheses that must have passed before it ([] for none)", "needs"
+            )
+        if self.needs is not None and self.is_gatekeeper:
+            raise Misplaced(
+                "'is_gatekeeper' goes with 'gate'; a hypothesis with 'needs' keeps no gate", "is_gatekeeper"
+            )
+        return self
 
     @model_validator(mode="after")
     def _is_complete(self) -> Hypothesis:
@@ -236,3 +260,37 @@ class Hypothesis(Frozen):
     def conditions(self) -> list[str]:
         """Every condition the hypothesis reads, each once."""
         return list(dict.fromkeys(name for names, _ in self.conditions_by_place() for name in names))
+
+
+def waits_for(hypotheses: Sequence[Hypothesis]) -> dict[str, list[str]]:
+    """Id -> the ids it needs, of the hypotheses that have `needs`."""
+    return {h.id: h.needs for h in hypotheses if h.needs is not None}
+
+
+def wrong_needs(hypotheses: Sequence[Hypothesis]) -> Iterator[Misplaced]:
+    """What is wrong with `needs`: a name that there is not, or that is given twice, a hypothesis' own, a circle."""
+    known = [h.id for h in hypotheses]
+    for place, h in enumerate(hypotheses):
+        for index, name in enumerate(h.needs or ()):
+            at = ("hypotheses", place, "needs", index)
+            if name not in known:
+                yield Misplaced(f"no hypothesis {name!r}; {instead(name, [i for i in known if i != h.id])}", *at)
+            elif name == h.id:
+                yield Misplaced(f"hypothesis {name!r} needs itself, so it could never be read", *at)
+            elif name in (h.needs or ())[:index]:
+                yield Misplaced(f"{h.id!r} names hypothesis {name!r} twice", *at)
+    circle = _circle({name: [n for n in needs if n != name] for name, needs in waits_for(hypotheses).items()})
+    if circle:
+        told = " needs ".join(map(repr, circle))
+        yield Misplaced(
+            f"{told}, a circle, so none of them could be read", "hypotheses", known.index(circle[0]), "needs"
+        )
+
+
+def _circle(needs: Mapping[str, Sequence[str]]) -> list[str]:
+    """Ids of which each needs the next, the first one again at the end; empty where there is no circle."""
+    try:
+        graphlib.TopologicalSorter(needs).prepare()
+    except graphlib.CycleError as error:
+        return list(reversed(error.args[1]))  # graphlib lists them the other way: each is needed by the next
+    return []

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from kvpatch.protocols.conditions import NATURAL_SOURCE, NATURAL_TARGET, ROLES, Condition, Role
-from kvpatch.protocols.hypotheses import Correction, Hypothesis, Misplaced
+from kvpatch.protocols.hypotheses import Correction, Hypothesis, Misplaced, wrong_needs
 from kvpatch.specs import arguments
 from kvpatch.specs.base import PLAIN, Frozen, Mode, is_empty, is_none
 from kvpatch.specs.nearest import instead
@@ -256,6 +256,7 @@ class Protocol(Frozen):
                 told = instead(family, families)
                 yield Misplaced(f"no hypothesis has family {family!r}; {told}", "corrections", family)
         yield from self._hypotheses_fit()
+        yield from wrong_needs(self.hypotheses)
         known = [h.id for h in self.hypotheses]
         for organism, verdicts in self.expected.items():
             for verdict, names in verdicts.items():

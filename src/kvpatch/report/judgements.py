@@ -1,4 +1,4 @@
-"""Verdicts, criteria and gates, as the report's tables show them."""
+"""Verdicts, criteria, gates and prerequisites, as the report's tables show them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Badge:
 BADGES = {
     badge.word: badge
     for badge in (
-        Badge("supported", "✓", "yes", "the test passed, and so did the gates before it"),
+        Badge("supported", "✓", "yes", "the test passed, and so did what it waits for"),
         Badge("not supported", "✕", "no", "the test did not pass, and its interval speaks against the claim"),
         Badge("equivalent", "≈", "same", "the difference lies inside the margin, shown by two one-sided tests"),
         Badge("inconclusive", "?", "open", "the data decide neither way; more pairs may"),
@@ -36,7 +36,7 @@ BADGES = {
             "not interpretable",
             "⊘",
             "void",
-            "a gate before it failed, or a condition's outputs are not coherent",
+            "what it needs, or a gate before it, did not pass; or a condition's outputs are not coherent",
         ),
         Badge("tautological", "↻", "loop", "true by construction of the conditions; it is no evidence"),
     )
@@ -96,6 +96,7 @@ def _row(name: str, verdict: dict | None, hypothesis: Hypothesis | None) -> dict
     test = told("test")
     kind = find(test)
     confirmatory = told("confirmatory")
+    needs = hypothesis.needs if hypothesis else entry.get("needs") or None
     return {
         "id": name,
         "badge": badge(entry.get("verdict")),
@@ -107,7 +108,9 @@ def _row(name: str, verdict: dict | None, hypothesis: Hypothesis | None) -> dict
         "certifies_absence": kind is not None and kind.certifies_absence,
         "has_margin_on_both_sides": kind is not None and kind.has_margin_on_both_sides,
         "test": kind.words.claim if kind else test or "",
-        "gate": told("gate"),
+        "gate": told("gate") if needs is None else None,
+        "needs": needs,
+        "missing": entry.get("missing") or [],
         "family": told("family"),
         "alpha": as_float(told("alpha")),
         "criterion": hypothesis.criterion if hypothesis else entry.get("criterion"),
@@ -184,6 +187,28 @@ def gates(rows: list[dict], instruments: Badge, protocol: Protocol) -> list[dict
         state = STATES[states.get(gate, "no gatekeeper")]
         out.append({"gate": gate, "asks": GATES.get(gate, ""), "state": state, "rows": members})
     return out
+
+
+def prerequisites(rows: list[dict], protocol: Protocol) -> list[dict]:
+    """Return each hypothesis that others need, with its row, whether it holds, and the rows of those that need it."""
+    by_id = {row["id"]: row for row in rows}
+    needed = passing.prerequisites(protocol)
+    return [
+        {"row": by_id[name], "state": _holds(by_id[name]["badge"]), "rows": [by_id[i] for i in needed_by]}
+        for name, needed_by in needed.items()
+    ]
+
+
+def _holds(of: Badge) -> Badge:
+    return UNKNOWN if of is MISSING else PASSED if passing.has_passed(of.word) else FAILED
+
+
+def rests_on(rows: list[dict], protocol: Protocol) -> list[dict]:
+    """Return the rows that the answer rests on: those of gates 1 and 2; with `needs`, the primary ones and what they
+    need."""
+    asked = protocol.hypotheses
+    names = {h.id for h in (*passing.manipulation_checks(asked), *passing.primary(asked)) if h.needs is not None}
+    return [row for row in rows if (row["gate"] or 9) <= 2 or row["id"] in names]
 
 
 def instruments_badge(checks: list[dict], validation: Any) -> Badge:

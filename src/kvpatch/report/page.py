@@ -50,7 +50,7 @@ class Live:
 SECTIONS = {
     "answer": "Answer",
     "verdicts": "Verdicts",
-    "instruments": "Gates and instruments",
+    "instruments": "Prerequisites and instruments",
     "effects": "Effects",
     "conditions": "Conditions",
     "maps": "Layers and tokens",
@@ -133,12 +133,13 @@ def _context(
         "protocol": protocol,
         "headline": headline,
         "rows": rows,
-        "primary": [row for row in rows if (row["gate"] or 9) <= 2 and row["badge"].word != "tautological"],
+        "primary": [row for row in judgements.rests_on(rows, protocol) if row["badge"].word != "tautological"],
         "criteria": judgements.criteria(rows),
         "badges": judgements.BADGES.values(),
         "gates": judgements.gates(
             rows, judgements.instruments_badge(instruments["checks"], run.get("validation")), protocol
         ),
+        "prerequisites": judgements.prerequisites(rows, protocol),
         "instruments": instruments,
         "gate_zero": gate_zero(run.get("validation")),
         "strip": strip,

@@ -10,6 +10,7 @@ from kvpatch.protocols.schema import Protocol
 from kvpatch.report.judgements import MISSING
 from kvpatch.report.maps import place_of
 from kvpatch.specs.readouts import shown
+from kvpatch.verdicts.prerequisites import nulls as controls_of
 
 
 def four_questions(rows: list[dict], protocol: Protocol, ran: set[str], models: list[str], has_attention: bool) -> list:
@@ -110,7 +111,8 @@ def attacks(rows: list[dict], strip: list[dict], protocol: Protocol, pairs: int,
     protocol is the one that was stored before the first trial.
     """
     circular = [row for row in rows if row["badge"].word == "tautological"]
-    nulls = [row for row in rows if row["gate"] == 3 and row["certifies_absence"]]
+    controls = {h.id for h in controls_of(protocol.hypotheses)}
+    nulls = [row for row in rows if row["id"] in controls]
     inert = [row for row in nulls if row["badge"].word == row["passes"]]
     without_copies = {readout.name for readout in shown("copying")}
     copied = [row for row in rows if row["readout"] in without_copies]

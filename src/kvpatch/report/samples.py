@@ -11,6 +11,7 @@ from markupsafe import Markup
 from kvpatch.protocols.schema import Protocol
 from kvpatch.report import tables
 from kvpatch.report.text import Span, marked
+from kvpatch.verdicts.prerequisites import decision_order
 
 Hits = Sequence[Mapping[str, int]]
 """The scorer's hits in a text, as they are stored: where each starts and ends."""
@@ -63,7 +64,7 @@ def side_by_side(protocol: Protocol, phase: str) -> list[str]:
     """
     natural = [n for n in (tables.natural_run(protocol, s) for s in ("target", "source")) if n is not None]
     asked = [h for h in protocol.hypotheses if h.phase == phase and not protocol.is_tautological(h)]
-    compared = [name for h in sorted(asked, key=lambda h: h.gate) for name in h.conditions]
+    compared = [name for h in decision_order(protocol) if h in asked for name in h.conditions]
     own = protocol.phases[phase].conditions if phase in protocol.phases else []
     return list(dict.fromkeys([*natural, *compared, *own]))[:MAX_SIDE_BY_SIDE]
 

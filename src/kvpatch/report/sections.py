@@ -61,7 +61,7 @@ def model_of_phase(run: dict, protocol: Protocol) -> dict[str, dict]:
 
 
 def instruments(run: dict, trials: pd.DataFrame, parts: Parts, protocol: Protocol) -> dict:
-    """Return the section on gates: checks, validation, coherence, and agreements between conditions."""
+    """Return the section on prerequisites: checks, validation, coherence, and agreements between conditions."""
     models = models_of(run)
     phases = []
     for phase, question, part in parts:

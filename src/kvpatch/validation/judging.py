@@ -20,7 +20,7 @@ from kvpatch.verdicts.decide import Verdict
 from kvpatch.verdicts.margins import SMALL_SHARE, calibration_rows, natural_gap
 from kvpatch.verdicts.pairs import contrast_differences, prepare, rows_of
 from kvpatch.verdicts.power import power
-from kvpatch.verdicts.prerequisites import coherence_shares
+from kvpatch.verdicts.prerequisites import all_needed, coherence_shares
 from kvpatch.verdicts.specificity import LIMIT as SPECIFIC
 
 SIMULATION_ERROR = 0.01
@@ -46,8 +46,9 @@ def expected_verdicts(protocol: Protocol, organism: str) -> dict[str, str]:
 
 
 def phases_to_run(protocol: Protocol, expected: Mapping[str, str]) -> list[str]:
-    """Phases that an expected verdict needs trials of; phase 1, where the gates are, first."""
-    needed = {protocol.hypothesis(name).phase for name, words in expected.items() if words not in BLOCKED}
+    """Phases that an expected verdict, or what it needs, is read from; and phase 1, where the mode is asked for."""
+    asked = [name for name, words in expected.items() if words not in BLOCKED]
+    needed = {protocol.hypothesis(name).phase for name in [*asked, *all_needed(protocol.hypotheses, asked)]}
     return [name for name in protocol.phases if name in needed | {"1"}]
 
 

@@ -1,7 +1,7 @@
-"""Protocol and trials in, verdicts out: measure, correct, pass the gates in order, decide.
+"""Protocol and trials in, verdicts out: measure, correct, decide each after what it waits for.
 
-Order of the rules: tautological; gate 0 (instrument); earlier gates; coherence; specificity; then the numbers
-(`rules.decide`), which must hold whatever missing rows were (`worst_case`).
+Order of the rules: tautological; gate 0 (instrument); prerequisites or earlier gates; coherence; specificity; then the
+numbers (`rules.decide`), which must hold whatever missing rows were (`worst_case`).
 """
 
 from __future__ import annotations
@@ -23,21 +23,28 @@ from kvpatch.verdicts.prerequisites import (
     COHERENT_SHARE,
     Coherence,
     coherence_shares,
+    decision_order,
     failed_gatekeeper,
     gatekeepers,
     incoherent_conditions,
+    missing,
 )
 from kvpatch.verdicts.records import Verdict, verdicts_json
 from kvpatch.verdicts.rules import Decision, decide
 from kvpatch.verdicts.sensitivity import Sensitivity, by_domain, sensitivity
 from kvpatch.verdicts.specificity import unspecific
 from kvpatch.verdicts.texts import Texts, texts_of
-from kvpatch.verdicts.wording import percent, tautology, text_contrast
+from kvpatch.verdicts.wording import figures, percent, tautology, text_contrast
 from kvpatch.verdicts.worst_case import decided_at_worst, lacking
 
 __all__ = ["Verdict", "headline", "verdicts", "verdicts_json"]
 
 Shares = Mapping[tuple[str, str], Coherence]
+ASKED = {
+    "id", "claim", "phase", "contrast", "readout", "transform", "test", "family", "gate", "criterion", "confirmatory",
+    "alpha",
+}  # fmt: skip
+"""What a verdict repeats of its hypothesis."""
 BROKEN = "Gate 0 did not pass: the check that this model is patched correctly failed, so no number can be read."
 
 
@@ -69,7 +76,7 @@ def verdicts(
     p_values = {name: m.p for name, m in measured.items()}
     adjusted = adjusted_by_family(p_values, families, protocol.corrections)
     decided: dict[str, Decision] = {}
-    for h in sorted(protocol.hypotheses, key=lambda h: h.gate):
+    for h in decision_order(protocol):
         blocked = _blocked(h, measured[h.id], instrument_ok, shares, texts, decided)
         because = None if blocked else unspecific(protocol, h, calibrations or {})
         if because is not None:
@@ -90,7 +97,7 @@ def verdicts(
         _record(
             measured[h.id],
             adjusted[h.id],
-            decided[h.id],
+            decided,
             texts,
             _shares_of(h, shares),
             sensitivity(phases[h.phase], h, measured[h.id].differences),
@@ -114,18 +121,43 @@ def _blocked(
         return Decision("tautological", tautology(texts, m) + also)
     if instrument_ok is False:
         return Decision("not interpretable", BROKEN, "instrument")
-    words = {name: decision.word for name, decision in decided.items()}
-    keeper = failed_gatekeeper(gatekeepers(texts.protocol), words, h.gate)
-    if keeper is not None:
-        why = decided[keeper.id].because.rstrip(".")
-        because = f"Gate {keeper.gate} did not pass: {keeper.id} is {words[keeper.id]} ({why})."
-        return Decision("not interpretable", because, "gate")
+    waits = _behind_a_gate(h, texts.protocol, decided) if h.needs is None else _lacks(h, m, texts.protocol, decided)
+    if waits is not None:
+        return waits
     weak = incoherent_conditions(h, shares)
     if weak:
         told = " and ".join(f"{percent(share)} of the outputs of {name}" for name, share in weak.items())
         because = f"Only {told} are coherent in phase {h.phase}, where at least {COHERENT_SHARE:.0%} are needed."
         return Decision("not interpretable", because, "coherence")
     return None
+
+
+def _words(decided: Mapping[str, Decision]) -> dict[str, str]:
+    return {name: decision.word for name, decision in decided.items()}
+
+
+def _behind_a_gate(h: Hypothesis, protocol: Protocol, decided: Mapping[str, Decision]) -> Decision | None:
+    keeper = failed_gatekeeper(gatekeepers(protocol), _words(decided), h.gate)
+    if keeper is None:
+        return None
+    found = decided[keeper.id]
+    because = f"Gate {keeper.gate} did not pass: {keeper.id} is {found.word} ({found.because.rstrip('.')})."
+    return Decision("not interpretable", because, "gate")
+
+
+def _lacks(h: Hypothesis, m: Measured, protocol: Protocol, decided: Mapping[str, Decision]) -> Decision | None:
+    """The verdict of a hypothesis of which a prerequisite did not pass, with its numbers all the same; else None."""
+    words, told = _words(decided), []
+    for name in missing(h, words):
+        found = decided[name]
+        beneath = ", ".join(missing(protocol.hypothesis(name), words))
+        why = f"for want of {beneath}" if found.blocked_by == "prerequisite" else f"({found.because.rstrip('.')})"
+        told.append(f"{name} is {found.word} {why}")
+    if not told:
+        return None
+    measured = figures(m) if m.differences.n else f"No pair was measured for {h.contrast}"
+    because = f"{measured}; that is not interpreted, since {' and '.join(told)}."
+    return Decision("not interpretable", because, "prerequisite")
 
 
 def _shares_of(h: Hypothesis, shares: Shares) -> dict[str, float | None]:
@@ -140,31 +172,17 @@ def _known(value: float | None) -> float | None:
 def _record(
     m: Measured,
     p_adjusted: float,
-    decision: Decision,
+    decided: Mapping[str, Decision],
     texts: Texts,
     shares: dict[str, float | None],
     beside: Sensitivity,
     clustered: Clustered | None,
 ) -> Verdict:
     h, found, ratio = m.hypothesis, m.differences, m.transfer
+    decision = decided[h.id]
     told = "" if decision.word == "tautological" else text_contrast(texts, h)
     return Verdict(
-        **h.model_dump(
-            include={
-                "id",
-                "claim",
-                "phase",
-                "contrast",
-                "readout",
-                "transform",
-                "test",
-                "family",
-                "gate",
-                "criterion",
-                "confirmatory",
-                "alpha",
-            }
-        ),
+        **h.model_dump(include=ASKED),
         n=found.n,
         n_pairs=found.n_pairs,
         n_dropped=found.n_dropped,
@@ -191,6 +209,8 @@ def _record(
         sensitivity=beside,
         verdict=decision.word,
         blocked_by=decision.blocked_by,
+        needs=h.needs or [],
+        missing=missing(h, _words(decided)),
         because=decision.because + told,
         evidence=texts.evidence(h),
         evidence_from=texts.decided_from,

@@ -16,7 +16,7 @@ def adjusted_by_family(
 
     The protocol, not the data, says how many hypotheses a family has: each counts, tautological and not
     interpretable ones too. What may be claimed is then a subset of what Holm rejects, so the family's error
-    rate holds; leaving out hypotheses after seeing that their gate failed would not keep it.
+    rate holds; leaving out hypotheses after seeing that what they wait for failed would not keep it.
     """
     out: dict[str, float] = {}
     for family in dict.fromkeys(families[name] for name in p_values):

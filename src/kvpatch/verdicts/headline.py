@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.schema import Protocol
 from kvpatch.specs.readouts import readouts
 from kvpatch.specs.test_kinds import kind_named
-from kvpatch.verdicts.prerequisites import PASSED
+from kvpatch.verdicts.prerequisites import PASSED, manipulation_checks, nulls, primary
 from kvpatch.verdicts.procedures import procedure_of
 from kvpatch.verdicts.records import Verdict
 
@@ -28,19 +27,22 @@ def headline(protocol: Protocol, verdicts: Sequence[Verdict]) -> str:
         return f'Nothing has been decided yet on "{protocol.title}".'
     if any(v.blocked_by == "instrument" for v in verdicts):
         return f"The instrument check failed on this model, so this run says nothing about {_mode(protocol)}."
-    first = [verdict_of[h.id] for h in _gate(asked, 1)]
-    if any(v.verdict not in PASSED for v in first):
-        return _no_mode(protocol, first)
-    primary = [verdict_of[h.id] for h in _gate(asked, 2)]
-    if not primary:
+    checks = [verdict_of[h.id] for h in manipulation_checks(asked)]
+    if any(v.verdict not in PASSED for v in checks if not _has_needs(protocol, v)):
+        return _no_mode(protocol, checks)
+    main = [verdict_of[h.id] for h in primary(asked)]
+    if not main:
         return _without_primary(protocol, [verdict_of[h.id] for h in asked])
-    return _transfer(protocol, primary, [v for v in verdicts if v.gate > 2])
+    unread = [v for v in main if v.blocked_by is not None and _has_needs(protocol, v)]
+    if unread and all(v.blocked_by == "prerequisite" for v in main):
+        return _no_mode(protocol, checks)
+    read = [v for v in main if v not in unread]
+    controls = [verdict_of[h.id] for h in nulls(protocol.hypotheses) if h.id in verdict_of]
+    return _transfer(protocol, read or main, _unread(unread, verdict_of) if read else "", controls)
 
 
-def _gate(hypotheses: Sequence[Hypothesis], gate: int) -> list[Hypothesis]:
-    """The gatekeepers of a gate, or its confirmatory hypotheses where it has none."""
-    members = [h for h in hypotheses if h.gate == gate and h.confirmatory]
-    return [h for h in members if h.is_gatekeeper] or members
+def _has_needs(protocol: Protocol, v: Verdict) -> bool:
+    return protocol.hypothesis(v.id).needs is not None
 
 
 def _mode(protocol: Protocol) -> str:
@@ -77,7 +79,26 @@ def _is_seen(v: Verdict) -> bool:
     return v.ci_high < 0 if kind_named(v.test).side == -1 else v.ci_low > 0
 
 
-def _transfer(protocol: Protocol, primary: Sequence[Verdict], later: Sequence[Verdict]) -> str:
+_UNREAD = {
+    "coherence": "outputs that are not coherent",
+    "specificity": "a readout that is not specific",
+    "missing": "too many missing rows",
+}
+
+
+def _unread(verdicts: Sequence[Verdict], verdict_of: Mapping[str, Verdict]) -> str:
+    """Which primary hypotheses could not be read, and for want of what; "" where all could."""
+    if not verdicts:
+        return ""
+    lacks = [verdict_of[name] for name in dict.fromkeys(name for v in verdicts for name in v.missing)]
+    others = dict.fromkeys(_UNREAD[v.blocked_by] for v in verdicts if v.blocked_by in _UNREAD)
+    why = ", ".join([f"{v.id}: {v.verdict}" for v in lacks] + list(others))
+    return f"; {', '.join(v.id for v in verdicts)} can't be read ({why})"
+
+
+def _transfer(protocol: Protocol, primary: Sequence[Verdict], unread: str, controls: Sequence[Verdict]) -> str:
+    """What primary hypotheses say that could be read. unread: what is said of the others, each of which names its
+    prerequisites; the strongest sentence is for protocols of which every one could be read."""
     mode, told = _mode(protocol), _named(primary)
     passed = [v for v in primary if v.verdict in PASSED]
     strong = [v for v in primary if _carries_the_claim(v)]
@@ -86,27 +107,33 @@ def _transfer(protocol: Protocol, primary: Sequence[Verdict], later: Sequence[Ve
         which = f"{texts} of {len(primary)} compare texts, which checks the manipulation alone; " if texts else ""
         return (
             f"What passed does not show that {mode} can be read from the cache ({told}): {which}none is a directional "
-            f"test of a readout of the mode, on at least {LEAST_PAIRS} pairs, of a cache that no text equals."
+            f"test of a readout of the mode, on at least {LEAST_PAIRS} pairs, of a cache that no text equals{unread}."
         )
+    if len(passed) == len(primary) and unread:
+        readable = " and ".join(dict.fromkeys(v.readout for v in strong))
+        rests = "; ".join(f"{v.contrast}, n = {v.n}" for v in strong)
+        return f"In {readable} alone, {mode} was seen to move with the cache ({rests}){_controls(controls)}{unread}."
     if len(passed) == len(primary):
         rests = "; ".join(f"{v.contrast} in {v.readout}, n = {v.n}" for v in strong)
         return (
             f"Information sufficient for {_style(protocol)} can be read from these cache slots ({rests})"
-            f"{_controls(later)}."
+            f"{_controls(controls)}."
         )
     blocked = [v for v in primary if v.blocked_by == "coherence"]
     if blocked:
         return (
             f"Whether {mode} moves with the cache can't be read from this run: the outputs of a condition it"
-            f" needs are not coherent ({told})."
+            f" needs are not coherent ({told}){unread}."
         )
     if passed:
-        return f"The evidence that {mode} moves with the cache is incomplete, so it is not shown ({told})."
+        return f"The evidence that {mode} moves with the cache is incomplete, so it is not shown ({told}){unread}."
     if all(v.verdict == "not supported" for v in primary):
-        return f"In this model {mode} was not seen to move with the cache; the data speak against it ({told})."
+        return f"In this model {mode} was not seen to move with the cache; the data speak against it ({told}){unread}."
     if any(v.verdict == "not supported" for v in primary):
-        return f"The transfer of {mode} with the cache is not shown; part of the data speak against it ({told})."
-    return f"This run can't tell whether {mode} moves with the cache ({told})."
+        return (
+            f"The transfer of {mode} with the cache is not shown; part of the data speak against it ({told}){unread}."
+        )
+    return f"This run can't tell whether {mode} moves with the cache ({told}){unread}."
 
 
 def _carries_the_claim(v: Verdict) -> bool:
@@ -117,13 +144,12 @@ def _carries_the_claim(v: Verdict) -> bool:
     return v.evidence == "cache" and kind_named(v.test).claims == "beyond" and is_of_mode and v.n >= LEAST_PAIRS
 
 
-def _controls(later: Sequence[Verdict]) -> str:
+def _controls(inert: Sequence[Verdict]) -> str:
     """What has to be said beside the strongest sentence: controls that were not shown to be inert."""
-    nulls = [v for v in later if v.gate == 3 and kind_named(v.test).certifies_absence]
-    open_ones = [v.id for v in nulls if v.verdict != kind_named(v.test).passes]
+    open_ones = [v.id for v in inert if v.verdict != kind_named(v.test).passes]
     if not open_ones:
         return ""
-    return f"; {len(open_ones)} of {len(nulls)} control caches were not shown to leave the target as it is"
+    return f"; {len(open_ones)} of {len(inert)} control caches were not shown to leave the target as it is"
 
 
 def _without_primary(protocol: Protocol, asked: Sequence[Verdict]) -> str:

@@ -1,7 +1,8 @@
 """What a protocol can see: by simulation of its own decision rule, before anything is run.
 
 What each data set would have needed is computed by the kind of test's own procedure (`procedures.py`).
-Power counts the hypothesis' own test alone: that its gate passes and its outputs are coherent is taken for granted.
+Power counts the hypothesis' own test alone: that what it waits for passes, and that its outputs are coherent, is taken
+for granted.
 """
 
 from __future__ import annotations

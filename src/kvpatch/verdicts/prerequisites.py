@@ -1,10 +1,11 @@
-"""Gates: what must hold before a contrast may be read. Conditions must be coherent; earlier gates must have
-passed. What the report and the view show of either is asked here."""
+"""What must hold before a contrast may be read. Conditions must be coherent; what the hypothesis needs, or earlier
+gates where it names nothing, must have passed. What the report and the view show of either is asked here."""
 
 from __future__ import annotations
 
+import graphlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from kvpatch.errors import StoreError
-from kvpatch.protocols.hypotheses import Hypothesis
+from kvpatch.protocols.hypotheses import Hypothesis, waits_for
 from kvpatch.protocols.schema import Protocol
 from kvpatch.specs.readouts import readouts
 
@@ -20,6 +21,8 @@ COHERENT_SHARE = 0.9
 CERTAIN = 0.95
 """One-sided level at which a condition's share of coherent outputs must lie below `COHERENT_SHARE` to stop it."""
 PASSED = ("supported", "equivalent")
+PRIMARY, NULLS = "primary", "nulls"
+"""Families by which a protocol with `needs` says what answers its question, and what must leave the target as it is."""
 GateState = Literal["open", "closed", "undecided", "no gatekeeper"]
 
 
@@ -101,6 +104,69 @@ def instrument_holds(checks: Iterable[Mapping[str, Any]]) -> bool | None:
     return all(holds is not False for holds in found) if found else None
 
 
+def has_passed(word: str) -> bool:
+    """Whether what waits for a hypothesis may be read. One that is tautological holds whatever the model does."""
+    return word in (*PASSED, "tautological")
+
+
+def decision_order(protocol: Protocol) -> list[Hypothesis]:
+    """The hypotheses, each after all that it waits for: those with gates by gate, then those with `needs`."""
+    by_gate = sorted((h for h in protocol.hypotheses if h.needs is None), key=lambda h: h.gate)
+    waiting = waits_for(protocol.hypotheses)
+    order = graphlib.TopologicalSorter(waiting).static_order()
+    return by_gate + [protocol.hypothesis(name) for name in order if name in waiting]
+
+
+def missing(hypothesis: Hypothesis, verdict_of: Mapping[str, str]) -> list[str]:
+    """Ids of what the hypothesis needs and that did not pass. verdict_of: id -> verdict, decided so far."""
+    return [name for name in hypothesis.needs or () if not has_passed(verdict_of[name])]
+
+
+def prerequisites(protocol: Protocol) -> dict[str, list[str]]:
+    """Id of each hypothesis that another one needs -> ids of those that need it; both in the protocol's order."""
+    waiting = waits_for(protocol.hypotheses)
+    found = {h.id: [name for name, needs in waiting.items() if h.id in needs] for h in protocol.hypotheses}
+    return {name: needed_by for name, needed_by in found.items() if needed_by}
+
+
+def all_needed(hypotheses: Sequence[Hypothesis], names: Iterable[str]) -> set[str]:
+    """Ids of all that hypotheses need, and of what those need in turn."""
+    waiting, found, left = waits_for(hypotheses), set[str](), list(names)
+    while left:
+        new = set(waiting.get(left.pop(), [])) - found
+        found |= new
+        left += new
+    return found
+
+
+def primary(hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
+    """Those that answer a protocol's question: with `needs`, the confirmatory ones of the family "primary"; without,
+    those of gate 2 that keep it, or all of its confirmatory ones where none does."""
+    by_gate = _of_gate(hypotheses, 2)
+    of_family = [h for h in hypotheses if h.needs is not None and h.family == PRIMARY and h.confirmatory]
+    return [h for h in hypotheses if h in by_gate or h in of_family]
+
+
+def manipulation_checks(hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
+    """Those that say whether there is a mode to move: what the primary ones need, or those of gate 1."""
+    own = {h.id for h in primary(hypotheses)}
+    needed = {h.id for h in _of_gate(hypotheses, 1)} | all_needed(hypotheses, own) - own
+    return [h for h in hypotheses if h.id in needed]
+
+
+def nulls(hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
+    """Controls that must leave the target as it is: tests of the family "nulls", or of gate 3, that certify absence."""
+    of_role = [h for h in hypotheses if (h.gate == 3 if h.needs is None else h.family == NULLS)]
+    return [h for h in of_role if h.kind.certifies_absence]
+
+
+def _of_gate(hypotheses: Sequence[Hypothesis], gate: int) -> list[Hypothesis]:
+    """The gatekeepers of a gate, or its confirmatory hypotheses where it has none and no hypothesis has `needs`."""
+    members = [h for h in hypotheses if h.needs is None and h.gate == gate and h.confirmatory]
+    keepers = [h for h in members if h.is_gatekeeper]
+    return keepers or ([] if waits_for(hypotheses) else members)
+
+
 def gatekeepers(protocol: Protocol) -> list[Hypothesis]:
     """Hypotheses that later gates wait for, by gate. One that turns out tautological is waited for no longer: it holds
     whatever the model does."""
@@ -111,18 +177,20 @@ def failed_gatekeeper(keepers: Iterable[Hypothesis], verdict_of: Mapping[str, st
     """The first gatekeeper of an earlier gate that did not pass, or None. verdict_of: id -> verdict, decided
     so far."""
     for keeper in keepers:
-        if keeper.gate < gate and verdict_of[keeper.id] not in (*PASSED, "tautological"):
+        if keeper.gate < gate and not has_passed(verdict_of[keeper.id]):
             return keeper
     return None
 
 
 def gate_states(protocol: Protocol, verdict_of: Mapping[str, str]) -> dict[int, GateState]:
-    """Gate -> its state, for every gate that has a hypothesis.
+    """Gate -> its state, for every gate that has a hypothesis without `needs`.
 
     "closed": a gatekeeper did not pass, so nothing behind the gate is read. "undecided": none did not pass, but one
     has no verdict. verdict_of: id -> verdict, of those that are decided.
     """
-    states: dict[int, GateState] = {gate: "no gatekeeper" for gate in sorted({h.gate for h in protocol.hypotheses})}
+    states: dict[int, GateState] = {
+        gate: "no gatekeeper" for gate in sorted({h.gate for h in protocol.hypotheses if h.needs is None})
+    }
     words: dict[int, list[str | None]] = {}
     for keeper in gatekeepers(protocol):
         if verdict_of.get(keeper.id) == "tautological":

@@ -66,9 +66,11 @@ class Verdict(Frozen):
     coherence: dict[str, float | None] = Field(description="condition of the contrast -> share of coherent trials")
     sensitivity: Sensitivity = Field(description="analyses beside the test, which decide nothing")
     verdict: Word
-    blocked_by: Literal["instrument", "gate", "coherence", "specificity", "missing"] | None = Field(
+    blocked_by: Literal["instrument", "gate", "prerequisite", "coherence", "specificity", "missing"] | None = Field(
         description="why not interpretable"
     )
+    needs: list[str] = Field(default=[], description="hypotheses that must have passed before this one may be read")
+    missing: list[str] = Field(default=[], description="those of `needs` that did not pass")
     because: str = Field(description="one plain sentence with the numbers")
     evidence: Evidence = Field(
         description="'text' where every condition of the contrast equals a natural run, so that it is a manipulation "

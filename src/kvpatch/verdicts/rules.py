@@ -23,7 +23,7 @@ class Decision:
 
     word: Word
     because: str
-    blocked_by: Literal["instrument", "gate", "coherence", "specificity", "missing"] | None = None
+    blocked_by: Literal["instrument", "gate", "prerequisite", "coherence", "specificity", "missing"] | None = None
 
 
 def decide(m: Measured, p_adjusted: float, first: Measured | None = None) -> Decision:

@@ -53,7 +53,8 @@ def _arrival(units: Mapping[str, str], rows: pd.DataFrame) -> dict[str, int]:
 def _estimate(
     protocol: Protocol, h: Hypothesis, trials: pd.DataFrame, units: Mapping[str, str], arrived: dict[str, int]
 ) -> dict[str, Any]:
-    head = {key: getattr(h, key) for key in ("id", "claim", "phase", "contrast", "readout", "gate", "test")}
+    head = {key: getattr(h, key) for key in ("id", "claim", "phase", "contrast", "readout", "test")}
+    head |= {"gate": h.gate} if h.needs is None else {"needs": h.needs}
     head |= {"transform": h.transform, "is_correlation": h.kind.measures == "correlation"}
     others = [v for v in (h.against, *h.controlling) if v is not None]
     if any(variable.readout not in trials for variable in (h, *others)):

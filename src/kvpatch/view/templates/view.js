@@ -75,6 +75,8 @@ const unpack = (spec) => {
 };
 const range = (found) => `${found.shown.low} to ${found.shown.high}`;
 
+const waitsFor = (item) => item.needs ? `needs ${item.needs.join(", ") || "nothing first"}` : `gate ${item.gate}`;
+
 // One figure a hypothesis, drawn anew only where its numbers changed.
 const drawn = new Map();
 const setEstimates = async (run) => {
@@ -91,7 +93,7 @@ const setEstimates = async (run) => {
       const now = element("p", { class: "quiet estimate-now" });
       const chart = element("div", { class: "chart", role: "img", "aria-label": `Estimate of ${item.id} by number of pairs` });
       const title = element("h3", { class: "figure-title" }, bdi(item.claim));
-      const test = element("p", { class: "quiet" }, bdi(`${item.id}: ${item.contrast} in ${item.readout}, gate ${item.gate}`));
+      const test = element("p", { class: "quiet" }, bdi(`${item.id}: ${item.contrast} in ${item.readout}, ${waitsFor(item)}`));
       place.append(element("figure", { class: "drawn", "data-hypothesis": item.id }, title, test, now, chart));
       known = { now, chart, says: "" };
       drawn.set(item.id, known);

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from kvpatch.protocols.schema import Protocol
 from kvpatch.specs.readouts import readouts
-from kvpatch.specs.test_kinds import kind_named
-from kvpatch.verdicts.prerequisites import PASSED, manipulation_checks, nulls, primary
+from kvpatch.specs.test_kinds import AGAINST, kind_named
+from kvpatch.verdicts.prerequisites import PASSED, has_passed, manipulation_checks, nulls, primary
 from kvpatch.verdicts.procedures import procedure_of
 from kvpatch.verdicts.records import Verdict
 
@@ -67,7 +67,7 @@ def _no_mode(protocol: Protocol, first: Sequence[Verdict]) -> str:
     if all(_is_seen(v) for v in failed):
         return f"This run saw {mode} under these prompts but could not establish it {end}."
     measures = "" if len(failed) == len(first) else " on every readout asked for"
-    if any(v.verdict != "not supported" for v in failed):
+    if any(v.verdict not in AGAINST for v in failed):
         return f"This run did not establish that the model shows {mode} under these prompts{measures} {end}."
     return f"This model does not show {mode} under these prompts{measures} {end}."
 
@@ -90,7 +90,8 @@ def _unread(verdicts: Sequence[Verdict], verdict_of: Mapping[str, Verdict]) -> s
     """Which primary hypotheses could not be read, and for want of what; "" where all could."""
     if not verdicts:
         return ""
-    lacks = [verdict_of[name] for name in dict.fromkeys(name for v in verdicts for name in v.missing)]
+    needed = dict.fromkeys(name for v in verdicts for name in v.needs)
+    lacks = [verdict_of[name] for name in needed if not has_passed(verdict_of[name].verdict)]
     others = dict.fromkeys(_UNREAD[v.blocked_by] for v in verdicts if v.blocked_by in _UNREAD)
     why = ", ".join([f"{v.id}: {v.verdict}" for v in lacks] + list(others))
     return f"; {', '.join(v.id for v in verdicts)} can't be read ({why})"
@@ -127,9 +128,9 @@ def _transfer(protocol: Protocol, primary: Sequence[Verdict], unread: str, contr
         )
     if passed:
         return f"The evidence that {mode} moves with the cache is incomplete, so it is not shown ({told}){unread}."
-    if all(v.verdict == "not supported" for v in primary):
+    if all(v.verdict in AGAINST for v in primary):
         return f"In this model {mode} was not seen to move with the cache; the data speak against it ({told}){unread}."
-    if any(v.verdict == "not supported" for v in primary):
+    if any(v.verdict in AGAINST for v in primary):
         return (
             f"The transfer of {mode} with the cache is not shown; part of the data speak against it ({told}){unread}."
         )

@@ -36,7 +36,7 @@ from kvpatch.verdicts.pairs import (
     pair_means,
     rows_of,
 )
-from kvpatch.verdicts.procedures import Figures, Sample, carry_out
+from kvpatch.verdicts.procedures import Sample, carry_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ def _contrast(
     found = contrast_differences(rows, hypothesis.weights(), hypothesis.readout, hypothesis.transform, units)
     gap = _gap(protocol, trials, hypothesis) if hypothesis.kind.is_in_unit else Bound(None, _OTHER_SCALE)
     floor = floor_of(trials, hypothesis.phase, hypothesis.weights(), hypothesis.readout, hypothesis.transform, units)
-    m = measured_of(hypothesis, found, found.values[:, None], gap)
+    m = _measured(hypothesis, found, found.values[:, None], gap)
     return replace(m, floor=floor, transfer=_transfer_fraction(rows, hypothesis, units))
 
 
@@ -124,19 +124,23 @@ def _gap(protocol: Protocol, trials: pd.DataFrame, hypothesis: Hypothesis) -> Bo
     return natural_gap(rows, hypothesis.readout, hypothesis.transform)
 
 
-def measured_of(
-    hypothesis: Hypothesis, found: PairDifferences, table: Floats, gap: Bound, tested: Figures | None = None
-) -> Measured:
-    """The numbers of a sample. table: as `Sample` has it. gap: the natural gap, of which bounds are shares. tested: what
-    the test finds, where it is known already."""
-    if hypothesis.kind.is_in_unit:
-        margin, fixed = margin_of(hypothesis, found, gap), fixed_margin(hypothesis, gap)
-        small = too_small_to_matter(hypothesis, found, gap, _steps(hypothesis))
-    else:
+@dataclass(frozen=True)
+class Bounds:
+    """What an effect is held against. margin: the whole margin. fixed: its part that is fixed before the test. small: up
+    to where an effect is too small to matter."""
+
+    margin: Bound
+    fixed: float | None
+    small: Bound
+
+
+def bounds_of(hypothesis: Hypothesis, found: PairDifferences, gap: Bound) -> Bounds:
+    """The bounds of a hypothesis. gap: the natural gap, of which some are shares."""
+    if not hypothesis.kind.is_in_unit:
         margin = margin_by_value(hypothesis)
-        fixed, small = margin.value, margin
-    sample = Sample(hypothesis, found.values, table, margin, fixed)
-    return _measured(sample, found, small, carry_out(sample) if tested is None else tested)
+        return Bounds(margin, margin.value, margin)
+    small = too_small_to_matter(hypothesis, found, gap, _steps(hypothesis))
+    return Bounds(margin_of(hypothesis, found, gap), fixed_margin(hypothesis, gap), small)
 
 
 def _steps(hypothesis: Hypothesis) -> int:
@@ -147,12 +151,15 @@ def _steps(hypothesis: Hypothesis) -> int:
     return max(peak, len(names) - 1 - peak)
 
 
-def _measured(sample: Sample, found: PairDifferences, small: Bound, tested: Figures) -> Measured:
-    is_correlation = sample.hypothesis.kind.measures == "correlation"
+def _measured(hypothesis: Hypothesis, found: PairDifferences, table: Floats, gap: Bound) -> Measured:
+    """The numbers of a sample. table: as `Sample` has it."""
+    bounds = bounds_of(hypothesis, found, gap)
+    tested = carry_out(Sample(hypothesis, found.values, table, bounds.margin, bounds.fixed))
+    is_correlation = hypothesis.kind.measures == "correlation"
     mean = float(found.values.mean()) if found.n else math.nan
     return Measured(
-        hypothesis=sample.hypothesis,
-        kind=sample.hypothesis.kind,
+        hypothesis=hypothesis,
+        kind=hypothesis.kind,
         differences=found,
         estimate=mean if tested.estimate is None else tested.estimate,
         interval=tested.interval,
@@ -161,9 +168,9 @@ def _measured(sample: Sample, found: PairDifferences, small: Bound, tested: Figu
         bayes_factor=math.nan if is_correlation else tests.jzs_bayes_factor(found.values),
         p=tested.p,
         p_margin=tested.p_margin,
-        margin=sample.margin,
-        small=math.nan if small.value is None else small.value,
-        no_small=small.reason,
+        margin=bounds.margin,
+        small=math.nan if bounds.small.value is None else bounds.small.value,
+        no_small=bounds.small.reason,
         transfer=None,
         absent=(),
     )
@@ -180,7 +187,7 @@ def _ordering(
     found = count_of(rows, names, means, table.index, slopes(values, peak))
     # A protocol without families is decided as it always was: its slopes know no bound that the gap gives.
     gap = _gap(protocol, trials, hypothesis) if protocol.families else Bound(None, "an ordering has no natural gap")
-    return measured_of(hypothesis, found, values, gap)
+    return _measured(hypothesis, found, values, gap)
 
 
 def _correlation(
@@ -198,7 +205,7 @@ def _correlation(
     table = contrast_table(means.set_axis([str(c) for c in means], axis="columns"), _each(len(wanted)), units)
     values: Floats = table.to_numpy(dtype=float).reshape(len(table), len(wanted))
     found = count_of(rows, hypothesis.conditions, means, table.index, values[:, 0])
-    return measured_of(hypothesis, found, values, Bound(None, _OTHER_SCALE))
+    return _measured(hypothesis, found, values, Bound(None, _OTHER_SCALE))
 
 
 _MEASURES: dict[Measures, Callable[[Protocol, pd.DataFrame, pd.DataFrame, Hypothesis, Mapping[str, str]], Measured]] = {

@@ -197,7 +197,7 @@ def test_every_primary_hypothesis_that_passed_gives_the_strongest_sentence(decid
     protocol, found = decide({})
     assert headline(protocol, list(found.values())) == (
         "Information sufficient for recursive-style output can be read from these cache slots "
-        "(X - N1 in recursive_score, n = 30; X - N1 in mode_llr, n = 30)."
+        "(X - N1 in recursive_score, n = 30, the body's slots, all layers; X - N1 in mode_llr, n = 30, the body's slots, all layers)."
     )
 
 
@@ -206,7 +206,7 @@ def test_what_passed_in_one_readout_is_told_where_the_mode_is_not_seen_in_the_ot
     protocol, found = decide({"B": NOISE}) if one == LLR else decide({}, {"B": NOISE})
     other = "score" if one == LLR else "llr"
     assert headline(protocol, list(found.values())) == (
-        f"In {one} alone, recursive mode was seen to move with the cache (X - N1, n = 30); "
+        f"In {one} alone, recursive mode was seen to move with the cache (X - N1, n = 30, the body's slots, all layers); "
         f"moves_{other} can't be read (exists_{other}: inconclusive)."
     )
 
@@ -232,7 +232,7 @@ def test_outputs_that_are_not_coherent_stop_the_readouts_of_text_alone(make_prot
     trials = make_trials(RUNS_WELL, incoherent={"X": 0.5}).rename(columns={"score": SCORE})
     found = verdicts(protocol, trials.assign(mode_llr=trials[SCORE]))
     assert headline(protocol, found) == (
-        "In mode_llr alone, recursive mode was seen to move with the cache (X - N1, n = 30); "
+        "In mode_llr alone, recursive mode was seen to move with the cache (X - N1, n = 30, the body's slots, all layers); "
         "moves_score can't be read (outputs that are not coherent)."
     )
 

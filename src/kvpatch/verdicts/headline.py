@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kvpatch.protocols.schema import Protocol
-from kvpatch.specs.readouts import readouts
 from kvpatch.specs.test_kinds import AGAINST, kind_named
 from kvpatch.verdicts.prerequisites import PASSED, has_passed, manipulation_checks, nulls, primary
 from kvpatch.verdicts.procedures import procedure_of
 from kvpatch.verdicts.records import Verdict
-
-LEAST_PAIRS = 10
-"""Fewest pairs that the strongest sentence may rest on: the smallest n of the plan's own experiments."""
+from kvpatch.verdicts.strongest import LEAST_PAIRS, Strongest, rests_text, strongest
 
 
-def headline(protocol: Protocol, verdicts: Sequence[Verdict]) -> str:
+def headline(protocol: Protocol, verdicts: Sequence[Verdict], *, is_checked: bool = True) -> str:
     """Return the report's first sentence.
 
-    The mode is the protocol's ("recursive" gives "recursive mode"). The strongest sentence it can return starts
+    is_checked: whether it was checked that the model is patched correctly; what the check found is in the verdicts. The
+    mode is the protocol's ("recursive" gives "recursive mode"). The strongest sentence it can return starts
     "Information sufficient for recursive-style output can be read from these cache slots".
     """
     verdict_of = {v.id: v for v in verdicts}
@@ -38,7 +36,31 @@ def headline(protocol: Protocol, verdicts: Sequence[Verdict]) -> str:
         return _no_mode(protocol, checks)
     read = [v for v in main if v not in unread]
     controls = [verdict_of[h.id] for h in nulls(protocol.hypotheses) if h.id in verdict_of]
-    return _transfer(protocol, read or main, _unread(unread, verdict_of) if read else "", controls)
+    basis = strongest(protocol, main, verdict_of)
+    if not is_checked:
+        basis = Strongest([], basis.moved, "that the model is patched correctly was not checked")
+    told = _unread(unread, verdict_of) if read else ""
+    return _strongest(protocol, main, basis, controls) or _transfer(protocol, read or main, told, basis, controls)
+
+
+def is_strongest(protocol: Protocol, verdicts: Sequence[Verdict]) -> bool:
+    """Whether the sentence is the strongest there is."""
+    return headline(protocol, verdicts).startswith("Information sufficient for")
+
+
+def _strongest(
+    protocol: Protocol, main: Sequence[Verdict], basis: Strongest, controls: Sequence[Verdict]
+) -> str | None:
+    """The strongest sentence, where verdicts allow it. Others of a protocol without families must have been read."""
+    if not basis.rests_on or (not protocol.families and any(v.blocked_by is not None for v in main)):
+        return None
+    rests = "; ".join(rests_text(protocol, v) for v in basis.rests_on)
+    others = [v for v in main if v.verdict not in PASSED]
+    open_ones = f"; beside it {_named(others)}" if others else ""
+    return (
+        f"Information sufficient for {_style(protocol)} can be read from these cache slots ({rests})"
+        f"{_controls(controls)}{open_ones}."
+    )
 
 
 def _has_needs(protocol: Protocol, v: Verdict) -> bool:
@@ -97,28 +119,28 @@ def _unread(verdicts: Sequence[Verdict], verdict_of: Mapping[str, Verdict]) -> s
     return f"; {', '.join(v.id for v in verdicts)} can't be read ({why})"
 
 
-def _transfer(protocol: Protocol, primary: Sequence[Verdict], unread: str, controls: Sequence[Verdict]) -> str:
-    """What primary hypotheses say that could be read. unread: what is said of the others, each of which names its
-    prerequisites; the strongest sentence is for protocols of which every one could be read."""
+def _transfer(
+    protocol: Protocol, primary: Sequence[Verdict], unread: str, basis: Strongest, controls: Sequence[Verdict]
+) -> str:
+    """What primary hypotheses say that could be read, short of the strongest sentence. unread: what is said of the
+    others, each of which names its prerequisites."""
     mode, told = _mode(protocol), _named(primary)
     passed = [v for v in primary if v.verdict in PASSED]
-    strong = [v for v in primary if _carries_the_claim(v)]
-    if len(passed) == len(primary) and not strong:
+    moved, lacks = basis.moved, f" ({basis.lacks})" if basis.lacks else ""
+    if len(passed) == len(primary) and not moved:
         texts = sum(v.evidence == "text" for v in primary)
         which = f"{texts} of {len(primary)} compare texts, which checks the manipulation alone; " if texts else ""
         return (
             f"What passed does not show that {mode} can be read from the cache ({told}): {which}none is a directional "
-            f"test of a readout of the mode, on at least {LEAST_PAIRS} pairs, of a cache that no text equals{unread}."
+            f"test of a readout of the mode, on at least {LEAST_PAIRS} pairs, of a cache that no text equals, "
+            f"where the mode was shown to exist{lacks}{unread}."
         )
-    if len(passed) == len(primary) and unread:
-        readable = " and ".join(dict.fromkeys(v.readout for v in strong))
-        rests = "; ".join(f"{v.contrast}, n = {v.n}" for v in strong)
-        return f"In {readable} alone, {mode} was seen to move with the cache ({rests}){_controls(controls)}{unread}."
     if len(passed) == len(primary):
-        rests = "; ".join(f"{v.contrast} in {v.readout}, n = {v.n}" for v in strong)
+        readable = " and ".join(dict.fromkeys(v.readout for v in moved))
+        rests = "; ".join(rests_text(protocol, v, names_readout=False) for v in moved)
         return (
-            f"Information sufficient for {_style(protocol)} can be read from these cache slots ({rests})"
-            f"{_controls(controls)}."
+            f"In {readable} alone, {mode} was seen to move with the cache ({rests}){_controls(controls)}"
+            f"{unread or lacks}."
         )
     blocked = [v for v in primary if v.blocked_by == "coherence"]
     if blocked:
@@ -135,14 +157,6 @@ def _transfer(protocol: Protocol, primary: Sequence[Verdict], unread: str, contr
             f"The transfer of {mode} with the cache is not shown; part of the data speak against it ({told}){unread}."
         )
     return f"This run can't tell whether {mode} moves with the cache ({told}){unread}."
-
-
-def _carries_the_claim(v: Verdict) -> bool:
-    """Whether the strongest sentence may rest on a verdict that passed: never on texts, on an equivalence, on a readout
-    that is none of the mode, such as length, or on a handful of pairs."""
-    readout = readouts().get(v.readout)
-    is_of_mode = readout is not None and readout.may_be_evidence
-    return v.evidence == "cache" and kind_named(v.test).claims == "beyond" and is_of_mode and v.n >= LEAST_PAIRS
 
 
 def _controls(inert: Sequence[Verdict]) -> str:

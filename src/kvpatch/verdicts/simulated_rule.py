@@ -21,15 +21,18 @@ from kvpatch.protocols.schema import Protocol
 from kvpatch.statistics.grid import Floats, on_grid
 from kvpatch.statistics.trend import order_scores, slopes
 from kvpatch.verdicts.floors import Floor, floor_of_values
+from kvpatch.verdicts.headline import is_strongest
 from kvpatch.verdicts.many import Samples, carry_out_all
 from kvpatch.verdicts.margins import Bound, gap_of
 from kvpatch.verdicts.measure import Bounds, Measured, bounds_of, measured_as
 from kvpatch.verdicts.pairs import PairDifferences
 from kvpatch.verdicts.prerequisites import PASSED, Coherence, coherence_of
 from kvpatch.verdicts.procedures import Figures
-from kvpatch.verdicts.rule import Circumstances, decide_all, words_of
+from kvpatch.verdicts.records import Verdict
+from kvpatch.verdicts.rule import Circumstances, decide_all
+from kvpatch.verdicts.rules import Decision
 from kvpatch.verdicts.simulated_cells import Assumptions, Cells, true_contrast, true_means
-from kvpatch.verdicts.texts import Texts
+from kvpatch.verdicts.texts import Evidence, Texts
 
 CHUNK = 250
 """Simulated runs at once, which bounds the memory."""
@@ -43,7 +46,7 @@ class SimulatedRule:
 
     words: hypothesis -> verdict -> in how many runs. is_true: hypothesis -> whether its claim is true under the
     assumptions. false_in: family -> runs in which it made a false claim: "supported", or "equivalent", of what is not
-    true. any_false: runs in which a confirmatory hypothesis did.
+    true. any_false: runs in which a confirmatory hypothesis did. strongest: runs whose headline was the strongest sentence.
     """
 
     draws: int
@@ -51,6 +54,7 @@ class SimulatedRule:
     is_true: Mapping[str, bool]
     false_in: Mapping[str, int]
     any_false: int
+    strongest: int
 
     def passed(self, name: str) -> float:
         """The share of runs in which a hypothesis was supported, or equivalent where that is its claim."""
@@ -73,16 +77,17 @@ def simulate_rule(
     assumptions.refuse_unknown(protocol)
     words: dict[str, Counter[str]] = {h.id: Counter() for h in protocol.hypotheses}
     is_true = truths(protocol, assumptions)
-    false_in, any_false = Counter({h.family: 0 for h in protocol.hypotheses}), 0
+    false_in, any_false, strongest = Counter({h.family: 0 for h in protocol.hypotheses}), 0, 0
     for chunk, start in enumerate(range(0, draws, CHUNK)):
         cells = Cells(protocol, assumptions, n, min(CHUNK, draws - start), seed + 1_000_003 * chunk)
         for decided in _decided(protocol, cells):
-            wrong = [h for h in protocol.hypotheses if decided[h.id] in PASSED and not is_true[h.id]]
+            wrong = [h for h in protocol.hypotheses if decided[h.id].verdict in PASSED and not is_true[h.id]]
             false_in.update({h.family for h in wrong})
             any_false += any(h.confirmatory for h in wrong)
-            for name, word in decided.items():
-                words[name][word] += 1
-    return SimulatedRule(draws, words, is_true, false_in, any_false)
+            strongest += is_strongest(protocol, list(decided.values()))
+            for name, verdict in decided.items():
+                words[name][verdict.verdict] += 1
+    return SimulatedRule(draws, words, is_true, false_in, any_false, strongest)
 
 
 def truths(protocol: Protocol, assumptions: Assumptions) -> dict[str, bool]:
@@ -115,21 +120,45 @@ def _true_margin(cells: Cells, h: Hypothesis, spread: float) -> float:
     return max(part or 0.0 for part in parts)
 
 
-def _decided(protocol: Protocol, cells: Cells) -> list[dict[str, str]]:
-    """Hypothesis -> verdict, for each simulated run of a chunk."""
+def _decided(protocol: Protocol, cells: Cells) -> list[dict[str, Verdict]]:
+    """Hypothesis -> verdict, for each simulated run of a chunk; of a verdict what a headline reads."""
     measured = {h.id: _measured(protocol, cells, h) for h in protocol.hypotheses}
     read = dict.fromkeys((h.phase, name) for h in protocol.hypotheses for name in h.conditions)
     counts = {key: cells.coherent(*key) for key in read}
     known = {(good, cells.pairs(phase)) for (phase, _), found in counts.items() for good in found}
     coherence: dict[tuple[int, int], Coherence] = {key: coherence_of(*key) for key in known}
     texts = Texts(protocol, {})
+    evidence = {h.id: texts.evidence(h) for h in protocol.hypotheses}
+    conditions = {h.id: h.conditions for h in protocol.hypotheses}
     out = []
     for draw in range(cells.draws):
         shares = {key: coherence[found[draw], cells.pairs(key[0])] for key, found in counts.items()}
         around = Circumstances(texts, shares, instrument_ok=True)
-        decided = decide_all(protocol, {name: of[draw] for name, of in measured.items()}, around)
-        out.append(words_of(decided.decisions))
+        numbers = {name: of[draw] for name, of in measured.items()}
+        decided = decide_all(protocol, numbers, around).decisions
+        found = {}
+        for h in protocol.hypotheses:
+            of = {name: shares[h.phase, name].share for name in conditions[h.id]}
+            found[h.id] = _verdict(numbers[h.id], decided[h.id], of, evidence[h.id])
+        out.append(found)
     return out
+
+
+def _verdict(m: Measured, decision: Decision, shares: dict[str, float], evidence: Evidence) -> Verdict:
+    h = m.hypothesis
+    return Verdict.model_construct(
+        **{key: getattr(h, key) for key in ("id", "contrast", "readout", "test", "alpha")},
+        n=m.differences.n,
+        n_pairs=m.differences.n_pairs,
+        n_dropped=m.differences.n_dropped,
+        ci_low=m.interval.low,
+        ci_high=m.interval.high,
+        coherence=shares,
+        verdict=decision.word,
+        blocked_by=decision.blocked_by,
+        needs=h.needs or [],
+        evidence=evidence,
+    )
 
 
 def _measured(protocol: Protocol, cells: Cells, h: Hypothesis) -> list[Measured]:

@@ -14,8 +14,8 @@ from kvpatch.verdicts.families import adjusted_by_family
 
 
 def by_closure(ps: list[float], alphas: list[float], graph: list[list[float]]) -> list[bool]:
-    """Rejections by the closed test behind the graph: every intersection by weighted Bonferroni, its weights as Bretz et
-    al. derive them, node by node taken out. Slow, and written from another definition than the procedure."""
+    """Rejections by the closed test behind the graph: every intersection by weighted Bonferroni, its weights as Bretz
+    et al. derive them, node by node taken out. Slow, and written from another definition than the procedure."""
     m = len(ps)
 
     def weights(kept: tuple[int, ...]) -> dict[int, float]:
@@ -37,12 +37,12 @@ def by_closure(ps: list[float], alphas: list[float], graph: list[list[float]]) -
 
 
 def test_a_graph_of_two_primary_and_two_secondary_hypotheses_worked_by_hand():
-    """The parallel gatekeeping of Bretz et al. 2009: two primary hypotheses share alpha, each passes half to the other and
-    half to its own secondary one, and a secondary one passes to the other branch's primary."""
+    """The parallel gatekeeping of Bretz et al. 2009: two primary hypotheses share alpha, each passes half to the other
+    and half to its own secondary one, and a secondary one passes to the other branch's primary."""
     graph = [[0, 0.5, 0.5, 0], [0.5, 0, 0, 0.5], [0, 1, 0, 0], [1, 0, 0, 0]]
     found = recycled([[0.01], [0.005], [0.012], [0.5]], [0.0125, 0.0125, 0, 0], graph)
-    # H2 falls at .005 / .0125. H1 then has .0125 + .00625 and H4 .00625. H1 falls at .01 / .01875, and its alpha goes to
-    # H3 and H4 by .5 / (1 - .25) and .25 / (1 - .25): H3 has .0125, H4 .0125. H3 falls at .012 / .0125, and H4 has all.
+    # H2 falls at .005 / .0125. H1 then has .0125 + .00625 and H4 .00625. H1 falls at .01 / .01875, and its alpha goes
+    # to H3 and H4 by .5 / (1 - .25) and .25 / (1 - .25): H3 and H4 have .0125 each. H3 falls at .012 / .0125, and H4 has all.
     assert [f[0] for f in found] == pytest.approx([0.01 / 0.01875, 0.4, 0.96, 0.5 / 0.025])
 
 

@@ -14,6 +14,7 @@ from kvpatch.verdicts.decide import Verdict, headline, verdicts, verdicts_json
 from kvpatch.verdicts.prerequisites import all_needed, decision_order, gate_states, prerequisites
 
 Make = Callable[..., Any]
+SLOTS = "n = 30, the body's slots, all layers"
 N = 30
 FLAT = [0.0] * N
 UP = [1 + i / 100 for i in range(N)]
@@ -197,7 +198,7 @@ def test_every_primary_hypothesis_that_passed_gives_the_strongest_sentence(decid
     protocol, found = decide({})
     assert headline(protocol, list(found.values())) == (
         "Information sufficient for recursive-style output can be read from these cache slots "
-        "(X - N1 in recursive_score, n = 30, the body's slots, all layers; X - N1 in mode_llr, n = 30, the body's slots, all layers)."
+        f"(X - N1 in recursive_score, {SLOTS}; X - N1 in mode_llr, {SLOTS})."
     )
 
 
@@ -206,7 +207,7 @@ def test_what_passed_in_one_readout_is_told_where_the_mode_is_not_seen_in_the_ot
     protocol, found = decide({"B": NOISE}) if one == LLR else decide({}, {"B": NOISE})
     other = "score" if one == LLR else "llr"
     assert headline(protocol, list(found.values())) == (
-        f"In {one} alone, recursive mode was seen to move with the cache (X - N1, n = 30, the body's slots, all layers); "
+        f"In {one} alone, recursive mode was seen to move with the cache (X - N1, {SLOTS}); "
         f"moves_{other} can't be read (exists_{other}: inconclusive)."
     )
 
@@ -232,7 +233,7 @@ def test_outputs_that_are_not_coherent_stop_the_readouts_of_text_alone(make_prot
     trials = make_trials(RUNS_WELL, incoherent={"X": 0.5}).rename(columns={"score": SCORE})
     found = verdicts(protocol, trials.assign(mode_llr=trials[SCORE]))
     assert headline(protocol, found) == (
-        "In mode_llr alone, recursive mode was seen to move with the cache (X - N1, n = 30, the body's slots, all layers); "
+        f"In mode_llr alone, recursive mode was seen to move with the cache (X - N1, {SLOTS}); "
         "moves_score can't be read (outputs that are not coherent)."
     )
 

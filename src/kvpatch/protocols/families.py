@@ -78,8 +78,8 @@ def _wrong_passes(name: str, family: Family, families: Mapping[str, Family]) -> 
             yield Misplaced(f"no family {other!r} under 'families'; {told}", *at, other)
         elif "benjamini_hochberg" in (family.correction, families[other].correction):
             yield Misplaced(
-                f"{name!r} can't pass alpha to {other!r}: Benjamini-Hochberg bounds a share of false claims and not the "
-                "chance of any, so that there is no alpha to pass; both need 'holm'",
+                f"{name!r} can't pass alpha to {other!r}: Benjamini-Hochberg bounds a share of false claims and "
+                "not the chance of any, so that there is no alpha to pass; both need 'holm'",
                 *at, other,
             )  # fmt: skip
         if not share > 0:

@@ -220,8 +220,8 @@ class Protocol(Frozen):
     families: dict[str, Family] = Field(
         default={},
         exclude_if=is_empty,
-        description="family -> its alpha, its correction, and to whom it passes its alpha. A family that is not named has "
-        "the alpha that its hypotheses give",
+        description="family -> its alpha, its correction, and to whom it passes its alpha. A family that is not named "
+        "has the alpha that its hypotheses give",
     )
     hypotheses: list[Hypothesis]
     corrections: dict[str, Correction] = Field(default={}, description="family -> correction; Holm where not named")

@@ -112,8 +112,8 @@ def ordered_trends(table: Floats, peak: int) -> Floats:
 
 
 def partial_correlations(table: Floats) -> tuple[Floats, NDArray[np.float64], Floats, Floats]:
-    """r of `correlation.partial_correlation`, its one-sided p-values "greater", and the ends of its 95% interval, [sets]
-    each. table: [sets, n, 2 + held], of which the first two columns correlate given the others; all NaN for fewer
+    """r of `correlation.partial_correlation`, its one-sided p-values "greater", and the ends of its 95% interval, each
+    [sets]. table: [sets, n, 2 + held], of which the first two columns correlate given the others; all NaN for fewer
     pairs than held + 4."""
     sets, n, columns = table.shape
     held = columns - 2

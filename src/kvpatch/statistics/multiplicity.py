@@ -1,4 +1,4 @@
-"""Correction for several hypotheses: Holm in a family, Benjamini-Hochberg for maps, and a graph that passes alpha on."""
+"""Correction for several hypotheses: Holm in a family, Benjamini-Hochberg for maps, a graph that passes alpha on."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from kvpatch.statistics.clustering import Clustered
 from kvpatch.store.readout_calibration import ReadoutCalibration
 from kvpatch.verdicts.headline import headline
 from kvpatch.verdicts.measure import Measured, measure, units_of
+from kvpatch.verdicts.missing import partial_conditions
 from kvpatch.verdicts.pairs import prepare, rows_of
 from kvpatch.verdicts.prerequisites import Coherence, coherence_shares, missing
 from kvpatch.verdicts.records import Verdict, verdicts_json
@@ -22,7 +23,7 @@ from kvpatch.verdicts.rules import Decision
 from kvpatch.verdicts.sensitivity import Sensitivity, by_domain, sensitivity
 from kvpatch.verdicts.texts import Texts, texts_of
 from kvpatch.verdicts.wording import text_contrast
-from kvpatch.verdicts.worst_case import decided_at_worst, lacking
+from kvpatch.verdicts.worst_case import decided_at_worst, lacking, planned_pairs
 
 __all__ = ["Verdict", "headline", "verdicts", "verdicts_json"]
 
@@ -57,7 +58,6 @@ def verdicts(
     }
     units = {name: units_of(protocol, part) for name, part in phases.items()}
     measured = {h.id: measure(protocol, rows, h, units[h.phase]) for h in protocol.hypotheses}
-    families = {h.id: h.family for h in protocol.hypotheses}
     around = Circumstances(texts, shares, instrument_ok, calibrations or {})
 
     def at_worst(h: Hypothesis, found: Decision, again: Again) -> Decision:
@@ -71,6 +71,7 @@ def verdicts(
             measured[h.id],
             decided,
             texts,
+            _dropped(protocol, h, measured[h.id], phases[h.phase]),
             _shares_of(h, shares),
             sensitivity(phases[h.phase], h, measured[h.id].differences),
             by_domain(phases[h.phase], h),
@@ -84,6 +85,14 @@ def _shares_of(h: Hypothesis, shares: Mapping[tuple[str, str], Coherence]) -> di
     return {name: None if of is None else _known(of.share) for name, of in found.items()}
 
 
+def _dropped(protocol: Protocol, h: Hypothesis, m: Measured, rows: pd.DataFrame) -> int:
+    """Pairs left out. In a protocol with families a pair that has no row of the contrast at all counts, where every
+    condition of it is planned for every pair."""
+    if set(h.conditions) & partial_conditions(protocol):
+        return m.differences.n_dropped
+    return max(m.differences.n_dropped, len(planned_pairs(protocol, rows)) - m.differences.n_pairs)
+
+
 def _known(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else value
 
@@ -92,6 +101,7 @@ def _record(
     m: Measured,
     decided: Decided,
     texts: Texts,
+    dropped: int,
     shares: dict[str, float | None],
     beside: Sensitivity,
     clustered: Clustered | None,
@@ -103,7 +113,7 @@ def _record(
         **h.model_dump(include=ASKED),
         n=found.n,
         n_pairs=found.n_pairs,
-        n_dropped=found.n_dropped,
+        n_dropped=dropped,
         n_error_rows=found.n_error_rows,
         estimate=_known(m.estimate),
         ci_low=_known(m.interval.low),

@@ -30,7 +30,7 @@ class Samples:
 
 def carry_out_all(samples: Samples) -> list[Figures]:
     """`procedures.carry_out` of each data set. A kind of test that is not known here is carried out set by set."""
-    h, (sets, n) = samples.hypothesis, samples.differences.shape
+    h, n = samples.hypothesis, samples.differences.shape[1]
     at_once = _AT_ONCE.get(h.test)
     if at_once is not None and n > 1:
         return at_once(samples)

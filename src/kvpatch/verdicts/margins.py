@@ -62,7 +62,7 @@ def natural_gap(trials: pd.DataFrame, readout: str, transform: Transform) -> Bou
 
 
 def gap_of(differences: Floats, readout: str) -> Bound:
-    """The natural gap at least, from B - A of at least 3 calibration pairs. differences: [pairs], the readout's unit."""
+    """The natural gap at least, from B - A of 3 or more calibration pairs. differences: [pairs], the readout's unit."""
     n, mean = len(differences), float(differences.mean())
     half = float(special.stdtrit(n - 1, (1 + GAP_LEVEL) / 2)) * sd_of(differences) / math.sqrt(n)
     least = abs(mean) - half

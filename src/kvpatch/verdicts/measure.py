@@ -46,9 +46,9 @@ class Measured:
     differences: what is averaged, one number a unit: the contrast, or for an ordering each pair's slope. estimate:
     their mean, or a correlation. interval: 95%, or 90% for an equivalence test. p: one-sided against 0, or the larger
     of the two for equivalence. p_margin: one-sided against the margin, of a "much" test. dz: for a correlation r.
-    small: up to where an effect is too small to matter; no_small: why that is not known. absent: conditions of the hypothesis without any trial.
-    kind: of the test that was carried out; for a repetition that of what it repeats. floor: what the readout can say
-    where it hardly scored, or not at all.
+    small: up to where an effect is too small to matter; no_small: why that is not known. absent: conditions of
+    the hypothesis without any trial. kind: of the test that was carried out; for a repetition that of what it repeats. floor:
+    what the readout can say where it hardly scored, or not at all.
     """
 
     hypothesis: Hypothesis
@@ -126,8 +126,8 @@ def _gap(protocol: Protocol, trials: pd.DataFrame, hypothesis: Hypothesis) -> Bo
 
 @dataclass(frozen=True)
 class Bounds:
-    """What an effect is held against. margin: the whole margin. fixed: its part that is fixed before the test. small: up
-    to where an effect is too small to matter."""
+    """What an effect is held against. margin: the whole margin. fixed: its part that is fixed before the test. small:
+    up to where an effect is too small to matter."""
 
     margin: Bound
     fixed: float | None

@@ -37,9 +37,9 @@ BROKEN = "Gate 0 did not pass: the check that this model is patched correctly fa
 class Circumstances:
     """What beside its own numbers decides whether a hypothesis may be read.
 
-    texts: what the conditions equal. shares: (phase, condition) -> how many outputs are coherent. instrument_ok: whether
-    the model's check passed; None if unknown, which blocks nothing. calibrations: model's key -> how far destroyed caches
-    move its readouts.
+    texts: what the conditions equal. shares: (phase, condition) -> how many outputs are coherent. instrument_ok:
+    whether the model's check passed; None if unknown, which blocks nothing. calibrations: model's key -> how far
+    destroyed caches move its readouts.
     """
 
     texts: Texts
@@ -93,7 +93,7 @@ def decide_all(
 
 def _by_numbers(protocol: Protocol, m: Measured, p_adjusted: float, first: Measured | None) -> Decision:
     """The rules of tests. A protocol with `families` says "contradicted" of what the data speak against, an absence of
-    what should be repeated among it, and names the bound that it lacks; others keep the words they were decided with."""
+    what should be repeated among it, and names the bound that it lacks; others keep the words of before."""
     found = decide(m, p_adjusted, first)
     if not protocol.families:
         return found

@@ -117,8 +117,8 @@ def _replicates(m: Measured, p_adjusted: float, first: Measured) -> Decision:
 
 
 def shown_absent(m: Measured, first: Measured) -> Decision | None:
-    """The decision on a repetition whose effect is shown to be too small to count; None where it is not. Where the first
-    hypothesis has no margin, `_replicates` knows no bound for that."""
+    """The decision on a repetition whose effect is shown to be too small to count; None where it is not. Where the
+    first hypothesis has no margin, `_replicates` knows no bound for that."""
     sign = first.hypothesis.claimed_side
     near, far = sorted((sign * m.interval.low, sign * m.interval.high))
     if not far <= m.small or not m.floor.within(*sorted((sign * m.small, -sign * math.inf))):

@@ -1,4 +1,4 @@
-"""What a simulated run holds: for every condition and readout the values of its pairs, from what is taken to be true."""
+"""What a simulated run holds: the values of its pairs under every condition, from what is taken to be true."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvpatch.statistics.grid import Floats
 from kvpatch.verdicts.texts import spelled_role
 
 HIT, MORE_HITS = 2.2, 0.5
-"""A hit's score per 100 words in an output of some 45 words, and how many more hits an output with one has on average."""
+"""A hit's score per 100 words in an output of some 45 words, and how many more an output with one has on average."""
 SD = math.sqrt(0.5)
 """Standard deviation of one condition of a pair, so that the difference of two has 1 and its mean is a dz."""
 
@@ -29,10 +29,10 @@ Values = Mapping[str, Mapping[str, float]]
 class Assumptions:
     """What is taken to be true. Conditions that are the same prompt's text, by spelling, have one value between them.
 
-    means: readout -> condition -> mean, in standard deviations of a difference of two conditions, so that B at 1.5 and A
-    at 0 is a dz of 1.5; 0 where none is given. Of a readout of which logarithms are tested, of the logarithm.
-    hits: readout -> condition -> share of outputs with a hit, for readouts that count something rare; such a readout has
-    no means.
+    means: readout -> condition -> mean, in standard deviations of a difference of two conditions, so that B at 1.5 and
+    A at 0 is a dz of 1.5; 0 where none is given. Of a readout of which logarithms are tested, of the logarithm.
+    hits: readout -> condition -> share of outputs with a hit, for readouts that count something rare; such a readout
+    has no means.
     correlations: hypothesis -> its true correlation; 0 where none is given.
     coherent: condition -> share of its outputs that are coherent; 1 where none is given.
     """

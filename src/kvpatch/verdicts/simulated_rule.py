@@ -46,7 +46,7 @@ class SimulatedRule:
 
     words: hypothesis -> verdict -> in how many runs. is_true: hypothesis -> whether its claim is true under the
     assumptions. false_in: family -> runs in which it made a false claim: "supported", or "equivalent", of what is not
-    true. any_false: runs in which a confirmatory hypothesis did. strongest: runs whose headline was the strongest sentence.
+    true. any_false: runs in which a confirmatory hypothesis did. strongest: runs with the strongest headline.
     """
 
     draws: int
@@ -128,7 +128,7 @@ def _decided(protocol: Protocol, cells: Cells) -> list[dict[str, Verdict]]:
     known = {(good, cells.pairs(phase)) for (phase, _), found in counts.items() for good in found}
     coherence: dict[tuple[int, int], Coherence] = {key: coherence_of(*key) for key in known}
     texts = Texts(protocol, {})
-    evidence = {h.id: texts.evidence(h) for h in protocol.hypotheses}
+    evidence: dict[str, Evidence] = {h.id: texts.evidence(h) for h in protocol.hypotheses}
     conditions = {h.id: h.conditions for h in protocol.hypotheses}
     out = []
     for draw in range(cells.draws):

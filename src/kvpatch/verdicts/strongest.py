@@ -24,9 +24,9 @@ LIKE_THE_SOURCE = "foreign_matched"
 
 @dataclass(frozen=True)
 class Strongest:
-    """rests_on: primary verdicts that carry the claim, empty where the strongest sentence may not be said. moved: those
-    that show that the mode moves with the cache, though outputs may not be read. lacks: why the sentence may not be said,
-    as the end of one; "" where it may be, or where nothing that passed could carry it."""
+    """rests_on: primary verdicts that carry the claim, empty where the strongest sentence may not be said. moved:
+    those that show that the mode moves with the cache, though outputs may not be read. lacks: why the sentence may not
+    be said, as the end of one; "" where it may be, or where nothing that passed could carry it."""
 
     rests_on: list[Verdict]
     moved: list[Verdict]

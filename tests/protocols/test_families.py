@@ -53,7 +53,7 @@ def test_a_protocol_without_families_has_the_hash_of_before():
         ({"f": {"passes_to": {"h": 1}}}, {}, {}, "no family 'h' under 'families'"),
         ({"f": {"passes_to": {"f": 1}}}, {}, {}, "family 'f' passes its alpha to itself"),
         ({"f": {"passes_to": {"g": 1.5}}, "g": {}}, {}, {}, "family 'f' passes on 1.5 of its alpha"),
-        ({"f": {"passes_to": {"g": -0.5}}, "g": {}}, {}, {}, "a share of alpha lies above 0 and is at most 1, got -0.5"),
+        ({"f": {"passes_to": {"g": -0.5}}, "g": {}}, {}, {}, "a share of alpha lies above 0 and is at most 1"),
         (
             {"f": {"passes_to": {"g": 1}}, "g": {"correction": "benjamini_hochberg"}}, {}, {},
             "'f' can't pass alpha to 'g': Benjamini-Hochberg",

@@ -42,7 +42,7 @@ def test_a_graph_of_two_primary_and_two_secondary_hypotheses_worked_by_hand():
     graph = [[0, 0.5, 0.5, 0], [0.5, 0, 0, 0.5], [0, 1, 0, 0], [1, 0, 0, 0]]
     found = recycled([[0.01], [0.005], [0.012], [0.5]], [0.0125, 0.0125, 0, 0], graph)
     # H2 falls at .005 / .0125. H1 then has .0125 + .00625 and H4 .00625. H1 falls at .01 / .01875, and its alpha goes
-    # to H3 and H4 by .5 / (1 - .25) and .25 / (1 - .25): H3 and H4 have .0125 each. H3 falls at .012 / .0125, and H4 has all.
+    # to H3 and H4 by .5 / (1 - .25) and .25 / (1 - .25): each has .0125. H3 falls at .012 / .0125.
     assert [f[0] for f in found] == pytest.approx([0.01 / 0.01875, 0.4, 0.96, 0.5 / 0.025])
 
 

@@ -47,8 +47,8 @@ class Measured:
     their mean, or a correlation. interval: 95%, or 90% for an equivalence test. p: one-sided against 0, or the larger
     of the two for equivalence. p_margin: one-sided against the margin, of a "much" test. dz: for a correlation r.
     small: up to where an effect is too small to matter; no_small: why that is not known. absent: conditions of
-    the hypothesis without any trial. kind: of the test that was carried out; for a repetition that of what it repeats. floor:
-    what the readout can say where it hardly scored, or not at all.
+    the hypothesis without any trial. kind: of the test that was carried out; for a repetition that of what it repeats.
+    floor: what the readout can say where it hardly scored, or not at all.
     """
 
     hypothesis: Hypothesis

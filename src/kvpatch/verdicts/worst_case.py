@@ -33,7 +33,7 @@ def lacking(protocol: Protocol, rows: pd.DataFrame, m: Measured) -> dict[str, fl
 
 
 def planned_pairs(protocol: Protocol, rows: pd.DataFrame) -> list[str]:
-    """Ids of the pairs that any condition of a phase has: a pair of which both sides of a contrast are lacking counts too.
+    """Ids of the pairs that any condition of a phase has: a pair that lacks both sides of a contrast counts too.
     Empty for a protocol without families, which counts the pairs of each contrast alone.
 
     rows: prepared test rows of the phase.

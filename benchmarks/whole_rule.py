@@ -3,9 +3,10 @@
     python benchmarks/whole_rule.py [dec7] [--draws 2000] [--n 20] [--only NAME,...]
         [--part 1/6] [--processes 2]
 
-Each line is one truth. "nothing": the global null. "mode": the sources evoke the mode, and nothing else is true, so that
-most of what waits for it is read. Any other name is a family that is true beside the mode, all else null. "transfer":
-B hits in 90% of outputs, a joined or partly swapped cache in 50%, and the likelihood has dz 1.5; at n = 20, 50, 100.
+Each line is one truth. "nothing": the global null. "mode": the sources evoke the mode, and nothing else is true, so
+that most of what waits for it is read. Any other name is a family that is true beside the mode, all else null.
+"transfer": B hits in 90% of outputs, a joined or partly swapped cache in 50%, and the likelihood has dz 1.5; at
+n = 20, 50, 100.
 
 Of every family the share of runs with a false claim must not pass its alpha, and what may be passed to it, by more than
 two standard errors. Each line has a seed of its own, so that `--only` and `--part` give the lines of a whole run; a

@@ -30,25 +30,12 @@ class Family(Frozen):
 
 
 def with_alphas(hypotheses: Sequence[Hypothesis], families: Mapping[str, Family]) -> list[Hypothesis]:
-    """The hypotheses, each with the alpha of its family where `families` names that.
-
-    Raises:
-        Misplaced: where a hypothesis gives another alpha than its family.
-    """
-    out = []
-    for place, h in enumerate(hypotheses):
-        family = families.get(h.family)
-        if family is None or h.alpha == family.alpha:
-            out.append(h)
-        elif "alpha" in h.model_fields_set:
-            raise Misplaced(
-                f"{h.id!r} has alpha {h.alpha:g}, and its family {h.family!r} has {family.alpha:g}; leave the "
-                "hypothesis' alpha out",
-                place, "alpha",
-            )  # fmt: skip
-        else:
-            out.append(h.model_copy(update={"alpha": family.alpha}))
-    return out
+    """The hypotheses, each that gives no alpha of its own with that of its family, where `families` names it."""
+    own = {name: family.alpha for name, family in families.items()}
+    return [
+        h.model_copy(update={"alpha": own[h.family]}) if h.family in own and "alpha" not in h.model_fields_set else h
+        for h in hypotheses
+    ]
 
 
 def wrong_families(

@@ -65,12 +65,15 @@ def most_alpha(protocol: Protocol) -> dict[str, float]:
     """Family -> the largest alpha that it can come to be tested at: its own, and all that could be passed to it.
 
     The error of one family is at most that; of families that pass alpha to each other together, at most the sum of
-    their own alphas.
+    their own alphas. A hypothesis that gives a larger alpha than its family is rejected as if all alphas were as much
+    larger, and so is counted.
     """
-    stated = {h.family: h.alpha for h in protocol.hypotheses} | {
-        name: family.alpha for name, family in protocol.families.items()
-    }
-    return {name: alpha + _passed_to(name, protocol.families) for name, alpha in stated.items()}
+    alphas: dict[str, float] = {}
+    for h in protocol.hypotheses:
+        stated = protocol.families.get(h.family)
+        own = h.alpha + (0.0 if stated is None else _passed_to(h.family, protocol.families) * h.alpha / stated.alpha)
+        alphas[h.family] = max(own, alphas.get(h.family, 0.0))
+    return alphas
 
 
 def _passed_to(name: str, stated: Mapping[str, Family]) -> float:

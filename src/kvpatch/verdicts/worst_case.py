@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import pandas as pd
 
+from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.schema import Protocol
 from kvpatch.statistics.trend import order_scores
 from kvpatch.verdicts.measure import Measured, measure, measured_as
@@ -23,11 +24,12 @@ def lacking(protocol: Protocol, rows: pd.DataFrame, m: Measured) -> dict[str, fl
     h = m.hypothesis
     if m.differences.n == 0 or m.floor.constant is not None:
         return {}
-    partial, planned = partial_conditions(protocol), planned_pairs(protocol, rows)
+    partial = partial_conditions(protocol)
+    rows = _with_every_pair(protocol, rows, h)
     own = list(h.order()[0]) if h.is_ordering else list(h.weights())
-    shares = missing_shares(rows, own, h.readout, h.transform, partial, planned)
+    shares = missing_shares(rows, own, h.readout, h.transform, partial)
     for variable, _ in h.others():
-        found = missing_shares(rows, list(variable.weights()), variable.readout, variable.transform, partial, planned)
+        found = missing_shares(rows, list(variable.weights()), variable.readout, variable.transform, partial)
         shares |= {name: max(share, shares.get(name, 0.0)) for name, share in found.items()}
     return too_many_missing(shares)
 
@@ -39,6 +41,18 @@ def planned_pairs(protocol: Protocol, rows: pd.DataFrame) -> list[str]:
     rows: prepared test rows of the phase.
     """
     return sorted(rows["pair_id"].unique()) if protocol.families else []
+
+
+def _with_every_pair(protocol: Protocol, trials: pd.DataFrame, h: Hypothesis) -> pd.DataFrame:
+    """The trials, and for each planned pair that has no row of a hypothesis at all one row that failed."""
+    rows = rows_of(trials, split="test", phase=h.phase)
+    whole = [name for name in h.conditions if name not in partial_conditions(protocol)]
+    seen = set(rows.loc[rows["condition"].isin(h.conditions), "pair_id"])
+    lost = [pair for pair in planned_pairs(protocol, rows) if pair not in seen]
+    if not whole or not lost:
+        return trials
+    made = pd.DataFrame({"pair_id": lost, "condition": whole[0], "phase": h.phase, "split": "test", "failed": True})
+    return pd.concat([trials, made.assign(sample=0)], ignore_index=True)
 
 
 def decided_at_worst(
@@ -67,13 +81,11 @@ def decided_at_worst(
         signs = dict(zip(names, order_scores(len(names), peak).tolist(), strict=True))
     else:
         signs = {name: float(weight) for name, weight in asked.weights().items()}
-    partial, planned = (
-        partial_conditions(protocol),
-        planned_pairs(protocol, rows_of(trials, split="test", phase=h.phase)),
-    )
+    partial = partial_conditions(protocol)
+    trials = _with_every_pair(protocol, trials, h)
     words = []
     for toward in (-1, 1):
-        whole = filled(trials, h.phase, signs, h.readout, h.transform, partial, planned, toward=toward)
+        whole = filled(trials, h.phase, signs, h.readout, h.transform, partial, toward=toward)
         words.append(decide(measure(protocol, whole, h, units)).word)
     if set(words) == {found.word}:
         same = f"{start}; the verdict is the same with these at the lowest and at the highest value that was seen."

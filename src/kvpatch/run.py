@@ -247,10 +247,19 @@ def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, listen
     gc.collect()
     gc.freeze()
     rules = {key: rule_of(_readouts_of(record, key)) for key in models}
-    limits = LocalExecutor(models, rows, rules).run(plan, store, on_tokens=listener.tokens, on_batch=on_batch)
+    floors = {key: (record if key is None else record.other_models[key]).noise_floor or {} for key in models}
+    known = {key: floor["trials"] for key, floor in floors.items() if "trials" in floor}
+    executor = LocalExecutor(models, rows, rules, known)
+    limits = executor.run(plan, store, on_tokens=listener.tokens, on_batch=on_batch)
     found = {phase: asdict(limit) for phase, limit in limits.items()}
+    noise = {key: floor | {"trials": executor.noise[key]} if key in executor.noise else floor for key, floor in floors.items()}
     others = {
-        key: other.model_copy(update={"coherence_limits": found.get(calibration_of(key), other.coherence_limits)})
+        key: other.model_copy(
+            update={
+                "coherence_limits": found.get(calibration_of(key), other.coherence_limits),
+                "noise_floor": noise.get(key, other.noise_floor),
+            }
+        )
         for key, other in record.other_models.items()
     }
     return record.model_copy(
@@ -259,6 +268,7 @@ def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, listen
             "seconds": round(record.seconds + time.monotonic() - start, 1),
             "tokens": record.tokens + written[0],
             "coherence_limits": found.get(calibration_of(None), record.coherence_limits),
+            "noise_floor": noise.get(None, record.noise_floor),
             "other_models": others,
         }
     )

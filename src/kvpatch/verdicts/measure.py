@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pandas as pd
 
 from kvpatch.protocols.hypotheses import Hypothesis, Variable
@@ -14,7 +15,8 @@ from kvpatch.specs.test_kinds import Measures, TestKind
 from kvpatch.statistics import paired_tests as tests
 from kvpatch.statistics.grid import Floats
 from kvpatch.statistics.intervals import Interval, Ratio, fieller_interval
-from kvpatch.statistics.trend import slopes
+from kvpatch.statistics.trend import rho_of_each, slopes
+from kvpatch.verdicts.chosen_heads import chosen_heads
 from kvpatch.verdicts.floors import Floor, floor_of
 from kvpatch.verdicts.margins import (
     NATURAL_SOURCE,
@@ -48,7 +50,7 @@ class Measured:
     of the two for equivalence. p_margin: one-sided against the margin, of a "much" test. dz: for a correlation r.
     small: up to where an effect is too small to matter. absent: conditions of the hypothesis without any trial.
     kind: of the test that was carried out; for a repetition that of what it repeats. floor: what the readout can say
-    where it hardly scored, or not at all.
+    where it hardly scored, or not at all. told: what else a sentence says of how it was measured.
     """
 
     hypothesis: Hypothesis
@@ -66,6 +68,7 @@ class Measured:
     transfer: Ratio | None
     absent: tuple[str, ...]
     floor: Floor = field(default_factory=Floor)
+    told: str = ""
 
 
 def measure(
@@ -183,10 +186,41 @@ def _correlation(
     return _measured(Sample(hypothesis, found.values, values, margin, margin.value), found, _or_nan(margin.value))
 
 
+def _ranks(
+    protocol: Protocol, trials: pd.DataFrame, rows: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str, str]
+) -> Measured:
+    """A readout over ordered conditions, beside their order or another readout: each pair's Spearman's rho."""
+    names, beside = hypothesis.order()[0], hypothesis.ranked_with
+    means = pair_means(rows, names, hypothesis.readout, hypothesis.transform)
+    if beside is not None:
+        others = pair_means(rows, names, beside)
+        means = means.join(others.set_axis([f"{name} beside" for name in names], axis="columns"))
+    table = contrast_table(means, {name: {name: 1} for name in means.columns}, units)
+    values: Floats = table[list(means.columns)].to_numpy(dtype=float).reshape(len(table), -1)
+    own, levels = values[:, : len(names)], np.arange(len(names), dtype=float)
+    ranked = np.broadcast_to(levels, own.shape) if beside is None else values[:, len(names) :]
+    found = count_of(rows, names, means, table.index, rho_of_each(ranked, own))
+    margin = margin_by_value(hypothesis)
+    sample = Sample(hypothesis, found.values, np.hstack([ranked, own]), margin, margin.value)
+    return _measured(sample, found, _or_nan(margin.value))
+
+
+def _heads(
+    protocol: Protocol, trials: pd.DataFrame, rows: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str, str]
+) -> Measured:
+    """A contrast in heads that half of the units chose, on the other half."""
+    chosen = chosen_heads(rows, hypothesis, units)
+    margin = margin_of(hypothesis, chosen.found, Bound(None, "the calibration pairs are not watched"))
+    sample = Sample(hypothesis, chosen.found.values, chosen.found.values[:, None], margin, margin.value)
+    return replace(_measured(sample, chosen.found, _or_nan(margin.value)), told=chosen.told)
+
+
 _MEASURES: dict[Measures, Callable[[Protocol, pd.DataFrame, pd.DataFrame, Hypothesis, Mapping[str, str]], Measured]] = {
     "difference": _contrast,
     "slope": _ordering,
     "correlation": _correlation,
+    "ranks": _ranks,
+    "heads": _heads,
 }
 
 

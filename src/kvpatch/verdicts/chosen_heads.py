@@ -130,7 +130,6 @@ def _best(differences: pd.DataFrame) -> dict[Head, int]:
         return {}
     columns: Floats = np.column_stack([on_grid(values) for values in differences.to_numpy(dtype=float).T])
     mean, sd = columns.mean(axis=0), columns.std(axis=0, ddof=1)
-    size = np.divide(np.abs(mean), sd, out=np.zeros_like(sd), where=sd > 0)
-    count = max(1, round(SHARE * len(size)))
-    order = np.argsort(-size, kind="stable")[:count]
+    size = np.divide(np.abs(mean), sd, out=np.where(mean == 0, 0.0, np.inf), where=sd > 0)
+    order = np.lexsort((-np.abs(mean), -size))[: max(1, round(SHARE * len(size)))]
     return {tuple(differences.columns[i]): 1 if mean[i] >= 0 else -1 for i in order.tolist()}

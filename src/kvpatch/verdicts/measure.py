@@ -196,7 +196,7 @@ def _ranks(
         others = pair_means(rows, names, beside)
         means = means.join(others.set_axis([f"{name} beside" for name in names], axis="columns"))
     table = contrast_table(means, {name: {name: 1} for name in means.columns}, units)
-    values: Floats = table[list(means.columns)].to_numpy(dtype=float).reshape(len(table), -1)
+    values: Floats = table[list(means.columns)].to_numpy(dtype=float).reshape(len(table), means.shape[1])
     own, levels = values[:, : len(names)], np.arange(len(names), dtype=float)
     ranked = np.broadcast_to(levels, own.shape) if beside is None else values[:, len(names) :]
     found = count_of(rows, names, means, table.index, rho_of_each(ranked, own))

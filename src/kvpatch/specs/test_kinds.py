@@ -180,12 +180,14 @@ _RHO = Words(
     "Spearman's rho of {against} with {readout} over {contrast} is {number} on average",
     axis="Spearman's rho",
     scale="Mean over pairs of Spearman's rho within each pair.",
+    power=f"{_SLOPE_POWER}; what is ranked with another readout is taken to follow it as a level",
 )
 _HEADS = Words(
     "> 0 in chosen heads",
     "{contrast} in {readout} of heads that other pairs chose is {estimate}, turned the way it went there,",
     axis="{readout} of chosen heads",
     scale="Mean over chosen heads and over the pairs that did not choose them, turned the way the others went.",
+    power="half of the pairs test what the other half chose; dz is that of the chosen heads",
 )
 _OWN: dict[str, TestKind] = {
     kind.id: kind

@@ -65,12 +65,18 @@ class Procedure:
     decided for the claim, in standard deviations. None where power is not simulated; the power table then says so.
     is_known_for_any_n: whether `simulate` takes any n; else it is asked up to `power.LARGEST_N`.
     needs_pairs: the smallest number of units at which p can be below alpha.
+    tested: share of the pairs that are tested, where others only choose what is tested.
     """
 
     test: Callable[[Sample], Figures]
     simulate: Callable[[simulated.Question], Floats] | None = None
     is_known_for_any_n: bool = False
     needs_pairs: Callable[[float], int] = tests.smallest_n
+    tested: float = 1.0
+
+    def least_pairs(self, alpha: float) -> int:
+        """How many pairs a phase must have for p to come below alpha."""
+        return math.ceil(self.needs_pairs(alpha) / self.tested)
 
 
 def _directional(sample: Sample) -> Figures:
@@ -124,8 +130,8 @@ _OWN: dict[str, Procedure] = {
     "trend": Procedure(_ordered, simulated.ordering),
     "umbrella": Procedure(_ordered, simulated.ordering),
     "correlates": Procedure(_correlated, simulated.correlation, is_known_for_any_n=True),
-    "rank_correlates": Procedure(_rank_correlated),
-    "chosen_heads": Procedure(_directional),
+    "rank_correlates": Procedure(_rank_correlated, simulated.ordering),
+    "chosen_heads": Procedure(_directional, simulated.in_half, tested=0.5),
     "replicates": Procedure(_directional, simulated.directional),  # measured by the test of what it repeats
 }
 _FROM_OUTSIDE: dict[str, Procedure] = {}

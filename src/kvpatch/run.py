@@ -252,7 +252,10 @@ def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, listen
     executor = LocalExecutor(models, rows, rules, known)
     limits = executor.run(plan, store, on_tokens=listener.tokens, on_batch=on_batch)
     found = {phase: asdict(limit) for phase, limit in limits.items()}
-    noise = {key: floor | {"trials": executor.noise[key]} if key in executor.noise else floor for key, floor in floors.items()}
+    noise = {
+        key: floor | {"trials": executor.noise[key]} if key in executor.noise else floor
+        for key, floor in floors.items()
+    }
     others = {
         key: other.model_copy(
             update={

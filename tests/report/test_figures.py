@@ -85,7 +85,11 @@ def test_models_stand_side_by_side(outcome: Outcome, effects: list[dict], rows: 
     drawn = data(llr, "estimates")
     assert {row["model"] for row in drawn if row["condition"] == "C"} == {"first-model", "second-model"}
     replications = across.replication_rows(rows, outcome.protocol, models)
-    assert [[name for name, _ in r["pair"]] for r in replications] == [["first-model", "second-model"]] * 6
+    repeated = sum(h.of is not None for h in outcome.protocol.hypotheses)
+    assert [[name for name, _ in r["pair"]] for r in replications] == [["first-model", "second-model"]] * repeated
+    found = {(e["condition"], e["phase"]): e for e in effects if e["readout"] == "mode_llr"}
+    for row in drawn:  # nats of one model are not those of another
+        assert row["estimate"] == pytest.approx(found[row["condition"], row["phase"]]["dz"], rel=1e-3)
     assert across.across_figures(effects, {"1": "first-model"}) == []
 
 

@@ -149,6 +149,8 @@ OF_KIND = {
     "trend": {"contrast": "A < N1 < C"},
     "umbrella": {"contrast": "A < C > N1"},
     "correlates": {"against": {"contrast": "B - A", "readout": "score"}, "direction": "positive"},
+    "rank_correlates": {"contrast": "A < N1 < C", "direction": "positive"},
+    "chosen_heads": {},
 }
 
 
@@ -159,7 +161,7 @@ def test_every_kind_of_test_is_simulated():
 
 @pytest.mark.parametrize("test", sorted(OF_KIND))
 def test_more_pairs_see_smaller_effects(test):
-    seen = [of({**GREATER, "test": test, **OF_KIND[test]}, n, sets=1000).plain.dz_80 for n in (12, 24, 48, 96)]
+    seen = [of({**GREATER, "test": test, **OF_KIND[test]}, n, sets=1000).plain.dz_80 for n in (20, 28, 48, 96)]
     assert seen == sorted(seen, reverse=True)
     assert len(set(seen)) == 4
 

@@ -138,6 +138,19 @@ def cohens_dz(differences: Floats) -> float:
     return float(on_grid(differences).mean()) / sd if sd > 0 else math.nan
 
 
+def dz_interval(differences: Floats, level: float = 0.95) -> Interval:
+    """Two-sided interval of dz, which holds both the mean and the standard deviation for estimates; NaN without a dz.
+
+    Source: Hedges & Olkin 1985, chapter 5: standard error sqrt(1/n + dz^2 / 2n), Student's t with n - 1 degrees of
+    freedom; the same as `pingouin.compute_esci` of paired samples, which the tests use as the reference.
+    """
+    dz, n = cohens_dz(differences), len(differences)
+    if math.isnan(dz):
+        return Interval(math.nan, math.nan, level)
+    half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * math.sqrt((1 + dz * dz / 2) / n)
+    return Interval(dz - half, dz + half, level)
+
+
 def sd_of(differences: Floats) -> float:
     """Standard deviation (n - 1) of the pair differences, in their unit; NaN if n < 2."""
     return float(np.std(np.sort(on_grid(differences)), ddof=1)) if len(differences) > 1 else math.nan

@@ -17,7 +17,7 @@ from kvpatch.statistics import paired_tests as tests
 from kvpatch.statistics.correlation import partial_correlation
 from kvpatch.statistics.grid import Floats
 from kvpatch.statistics.intervals import Interval, bca_interval
-from kvpatch.statistics.trend import ordered_trend
+from kvpatch.statistics.trend import mean_rho_p, ordered_trend
 from kvpatch.verdicts import simulated
 from kvpatch.verdicts.margins import Bound
 
@@ -28,7 +28,8 @@ class Sample:
 
     differences: [units], what is averaged, in the readout's unit: the contrast, or for an ordering each unit's slope.
     table: [units, columns]. Of a slope the readout under each condition, in rising order up to the peak. Of a
-    correlation the contrast, what it is held against, and each thing held constant. Of a difference the differences.
+    correlation the contrast, what it is held against, and each thing held constant. Of ranks the levels' numbers, or
+    the other readout under each condition, and then the readout. Of a difference the differences.
     margin: the whole margin. fixed: its part that is fixed before the test, None without one; both in the readout's
     unit.
     """
@@ -64,12 +65,18 @@ class Procedure:
     decided for the claim, in standard deviations. None where power is not simulated; the power table then says so.
     is_known_for_any_n: whether `simulate` takes any n; else it is asked up to `power.LARGEST_N`.
     needs_pairs: the smallest number of units at which p can be below alpha.
+    tested: share of the pairs that are tested, where others only choose what is tested.
     """
 
     test: Callable[[Sample], Figures]
     simulate: Callable[[simulated.Question], Floats] | None = None
     is_known_for_any_n: bool = False
     needs_pairs: Callable[[float], int] = tests.smallest_n
+    tested: float = 1.0
+
+    def least_pairs(self, alpha: float) -> int:
+        """How many pairs a phase must have for p to come below alpha."""
+        return math.ceil(self.needs_pairs(alpha) / self.tested)
 
 
 def _directional(sample: Sample) -> Figures:
@@ -107,6 +114,13 @@ def _correlated(sample: Sample) -> Figures:
     return Figures(p, r.interval, estimate=r.r, effect_size=r.r)
 
 
+def _rank_correlated(sample: Sample) -> Figures:
+    """p by permuting ranks within pairs, the interval over the pairs' own rhos."""
+    half = sample.table.shape[1] // 2
+    p = mean_rho_p(sample.table[:, :half], sample.table[:, half:], sample.hypothesis.claimed_side)
+    return Figures(p, bca_interval(sample.differences, 0.95), effect_size=float(sample.differences.mean()))
+
+
 _OWN: dict[str, Procedure] = {
     "greater": Procedure(_directional, simulated.directional),
     "less": Procedure(_directional, simulated.directional),
@@ -116,6 +130,8 @@ _OWN: dict[str, Procedure] = {
     "trend": Procedure(_ordered, simulated.ordering),
     "umbrella": Procedure(_ordered, simulated.ordering),
     "correlates": Procedure(_correlated, simulated.correlation, is_known_for_any_n=True),
+    "rank_correlates": Procedure(_rank_correlated, simulated.ordering),
+    "chosen_heads": Procedure(_directional, simulated.in_half, tested=0.5),
     "replicates": Procedure(_directional, simulated.directional),  # measured by the test of what it repeats
 }
 _FROM_OUTSIDE: dict[str, Procedure] = {}

@@ -78,10 +78,17 @@ def figures(m: Measured) -> str:
         readout=h.readout,
         estimate=quantity(m.estimate, h),
         number=number(m.estimate),
-        against="" if h.against is None else f"{h.against.contrast} in {h.against.readout}",
+        against=_against(h),
         held=f" with {given} held constant" if given else "",
     )
-    return f"{found} {rest}"
+    return f"{found} {rest}{m.told}"
+
+
+def _against(h: Hypothesis) -> str:
+    """What the contrast is held against, in words."""
+    if h.against is not None:
+        return f"{h.against.contrast} in {h.against.readout}"
+    return h.ranked_with or "the level" if h.kind.measures == "ranks" else ""
 
 
 def limit_text(value: float, m: Measured) -> str:

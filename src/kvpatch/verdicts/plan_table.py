@@ -25,7 +25,7 @@ from kvpatch.protocols.plan_rows import PlanRow, RowKind
 from kvpatch.protocols.schema import Protocol
 from kvpatch.specs.base import Frozen
 from kvpatch.specs.readouts import readouts
-from kvpatch.verdicts.prerequisites import failed_gatekeeper, gatekeepers
+from kvpatch.verdicts.prerequisites import failed_gatekeeper, gatekeepers, has_passed
 from kvpatch.verdicts.rounding import number
 from kvpatch.verdicts.wording import NAMED, finding_text
 
@@ -222,7 +222,9 @@ def _lacks(protocol: Protocol, h: Hypothesis, by_id: Mapping[str, Entry], status
         return None
     by = by_id[h.id].get("blocked_by")
     if by == "prerequisite":
-        needed = " and ".join(f"{name}, which is {_word(by_id[name])}" for name in _roots(h.id, by_id))
+        needed = " and ".join(
+            f"{name}, which is {_word(by_id.get(name, {}))}" for name in _roots(protocol, h.id, by_id)
+        )
         return f"it needs {needed or 'what did not pass'}"
     if by == "gate":
         words = {name: _word(entry) for name, entry in by_id.items()}
@@ -232,18 +234,20 @@ def _lacks(protocol: Protocol, h: Hypothesis, by_id: Mapping[str, Entry], status
     return _BLOCKED.get(str(by), "something that it needs did not pass")
 
 
-def _roots(name: str, by_id: Mapping[str, Entry]) -> list[str]:
-    """Missing prerequisites that wait for no other one, at the bottom of what stops a hypothesis."""
+def _roots(protocol: Protocol, name: str, by_id: Mapping[str, Entry]) -> list[str]:
+    """Prerequisites that did not pass and wait for no other one, at the bottom of what stops a hypothesis."""
     reached, at = [name], 0
     while at < len(reached):
-        reached += [one for one in _missing(reached[at], by_id) if one in by_id and one not in reached]
+        reached += [one for one in _missing(protocol, reached[at], by_id) if one not in reached]
         at += 1
-    return [one for one in reached[1:] if not _missing(one, by_id)]
+    return [one for one in reached[1:] if not _missing(protocol, one, by_id)]
 
 
-def _missing(name: str, by_id: Mapping[str, Entry]) -> list[str]:
-    entry = by_id[name]
-    return [str(one) for one in entry.get("missing") or []] if entry.get("blocked_by") == "prerequisite" else []
+def _missing(protocol: Protocol, name: str, by_id: Mapping[str, Entry]) -> list[str]:
+    """Those that a hypothesis needs and that did not pass, where that is what stops it."""
+    if by_id.get(name, {}).get("blocked_by") != "prerequisite":
+        return []
+    return [one for one in protocol.hypothesis(name).needs or () if not has_passed(_word(by_id.get(one, {})))]
 
 
 def _answer(row: PlanRow, findings: Sequence[Finding]) -> str:

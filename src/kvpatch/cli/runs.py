@@ -82,14 +82,15 @@ def run(
         outcome = run_protocol(
             chosen, loaded, out, seed=seed, n=n, phases=phase_names(phases), command=sys.argv, listener=listener
         )
-    from kvpatch.cli.tables import print_criteria, print_effects
+    from kvpatch.cli.plan_table import print_plan_table
+    from kvpatch.cli.tables import print_effects
     from kvpatch.verdicts.headline import few_pairs
 
     # The table of one phase is looked at; those of ten scroll away.
     if len({effect.phase for effect in outcome.effects}) == 1:
         print_effects(outcome.effects)
     else:
-        print_criteria(outcome.verdicts)
+        print_plan_table(outcome.plan_table)
     typer.echo(outcome.answer)
     if told := few_pairs(outcome.verdicts):
         typer.echo(told)
@@ -167,17 +168,23 @@ def verdicts(
     exploratory: Annotated[
         bool, typer.Option("--exploratory", help="Accept a changed protocol, and mark every verdict as exploratory.")
     ] = False,
+    only_plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Print the plan's table alone; with --json, its rows in place of the verdicts."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print the success criteria and all verdicts, recomputed from the stored trials.
+    """Print the plan's table and all verdicts, recomputed from the stored trials.
 
-    Exploratory verdicts are printed, not stored. Example: kvpatch verdicts results
+    The table says of each row of the plan what was expected, what was measured, and what follows. Exploratory verdicts
+    are printed, not stored. Example: kvpatch verdicts results
     """
+    from kvpatch.cli.plan_table import print_plan_table
     from kvpatch.cli.tables import print_verdicts
     from kvpatch.store.directory import Store
     from kvpatch.store.validation import gate_zero
-    from kvpatch.verdicts.decide import verdicts_json
     from kvpatch.verdicts.outcome import outcome_of, write_verdicts
+    from kvpatch.verdicts.records import canonical_json
     from kvpatch.verdicts.specificity import specificities
 
     store = Store(directory)
@@ -190,8 +197,10 @@ def verdicts(
     if not exploratory:
         write_verdicts(store, outcome)
     if as_json:
-        typer.echo(verdicts_json(outcome.verdicts), nl=False)
-    else:
+        typer.echo(canonical_json(outcome.plan_table if only_plan else outcome.verdicts), nl=False)
+        return
+    print_plan_table(outcome.plan_table)
+    if not only_plan:
         typer.echo(gate_zero(outcome.record.validation))
         for of in specificities(outcome.record):
             typer.echo(of.sentence)

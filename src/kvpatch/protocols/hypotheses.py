@@ -176,7 +176,10 @@ class Hypothesis(Frozen):
     )
     gate: int = Field(default=1, ge=1, le=5, description="asked for where 'needs' is not given")
     is_gatekeeper: bool = Field(default=False, description="if it is not supported, later gates can't be interpreted")
-    criterion: str | None = Field(default=None, description="row of the success-criteria table this decides")
+    criterion: str | None = Field(default=None, description="claim of the row of the plan's table that this answers")
+    expected: str | None = Field(
+        default=None, exclude_if=is_none, description="what the plan said, where its row does not say it"
+    )
     confirmatory: bool = True
 
     @model_validator(mode="after")

@@ -111,6 +111,7 @@ def _record(
     told = "" if decision.word == "tautological" else text_contrast(texts, h)
     return Verdict(
         **h.model_dump(include=ASKED),
+        expected=texts.protocol.expected_of(h),
         n=found.n,
         n_pairs=found.n_pairs,
         n_dropped=dropped,

@@ -20,6 +20,7 @@ from kvpatch.store.record import RunRecord
 from kvpatch.verdicts.chosen_heads import heads_column, with_heads
 from kvpatch.verdicts.decide import Verdict, headline, verdicts, verdicts_json
 from kvpatch.verdicts.effects import Effect, effects
+from kvpatch.verdicts.plan_table import AnsweredRow, plan_table
 from kvpatch.verdicts.prerequisites import instrument_holds
 
 
@@ -108,6 +109,13 @@ class Outcome:
     def answer(self) -> str:
         """The one-sentence answer."""
         return headline(self.protocol, self.verdicts, is_checked=self.record.check is not None)
+
+    @cached_property
+    def plan_table(self) -> list[AnsweredRow]:
+        """The plan's table: what it expected, row by row, and what this run says."""
+        others = {key: other.model.name for key, other in self.record.other_models.items()}
+        entries = [verdict.model_dump(mode="json") for verdict in self.verdicts]
+        return plan_table(self.protocol, entries, {None: self.record.model.name, **others})
 
     @cached_property
     def effects(self) -> list[Effect]:

@@ -33,6 +33,7 @@ class Verdict(Frozen):
     family: str
     gate: int
     criterion: str | None
+    expected: str | None = Field(default=None, description="what the plan said of it, where it said something")
     confirmatory: bool
     alpha: float
     n: int = Field(description="units: pairs, or groups of pairs that share a prompt")
@@ -91,7 +92,12 @@ def verdicts_json(verdicts: Sequence[Verdict]) -> str:
 
     Sorted keys, floats at 10 significant digits, null for what is NaN or infinite, one newline at the end.
     """
-    rows = [_canonical(verdict.model_dump(mode="python")) for verdict in verdicts]
+    return canonical_json(verdicts)
+
+
+def canonical_json(records: Sequence[Frozen]) -> str:
+    """Canonical JSON of a list of records; see `verdicts_json`."""
+    rows = [_canonical(record.model_dump(mode="python")) for record in records]
     return json.dumps(rows, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 

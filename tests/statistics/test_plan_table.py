@@ -85,11 +85,17 @@ def test_an_equivalence_that_was_claimed_is_equivalent(answer: Make):
 def test_a_row_that_cannot_be_read_names_the_prerequisite_at_the_bottom_and_its_numbers(answer: Make):
     row = answer({"hypotheses": ["below"]}, {"B": NOISE, "X": UP})
     assert row.verdict == "not interpretable"
-    assert row.findings[0].lacks == "it needs up, which is inconclusive"
+    assert row.findings[0].lacks == "the prerequisite up is inconclusive"
     assert row.answer.startswith(
-        "It can't be interpreted, since it needs up, which is inconclusive; measured all the same"
+        "It can't be interpreted, since the prerequisite up is inconclusive; measured all the same"
     )
     assert "1.15 hits per 100 words" in row.answer and "n = 30" in row.answer
+
+
+def test_what_several_hypotheses_lack_alike_is_said_once(answer: Make):
+    row = answer({"hypotheses": ["part", "below"]}, {"B": NOISE, "X": UP})
+    assert row.answer.count("since the prerequisite up is inconclusive") == 1
+    assert row.answer.startswith("Not interpretable, since the prerequisite up is inconclusive: part (1.15 hits")
 
 
 def test_a_row_without_a_number_says_which_one_is_missing(answer: Make):

@@ -221,10 +221,9 @@ def _lacks(protocol: Protocol, h: Hypothesis, by_id: Mapping[str, Entry], status
         return None
     by = by_id[h.id].get("blocked_by")
     if by == "prerequisite":
-        needed = " and ".join(
-            f"{name}, which is {_word(by_id.get(name, {}))}" for name in _roots(protocol, h.id, by_id)
-        )
-        return f"it needs {needed or 'what did not pass'}"
+        roots = _roots(protocol, h.id, by_id)
+        told = [f"the prerequisite {name} is {_word(by_id.get(name, {}))}" for name in roots]
+        return " and ".join(told) or "a prerequisite did not pass"
     if by == "gate":
         words = {name: _word(entry) for name, entry in by_id.items()}
         keeper = failed_gatekeeper(gatekeepers(protocol), words, h.gate)
@@ -258,13 +257,15 @@ def _answer(row: PlanRow, findings: Sequence[Finding]) -> str:
     measured = [f for f in findings if f.measured is not None]
     common = {_where(f) for f in measured}
     parts: list[str] = []
-    for status, told in _OF_SEVERAL.items():
-        for is_rival in (False, True):
-            those = [f for f in findings if (f.status, f.is_rival) == (status, is_rival)]
-            if those:
-                said = [_item(f, by_claim=row.kind == "question", everywhere=len(common) == 1) for f in those[:NAMED]]
-                more = [f"{len(those) - NAMED} more"] if len(those) > NAMED else []
-                parts.append(f"{told} {'the rival ' * is_rival}{', '.join([*said, *more])}")
+    groups: dict[tuple[Status, bool, str | None], list[Finding]] = {}
+    for f in sorted(findings, key=lambda f: list(_OF_SEVERAL).index(f.status)):
+        why = f.lacks if f.status == "unreadable" else None
+        groups.setdefault((f.status, f.is_rival, why), []).append(f)
+    for (status, is_rival, why), those in groups.items():
+        said = [_item(f, by_claim=row.kind == "question", everywhere=len(common) == 1) for f in those[:NAMED]]
+        more = [f"{len(those) - NAMED} more"] if len(those) > NAMED else []
+        told = _OF_SEVERAL[status].format(since="" if why is None else f", since {why}")
+        parts.append(f"{told} {'the rival ' * is_rival}{', '.join([*said, *more])}")
     alike = f"; throughout, {common.pop()}" if len(common) == 1 else ""
     return _sentence("; ".join(parts) + alike)
 
@@ -273,7 +274,7 @@ _OF_SEVERAL: dict[Status, str] = {
     "contradicted": "the data speak against",
     "passed": "the data bear out",
     "undecided": "undecided:",
-    "unreadable": "not interpretable:",
+    "unreadable": "not interpretable{since}:",
     "unmeasured": "not measured:",
     "circular": "true by construction, so no evidence:",
 }
@@ -297,7 +298,7 @@ def _where(f: Finding) -> str:
 
 
 def _item(f: Finding, *, by_claim: bool, everywhere: bool) -> str:
-    """One hypothesis among several: its claim or id, its figure, and what it lacks. everywhere: n and model are those
+    """One hypothesis among several: its claim or id, its figure, or why it has none. everywhere: n and model are those
     of all, and are said once."""
     value = ""
     if f.measured is not None and f.estimate is not None:
@@ -305,7 +306,8 @@ def _item(f: Finding, *, by_claim: bool, everywhere: bool) -> str:
         if f.ci_low is not None and f.ci_high is not None:
             value += f", {number(f.ci_low)} to {number(f.ci_high)}"
         value += "" if everywhere else f", {_where(f)}"
-    told = "; ".join(part for part in (value, f.lacks) if part)
+    lacks = f.lacks if f.status == "unmeasured" else None
+    told = "; ".join(part for part in (value, lacks) if part)
     return (f"\u201c{f.claim}\u201d" if by_claim else f.id) + (f" ({told})" if told else "")
 
 

@@ -24,6 +24,7 @@ from kvpatch.cli.app import (
     refuse_unwritable,
     show,
     warn_of_clocks,
+    warn_of_deviations,
     warn_of_missing_meaning,
     warn_of_too_few,
 )
@@ -125,9 +126,12 @@ def plan(
 
     chosen = load_protocol(protocol, needs_files=True)
     refuse_code(chosen, allow_code)
+    warn_of_deviations(chosen)
+    warn_of_too_few(chosen, n, phase_names(phases))
     from kvpatch.cli.tables import plan_summary, print_plan
     from kvpatch.prompts.bank import load_bank
     from kvpatch.run import plan_for
+    from kvpatch.verdicts.deviations import stated
 
     loaded = load_all(chosen, model, phase_names(phases), other_model, device=device, dtype=dtype)
     warn_of_clocks(loaded)
@@ -141,7 +145,7 @@ def plan(
         cost = estimate(made, loaded)
     summary = plan_summary(
         made, chosen, lambda key, text: len(loaded[key].encode(text, may_be_empty=True).token_ids), cost
-    )
+    ) | stated(chosen, n, phase_names(phases))
     show(summary, as_json, lambda: print_plan(summary))
 
 
@@ -177,6 +181,7 @@ def verdicts(
     from kvpatch.store.directory import Store
     from kvpatch.store.validation import gate_zero
     from kvpatch.verdicts.decide import verdicts_json
+    from kvpatch.verdicts.deviations import error_statement
     from kvpatch.verdicts.outcome import outcome_of, write_verdicts
     from kvpatch.verdicts.specificity import specificities
 
@@ -195,6 +200,9 @@ def verdicts(
         typer.echo(gate_zero(outcome.record.validation))
         for of in specificities(outcome.record):
             typer.echo(of.sentence)
+        typer.echo(error_statement(outcome.protocol))
+        for told in dict.fromkeys(told for v in outcome.verdicts for told in v.deviations):
+            typer.echo(f"deviation: {told}")
         print_verdicts(outcome.verdicts)
 
 

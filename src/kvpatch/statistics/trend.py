@@ -60,6 +60,12 @@ def ordered_trend(table: Floats, peak: int) -> float:
     return (at_least + 1) / (DRAWS + 1)
 
 
+def smallest_p(pairs: int) -> float:
+    """No ordering of so many pairs has a smaller p: that of three levels, the fewest, where each pair follows
+    the order, or the least that random permutations can give."""
+    return 6.0**-pairs if pairs <= MAX_EXACT_PAIRS else 1 / (DRAWS + 1)
+
+
 @lru_cache(maxsize=4)
 def _orders(pairs: int, levels: int) -> np.ndarray:
     rng = np.random.default_rng(SEED)

@@ -15,6 +15,7 @@ from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.schema import Protocol
 from kvpatch.statistics.clustering import Clustered
 from kvpatch.store.readout_calibration import ReadoutCalibration
+from kvpatch.verdicts.deviations import beside_verdicts
 from kvpatch.verdicts.families import adjusted_by_family
 from kvpatch.verdicts.headline import headline
 from kvpatch.verdicts.measure import Measured, measure, units_of
@@ -93,7 +94,7 @@ def verdicts(
 
             found = decided_at_worst(protocol, rows, measured[h.id], units[h.phase], lacks, found, again)
         decided[h.id] = found
-    return [
+    found = [
         _record(
             measured[h.id],
             adjusted[h.id],
@@ -105,6 +106,7 @@ def verdicts(
         )
         for h in protocol.hypotheses
     ]
+    return beside_verdicts(protocol, found)
 
 
 def _blocked(

@@ -17,7 +17,9 @@ from kvpatch.statistics import paired_tests as tests
 from kvpatch.statistics.correlation import partial_correlation
 from kvpatch.statistics.grid import Floats
 from kvpatch.statistics.intervals import Interval, bca_interval
+from kvpatch.statistics.resampling import SMALLEST_P as SMALLEST_P_DRAWN
 from kvpatch.statistics.trend import ordered_trend
+from kvpatch.statistics.trend import smallest_p as smallest_p_of_order
 from kvpatch.verdicts import simulated
 from kvpatch.verdicts.margins import Bound
 
@@ -64,12 +66,14 @@ class Procedure:
     decided for the claim, in standard deviations. None where power is not simulated; the power table then says so.
     is_known_for_any_n: whether `simulate` takes any n; else it is asked up to `power.LARGEST_N`.
     needs_pairs: the smallest number of units at which p can be below alpha.
+    smallest_p: the smallest p that so many units can give, whatever the data say; None where no bound is known.
     """
 
     test: Callable[[Sample], Figures]
     simulate: Callable[[simulated.Question], Floats] | None = None
     is_known_for_any_n: bool = False
     needs_pairs: Callable[[float], int] = tests.smallest_n
+    smallest_p: Callable[[int], float] | None = None
 
 
 def _directional(sample: Sample) -> Figures:
@@ -107,16 +111,19 @@ def _correlated(sample: Sample) -> Figures:
     return Figures(p, r.interval, estimate=r.r, effect_size=r.r)
 
 
+_FLIPS = tests.smallest_p
 _OWN: dict[str, Procedure] = {
-    "greater": Procedure(_directional, simulated.directional),
-    "less": Procedure(_directional, simulated.directional),
-    "much_greater": Procedure(_past_margin, simulated.directional),
-    "much_less": Procedure(_past_margin, simulated.directional),
-    "equivalent": Procedure(_equivalent, simulated.equivalent),
-    "trend": Procedure(_ordered, simulated.ordering),
-    "umbrella": Procedure(_ordered, simulated.ordering),
+    "greater": Procedure(_directional, simulated.directional, smallest_p=_FLIPS),
+    "less": Procedure(_directional, simulated.directional, smallest_p=_FLIPS),
+    "much_greater": Procedure(_past_margin, simulated.directional, smallest_p=_FLIPS),
+    "much_less": Procedure(_past_margin, simulated.directional, smallest_p=_FLIPS),
+    "equivalent": Procedure(_equivalent, simulated.equivalent, smallest_p=lambda n: max(_FLIPS(n), SMALLEST_P_DRAWN)),
+    "trend": Procedure(_ordered, simulated.ordering, smallest_p=smallest_p_of_order),
+    "umbrella": Procedure(_ordered, simulated.ordering, smallest_p=smallest_p_of_order),
     "correlates": Procedure(_correlated, simulated.correlation, is_known_for_any_n=True),
-    "replicates": Procedure(_directional, simulated.directional),  # measured by the test of what it repeats
+    "replicates": Procedure(
+        _directional, simulated.directional, smallest_p=_FLIPS
+    ),  # measured by the test of what it repeats
 }
 _FROM_OUTSIDE: dict[str, Procedure] = {}
 

@@ -21,6 +21,7 @@ from recompute_numbers import (
     grid_of_table,
     on_grid,
     ordered,
+    passed_on,
     partial_correlation,
     past_margin,
     rare_bounds,
@@ -95,7 +96,10 @@ def measure(run, h, rows):
         found = means(rows, h["readout"], h["transform"])
         of_levels = table([of_condition(found, name) for name in names], units)
         values = on_grid(slopes(of_levels, peak))
-        m["margin"], _ = margins(asked["margin"], None, values)
+        gap = natural_gap(run, h) if run.protocol.get("families") else None
+        m["margin"], _ = margins(asked["margin"], gap, values)
+        if gap is not None:
+            m["small"] = 0.2 * gap / max(peak, len(names) - 1 - peak)
         m["p"] = ordered(of_levels, peak) if len(values) else math.nan
     elif asked["test"] == "correlates":
         variables = [h, h["against"], *h["controlling"]]
@@ -137,12 +141,25 @@ def _test(m, asked, values, fixed):
 
 
 def adjusted_by_family(run, p):
-    """Hypothesis -> adjusted p. Each hypothesis of a family counts, whatever became of it."""
+    """Hypothesis -> adjusted p. Each hypothesis of a family counts, whatever became of it. Families that pass alpha on, or
+    are passed some, are corrected together; p is then told on the scale of the family's own alpha."""
+    stated = run.protocol.get("families", {})
+    heirs = {heir for family in stated.values() for heir in family.get("passes_to", {})}
+    linked = [name for name, family in stated.items() if family.get("passes_to") or name in heirs]
+    members = {}
+    for name, h in run.hypotheses.items():
+        members.setdefault(h["family"], []).append(name)
     out = {}
-    for family in {h["family"] for h in run.hypotheses.values()}:
-        members = [name for name, h in run.hypotheses.items() if h["family"] == family]
+    for family, names in members.items():
         correction = run.protocol.get("corrections", {}).get(family, "holm")
-        out |= dict(zip(members, adjusted([p[name] for name in members], correction), strict=True))
+        correction = stated[family]["correction"] if family in stated else correction
+        out |= dict(zip(names, adjusted([p[name] for name in names], correction), strict=True))
+    alphas = [stated[family]["alpha"] for family in linked]
+    shares = [[stated[a].get("passes_to", {}).get(b, 0.0) for b in linked] for a in linked]
+    found = passed_on([[p[name] for name in members[family]] for family in linked], alphas, shares)
+    for family, alpha, parts in zip(linked, alphas, found, strict=True):
+        for name, part in zip(members[family], parts, strict=True):
+            out[name] = math.nan if math.isnan(p[name]) else min(1.0, part * alpha)
     return out
 
 

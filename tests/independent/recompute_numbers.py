@@ -227,6 +227,30 @@ def rare_bounds(sides, known):
     return low, high
 
 
+def passed_on(families, alphas, shares):
+    """At what part of all alphas each hypothesis is rejected. families: p-values of each. shares: [from][to], of the alpha
+    of a family of which all are rejected. Holm within a family (Bretz et al. 2009, algorithms 1 and 2)."""
+    left = [sorted((1.0 if math.isnan(p) else p, i) for i, p in enumerate(ps)) for ps in families]
+    out = [[math.inf] * len(ps) for ps in families]
+    alphas, shares, factor = list(alphas), np.array(shares, dtype=float), 0.0
+    while any(left[f] and alphas[f] > 0 for f in range(len(left))):
+        open_ones = [f for f in range(len(left)) if left[f] and alphas[f] > 0]
+        at = {f: len(left[f]) * left[f][0][0] / alphas[f] for f in open_ones}
+        gone = min(open_ones, key=lambda f: at[f])
+        factor = max(factor, at[gone])
+        out[gone][left[gone].pop(0)[1]] = factor
+        if left[gone]:
+            continue
+        alphas = [a + alphas[gone] * shares[gone, f] for f, a in enumerate(alphas)]
+        alphas[gone], old = 0.0, shares.copy()
+        for f in range(len(left)):
+            back = old[f, gone] * old[gone, f]
+            shares[f] = (old[f] + old[f, gone] * old[gone]) / (1 - back) if back < 1 else 0.0
+            shares[f, f] = 0.0
+        shares[gone], shares[:, gone] = 0.0, 0.0
+    return out
+
+
 def adjusted(p_values, correction):
     """Holm's or Benjamini and Hochberg's p. What has no p counts as 1 and stays without one."""
     p = [1.0 if math.isnan(value) else value for value in p_values]

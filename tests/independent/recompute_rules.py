@@ -27,7 +27,7 @@ def decide_all(run, measured, tools):
         words[name] = blocked(run, h, words)
         if words[name] is not None:
             continue
-        words[name] = word(h, m, m["p_adjusted"], first)
+        words[name] = said(run, h, m, m["p_adjusted"], first)
         lacks = lacking(run, h, m)
         if lacks:
             words[name] = at_worst(run, h, m, words[name], first, tools)
@@ -115,6 +115,20 @@ def is_unspecific(run, h):
     return of["gap"] is None or of["gap"] <= 0 or not moved or max(moved) > 0.25
 
 
+def said(run, h, m, p_adjusted, first):
+    """The word by the numbers. A protocol with `families` says "contradicted" of what the data speak against, and also of
+    a repetition whose effect is shown to be too small to count."""
+    found = word(h, m, p_adjusted, first)
+    if not run.protocol.get("families"):
+        return found
+    if found == "inconclusive" and first is not None:
+        side = side_of(first["asked"])
+        limits = (-m["small"], math.inf) if side < 0 else (-math.inf, m["small"])
+        if max(side * m["ci_low"], side * m["ci_high"]) <= m["small"] and within(m, *limits):
+            return "contradicted"
+    return "contradicted" if found == "not supported" else found
+
+
 def word(h, m, p_adjusted, first):
     """The word by the numbers."""
     if m["n"] == 0 or m["constant"] is not None or 2.0 ** -m["n"] >= h["alpha"]:
@@ -147,8 +161,7 @@ def directional(h, m, is_significant):
     bound = m["margin"] if is_much else 0.0
     if is_significant and near > bound and (not is_much or m["p_margin"] < 0.025):
         return "supported"
-    beyond = (m["small"], math.inf) if side < 0 else (-math.inf, m["small"])
-    limits = (-m["small"], math.inf) if side < 0 else beyond
+    limits = (-m["small"], math.inf) if side < 0 else (-math.inf, m["small"])
     if far < 0 or (far <= m["small"] and within(m, *limits)):
         return "not supported"
     return "inconclusive"
@@ -194,7 +207,7 @@ def lacking(run, h, m):
     variables = [(own, h), *((list(terms(v["contrast"])), v) for v in (h["against"], *h["controlling"]) if v)]
     for names, v in variables:
         rows = [row for row in run.of["test", h["phase"]] if row["condition"] in names]
-        pairs = len({row["pair_id"] for row in rows})
+        pairs = len(planned_pairs(run, h, rows))
         for name in names:
             mine = [row for row in rows if row["condition"] == name]
             met = len({row["pair_id"] for row in mine})
@@ -210,6 +223,12 @@ def lacking(run, h, m):
     return False
 
 
+def planned_pairs(run, h, rows):
+    """Ids of the pairs that the conditions of a contrast are planned for: in a protocol with `families` all of the phase,
+    else those that one of these rows has."""
+    return {row["pair_id"] for row in (run.of["test", h["phase"]] if run.protocol.get("families") else rows)}
+
+
 def at_worst(run, h, m, found, first, tools):
     """The word, where it is the same with the missing values at either end of what was seen."""
     if m["asked"]["test"] == "correlates":
@@ -222,7 +241,7 @@ def at_worst(run, h, m, found, first, tools):
     words = {found}
     for toward in (-1, 1):
         again = tools["measure"](run, h, filled(run, h, signs, toward))
-        words.add(word(h, again, tools["adjust"](h["id"], again["p"]), first))
+        words.add(said(run, h, again, tools["adjust"](h["id"], again["p"]), first))
     return found if len(words) == 1 else "not interpretable"
 
 
@@ -240,7 +259,7 @@ def filled(run, h, signs, toward):
         mine = [row for row in own if row["condition"] == name]
         planned = {(row["pair_id"], row["sample"]) for row in mine}
         if not is_partial(run, name):
-            planned |= {(p, 0) for p in {row["pair_id"] for row in own} - {row["pair_id"] for row in mine}}
+            planned |= {(p, 0) for p in planned_pairs(run, h, own) - {row["pair_id"] for row in mine}}
         end = max(seen) if sign * toward > 0 else min(seen)
         made += [
             {"pair_id": pair, "sample": sample, "condition": name, "failed": False, h["readout"]: end}

@@ -20,7 +20,8 @@ UP = [1 + i / 100 for i in range(N)]
 DOWN = [-value for value in UP]
 NOISE = [9.0 * (-1) ** i for i in range(N)]
 STRONGEST = "Information sufficient for recursive-style output can be read from these cache slots"
-RESTS = " (X - N1 in recursive_score, n = 30; X - N2 in recursive_score, n = 30)"
+SLOTS = "n = 30, the body's slots, all layers"
+RESTS = f" (X - N1 in recursive_score, {SLOTS}; X - N2 in recursive_score, {SLOTS})"
 
 
 @pytest.fixture

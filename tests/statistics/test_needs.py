@@ -14,6 +14,7 @@ from kvpatch.verdicts.decide import Verdict, headline, verdicts, verdicts_json
 from kvpatch.verdicts.prerequisites import all_needed, decision_order, gate_states, prerequisites
 
 Make = Callable[..., Any]
+SLOTS = "n = 30, the body's slots, all layers"
 N = 30
 FLAT = [0.0] * N
 UP = [1 + i / 100 for i in range(N)]
@@ -78,23 +79,23 @@ def test_a_mode_that_one_readout_does_not_show_does_not_stop_the_other(decide: M
 def test_what_is_missing_is_named_with_its_verdict_and_the_numbers_are_told_all_the_same(decide: Make):
     _, found = decide({"B": NOISE})
     v = found["moves_score"]
-    assert (v.blocked_by, v.needs, v.missing) == ("prerequisite", ["exists_score"], ["exists_score"])
+    assert (v.blocked_by, v.needs, v.missing) == ("prerequisite", ["exists_score"], "exists_score")
     assert (v.n, v.estimate) == (N, pytest.approx(1.145, abs=0.01))
     assert v.ci_low is not None and v.ci_high is not None and v.p is not None
     assert "exists_score is inconclusive (B - A in recursive_score is 0" in v.because
     assert v.because.startswith("X - N1 in recursive_score is 1.1") and "over 30 pairs (95% interval" in v.because
     part = found["part_score"]
-    assert part.missing == ["exists_score", "moves_score"]
+    assert part.missing == "exists_score" and "moves_score is not interpretable" in part.because
     assert "and moves_score is not interpretable for want of exists_score." in part.because
 
 
 def test_the_new_keys_stand_in_verdicts_json_of_every_hypothesis(decide: Make, make_protocol: Make, make_trials: Make):
     _, found = decide({})
     told = {entry["id"]: entry for entry in json.loads(verdicts_json(list(found.values())))}
-    assert told["part_llr"]["needs"] == ["exists_llr", "moves_llr"] and told["part_llr"]["missing"] == []
+    assert told["part_llr"]["needs"] == ["exists_llr", "moves_llr"] and told["part_llr"]["missing"] is None
     with_gates = make_protocol({"id": "h", "contrast": "B - A", "test": "greater"})
     entry = json.loads(verdicts_json(verdicts(with_gates, make_trials({"A": FLAT, "B": UP}))))[0]
-    assert (entry["needs"], entry["missing"]) == ([], [])
+    assert (entry["needs"], entry["missing"]) == ([], None)
 
 
 def test_an_equivalent_and_a_tautological_prerequisite_have_passed(decide: Make):
@@ -197,7 +198,7 @@ def test_every_primary_hypothesis_that_passed_gives_the_strongest_sentence(decid
     protocol, found = decide({})
     assert headline(protocol, list(found.values())) == (
         "Information sufficient for recursive-style output can be read from these cache slots "
-        "(X - N1 in recursive_score, n = 30; X - N1 in mode_llr, n = 30)."
+        f"(X - N1 in recursive_score, {SLOTS}; X - N1 in mode_llr, {SLOTS})."
     )
 
 
@@ -206,7 +207,7 @@ def test_what_passed_in_one_readout_is_told_where_the_mode_is_not_seen_in_the_ot
     protocol, found = decide({"B": NOISE}) if one == LLR else decide({}, {"B": NOISE})
     other = "score" if one == LLR else "llr"
     assert headline(protocol, list(found.values())) == (
-        f"In {one} alone, recursive mode was seen to move with the cache (X - N1, n = 30); "
+        f"In {one} alone, recursive mode was seen to move with the cache (X - N1, {SLOTS}); "
         f"moves_{other} can't be read (exists_{other}: inconclusive)."
     )
 
@@ -232,7 +233,7 @@ def test_outputs_that_are_not_coherent_stop_the_readouts_of_text_alone(make_prot
     trials = make_trials(RUNS_WELL, incoherent={"X": 0.5}).rename(columns={"score": SCORE})
     found = verdicts(protocol, trials.assign(mode_llr=trials[SCORE]))
     assert headline(protocol, found) == (
-        "In mode_llr alone, recursive mode was seen to move with the cache (X - N1, n = 30); "
+        f"In mode_llr alone, recursive mode was seen to move with the cache (X - N1, {SLOTS}); "
         "moves_score can't be read (outputs that are not coherent)."
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import graphlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -71,6 +72,11 @@ def parse_contrast(contrast: str) -> dict[str, int]:
     Raises:
         Misplaced: where it does not read so.
     """
+    return dict(_terms(contrast))
+
+
+@lru_cache(maxsize=4096)
+def _terms(contrast: str) -> tuple[tuple[str, int], ...]:
     out: dict[str, int] = {}
     at = 0
     while at < len(contrast):
@@ -83,7 +89,7 @@ def parse_contrast(contrast: str) -> dict[str, int]:
         at = term.end()
     if not out:
         raise Misplaced(f"contrast {contrast!r} must read like 'C - N1'", "contrast")
-    return out
+    return tuple(out.items())
 
 
 def parse_order(contrast: str) -> tuple[list[str], list[str]]:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from kvpatch.protocols.conditions import NATURAL_SOURCE, NATURAL_TARGET, ROLES, Condition, Role
+from kvpatch.protocols.families import Family, with_alphas, wrong_families
 from kvpatch.protocols.hypotheses import Correction, Hypothesis, Misplaced, wrong_needs
 from kvpatch.specs import arguments
 from kvpatch.specs.base import PLAIN, Frozen, Mode, is_empty, is_none
@@ -216,6 +217,12 @@ class Protocol(Frozen):
     calibration: Calibration = Calibration()
     conditions: dict[str, Condition]
     phases: dict[str, Phase]
+    families: dict[str, Family] = Field(
+        default={},
+        exclude_if=is_empty,
+        description="family -> its alpha, its correction, and to whom it passes its alpha. A family that is not named "
+        "has the alpha that its hypotheses give",
+    )
     hypotheses: list[Hypothesis]
     corrections: dict[str, Correction] = Field(default={}, description="family -> correction; Holm where not named")
     expected: dict[str, dict[str, list[str]]] = Field(
@@ -230,6 +237,11 @@ class Protocol(Frozen):
         if mode == PLAIN:
             raise ValueError(f"{PLAIN!r} is what is not in the mode; give the mode a word of its own")
         return mode
+
+    @field_validator("hypotheses")
+    @classmethod
+    def _have_the_alpha_of_their_family(cls, hypotheses: list[Hypothesis], info: ValidationInfo) -> list[Hypothesis]:
+        return with_alphas(hypotheses, info.data.get("families", {}))
 
     @model_validator(mode="after")
     def _names_exist(self, info: ValidationInfo) -> Protocol:
@@ -250,11 +262,7 @@ class Protocol(Frozen):
             for key, role in (("from", condition.from_), ("text_of", condition.text_of)):
                 if role is not None and role not in roles:
                     yield Misplaced(f"no prompt {role!r}; {instead(role, roles)}", "conditions", name, key)
-        families = list(dict.fromkeys(h.family for h in self.hypotheses))
-        for family in self.corrections:
-            if family not in families:
-                told = instead(family, families)
-                yield Misplaced(f"no hypothesis has family {family!r}; {told}", "corrections", family)
+        yield from wrong_families(self.families, self.corrections, self.hypotheses)
         yield from self._hypotheses_fit()
         yield from wrong_needs(self.hypotheses)
         known = [h.id for h in self.hypotheses]

@@ -14,6 +14,7 @@ from kvpatch.specs.readouts import readouts
 
 VERDICT_COLOURS = {
     "supported": "#2b8a57",
+    "contradicted": "#cc4a3b",
     "not supported": "#cc4a3b",
     "equivalent": "#2f8fbf",
     "inconclusive": "#b57a0b",

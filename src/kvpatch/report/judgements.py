@@ -29,6 +29,7 @@ BADGES = {
     badge.word: badge
     for badge in (
         Badge("supported", "✓", "yes", "the test passed, and so did what it waits for"),
+        Badge("contradicted", "✕", "no", "the interval lies on the other side, or shows that there is no such effect"),
         Badge("not supported", "✕", "no", "the test did not pass, and its interval speaks against the claim"),
         Badge("equivalent", "≈", "same", "the difference lies inside the margin, shown by two one-sided tests"),
         Badge("inconclusive", "?", "open", "the data decide neither way; more pairs may"),
@@ -82,6 +83,9 @@ def verdict_rows(verdicts: list[dict], protocol: Protocol) -> list[dict]:
     rows = [_row(name, given.get(name), known.get(name)) for name in ids]
     for row in rows:
         row["is_gatekeeper"] = row["id"] in keepers and not row["is_tautological"]
+        row["missing"] = [
+            n for n in row["needs"] or () if not passing.has_passed(str((given.get(n) or {}).get("verdict")))
+        ]
         row["side"] = claimed_side(protocol, known[row["id"]]) if row["id"] in known else None
     return rows
 
@@ -110,7 +114,6 @@ def _row(name: str, verdict: dict | None, hypothesis: Hypothesis | None) -> dict
         "test": kind.words.claim if kind else test or "",
         "gate": told("gate") if needs is None else None,
         "needs": needs,
-        "missing": entry.get("missing") or [],
         "family": told("family"),
         "alpha": as_float(told("alpha")),
         "criterion": hypothesis.criterion if hypothesis else entry.get("criterion"),

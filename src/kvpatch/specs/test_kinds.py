@@ -16,7 +16,12 @@ from kvpatch.specs.nearest import instead
 
 GROUP = "kvpatch.test_kinds"
 """Entry points of this group name functions without arguments that register kinds of test."""
-Word = Literal["supported", "not supported", "equivalent", "inconclusive", "not interpretable", "tautological"]
+Word = Literal[
+    "supported", "contradicted", "not supported", "equivalent", "inconclusive", "not interpretable", "tautological"
+]
+"""What a verdict may say. "contradicted" is said where the data speak against the claim; a protocol without `families`
+says "not supported" of the same."""
+AGAINST: tuple[Word, ...] = ("contradicted", "not supported")
 Measures = Literal["difference", "slope", "correlation"]
 Claims = Literal["beyond", "apart", "within", "repeated"]
 Needed = Literal["margin", "against", "direction", "of"]

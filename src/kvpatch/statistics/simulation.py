@@ -56,7 +56,7 @@ class Critical:
 
     @cached_property
     def _bootstrap(self) -> tuple[dict[float, Floats], dict[float, Floats]]:
-        return _by_bootstrap(self._differences, self._levels)
+        return bca_ends(self._differences, self._levels)
 
     @property
     def above(self) -> dict[float, Floats]:
@@ -117,7 +117,7 @@ def _by_flips(differences: Floats, alphas: tuple[float, ...]) -> tuple[dict[floa
     """A flip of some signs reaches the observed sum where the flipped differences do not sum to more than 0, that is,
     where the effect is at most minus the mean of the flipped noise. The critical effect is the k-th largest such."""
     sets, n = differences.shape
-    flips, taken = _flips(n)
+    flips, taken = flips_of(n)
     allowed = {alpha: _flips_allowed(alpha, taken, exact=2**n <= RESAMPLES) for alpha in alphas}
     ranks = sorted({k for k in allowed.values() if k >= 0})
     out: tuple[dict[float, Floats], dict[float, Floats]] = (
@@ -142,7 +142,7 @@ def _by_flips(differences: Floats, alphas: tuple[float, ...]) -> tuple[dict[floa
 
 
 @lru_cache(maxsize=4)
-def _flips(n: int) -> tuple[_Matrix, int]:
+def flips_of(n: int) -> tuple[_Matrix, int]:
     """[n, flips]: each column averages the differences that one flip turns; and how many flips that is with those that
     turn none, which always reach the observed sum and so are left out."""
     if 2**n <= RESAMPLES:
@@ -163,7 +163,7 @@ def _flips_allowed(alpha: float, taken: int, *, exact: bool) -> int:
 def _by_studentised(differences: Floats, alphas: tuple[float, ...]) -> tuple[dict[float, Floats], dict[float, Floats]]:
     """An effect moves the observed t and not the resampled ones, so it must carry the one past their upper tail."""
     sets, n = differences.shape
-    weights = _weights(n)
+    weights = resample_weights(n)
     above = {alpha: np.empty(sets) for alpha in alphas}
     below = {alpha: np.empty(sets) for alpha in alphas}
     for start in range(0, sets, _BATCH):
@@ -204,7 +204,7 @@ def _dz_needs(differences: Floats, dz: float) -> Floats:
         return needed
     tail = 0.0125
     by_t = float(stats.nct.isf(tail, n - 1, dz * math.sqrt(n))) / math.sqrt(n)
-    weights = _weights(n)
+    weights = resample_weights(n)
     for start in range(0, sets, _BATCH):
         rows = slice(start, start + _BATCH)
         mean, sd = differences[rows].mean(axis=1), differences[rows].std(axis=1, ddof=1)
@@ -219,10 +219,10 @@ def _dz_needs(differences: Floats, dz: float) -> Floats:
     return needed
 
 
-def _by_bootstrap(differences: Floats, levels: tuple[float, ...]) -> tuple[dict[float, Floats], dict[float, Floats]]:
+def bca_ends(differences: Floats, levels: tuple[float, ...]) -> tuple[dict[float, Floats], dict[float, Floats]]:
     """BCa ends of the mean: bias from the share of bootstrap means below it, acceleration from the jackknife."""
     sets, n = differences.shape
-    weights = _weights(n)
+    weights = resample_weights(n)
     low = {level: np.empty(sets) for level in levels}
     high = {level: np.empty(sets) for level in levels}
     for start in range(0, sets, _BATCH):
@@ -254,7 +254,7 @@ def _quantile(ordered: _Matrix, at: Floats) -> Floats:
 
 
 @lru_cache(maxsize=4)
-def _weights(n: int) -> _Matrix:
+def resample_weights(n: int) -> _Matrix:
     """[n, WEIGHTS]: how often each difference is drawn, over n; shared by all data sets."""
     counts = np.random.default_rng([SEED, n, 2]).multinomial(n, np.full(n, 1 / n), size=WEIGHTS)
     return np.ascontiguousarray((counts / n).T, dtype=np.float32)
@@ -280,7 +280,7 @@ def critical_slopes(n: int, levels: int, peak: int, alpha: float, sets: int) -> 
         middle = (low + high) / 2
         passes = _rank_sums(levels_first, middle / math.sqrt(squares), scores) > z * spread
         low, high = np.where(passes, low, middle), np.where(passes, middle, high)
-    ends = _by_bootstrap(noise @ scores / math.sqrt(squares), (0.95,))[0][0.95]
+    ends = bca_ends(noise @ scores / math.sqrt(squares), (0.95,))[0][0.95]
     return np.maximum(high, -ends)
 
 

@@ -273,7 +273,7 @@ def _power(runs: Sequence[Mapping[str, Any]], protocol: Protocol) -> OverAll:
 def _predicted(protocol: Protocol, pilot: pd.DataFrame, n: int, dz: float) -> float:
     """What `kvpatch power` says of the weak organism's test; its family is that of phase 1's manipulation check."""
     asked = [h for h in protocol.hypotheses if h.family == protocol.hypothesis(POWER_TEST).family]
-    update = {"hypotheses": asked, "expected": {}, "corrections": {}}
+    update = {"hypotheses": asked, "expected": {}, "corrections": {}, "families": {}}
     found = power(protocol.model_copy(update=update), n=n, wanted_dz=dz, pilot=pilot)
     plain = next(entry.plain for entry in found if entry.id == POWER_TEST)
     return 0.0 if plain is None else plain.power_at_wanted

@@ -266,7 +266,14 @@ def _phase_1(
     base = _base(bank)
     phase = base.phases["1"].model_copy(update={"conditions": conditions, "controls": []})
     asked = [h for h in base.hypotheses if h.id in hypotheses]
-    update = {"phases": {"1": phase}, "hypotheses": asked, "models": {}, "expected": {}, "corrections": {}}
+    update = {
+        "phases": {"1": phase},
+        "hypotheses": asked,
+        "models": {},
+        "expected": {},
+        "corrections": {},
+        "families": {},
+    }
     model = _model(job.organism, job.weights)
     return decide(base.model_copy(update=update), {None: model}, folder / "run", seed=job.seed, n=job.pairs)
 
@@ -287,7 +294,7 @@ def _phase_1_of(job: Job, folder: Path, bank: Path, calibration: Calibration) ->
     """The trials of the natural runs of phase 1, calibrated so."""
     base = _base(bank)
     phase = base.phases["1"].model_copy(update={"conditions": ["A", "B"], "controls": []})
-    update = {"phases": {"1": phase}, "hypotheses": [], "models": {}, "expected": {}, "corrections": {}}
+    update = {"phases": {"1": phase}, "hypotheses": [], "models": {}, "expected": {}, "corrections": {}, "families": {}}
     readouts = base.readouts.model_copy(update={"semantic": None})  # its direction is of another mode, in English
     protocol = base.model_copy(update=update | {"calibration": calibration, "readouts": readouts})
     return decide(protocol, {None: _model(job.organism, job.weights)}, folder, seed=job.seed, n=job.pairs)[0]

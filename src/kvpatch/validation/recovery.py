@@ -111,6 +111,7 @@ def localising(base: Protocol, bank: Path, model: Model, *, pairs: int, calibrat
             "phases": {"where": Phase(question="Where is the mode?", n=pairs, conditions=list(conditions))},
             "hypotheses": hypotheses,
             "corrections": {},
+            "families": {},
             "expected": {},
         }
     )

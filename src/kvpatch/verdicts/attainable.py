@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from kvpatch.protocols.hypotheses import Correction, Hypothesis
 from kvpatch.protocols.schema import Protocol
-from kvpatch.verdicts.families import adjusted_by_family
+from kvpatch.verdicts.families import adjusted_in
 from kvpatch.verdicts.measure import measured_as
 from kvpatch.verdicts.procedures import procedure_of
 
@@ -35,9 +35,7 @@ def smallest_adjusted_p(protocol: Protocol, pairs: Mapping[str, int]) -> dict[st
     that failed.
     """
     least = {h.id: smallest_p(protocol, h, pairs.get(h.id, 0)) for h in protocol.hypotheses}
-    families = {h.id: h.family for h in protocol.hypotheses}
-    found = adjusted_by_family(least, families, protocol.corrections)
-    return {name: p for name, p in found.items() if not math.isnan(p)}
+    return {name: p for name, p in adjusted_in(protocol, least).items() if not math.isnan(p)}
 
 
 def can_pass(protocol: Protocol, hypothesis: Hypothesis, n: int, smallest: float) -> bool:
@@ -48,7 +46,8 @@ def can_pass(protocol: Protocol, hypothesis: Hypothesis, n: int, smallest: float
 
 def correction_of(protocol: Protocol, family: str) -> Correction:
     """How the p-values of a family are corrected."""
-    return protocol.corrections.get(family, "holm")
+    stated = protocol.families.get(family)
+    return protocol.corrections.get(family, "holm") if stated is None else stated.correction
 
 
 def strictest_alpha(protocol: Protocol, hypothesis: Hypothesis) -> float:

@@ -8,7 +8,7 @@ from kvpatch.specs.base import Frozen
 from kvpatch.verdicts.records import Verdict, Word
 
 WEAKEST: tuple[Word, ...] = (
-    "not supported", "not interpretable", "inconclusive", "tautological", "equivalent", "supported",
+    "contradicted", "not supported", "not interpretable", "inconclusive", "tautological", "equivalent", "supported",
 )  # fmt: skip
 """A criterion that several hypotheses decide holds no more than the first of these that one of them got."""
 

@@ -1,8 +1,5 @@
-"""Protocol and trials in, verdicts out: measure, correct, decide each after what it waits for.
-
-Order of the rules: tautological; gate 0 (instrument); prerequisites or earlier gates; coherence; specificity; then the
-numbers (`rules.decide`), which must hold whatever missing rows were (`worst_case`).
-"""
+"""Protocol and trials in, verdicts out: measure every hypothesis, decide all (`rule`), which must hold whatever missing
+rows were (`worst_case`), and record each."""
 
 from __future__ import annotations
 
@@ -16,37 +13,26 @@ from kvpatch.protocols.schema import Protocol
 from kvpatch.statistics.clustering import Clustered
 from kvpatch.store.readout_calibration import ReadoutCalibration
 from kvpatch.verdicts.deviations import beside_verdicts
-from kvpatch.verdicts.families import adjusted_by_family
 from kvpatch.verdicts.headline import headline
 from kvpatch.verdicts.measure import Measured, measure, units_of
+from kvpatch.verdicts.missing import partial_conditions
 from kvpatch.verdicts.pairs import prepare, rows_of
-from kvpatch.verdicts.prerequisites import (
-    COHERENT_SHARE,
-    Coherence,
-    coherence_shares,
-    decision_order,
-    failed_gatekeeper,
-    gatekeepers,
-    incoherent_conditions,
-    missing,
-)
+from kvpatch.verdicts.prerequisites import Coherence, coherence_shares, missing
 from kvpatch.verdicts.records import Verdict, verdicts_json
-from kvpatch.verdicts.rules import Decision, decide
+from kvpatch.verdicts.rule import Again, Circumstances, Decided, decide_all, words_of
+from kvpatch.verdicts.rules import Decision
 from kvpatch.verdicts.sensitivity import Sensitivity, by_domain, sensitivity
-from kvpatch.verdicts.specificity import unspecific
 from kvpatch.verdicts.texts import Texts, texts_of
-from kvpatch.verdicts.wording import figures, percent, tautology, text_contrast
-from kvpatch.verdicts.worst_case import decided_at_worst, lacking
+from kvpatch.verdicts.wording import text_contrast
+from kvpatch.verdicts.worst_case import decided_at_worst, lacking, planned_pairs
 
 __all__ = ["Verdict", "headline", "verdicts", "verdicts_json"]
 
-Shares = Mapping[tuple[str, str], Coherence]
 ASKED = {
     "id", "claim", "phase", "contrast", "readout", "transform", "test", "family", "gate", "criterion", "confirmatory",
     "alpha",
 }  # fmt: skip
 """What a verdict repeats of its hypothesis."""
-BROKEN = "Gate 0 did not pass: the check that this model is patched correctly failed, so no number can be read."
 
 
 def verdicts(
@@ -73,33 +59,20 @@ def verdicts(
     }
     units = {name: units_of(protocol, part) for name, part in phases.items()}
     measured = {h.id: measure(protocol, rows, h, units[h.phase]) for h in protocol.hypotheses}
-    families = {h.id: h.family for h in protocol.hypotheses}
-    p_values = {name: m.p for name, m in measured.items()}
-    adjusted = adjusted_by_family(p_values, families, protocol.corrections)
-    decided: dict[str, Decision] = {}
-    for h in decision_order(protocol):
-        blocked = _blocked(h, measured[h.id], instrument_ok, shares, texts, decided)
-        because = None if blocked else unspecific(protocol, h, calibrations or {})
-        if because is not None:
-            blocked = Decision("not interpretable", because, "specificity")
-        first = None if h.of is None else measured[h.of]
-        found = blocked or decide(measured[h.id], adjusted[h.id], first)
-        lacks = {} if blocked else lacking(protocol, phases[h.phase], measured[h.id])
-        if lacks:
+    around = Circumstances(texts, shares, instrument_ok, calibrations or {})
 
-            def again(m: Measured, first: Measured | None = first) -> Decision:
-                name = m.hypothesis.id
-                p = adjusted_by_family({**p_values, name: m.p}, families, protocol.corrections)[name]
-                return decide(m, p, first)
+    def at_worst(h: Hypothesis, found: Decision, again: Again) -> Decision:
+        m = measured[h.id]
+        lacks = lacking(protocol, phases[h.phase], m)
+        return decided_at_worst(protocol, rows, m, units[h.phase], lacks, found, again) if lacks else found
 
-            found = decided_at_worst(protocol, rows, measured[h.id], units[h.phase], lacks, found, again)
-        decided[h.id] = found
+    decided = decide_all(protocol, measured, around, at_worst)
     found = [
         _record(
             measured[h.id],
-            adjusted[h.id],
             decided,
             texts,
+            _dropped(protocol, h, measured[h.id], phases[h.phase]),
             _shares_of(h, shares),
             sensitivity(phases[h.phase], h, measured[h.id].differences),
             by_domain(phases[h.phase], h),
@@ -109,62 +82,17 @@ def verdicts(
     return beside_verdicts(protocol, found)
 
 
-def _blocked(
-    h: Hypothesis,
-    m: Measured,
-    instrument_ok: bool | None,
-    shares: Shares,
-    texts: Texts,
-    decided: Mapping[str, Decision],
-) -> Decision | None:
-    """The verdict of a hypothesis that may not be interpreted, or None."""
-    if texts.is_tautological(h):
-        also = f" {BROKEN}" if instrument_ok is False else ""
-        return Decision("tautological", tautology(texts, m) + also)
-    if instrument_ok is False:
-        return Decision("not interpretable", BROKEN, "instrument")
-    waits = _behind_a_gate(h, texts.protocol, decided) if h.needs is None else _lacks(h, m, texts.protocol, decided)
-    if waits is not None:
-        return waits
-    weak = incoherent_conditions(h, shares)
-    if weak:
-        told = " and ".join(f"{percent(share)} of the outputs of {name}" for name, share in weak.items())
-        because = f"Only {told} are coherent in phase {h.phase}, where at least {COHERENT_SHARE:.0%} are needed."
-        return Decision("not interpretable", because, "coherence")
-    return None
-
-
-def _words(decided: Mapping[str, Decision]) -> dict[str, str]:
-    return {name: decision.word for name, decision in decided.items()}
-
-
-def _behind_a_gate(h: Hypothesis, protocol: Protocol, decided: Mapping[str, Decision]) -> Decision | None:
-    keeper = failed_gatekeeper(gatekeepers(protocol), _words(decided), h.gate)
-    if keeper is None:
-        return None
-    found = decided[keeper.id]
-    because = f"Gate {keeper.gate} did not pass: {keeper.id} is {found.word} ({found.because.rstrip('.')})."
-    return Decision("not interpretable", because, "gate")
-
-
-def _lacks(h: Hypothesis, m: Measured, protocol: Protocol, decided: Mapping[str, Decision]) -> Decision | None:
-    """The verdict of a hypothesis of which a prerequisite did not pass, with its numbers all the same; else None."""
-    words, told = _words(decided), []
-    for name in missing(h, words):
-        found = decided[name]
-        beneath = ", ".join(missing(protocol.hypothesis(name), words))
-        why = f"for want of {beneath}" if found.blocked_by == "prerequisite" else f"({found.because.rstrip('.')})"
-        told.append(f"{name} is {found.word} {why}")
-    if not told:
-        return None
-    measured = figures(m) if m.differences.n else f"No pair was measured for {h.contrast}"
-    because = f"{measured}; that is not interpreted, since {' and '.join(told)}."
-    return Decision("not interpretable", because, "prerequisite")
-
-
-def _shares_of(h: Hypothesis, shares: Shares) -> dict[str, float | None]:
+def _shares_of(h: Hypothesis, shares: Mapping[tuple[str, str], Coherence]) -> dict[str, float | None]:
     found = {name: shares.get((h.phase, name)) for name in h.conditions}
     return {name: None if of is None else _known(of.share) for name, of in found.items()}
+
+
+def _dropped(protocol: Protocol, h: Hypothesis, m: Measured, rows: pd.DataFrame) -> int:
+    """Pairs left out. In a protocol with families a pair that has no row of the contrast at all counts, where every
+    condition of it is planned for every pair."""
+    if set(h.conditions) & partial_conditions(protocol):
+        return m.differences.n_dropped
+    return max(m.differences.n_dropped, len(planned_pairs(protocol, rows)) - m.differences.n_pairs)
 
 
 def _known(value: float | None) -> float | None:
@@ -173,21 +101,21 @@ def _known(value: float | None) -> float | None:
 
 def _record(
     m: Measured,
-    p_adjusted: float,
-    decided: Mapping[str, Decision],
+    decided: Decided,
     texts: Texts,
+    dropped: int,
     shares: dict[str, float | None],
     beside: Sensitivity,
     clustered: Clustered | None,
 ) -> Verdict:
     h, found, ratio = m.hypothesis, m.differences, m.transfer
-    decision = decided[h.id]
+    decision, lacks = decided.decisions[h.id], missing(h, words_of(decided.decisions))
     told = "" if decision.word == "tautological" else text_contrast(texts, h)
     return Verdict(
         **h.model_dump(include=ASKED),
         n=found.n,
         n_pairs=found.n_pairs,
-        n_dropped=found.n_dropped,
+        n_dropped=dropped,
         n_error_rows=found.n_error_rows,
         estimate=_known(m.estimate),
         ci_low=_known(m.interval.low),
@@ -197,9 +125,9 @@ def _record(
         rank_biserial=_known(m.rank_biserial),
         bayes_factor=_known(m.bayes_factor),
         p=_known(m.p),
-        p_adjusted=_known(p_adjusted),
+        p_adjusted=_known(decided.adjusted[h.id]),
         p_margin=_known(m.p_margin),
-        margin=m.margin.value,
+        margin=m.margin.value if h.margin or not texts.protocol.families else _known(m.small),
         transfer_fraction=ratio.value if ratio else None,
         transfer_fraction_low=ratio.low if ratio else None,
         transfer_fraction_high=ratio.high if ratio else None,
@@ -212,7 +140,7 @@ def _record(
         verdict=decision.word,
         blocked_by=decision.blocked_by,
         needs=h.needs or [],
-        missing=missing(h, _words(decided)),
+        missing=lacks[0] if lacks else None,
         because=decision.because + told,
         evidence=texts.evidence(h),
         evidence_from=texts.decided_from,

@@ -23,6 +23,7 @@ from kvpatch.verdicts.attainable import (
     smallest_p,
     strictest_alpha,
 )
+from kvpatch.verdicts.families import most_alpha
 from kvpatch.verdicts.measure import measured_as
 from kvpatch.verdicts.prerequisites import primary
 from kvpatch.verdicts.procedures import procedure_of
@@ -198,10 +199,11 @@ def _answer(ids: Sequence[str]) -> str:
 
 def family_errors(protocol: Protocol) -> dict[str, float | None]:
     """Family -> the chance of any false claim among its confirmatory hypotheses, at most; None where its correction
-    bounds none. Families of exploratory hypotheses alone claim nothing, and are left out."""
+    bounds none. Families of exploratory hypotheses alone claim nothing, and are left out unless they pass alpha on."""
     out: dict[str, float | None] = {}
+    passing = {name for name, family in protocol.families.items() if family.passes_to}
     for h in protocol.hypotheses:
-        if h.confirmatory and correction_of(protocol, h.family) == "holm":
+        if (h.confirmatory or h.family in passing) and correction_of(protocol, h.family) == "holm":
             out[h.family] = max(h.alpha, out.get(h.family) or 0.0)
         elif h.confirmatory:
             out[h.family] = None
@@ -259,7 +261,8 @@ def beside_verdicts(protocol: Protocol, verdicts: Sequence[Verdict]) -> list[Ver
     on false claims of its family and of the experiment."""
     pairs = {v.id: v.n for v in verdicts}
     found, smallest = deviations(protocol, pairs), smallest_adjusted_p(protocol, pairs)
-    errors, whole = family_errors(protocol), experiment_error(protocol)
+    own, most, whole = family_errors(protocol), most_alpha(protocol), experiment_error(protocol)
+    errors = {family: None if error is None else max(error, most[family]) for family, error in own.items()}
     return [
         v.model_copy(
             update={

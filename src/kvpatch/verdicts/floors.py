@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,14 +63,21 @@ def floor_of(
     means = pair_means(rows_of(trials, split="test", phase=phase), weights, readout, transform)
     table = contrast_table(means, {name: {name: 1} for name in weights}, units)
     values = on_grid(table.to_numpy(dtype=float).reshape(len(table), len(weights)))
+    return floor_of_values(values, weights, transform, lambda: _hits(rows_of(trials, split="calibration"), readout))
+
+
+def floor_of_values(
+    values: Floats, weights: Mapping[str, int], transform: Transform, known: Callable[[], Floats]
+) -> Floor:
+    """The same from values [units, conditions], in the order of `weights`. known: hits among the calibration pairs'
+    means, asked for only where hits are rare."""
     if values.size > 1 and bool((values == values.flat[0]).all()):
         return Floor(constant=float(values.flat[0]))
     if transform != "none" or not zeros_dominate(values):
         return Floor()
-    known = _hits(rows_of(trials, split="calibration"), readout)
     columns = dict(zip(weights, values.T, strict=True))
     return Floor(
-        bounds=rare_contrast_bounds([(weights[name], column) for name, column in columns.items()], known),
+        bounds=rare_contrast_bounds([(weights[name], column) for name, column in columns.items()], known()),
         hits={name: int(np.count_nonzero(column)) for name, column in columns.items()},
         units=len(values),
     )

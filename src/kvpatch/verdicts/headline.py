@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kvpatch.protocols.schema import Protocol
-from kvpatch.specs.readouts import readouts
-from kvpatch.specs.test_kinds import kind_named
-from kvpatch.verdicts.prerequisites import PASSED, manipulation_checks, nulls, primary
+from kvpatch.specs.test_kinds import AGAINST, kind_named
+from kvpatch.verdicts.prerequisites import PASSED, has_passed, manipulation_checks, nulls, primary
 from kvpatch.verdicts.procedures import procedure_of
 from kvpatch.verdicts.records import Verdict
-
-LEAST_PAIRS = 10
-"""Fewest pairs that the strongest sentence may rest on: the smallest n of the plan's own experiments."""
+from kvpatch.verdicts.strongest import LEAST_PAIRS, Strongest, rests_text, strongest
 
 
-def headline(protocol: Protocol, verdicts: Sequence[Verdict]) -> str:
+def headline(protocol: Protocol, verdicts: Sequence[Verdict], *, is_checked: bool = True) -> str:
     """Return the report's first sentence.
 
-    The mode is the protocol's ("recursive" gives "recursive mode"). The strongest sentence it can return starts
+    is_checked: whether it was checked that the model is patched correctly; what the check found is in the verdicts. The
+    mode is the protocol's ("recursive" gives "recursive mode"). The strongest sentence it can return starts
     "Information sufficient for recursive-style output can be read from these cache slots".
     """
     verdict_of = {v.id: v for v in verdicts}
@@ -38,7 +36,31 @@ def headline(protocol: Protocol, verdicts: Sequence[Verdict]) -> str:
         return _no_mode(protocol, checks)
     read = [v for v in main if v not in unread]
     controls = [verdict_of[h.id] for h in nulls(protocol.hypotheses) if h.id in verdict_of]
-    return _transfer(protocol, read or main, _unread(unread, verdict_of) if read else "", controls)
+    basis = strongest(protocol, main, verdict_of)
+    if not is_checked:
+        basis = Strongest([], basis.moved, "that the model is patched correctly was not checked")
+    told = _unread(unread, verdict_of) if read else ""
+    return _strongest(protocol, main, basis, controls) or _transfer(protocol, read or main, told, basis, controls)
+
+
+def is_strongest(protocol: Protocol, verdicts: Sequence[Verdict]) -> bool:
+    """Whether the sentence is the strongest there is."""
+    return headline(protocol, verdicts).startswith("Information sufficient for")
+
+
+def _strongest(
+    protocol: Protocol, main: Sequence[Verdict], basis: Strongest, controls: Sequence[Verdict]
+) -> str | None:
+    """The strongest sentence, where verdicts allow it. Others of a protocol without families must have been read."""
+    if not basis.rests_on or (not protocol.families and any(v.blocked_by is not None for v in main)):
+        return None
+    rests = "; ".join(rests_text(protocol, v) for v in basis.rests_on)
+    others = [v for v in main if v.verdict not in PASSED]
+    open_ones = f"; beside it {_named(others)}" if others else ""
+    return (
+        f"Information sufficient for {_style(protocol)} can be read from these cache slots ({rests})"
+        f"{_controls(controls)}{open_ones}."
+    )
 
 
 def _has_needs(protocol: Protocol, v: Verdict) -> bool:
@@ -67,7 +89,7 @@ def _no_mode(protocol: Protocol, first: Sequence[Verdict]) -> str:
     if all(_is_seen(v) for v in failed):
         return f"This run saw {mode} under these prompts but could not establish it {end}."
     measures = "" if len(failed) == len(first) else " on every readout asked for"
-    if any(v.verdict != "not supported" for v in failed):
+    if any(v.verdict not in AGAINST for v in failed):
         return f"This run did not establish that the model shows {mode} under these prompts{measures} {end}."
     return f"This model does not show {mode} under these prompts{measures} {end}."
 
@@ -90,34 +112,35 @@ def _unread(verdicts: Sequence[Verdict], verdict_of: Mapping[str, Verdict]) -> s
     """Which primary hypotheses could not be read, and for want of what; "" where all could."""
     if not verdicts:
         return ""
-    lacks = [verdict_of[name] for name in dict.fromkeys(name for v in verdicts for name in v.missing)]
+    needed = dict.fromkeys(name for v in verdicts for name in v.needs)
+    lacks = [verdict_of[name] for name in needed if not has_passed(verdict_of[name].verdict)]
     others = dict.fromkeys(_UNREAD[v.blocked_by] for v in verdicts if v.blocked_by in _UNREAD)
     why = ", ".join([f"{v.id}: {v.verdict}" for v in lacks] + list(others))
     return f"; {', '.join(v.id for v in verdicts)} can't be read ({why})"
 
 
-def _transfer(protocol: Protocol, primary: Sequence[Verdict], unread: str, controls: Sequence[Verdict]) -> str:
-    """What primary hypotheses say that could be read. unread: what is said of the others, each of which names its
-    prerequisites; the strongest sentence is for protocols of which every one could be read."""
+def _transfer(
+    protocol: Protocol, primary: Sequence[Verdict], unread: str, basis: Strongest, controls: Sequence[Verdict]
+) -> str:
+    """What primary hypotheses say that could be read, short of the strongest sentence. unread: what is said of the
+    others, each of which names its prerequisites."""
     mode, told = _mode(protocol), _named(primary)
     passed = [v for v in primary if v.verdict in PASSED]
-    strong = [v for v in primary if _carries_the_claim(v)]
-    if len(passed) == len(primary) and not strong:
+    moved, lacks = basis.moved, f" ({basis.lacks})" if basis.lacks else ""
+    if len(passed) == len(primary) and not moved:
         texts = sum(v.evidence == "text" for v in primary)
         which = f"{texts} of {len(primary)} compare texts, which checks the manipulation alone; " if texts else ""
         return (
             f"What passed does not show that {mode} can be read from the cache ({told}): {which}none is a directional "
-            f"test of a readout of the mode, on at least {LEAST_PAIRS} pairs, of a cache that no text equals{unread}."
+            f"test of a readout of the mode, on at least {LEAST_PAIRS} pairs, of a cache that no text equals, "
+            f"where the mode was shown to exist{lacks}{unread}."
         )
-    if len(passed) == len(primary) and unread:
-        readable = " and ".join(dict.fromkeys(v.readout for v in strong))
-        rests = "; ".join(f"{v.contrast}, n = {v.n}" for v in strong)
-        return f"In {readable} alone, {mode} was seen to move with the cache ({rests}){_controls(controls)}{unread}."
     if len(passed) == len(primary):
-        rests = "; ".join(f"{v.contrast} in {v.readout}, n = {v.n}" for v in strong)
+        readable = " and ".join(dict.fromkeys(v.readout for v in moved))
+        rests = "; ".join(rests_text(protocol, v, names_readout=False) for v in moved)
         return (
-            f"Information sufficient for {_style(protocol)} can be read from these cache slots ({rests})"
-            f"{_controls(controls)}."
+            f"In {readable} alone, {mode} was seen to move with the cache ({rests}){_controls(controls)}"
+            f"{unread or lacks}."
         )
     blocked = [v for v in primary if v.blocked_by == "coherence"]
     if blocked:
@@ -127,21 +150,13 @@ def _transfer(protocol: Protocol, primary: Sequence[Verdict], unread: str, contr
         )
     if passed:
         return f"The evidence that {mode} moves with the cache is incomplete, so it is not shown ({told}){unread}."
-    if all(v.verdict == "not supported" for v in primary):
+    if all(v.verdict in AGAINST for v in primary):
         return f"In this model {mode} was not seen to move with the cache; the data speak against it ({told}){unread}."
-    if any(v.verdict == "not supported" for v in primary):
+    if any(v.verdict in AGAINST for v in primary):
         return (
             f"The transfer of {mode} with the cache is not shown; part of the data speak against it ({told}){unread}."
         )
     return f"This run can't tell whether {mode} moves with the cache ({told}){unread}."
-
-
-def _carries_the_claim(v: Verdict) -> bool:
-    """Whether the strongest sentence may rest on a verdict that passed: never on texts, on an equivalence, on a readout
-    that is none of the mode, such as length, or on a handful of pairs."""
-    readout = readouts().get(v.readout)
-    is_of_mode = readout is not None and readout.may_be_evidence
-    return v.evidence == "cache" and kind_named(v.test).claims == "beyond" and is_of_mode and v.n >= LEAST_PAIRS
 
 
 def _controls(inert: Sequence[Verdict]) -> str:

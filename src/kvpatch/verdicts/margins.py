@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from kvpatch.protocols.conditions import NATURAL_SOURCE, NATURAL_TARGET
 from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.schema import Protocol, calibration_of
 from kvpatch.specs.readout import Transform
+from kvpatch.statistics.grid import Floats
 from kvpatch.statistics.paired_tests import sd_of
 from kvpatch.verdicts.pairs import PairDifferences, contrast_differences, rows_of
 from kvpatch.verdicts.rounding import number
@@ -57,14 +58,19 @@ def natural_gap(trials: pd.DataFrame, readout: str, transform: Transform) -> Bou
             f"the natural gap needs at least {MIN_CALIBRATION_PAIRS} calibration pairs with both"
             f" {NATURAL_TARGET} and {NATURAL_SOURCE}, there are {gap.n}",
         )
-    mean = float(gap.values.mean())
-    half = float(stats.t.ppf((1 + GAP_LEVEL) / 2, gap.n - 1)) * sd_of(gap.values) / math.sqrt(gap.n)
+    return gap_of(gap.values, readout)
+
+
+def gap_of(differences: Floats, readout: str) -> Bound:
+    """The natural gap at least, from B - A of 3 or more calibration pairs. differences: [pairs], the readout's unit."""
+    n, mean = len(differences), float(differences.mean())
+    half = float(special.stdtrit(n - 1, (1 + GAP_LEVEL) / 2)) * sd_of(differences) / math.sqrt(n)
     least = abs(mean) - half
     if least > 0:
         return Bound(least)
     return Bound(
         None,
-        f"the natural gap of {readout} is {number(mean)} over {gap.n} calibration pairs, with a {GAP_LEVEL:.0%} "
+        f"the natural gap of {readout} is {number(mean)} over {n} calibration pairs, with a {GAP_LEVEL:.0%} "
         f"interval of {number(mean - half)} to {number(mean + half)} that includes 0, and a share of such a gap "
         "decides nothing",
     )
@@ -122,11 +128,11 @@ def claimed_side(protocol: Protocol, hypothesis: Hypothesis) -> int:
     return first.claimed_side
 
 
-def too_small_to_matter(hypothesis: Hypothesis, differences: PairDifferences, gap: Bound) -> float:
-    """Up to where an effect is too small to matter: the margin, or 20% of the natural gap without one; NaN if
-    unknown."""
+def too_small_to_matter(hypothesis: Hypothesis, differences: PairDifferences, gap: Bound, steps: int = 1) -> Bound:
+    """Up to where an effect is too small to matter: the margin, or 20% of the natural gap without one.
+
+    steps: over how many steps an ordering spreads the gap; its slopes are the readout's unit a step.
+    """
     if hypothesis.margin is not None:
-        value = margin_of(hypothesis, differences, gap).value
-    else:
-        value = None if gap.value is None else SMALL_SHARE * gap.value
-    return math.nan if value is None else value
+        return margin_of(hypothesis, differences, gap)
+    return gap if gap.value is None else Bound(SMALL_SHARE * gap.value / steps)

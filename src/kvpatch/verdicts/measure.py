@@ -46,9 +46,9 @@ class Measured:
     differences: what is averaged, one number a unit: the contrast, or for an ordering each pair's slope. estimate:
     their mean, or a correlation. interval: 95%, or 90% for an equivalence test. p: one-sided against 0, or the larger
     of the two for equivalence. p_margin: one-sided against the margin, of a "much" test. dz: for a correlation r.
-    small: up to where an effect is too small to matter. absent: conditions of the hypothesis without any trial.
-    kind: of the test that was carried out; for a repetition that of what it repeats. floor: what the readout can say
-    where it hardly scored, or not at all.
+    small: up to where an effect is too small to matter; no_small: why that is not known. absent: conditions of
+    the hypothesis without any trial. kind: of the test that was carried out; for a repetition that of what it repeats.
+    floor: what the readout can say where it hardly scored, or not at all.
     """
 
     hypothesis: Hypothesis
@@ -66,6 +66,7 @@ class Measured:
     transfer: Ratio | None
     absent: tuple[str, ...]
     floor: Floor = field(default_factory=Floor)
+    no_small: str | None = None
 
 
 def measure(
@@ -109,27 +110,56 @@ def _contrast(
     protocol: Protocol, trials: pd.DataFrame, rows: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str, str]
 ) -> Measured:
     found = contrast_differences(rows, hypothesis.weights(), hypothesis.readout, hypothesis.transform, units)
-    if hypothesis.kind.is_in_unit:
-        gap = natural_gap(
-            calibration_rows(protocol, trials, hypothesis.phase), hypothesis.readout, hypothesis.transform
-        )
-        margin, fixed = margin_of(hypothesis, found, gap), fixed_margin(hypothesis, gap)
-        small = too_small_to_matter(hypothesis, found, gap)
-    else:
-        margin = margin_by_value(hypothesis)
-        fixed, small = margin.value, _or_nan(margin.value)
-    sample = Sample(hypothesis, found.values, found.values[:, None], margin, fixed)
+    gap = _gap(protocol, trials, hypothesis) if hypothesis.kind.is_in_unit else Bound(None, _OTHER_SCALE)
     floor = floor_of(trials, hypothesis.phase, hypothesis.weights(), hypothesis.readout, hypothesis.transform, units)
-    return replace(_measured(sample, found, small, transfer=_transfer_fraction(rows, hypothesis, units)), floor=floor)
+    m = _measured(hypothesis, found, found.values[:, None], gap)
+    return replace(m, floor=floor, transfer=_transfer_fraction(rows, hypothesis, units))
 
 
-def _measured(sample: Sample, found: PairDifferences, small: float, *, transfer: Ratio | None = None) -> Measured:
-    tested = carry_out(sample)
-    is_correlation = sample.hypothesis.kind.measures == "correlation"
+_OTHER_SCALE = "its estimate is not in the readout's unit"
+
+
+def _gap(protocol: Protocol, trials: pd.DataFrame, hypothesis: Hypothesis) -> Bound:
+    rows = calibration_rows(protocol, trials, hypothesis.phase)
+    return natural_gap(rows, hypothesis.readout, hypothesis.transform)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What an effect is held against. margin: the whole margin. fixed: its part that is fixed before the test. small:
+    up to where an effect is too small to matter."""
+
+    margin: Bound
+    fixed: float | None
+    small: Bound
+
+
+def bounds_of(hypothesis: Hypothesis, found: PairDifferences, gap: Bound) -> Bounds:
+    """The bounds of a hypothesis. gap: the natural gap, of which some are shares."""
+    if not hypothesis.kind.is_in_unit:
+        margin = margin_by_value(hypothesis)
+        return Bounds(margin, margin.value, margin)
+    small = too_small_to_matter(hypothesis, found, gap, _steps(hypothesis))
+    return Bounds(margin_of(hypothesis, found, gap), fixed_margin(hypothesis, gap), small)
+
+
+def _steps(hypothesis: Hypothesis) -> int:
+    """Over how many steps an ordering rises, or falls, at most; 1 for what is no ordering."""
+    if not hypothesis.is_ordering:
+        return 1
+    names, peak = hypothesis.order()
+    return max(peak, len(names) - 1 - peak)
+
+
+def _measured(hypothesis: Hypothesis, found: PairDifferences, table: Floats, gap: Bound) -> Measured:
+    """The numbers of a sample. table: as `Sample` has it."""
+    bounds = bounds_of(hypothesis, found, gap)
+    tested = carry_out(Sample(hypothesis, found.values, table, bounds.margin, bounds.fixed))
+    is_correlation = hypothesis.kind.measures == "correlation"
     mean = float(found.values.mean()) if found.n else math.nan
     return Measured(
-        hypothesis=sample.hypothesis,
-        kind=sample.hypothesis.kind,
+        hypothesis=hypothesis,
+        kind=hypothesis.kind,
         differences=found,
         estimate=mean if tested.estimate is None else tested.estimate,
         interval=tested.interval,
@@ -138,15 +168,12 @@ def _measured(sample: Sample, found: PairDifferences, small: float, *, transfer:
         bayes_factor=math.nan if is_correlation else tests.jzs_bayes_factor(found.values),
         p=tested.p,
         p_margin=tested.p_margin,
-        margin=sample.margin,
-        small=small,
-        transfer=transfer,
+        margin=bounds.margin,
+        small=math.nan if bounds.small.value is None else bounds.small.value,
+        no_small=bounds.small.reason,
+        transfer=None,
         absent=(),
     )
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _ordering(
@@ -158,10 +185,9 @@ def _ordering(
     table = contrast_table(means, {name: {name: 1} for name in names}, units)
     values = table[names].to_numpy(dtype=float).reshape(len(table), len(names))
     found = count_of(rows, names, means, table.index, slopes(values, peak))
-    gap = Bound(None, "an ordering has no natural gap")
-    margin = margin_of(hypothesis, found, gap) if hypothesis.kind.is_in_unit else margin_by_value(hypothesis)
-    sample = Sample(hypothesis, found.values, values, margin, fixed_margin(hypothesis, gap))
-    return _measured(sample, found, _or_nan(margin.value))
+    # A protocol without families is decided as it always was: its slopes know no bound that the gap gives.
+    gap = _gap(protocol, trials, hypothesis) if protocol.families else Bound(None, "an ordering has no natural gap")
+    return _measured(hypothesis, found, values, gap)
 
 
 def _correlation(
@@ -179,8 +205,7 @@ def _correlation(
     table = contrast_table(means.set_axis([str(c) for c in means], axis="columns"), _each(len(wanted)), units)
     values: Floats = table.to_numpy(dtype=float).reshape(len(table), len(wanted))
     found = count_of(rows, hypothesis.conditions, means, table.index, values[:, 0])
-    margin = margin_by_value(hypothesis)
-    return _measured(Sample(hypothesis, found.values, values, margin, margin.value), found, _or_nan(margin.value))
+    return _measured(hypothesis, found, values, Bound(None, _OTHER_SCALE))
 
 
 _MEASURES: dict[Measures, Callable[[Protocol, pd.DataFrame, pd.DataFrame, Hypothesis, Mapping[str, str]], Measured]] = {

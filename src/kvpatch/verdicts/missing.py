@@ -6,7 +6,7 @@ broken ones. Left out, they move a mean as an effect does.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -28,16 +28,18 @@ def missing_shares(
     readout: str,
     transform: Transform = "none",
     partial: Container[str] = (),
+    planned_pairs: Collection[str] = (),
 ) -> dict[str, float]:
     """Condition -> share of its planned samples without a value, for those of a contrast.
 
     rows: prepared test rows of one phase. Planned are the samples of a condition that are stored, done or failed, and
     as many again for each pair that another condition of the contrast has and it does not. A sample has a value where
     one of its rows did not fail and holds a finite number (above 0 for "log"). partial: conditions that are not planned
-    for every pair (`partial_conditions`).
+    for every pair (`partial_conditions`). planned_pairs: ids of pairs that every other condition is planned for, beside
+    those that one of the contrast's has.
     """
     own = _of(rows, conditions)
-    pairs = own["pair_id"].nunique()
+    pairs = len(set(own["pair_id"]) | set(planned_pairs))
     has_value = _has_value(own, readout, transform)
     out = {}
     for name in conditions:
@@ -69,14 +71,16 @@ def filled(
     readout: str,
     transform: Transform = "none",
     partial: Container[str] = (),
+    planned_pairs: Collection[str] = (),
     *,
     toward: int,
 ) -> pd.DataFrame:
     """The trials with every missing value of a contrast at the worst or the best that was seen.
 
     trials: prepared rows of every split and phase. signs: condition -> a number whose sign says how the condition
-    counts in what is averaged. partial: as in `missing_shares`. toward: 1 for the fill that makes it as large as it can
-    be, -1 as small. Where nothing was measured under any of the conditions, the trials come back as they are.
+    counts in what is averaged. partial, planned_pairs: as in `missing_shares`. toward: 1 for the fill that makes
+    it as large as it can be, -1 as small. Where nothing was measured under any of the conditions, the trials come back as
+    they are.
     Source: Manski 1990 (Am Econ Rev 80:319), with the range of the readout as it was seen in these conditions and in
     the calibration.
     """
@@ -93,7 +97,7 @@ def filled(
     for name, sign in signs.items():
         mine = own.loc[own["condition"] == name]
         planned = set(mine[_KEY].itertuples(index=False, name=None))
-        lost = set() if name in partial else set(own["pair_id"]) - set(mine["pair_id"])
+        lost = set() if name in partial else (set(own["pair_id"]) | set(planned_pairs)) - set(mine["pair_id"])
         planned |= {(pair, 0) for pair in lost}
         end = float(seen.max() if sign * toward > 0 else seen.min())
         extra += [

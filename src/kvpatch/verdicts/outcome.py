@@ -106,7 +106,7 @@ class Outcome:
     @property
     def answer(self) -> str:
         """The one-sentence answer."""
-        return headline(self.protocol, self.verdicts)
+        return headline(self.protocol, self.verdicts, is_checked=self.record.check is not None)
 
     @cached_property
     def effects(self) -> list[Effect]:

@@ -70,9 +70,13 @@ def _coherence(pairs: list[list[bool]]) -> Coherence:
         return Coherence(math.nan, 1.0)
     outputs = [good for pair in pairs for good in pair]
     good = math.fsum(sum(pair) / len(pair) for pair in pairs)
-    bad = len(pairs) - good
-    highest = float(stats.beta.ppf(CERTAIN, good + 1, bad)) if bad > 1e-9 else 1.0
-    return Coherence(sum(outputs) / len(outputs), highest)
+    return Coherence(sum(outputs) / len(outputs), coherence_of(good, len(pairs)).highest)
+
+
+def coherence_of(good: float, pairs: int) -> Coherence:
+    """How coherent a condition is of which `good` of so many pairs are, a pair counting by its share."""
+    bad = pairs - good
+    return Coherence(good / pairs, float(stats.beta.ppf(CERTAIN, good + 1, bad)) if bad > 1e-9 else 1.0)
 
 
 def reads_sampled_text(readout: str) -> bool:

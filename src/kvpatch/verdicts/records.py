@@ -49,7 +49,10 @@ class Verdict(Frozen):
     p: float | None = Field(description="of the test: one-sided, or the larger of two for an equivalence test")
     p_adjusted: float | None = Field(description="p after correction within the family")
     p_margin: float | None = Field(description="one-sided against the margin, for much_greater and much_less")
-    margin: float | None = Field(description="how large, or how small, the effect must be; the readout's unit")
+    margin: float | None = Field(
+        description="how large, or how small, the effect must be; the readout's unit. Of a test without a margin, in a "
+        "protocol with families, up to where its effect counts as none"
+    )
     transfer_fraction: float | None = Field(description="mean(X - A) / mean(B - A), for contrasts X - A")
     transfer_fraction_low: float | None = Field(description="95% Fieller interval, lower end")
     transfer_fraction_high: float | None = Field(description="95% Fieller interval, upper end")
@@ -70,7 +73,9 @@ class Verdict(Frozen):
         description="why not interpretable"
     )
     needs: list[str] = Field(default=[], description="hypotheses that must have passed before this one may be read")
-    missing: list[str] = Field(default=[], description="those of `needs` that did not pass")
+    missing: str | None = Field(
+        default=None, description="the first of `needs` that did not pass; `because` names them all"
+    )
     because: str = Field(description="one plain sentence with the numbers")
     deviations: list[str] = Field(
         default=[], description="what of the protocol, or of so few pairs, makes this verdict cheaper than it looks"

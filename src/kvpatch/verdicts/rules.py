@@ -65,10 +65,9 @@ def _directional(m: Measured, p_adjusted: float) -> Decision:
     if far < 0:
         return Decision("not supported", f"{figures(m)}, wholly on the other side of 0 than the claim.")
     if far <= m.small and m.floor.within(*sorted((sign * m.small, -sign * math.inf))):
-        size = "the margin" if h.margin else "20% of the natural gap"
         return Decision(
             "not supported",
-            f"{figures(m)}, so an effect beyond {limit_text(sign * m.small, m)}, {size}, is ruled out.",
+            f"{figures(m)}, so an effect beyond {limit_text(sign * m.small, m)}, {_size(m)}, is ruled out.",
         )
     lacks = []
     if not near > bound:
@@ -92,8 +91,7 @@ def _apart(m: Measured, p_adjusted: float) -> Decision:
         limit = "0" if bound == 0 else f"the margin of {limit_text(bound if low > 0 else -bound, m)}"
         return Decision("supported", f"{figures(m)}, {side} {limit}; adjusted {chance(p_adjusted)}, {_under(m)}.")
     if -m.small <= low and high <= m.small and m.floor.within(-m.small, m.small):
-        size = "the margin" if h.margin else "20% of the natural gap"
-        told = f"so an effect beyond {limit_text(m.small, m)} on either side, {size}, is ruled out"
+        told = f"so an effect beyond {limit_text(m.small, m)} on either side, {_size(m)}, is ruled out"
         return Decision("not supported", f"{figures(m)}, {told}.")
     lacks = []
     if not is_apart:
@@ -116,6 +114,23 @@ def _replicates(m: Measured, p_adjusted: float, first: Measured) -> Decision:
         return Decision("not supported", f"{told}: {found.reason}.")
     lack = found.reason if not found.holds else f"adjusted {chance(p_adjusted)} is not below {number(h.alpha)}"
     return Decision("inconclusive", f"{told}, but {lack}.")
+
+
+def shown_absent(m: Measured, first: Measured) -> Decision | None:
+    """The decision on a repetition whose effect is shown to be too small to count; None where it is not. Where the
+    first hypothesis has no margin, `_replicates` knows no bound for that."""
+    sign = first.hypothesis.claimed_side
+    near, far = sorted((sign * m.interval.low, sign * m.interval.high))
+    if not far <= m.small or not m.floor.within(*sorted((sign * m.small, -sign * math.inf))):
+        return None
+    bound = limit_text(sign * m.small, m)
+    told = "on the other side of 0" if near <= far < 0 else f"so an effect beyond {bound}, {_size(m)}, is ruled out"
+    return Decision("not supported", f"{figures(m)}, {told}.")
+
+
+def _size(m: Measured) -> str:
+    """What the bound is below which an effect counts as none."""
+    return "the margin" if m.hypothesis.margin else "20% of the natural gap"
 
 
 def _bound(first: Measured, m: Measured) -> float:

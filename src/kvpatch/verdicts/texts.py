@@ -45,7 +45,7 @@ class Texts:
 
         A condition that did not run, or only with errors, is taken as it is spelled.
         """
-        spelled = _spelled(self.protocol.conditions[name])
+        spelled = spelled_role(self.protocol.conditions[name])
         return self.found.get((phase, name), spelled) if self.found else spelled
 
     def roles(self, h: Hypothesis) -> dict[str, str | None]:
@@ -85,7 +85,7 @@ def _is_own_run(condition: Condition) -> bool:
     return condition.is_natural and condition.text_of is None
 
 
-def _spelled(condition: Condition) -> str | None:
+def spelled_role(condition: Condition) -> str | None:
     """The role of the prompt whose natural run a condition is by its spelling; None for what is not spelled as one."""
     if condition.is_natural or (condition.patch is not None and condition.patch.is_full_swap):
         return condition.giver

@@ -10,6 +10,7 @@ from kvpatch.protocols.schema import Protocol
 from kvpatch.statistics.trend import order_scores
 from kvpatch.verdicts.measure import Measured, measure, measured_as
 from kvpatch.verdicts.missing import MOST_MISSING, filled, missing_shares, partial_conditions, too_many_missing
+from kvpatch.verdicts.pairs import rows_of
 from kvpatch.verdicts.rules import Decision
 from kvpatch.verdicts.wording import percent
 
@@ -22,13 +23,22 @@ def lacking(protocol: Protocol, rows: pd.DataFrame, m: Measured) -> dict[str, fl
     h = m.hypothesis
     if m.differences.n == 0 or m.floor.constant is not None:
         return {}
-    partial = partial_conditions(protocol)
+    partial, planned = partial_conditions(protocol), planned_pairs(protocol, rows)
     own = list(h.order()[0]) if h.is_ordering else list(h.weights())
-    shares = missing_shares(rows, own, h.readout, h.transform, partial)
+    shares = missing_shares(rows, own, h.readout, h.transform, partial, planned)
     for variable, _ in h.others():
-        found = missing_shares(rows, list(variable.weights()), variable.readout, variable.transform, partial)
+        found = missing_shares(rows, list(variable.weights()), variable.readout, variable.transform, partial, planned)
         shares |= {name: max(share, shares.get(name, 0.0)) for name, share in found.items()}
     return too_many_missing(shares)
+
+
+def planned_pairs(protocol: Protocol, rows: pd.DataFrame) -> list[str]:
+    """Ids of the pairs that any condition of a phase has: a pair that lacks both sides of a contrast counts too.
+    Empty for a protocol without families, which counts the pairs of each contrast alone.
+
+    rows: prepared test rows of the phase.
+    """
+    return sorted(rows["pair_id"].unique()) if protocol.families else []
 
 
 def decided_at_worst(
@@ -57,10 +67,13 @@ def decided_at_worst(
         signs = dict(zip(names, order_scores(len(names), peak).tolist(), strict=True))
     else:
         signs = {name: float(weight) for name, weight in asked.weights().items()}
-    partial = partial_conditions(protocol)
+    partial, planned = (
+        partial_conditions(protocol),
+        planned_pairs(protocol, rows_of(trials, split="test", phase=h.phase)),
+    )
     words = []
     for toward in (-1, 1):
-        whole = filled(trials, h.phase, signs, h.readout, h.transform, partial, toward=toward)
+        whole = filled(trials, h.phase, signs, h.readout, h.transform, partial, planned, toward=toward)
         words.append(decide(measure(protocol, whole, h, units)).word)
     if set(words) == {found.word}:
         same = f"{start}; the verdict is the same with these at the lowest and at the highest value that was seen."

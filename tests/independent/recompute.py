@@ -21,8 +21,8 @@ from recompute_numbers import (
     grid_of_table,
     on_grid,
     ordered,
-    passed_on,
     partial_correlation,
+    passed_on,
     past_margin,
     rare_bounds,
     sd,
@@ -141,8 +141,8 @@ def _test(m, asked, values, fixed):
 
 
 def adjusted_by_family(run, p):
-    """Hypothesis -> adjusted p. Each hypothesis of a family counts, whatever became of it. Families that pass alpha on, or
-    are passed some, are corrected together; p is then told on the scale of the family's own alpha."""
+    """Hypothesis -> adjusted p. Each hypothesis of a family counts, whatever became of it. Families that pass alpha
+    on, or are passed some, are corrected together; p is then told on the scale of the family's own alpha."""
     stated = run.protocol.get("families", {})
     heirs = {heir for family in stated.values() for heir in family.get("passes_to", {})}
     linked = [name for name, family in stated.items() if family.get("passes_to") or name in heirs]
@@ -170,6 +170,9 @@ def recompute(directory: Path) -> dict[str, dict]:
     p = {name: m["p"] for name, m in measured.items()}
     for name, value in adjusted_by_family(run, p).items():
         measured[name]["p_adjusted"] = value
+    if run.protocol.get("families"):  # what has no margin names in its place up to where its effect counts as none
+        for name, m in measured.items():
+            m["margin"] = m["margin"] if run.hypotheses[name]["margin"] else m["small"]
     tools = {"measure": measure, "adjust": lambda name, value: adjusted_by_family(run, {**p, name: value})[name]}
     words = decide_all(run, measured, tools)
     return {name: {key: m[key] for key in NUMBERS} | {"verdict": words[name]} for name, m in measured.items()}

@@ -228,8 +228,8 @@ def rare_bounds(sides, known):
 
 
 def passed_on(families, alphas, shares):
-    """At what part of all alphas each hypothesis is rejected. families: p-values of each. shares: [from][to], of the alpha
-    of a family of which all are rejected. Holm within a family (Bretz et al. 2009, algorithms 1 and 2)."""
+    """At what part of all alphas each hypothesis is rejected. families: p-values of each. shares: [from][to], of the
+    alpha of a family of which all are rejected. Holm within a family (Bretz et al. 2009, algorithms 1 and 2)."""
     left = [sorted((1.0 if math.isnan(p) else p, i) for i, p in enumerate(ps)) for ps in families]
     out = [[math.inf] * len(ps) for ps in families]
     alphas, shares, factor = list(alphas), np.array(shares, dtype=float), 0.0

@@ -116,8 +116,8 @@ def is_unspecific(run, h):
 
 
 def said(run, h, m, p_adjusted, first):
-    """The word by the numbers. A protocol with `families` says "contradicted" of what the data speak against, and also of
-    a repetition whose effect is shown to be too small to count."""
+    """The word by the numbers. A protocol with `families` says "contradicted" of what the data speak against, and also
+    of a repetition whose effect is shown to be too small to count."""
     found = word(h, m, p_adjusted, first)
     if not run.protocol.get("families"):
         return found
@@ -224,8 +224,8 @@ def lacking(run, h, m):
 
 
 def planned_pairs(run, h, rows):
-    """Ids of the pairs that the conditions of a contrast are planned for: in a protocol with `families` all of the phase,
-    else those that one of these rows has."""
+    """Ids of the pairs that the conditions of a contrast are planned for: in a protocol with `families` all of the
+    phase, else those that one of these rows has."""
     return {row["pair_id"] for row in (run.of["test", h["phase"]] if run.protocol.get("families") else rows)}
 
 

@@ -71,8 +71,31 @@ def hard_run(directory: Path) -> Store:
     return store
 
 
+def graph_run(directory: Path) -> Store:
+    """A run whose families pass their alpha on, with more of its rows missing than the rule allows."""
+
+    def change(row: dict[str, Any]) -> dict[str, Any]:
+        chance = zlib.crc32(f"{row['phase']} {row['condition']} {row['target_id']}".encode()) % 100
+        is_lost = row["split"] == "test" and chance < {"X": 12, "NT": 30}.get(row["condition"], 0)
+        return {"error": "RuntimeError: planted"} if is_lost else {}
+
+    content = small_protocol().model_dump(mode="json", by_alias=True)
+    content["hypotheses"] = [
+        {k: v for k, v in h.items() if k not in ("gate", "is_gatekeeper", "alpha")}
+        | {"needs": [] if h["family"] == "f1" else ["exists"]}
+        for h in HYPOTHESES
+    ]
+    content["families"] = {
+        "f1": {"alpha": 0.01, "passes_to": {"f2": 0.5, "f3": 0.5}},
+        "f2": {"alpha": 0.02, "passes_to": {"f3": 1.0}},
+        "f3": {"alpha": 0.02, "passes_to": {"f2": 1.0}},
+        "f4": {"alpha": 0.03, "correction": "benjamini_hochberg"},
+    }
+    return write_run(directory, n=40, calibration=30, protocol=Protocol.model_validate(content), change=change)
+
+
 MADE: dict[str, Callable[[Path], Store]] = {
-    "small": small_run, "needing": needing_run, "dec7": whole_run, "hard": hard_run,
+    "small": small_run, "needing": needing_run, "dec7": whole_run, "hard": hard_run, "graph": graph_run,
 }  # fmt: skip
 
 

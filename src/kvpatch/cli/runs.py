@@ -31,7 +31,7 @@ from kvpatch.cli.app import (
 from kvpatch.errors import KvpatchError
 
 if TYPE_CHECKING:
-    pass
+    from kvpatch.store.directory import Store
 
 
 @app.command()
@@ -171,6 +171,9 @@ def verdicts(
     exploratory: Annotated[
         bool, typer.Option("--exploratory", help="Accept a changed protocol, and mark every verdict as exploratory.")
     ] = False,
+    registered: Annotated[
+        Path | None, typer.Option(help="A pre-registration. Say whether the run has its protocol; exit code 1 if not.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Print the success criteria and all verdicts, recomputed from the stored trials.
@@ -191,6 +194,7 @@ def verdicts(
         from kvpatch.protocols.load import load_protocol
 
         other = load_protocol(protocol)
+    is_registered = registered is None or _held_against(registered, store)
     outcome = outcome_of(store, is_exploratory=exploratory, protocol=other)
     if not exploratory:
         write_verdicts(store, outcome)
@@ -204,6 +208,18 @@ def verdicts(
         for told in dict.fromkeys(told for v in outcome.verdicts for told in v.deviations):
             typer.echo(f"deviation: {told}")
         print_verdicts(outcome.verdicts)
+    if not is_registered:
+        raise typer.Exit(1)
+
+
+def _held_against(registered: Path, store: Store) -> bool:
+    """Say whether a run has the protocol of a pre-registration, on standard error, which leaves JSON whole."""
+    from kvpatch.verdicts.preregistration import held_against, read_preregistration
+
+    holds, told = held_against(read_preregistration(registered), store.read_record())
+    for sentence in told:
+        typer.echo(sentence, err=True)
+    return holds
 
 
 @app.command()
@@ -237,12 +253,25 @@ def power(
         Path | None, typer.Option(help="A run directory. Its pair differences then replace normal noise.")
     ] = None,
     phases: Phases = None,
+    assume: Annotated[
+        Path | None,
+        typer.Option(
+            help="A YAML file of what is true, for the whole rule: 'dz' by hypothesis, 'means' and 'hits' by readout "
+            "and condition, 'correlations', 'coherent'. Default: every claim, at --effect; with --pilot, its."
+        ),
+    ] = None,
+    draws: Annotated[
+        int, typer.Option(min=0, help="Simulated runs of the whole rule for each n. 0 leaves the whole rule out.")
+    ] = 50,
+    seed: Annotated[int, typer.Option(help="Decides the simulated runs.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Show the smallest effect that each hypothesis can see at its n, and the n that a given effect needs.
+    """Show the smallest effect that each hypothesis can see at its n, the n that a given effect needs, and how often
+    the whole rule says yes: prerequisites, families, coherence and all.
 
     Example: kvpatch power dec7 --n 20
     """
+    from kvpatch.cli.power import print_rule, simulated
     from kvpatch.cli.tables import print_power
     from kvpatch.protocols.load import load_protocol
     from kvpatch.store.directory import Store
@@ -251,7 +280,15 @@ def power(
     chosen = load_protocol(protocol)
     rows = None if pilot is None else Store(pilot).read().to_pandas()
     found = power_of(chosen, n=n, phases=phase_names(phases), wanted_dz=effect, pilot=rows)
-    show([entry.model_dump() for entry in found], as_json, lambda: print_power(found))
+    whole = simulated(chosen, rows, assume, n, effect, draws, seed) if draws else []
+    asked = [entry.id for entry in found]
+    rule = {name: [p.model_dump(exclude={"id"}) for p in whole if p.id == name] for name in asked}
+
+    def pretty() -> None:
+        print_power(found)
+        print_rule(chosen, [p for p in whole if p.id in rule], draws)
+
+    show([entry.model_dump() | {"rule": rule[entry.id]} for entry in found], as_json, pretty)
 
 
 @app.command()

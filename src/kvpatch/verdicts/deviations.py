@@ -146,7 +146,8 @@ def _has_natural_gap(protocol: Protocol, h: Hypothesis) -> bool:
     known = readouts().get(h.readout)
     is_measured = {NATURAL_TARGET, NATURAL_SOURCE} <= set(protocol.calibration.conditions)
     is_read = known is None or known.asks in (None, "semantic")
-    return h.kind.measures == "difference" and h.kind.is_in_unit and is_measured and is_read
+    takes_gap = h.kind.measures == "difference" or (h.is_ordering and bool(protocol.families))
+    return takes_gap and h.kind.is_in_unit and is_measured and is_read
 
 
 def _too_few_pairs(protocol: Protocol, pairs: Mapping[str, int]) -> Iterator[Deviation]:
@@ -239,10 +240,11 @@ def error_statement(protocol: Protocol) -> str:
             f"{number(total)}."
         )
     else:
-        each = " and ".join(f"{number(a)}" for a in sorted({e for e in errors.values() if e is not None}))
+        each = listed([number(a) for a in sorted({e for e in errors.values() if e is not None})])
+        passed = ", and what others pass to it" if any(f.passes_to for f in protocol.families.values()) else ""
         told = (
             f"Over {over}, the chance of any false claim is at most {number(total)}, the sum of the families' alphas "
-            f"({each}); within a family it is at most its alpha."
+            f"({each}); within a family it is at most its alpha{passed}."
         )
     rest = len(protocol.hypotheses) - count
     if rest:

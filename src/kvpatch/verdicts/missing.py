@@ -79,8 +79,8 @@ def filled(
 
     trials: prepared rows of every split and phase. signs: condition -> a number whose sign says how the condition
     counts in what is averaged. partial, planned_pairs: as in `missing_shares`. toward: 1 for the fill that makes
-    it as large as it can be, -1 as small. Where nothing was measured under any of the conditions, the trials come back as
-    they are.
+    it as large as it can be, -1 as small. Where nothing was measured under any of the conditions, the trials come back
+    as they are.
     Source: Manski 1990 (Am Econ Rev 80:319), with the range of the readout as it was seen in these conditions and in
     the calibration.
     """

@@ -37,6 +37,7 @@ from kvpatch.store.directory import Store
 from kvpatch.store.readout_calibration import ReadoutCalibration
 from kvpatch.store.record import ModelRecord, RunRecord
 from kvpatch.store.validation import newest_validation
+from kvpatch.verdicts.deviations import stated
 from kvpatch.verdicts.outcome import Outcome, outcome_of, write_verdicts
 from kvpatch.verdicts.procedures import refuse_unknown
 
@@ -133,6 +134,7 @@ def run(
         record = record_of(protocol, bank, plan, records, seed, n, phases, command)
         if store.has_record():
             record = record.continued(store.read_record())
+        record = record.model_copy(update=stated(protocol, n, record.phases))
         others = dict(record.other_models)
         unchecked = [None] * (record.check is None) + [key for key, other in others.items() if other.check is None]
         checks = {key: _checked(models[key], listener) for key in unchecked}

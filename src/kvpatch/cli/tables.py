@@ -90,6 +90,7 @@ def print_plan(summary: dict[str, Any]) -> None:
         console.print(
             f"passed over in phase {phase}: {count} pairs whose prompts lack what it compares; others take their place"
         )
+    console.print(summary["error_statement"])
     for skipped in summary["skipped"]:
         console.print(f"left out in phase {skipped['phase']}: {skipped['condition']} ({skipped['reason']})")
 

@@ -37,6 +37,7 @@ from kvpatch.report import (
 from kvpatch.report import head_maps as attention
 from kvpatch.report.library import chart_library
 from kvpatch.store.validation import gate_zero
+from kvpatch.verdicts.deviations import deviations, error_statement
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ def _context(
         "instruments": instruments,
         "gate_zero": gate_zero(run.get("validation")),
         "strip": strip,
+        "deviations": [d.told for d in deviations(protocol, {v["id"]: v.get("n") or 0 for v in verdicts})],
+        "error_statement": error_statement(protocol),
         "attacks": questions.attacks(rows, strip, protocol, most, not how["protocol_differs"]),
         "validation_failed": judgements.validation_passed(run.get("validation")) is False,
         "figures": sections.readout_figures(parts, protocol, instruments["specificity"]),

@@ -114,6 +114,15 @@ def smallest_n(alpha: float) -> int:
     return n
 
 
+def smallest_p(n: int, resamples: int = RESAMPLES) -> float:
+    """The smallest p that a one-sided sign-flip test of n pairs can give, whatever the data say.
+
+    >>> smallest_p(8)
+    0.00390625
+    """
+    return 2.0**-n if 2**n <= resamples else 1 / (resamples + 1)
+
+
 def equivalence(differences: Floats, margin: float, level: float = 0.90) -> Equivalence:
     """Two one-sided tests (`against_bound`) that the mean lies within (-margin, +margin), with the BCa interval.
 

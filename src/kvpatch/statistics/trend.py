@@ -102,6 +102,12 @@ def _standard_ranks(table: Floats) -> Floats:
     return np.divide(ranks, length, out=np.zeros_like(ranks), where=length > 0)
 
 
+def smallest_p(pairs: int) -> float:
+    """No ordering of so many pairs has a smaller p: that of three levels, the fewest, where each pair follows
+    the order, or the least that random permutations can give."""
+    return 6.0**-pairs if pairs <= MAX_EXACT_PAIRS else 1 / (DRAWS + 1)
+
+
 @lru_cache(maxsize=4)
 def _orders(pairs: int, levels: int) -> np.ndarray:
     rng = np.random.default_rng(SEED)

@@ -17,7 +17,9 @@ from kvpatch.statistics import paired_tests as tests
 from kvpatch.statistics.correlation import partial_correlation
 from kvpatch.statistics.grid import Floats
 from kvpatch.statistics.intervals import Interval, bca_interval
+from kvpatch.statistics.resampling import SMALLEST_P as SMALLEST_P_DRAWN
 from kvpatch.statistics.trend import mean_rho_p, ordered_trend
+from kvpatch.statistics.trend import smallest_p as smallest_p_of_order
 from kvpatch.verdicts import simulated
 from kvpatch.verdicts.margins import Bound
 
@@ -65,6 +67,7 @@ class Procedure:
     decided for the claim, in standard deviations. None where power is not simulated; the power table then says so.
     is_known_for_any_n: whether `simulate` takes any n; else it is asked up to `power.LARGEST_N`.
     needs_pairs: the smallest number of units at which p can be below alpha.
+    smallest_p: the smallest p that so many units can give, whatever the data say; None where no bound is known.
     tested: share of the pairs that are tested, where others only choose what is tested.
     """
 
@@ -72,6 +75,7 @@ class Procedure:
     simulate: Callable[[simulated.Question], Floats] | None = None
     is_known_for_any_n: bool = False
     needs_pairs: Callable[[float], int] = tests.smallest_n
+    smallest_p: Callable[[int], float] | None = None
     tested: float = 1.0
 
     def least_pairs(self, alpha: float) -> int:
@@ -121,18 +125,22 @@ def _rank_correlated(sample: Sample) -> Figures:
     return Figures(p, bca_interval(sample.differences, 0.95), effect_size=float(sample.differences.mean()))
 
 
+_FLIPS = tests.smallest_p
 _OWN: dict[str, Procedure] = {
-    "greater": Procedure(_directional, simulated.directional),
-    "less": Procedure(_directional, simulated.directional),
-    "much_greater": Procedure(_past_margin, simulated.directional),
-    "much_less": Procedure(_past_margin, simulated.directional),
-    "equivalent": Procedure(_equivalent, simulated.equivalent),
-    "trend": Procedure(_ordered, simulated.ordering),
-    "umbrella": Procedure(_ordered, simulated.ordering),
+    "greater": Procedure(_directional, simulated.directional, smallest_p=_FLIPS),
+    "less": Procedure(_directional, simulated.directional, smallest_p=_FLIPS),
+    "much_greater": Procedure(_past_margin, simulated.directional, smallest_p=_FLIPS),
+    "much_less": Procedure(_past_margin, simulated.directional, smallest_p=_FLIPS),
+    "equivalent": Procedure(_equivalent, simulated.equivalent, smallest_p=lambda n: max(_FLIPS(n), SMALLEST_P_DRAWN)),
+    "trend": Procedure(_ordered, simulated.ordering, smallest_p=smallest_p_of_order),
+    "umbrella": Procedure(_ordered, simulated.ordering, smallest_p=smallest_p_of_order),
     "correlates": Procedure(_correlated, simulated.correlation, is_known_for_any_n=True),
-    "rank_correlates": Procedure(_rank_correlated, simulated.ordering),
-    "chosen_heads": Procedure(_directional, simulated.in_half, tested=0.5),
-    "replicates": Procedure(_directional, simulated.directional),  # measured by the test of what it repeats
+    "rank_correlates": Procedure(_rank_correlated, simulated.ordering, smallest_p=lambda n: SMALLEST_P_DRAWN),
+    "chosen_heads": Procedure(
+        _directional, simulated.in_half, smallest_p=lambda n: _FLIPS(math.ceil(n / 2)), tested=0.5
+    ),
+    # Measured by the test of what it repeats.
+    "replicates": Procedure(_directional, simulated.directional, smallest_p=_FLIPS),
 }
 _FROM_OUTSIDE: dict[str, Procedure] = {}
 

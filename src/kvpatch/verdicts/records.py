@@ -78,6 +78,20 @@ class Verdict(Frozen):
         default=None, description="the first of `needs` that did not pass; `because` names them all"
     )
     because: str = Field(description="one plain sentence with the numbers")
+    deviations: list[str] = Field(
+        default=[], description="what of the protocol, or of so few pairs, makes this verdict cheaper than it looks"
+    )
+    smallest_p_adjusted: float | None = Field(
+        default=None, description="the smallest adjusted p that so many pairs can give, whatever the data say"
+    )
+    family_error: float | None = Field(
+        default=None,
+        description="chance of any false claim among the family's confirmatory hypotheses, at most; null where its "
+        "correction bounds none, or none of it is confirmatory",
+    )
+    experiment_error: float | None = Field(
+        default=None, description="the same over all families of the protocol; null where nothing bounds it below 1"
+    )
     evidence: Evidence = Field(
         description="'text' where every condition of the contrast equals a natural run, so that it is a manipulation "
         "check; else 'cache'"

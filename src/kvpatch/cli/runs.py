@@ -192,7 +192,6 @@ def verdicts(
     from kvpatch.cli.tables import print_verdicts
     from kvpatch.store.directory import Store
     from kvpatch.store.validation import gate_zero
-    from kvpatch.verdicts.decide import verdicts_json
     from kvpatch.verdicts.deviations import error_statement
     from kvpatch.verdicts.outcome import outcome_of, write_verdicts
     from kvpatch.verdicts.records import canonical_json

@@ -272,11 +272,8 @@ class Protocol(Frozen):
         yield from wrong_rows(self.plan, self.hypotheses)
         known = [h.id for h in self.hypotheses]
         for organism, verdicts in self.expected.items():
-            for verdict, names in verdicts.items():
-                for name in names:
-                    if name not in known:
-                        told = instead(name, known)
-                        yield Misplaced(f"no hypothesis {name!r}; {told}", "expected", organism, verdict)
+            for verdict, name in ((v, name) for v, names in verdicts.items() for name in names if name not in known):
+                yield Misplaced(f"no hypothesis {name!r}; {instead(name, known)}", "expected", organism, verdict)
 
     @property
     def _roles(self) -> list[str]:

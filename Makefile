@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
-DEMO_N ?= 4
 
 # A set variable of this name would have every process compile all modules anew.
 export PYTHONDONTWRITEBYTECODE :=
@@ -29,8 +28,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-demo: install    ## fetch the embedded models, run all of dec7 small, write the report
-	$(BIN)/kvpatch run dec7 --model smollm2-135m --n $(DEMO_N) --dtype auto --out $(DEMO)
+demo: install    ## fetch the embedded models, ask both where the mode sits, write the report
+	$(BIN)/kvpatch run demo --model smollm2-135m --dtype auto --out $(DEMO)
 
 lint: install-test  ## format, rules and types
 	$(BIN)/ruff format --check .

@@ -83,6 +83,10 @@ class Run:
         """One row a hypothesis, with the fields of verdicts.json."""
         return pd.DataFrame([verdict.model_dump() for verdict in self.outcome.verdicts]).set_index("id")
 
+    def plan_table(self) -> pd.DataFrame:
+        """One row per row of the protocol's plan: what it expected, what was measured, a verdict and one sentence."""
+        return pd.DataFrame([row.model_dump() for row in self.outcome.plan_table])
+
     def effects(self) -> pd.DataFrame:
         """One row a condition and readout: its difference from the natural run of the same prompt."""
         return pd.DataFrame([effect.model_dump() for effect in self.outcome.effects])

@@ -37,6 +37,7 @@ from kvpatch.store.directory import Store
 from kvpatch.store.readout_calibration import ReadoutCalibration
 from kvpatch.store.record import ModelRecord, RunRecord
 from kvpatch.store.validation import newest_validation
+from kvpatch.verdicts.deviations import stated
 from kvpatch.verdicts.outcome import Outcome, outcome_of, write_verdicts
 from kvpatch.verdicts.procedures import refuse_unknown
 
@@ -133,6 +134,7 @@ def run(
         record = record_of(protocol, bank, plan, records, seed, n, phases, command)
         if store.has_record():
             record = record.continued(store.read_record())
+        record = record.model_copy(update=stated(protocol, n, record.phases))
         others = dict(record.other_models)
         unchecked = [None] * (record.check is None) + [key for key, other in others.items() if other.check is None]
         checks = {key: _checked(models[key], listener) for key in unchecked}
@@ -247,10 +249,22 @@ def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, listen
     gc.collect()
     gc.freeze()
     rules = {key: rule_of(_readouts_of(record, key)) for key in models}
-    limits = LocalExecutor(models, rows, rules).run(plan, store, on_tokens=listener.tokens, on_batch=on_batch)
+    floors = {key: (record if key is None else record.other_models[key]).noise_floor or {} for key in models}
+    known = {key: floor["trials"] for key, floor in floors.items() if "trials" in floor}
+    executor = LocalExecutor(models, rows, rules, known)
+    limits = executor.run(plan, store, on_tokens=listener.tokens, on_batch=on_batch)
     found = {phase: asdict(limit) for phase, limit in limits.items()}
+    noise = {
+        key: floor | {"trials": executor.noise[key]} if key in executor.noise else floor
+        for key, floor in floors.items()
+    }
     others = {
-        key: other.model_copy(update={"coherence_limits": found.get(calibration_of(key), other.coherence_limits)})
+        key: other.model_copy(
+            update={
+                "coherence_limits": found.get(calibration_of(key), other.coherence_limits),
+                "noise_floor": noise.get(key, other.noise_floor),
+            }
+        )
         for key, other in record.other_models.items()
     }
     return record.model_copy(
@@ -259,6 +273,7 @@ def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, listen
             "seconds": round(record.seconds + time.monotonic() - start, 1),
             "tokens": record.tokens + written[0],
             "coherence_limits": found.get(calibration_of(None), record.coherence_limits),
+            "noise_floor": noise.get(None, record.noise_floor),
             "other_models": others,
         }
     )

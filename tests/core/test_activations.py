@@ -19,6 +19,7 @@ from kvpatch.interventions.steering import RowSteering, run_value_steering
 from kvpatch.models.hf import LayerEdit
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.specs.interventions import InPrefill, ValueSteering
+from kvpatch.specs.patch import Patch
 from tiny import LAYERS, WINDOW, random_prompts
 
 pytestmark = pytest.mark.model
@@ -238,6 +239,26 @@ def test_qkv_turns_keys_to_where_they_land(architecture, at, tiny):
                 key = run.source.keys[at][row, head, slot]
                 expected = slow_rotation(key, own - given, model.geometry.rope[at])
                 torch.testing.assert_close(run.cache.keys[at][row, head, slot].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@FOUR
+def test_a_band_put_in_while_the_prompt_runs_and_one_put_in_afterwards_differ_above_it_alone(architecture, tiny):
+    """What mediation rests on: total and direct effect share the band's own keys and values, slot for slot."""
+    run = Run(tiny(architecture), InPrefill(site="queries_keys_values", layers=[1, 2]), *PAIRS_OF_LENGTHS)
+    alone = Patch(layers=[1, 2], slots="all", align="end").apply(run.source, run.target)
+    reached = torch.arange(run.target.slots, 0, -1) <= run.source.lengths[:, None]
+    is_put = (reached & run.target.is_real)[:, None, :, None]
+    for layer in range(LAYERS):
+        for through, by_itself, own in (
+            (run.cache.keys[layer], alone.keys[layer], run.target.keys[layer]),
+            (run.cache.values[layer], alone.values[layer], run.target.values[layer]),
+        ):
+            if layer in (1, 2):
+                torch.testing.assert_close(through.where(is_put, 0), by_itself.where(is_put, 0), atol=1e-5, rtol=1e-5)
+                assert not equal(by_itself, own, run.target)
+            else:
+                assert equal(by_itself, own, run.target)
+                assert equal(through, own, run.target) is (layer == 0)
 
 
 @FOUR

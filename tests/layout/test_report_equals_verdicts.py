@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 from finished import RUNS, STORED, needing_run, stored_run
 from kvpatch.report.build import report_page
@@ -215,6 +216,28 @@ def test_every_verdict_is_shown_with_its_word_and_numbers(made: tuple[Outcome, s
         assert shown == [(pytest.approx(value, rel=1e-9), text) for value, text in wanted]
         if verdict.blocked_by is None and verdict.n:
             assert all(number(value) in verdict.because for value in numbers if value is not None), verdict.because
+
+
+def test_every_row_of_the_plan_is_shown_with_its_word_sentence_and_numbers(made: tuple[Outcome, str]) -> None:
+    outcome, html = made
+    rows = outcome.plan_table
+    if not rows:
+        assert 'id="plan"' not in html
+        return
+    table = html[html.index('<div id="plan">') :].split("</table>")[0]
+    shown = [row for row in table.split("<tr>")[2:] if "rowgroup" not in row]
+    assert len(shown) == len(rows)
+    for row, part in zip(rows, shown, strict=True):
+        assert BADGE.findall(part) == [row.verdict, *(f.verdict for f in row.findings)]
+        assert str(escape(row.answer)) in part and str(escape(row.claim)) in part
+        numbers = [
+            value
+            for f in row.findings
+            if f.estimate is not None
+            for value in (f.estimate, *((f.ci_low, f.ci_high) if f.ci_low is not None else ()), f.n, f.p_adjusted)
+        ]
+        wanted = [value for value in numbers if value is not None]
+        assert [float(value) for value, _ in DATA.findall(part)] == [pytest.approx(v, rel=1e-9) for v in wanted]
 
 
 def test_every_hypothesis_is_drawn_with_its_numbers_and_the_margin_on_its_side(made: tuple[Outcome, str]) -> None:

@@ -51,7 +51,8 @@ def run(tmp_path_factory) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Verdict
         "phases": phases,
         "hypotheses": asked,
         "expected": {},
-        "corrections": {}, "families": {},
+        "corrections": {},
+        "families": {},
     }
     rows, found = decide(base.model_copy(update=changes), {None: model}, folder / "run", seed=0)
     assert rows["error"].isna().all()

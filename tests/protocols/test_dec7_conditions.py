@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from kvpatch.protocols.conditions import Condition
-from kvpatch.protocols.load import load_protocol
+from kvpatch.protocols.load import load_protocol, shipped_protocols
 from kvpatch.protocols.schema import Having, Protocol, RVLayers, RVSettings
+from kvpatch.report.dose import levels, strengths
 from kvpatch.report.maps import MAPS, NEEDED, NEEDED_TOKENS, RESIDUAL, place_of
 from kvpatch.specs.selectors import LayerAt, LayerBand, SlotQuery
 
@@ -20,6 +23,82 @@ def dec7() -> Protocol:
 
 def conditions_of(protocol: Protocol, phase: str) -> dict[str, Condition]:
     return {name: protocol.conditions[name] for name in protocol.phases[phase].all_conditions}
+
+
+def drawn(protocol: Protocol, phase: str) -> set[str]:
+    """Conditions that a map (`report.maps.MAPS`) or a dose curve (`report.dose`) of a phase shows, and the natural runs
+    that these are changes from."""
+    made = conditions_of(protocol, phase)
+    on_maps = {name for name in made if place_of(protocol.conditions[name]) is not None}
+    curves = (levels(protocol.phases[phase], protocol), strengths(protocol.phases[phase], protocol))
+    shown = on_maps.union(*(set(curve["condition"]) for curve in curves))
+    return shown | {"A" if made[name].into == "target" else "B" for name in shown}
+
+
+def read_by_hypotheses(protocol: Protocol, phase: str) -> set[str]:
+    """Conditions of a phase's contrasts, and the natural source where a change from the natural target is told as a
+    share of the natural gap."""
+    own = [h for h in protocol.hypotheses if h.phase == phase]
+    has_share = any(h.kind.measures == "difference" and h.contrast.endswith(" - A") for h in own)
+    return {name for h in own for name in h.conditions} | ({"B"} if has_share else set())
+
+
+@pytest.mark.parametrize("name", sorted(shipped_protocols()))
+def test_no_condition_is_run_that_no_hypothesis_no_curve_and_no_map_reads(name: str):
+    protocol = load_protocol(name, needs_files=True)
+    for phase, what in protocol.phases.items():
+        unread = set(what.all_conditions) - read_by_hypotheses(protocol, phase) - drawn(protocol, phase)
+        assert not unread, phase
+
+
+def test_the_experiment_s_own_runs_are_those_it_planned(dec7: Protocol):
+    own = {
+        phase: what.n * sum(dec7.role(phase, name) == "experiment" for name in what.all_conditions)
+        for phase, what in dec7.phases.items()
+    }
+    assert own.pop("interventions") > 0
+    assert own == {"1": 600, "2": 250, "3": 200, "4": 100, "5": 300, "6": 150, "7": 300}
+
+
+def test_every_hypothesis_names_its_needs_and_no_family_mixes_what_confirms_and_what_explores(dec7: Protocol):
+    assert all(h.needs is not None for h in dec7.hypotheses)
+    families: dict[str, set[bool]] = {}
+    for h in dec7.hypotheses:
+        families.setdefault(h.family, set()).add(h.confirmatory)
+    assert [family for family, kinds in families.items() if len(kinds) > 1] == []
+
+
+def test_the_earlier_interventions_and_the_premises_are_asked(dec7: Protocol):
+    asked = {h.id: h for h in dec7.hypotheses}
+    for name, contrast, n in (
+        ("was_v_sufficient", "I_V - I_V_n", 100),
+        ("was_v_necessary", "I_VN - B", 100),
+        ("was_steer_late", "I_S24 - I_S24n", 50),
+        ("was_steer_early", "I_S4 - I_S4n", 50),
+        ("was_qkv_late", "I_QKV - I_QKV_n", 50),
+        ("was_residual_single", "I_R24_last - I_R24_last_n", 50),
+        ("was_residual_all", "I_Rall_last - I_Rall_last_n", 50),
+        ("was_swap", "C - A", 50),
+        ("premise_rv_contracts", "B - A", 100),
+        ("premise_v_moves_rv", "I_V - A", 100),
+        ("premise_first_tenth", "T_tenth - T_tenth_n", 50),
+    ):
+        assert (asked[name].contrast, dec7.phases[asked[name].phase].n) == (contrast, n), name
+    for name in ("was_residual_single", "was_residual_all"):
+        assert asked[name].kind.certifies_absence
+    assert "dose_peak_contrast_score" in (asked["dose_peak"].needs or [])
+
+
+def test_the_direct_part_of_a_band_is_the_total_s_layers_and_slots(dec7: Protocol):
+    """total - direct = indirect, of the source against the same of a foreign prompt."""
+    for first, band in ((0, "0_4"), (4, "4_8"), (8, "8_16"), (16, "16_24")):
+        total, alone = (dec7.conditions[f"{how}_{band}"] for how in ("through", "alone"))
+        assert total.in_prefill.layers == alone.patch.layers and total.in_prefill.slots == alone.patch.slots == "all"
+        assert alone.patch.align == "end" and alone.patch.rotate
+        contrasts = {h.id: h.weights() for h in dec7.hypotheses if h.family == "mediation_map"}
+        parts = Counter(contrasts[f"direct_{first}"])
+        parts.update(contrasts[f"indirect_{first}"])
+        assert {name: weight for name, weight in parts.items() if weight} == contrasts[f"total_{first}"]
 
 
 def test_dec7_reads_the_second_edition_with_what_it_needs(dec7: Protocol):
@@ -115,13 +194,13 @@ def test_marks_are_compared_one_by_one_and_on_pairs_that_have_them(dec7: Protoco
 
 
 def test_what_the_source_lacks_and_the_residual_stream_have_maps_of_their_own(dec7: Protocol):
-    drawn = {name: place_of(condition) for name, condition in dec7.conditions.items()}
-    assert drawn["need_4_8"].map == NEEDED and drawn["need_tenth"].map == NEEDED_TOKENS
-    assert drawn["I_R12"].map == drawn["I_R12_n"].map == RESIDUAL
-    assert drawn["I_R12"].series != drawn["I_R12_n"].series
-    assert drawn["I_Rall"] is None and drawn["I_R24_last"] is None
-    assert {place.map for place in drawn.values() if place} == set(MAPS)
-    assert all(place.map in (NEEDED, NEEDED_TOKENS) for n, place in drawn.items() if n.startswith("need_") and place)
+    places = {name: place_of(condition) for name, condition in dec7.conditions.items()}
+    assert places["need_4_8"].map == NEEDED and places["need_tenth"].map == NEEDED_TOKENS
+    assert places["I_R12"].map == places["I_R12_n"].map == RESIDUAL
+    assert places["I_R12"].series != places["I_R12_n"].series
+    assert places["I_Rall"] is None and places["I_R24_last"] is None
+    assert {place.map for place in places.values() if place} == set(MAPS)
+    assert all(place.map in (NEEDED, NEEDED_TOKENS) for n, place in places.items() if n.startswith("need_") and place)
 
 
 def test_a_model_may_have_layers_of_r_v_of_its_own(dec7: Protocol):

@@ -326,7 +326,9 @@ def test_conditions_that_move_keys_are_left_out_by_name_where_keys_can_t_be_move
 def test_dec7_leaves_out_m1_where_keys_can_t_be_moved():
     skipped = dec7_plan(can_move_keys=False).skipped
     joined = {"M1", "M1n", "M1y", *(f"J{level}" for level in range(6))}
-    assert {s.condition for s in skipped} == {"I_QKV", "I_QKV_last"} | joined
+    qkv = {"I_QKV", "I_QKV_n", "I_QKV_last", "I_QKV_last_n"}
+    through = {f"through_{band}{n}" for band in ("0_4", "4_8", "8_16", "16_24") for n in ("", "_n")}
+    assert {s.condition for s in skipped} == qkv | through | joined
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
+from kvpatch.protocols.plan_rows import PlanRow
 from kvpatch.protocols.schema import Protocol
 from kvpatch.report.page import render
 from kvpatch.specs.readouts import shown
+from kvpatch.verdicts.plan_table import plan_table
 
 HOSTILE = [
     "<script>window.ran = 1</script>",
@@ -121,6 +123,49 @@ def test_every_verdict_shows_its_numbers_word_and_reason(
     ):
         assert f" {word}</span>" in render(run, protocol, trials, verdicts, "")
     assert "no verdict" in page.said  # the last hypothesis has none
+
+
+def test_the_plans_table_comes_right_after_the_answer_with_its_verdicts_and_numbers(
+    run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]
+) -> None:
+    html = render(run, protocol, trials, verdicts, "The answer.")
+    table = html[html.index('<div id="plan">') : html.index('<p class="lead">')]
+    between = html[html.index('<p class="headline">') : html.index('<div id="plan">')]
+    assert "<table" not in between and "<h3" not in between
+    page, given = Page(table), {v["id"]: v for v in verdicts}
+    rows = plan_table(protocol, verdicts, {None: "smollm2-135m"})
+    assert [row.claim for row in rows] == [row.claim for row in protocol.plan_rows]
+    for row in rows:
+        for told in (row.claim, row.expected, row.answer, row.unknown):
+            assert told is None or told in page.said
+        for f in row.findings:
+            if f.id in given:
+                assert {given[f.id][key] for key in ("estimate", "ci_low", "ci_high", "n")} <= set(page.values)
+    assert table.count("<tr>") == 1 + len(rows) + len({row.kind for row in rows})
+    assert "smollm2-135m" in page.said and "no verdict" in page.said
+
+
+def test_what_a_plan_says_stays_text(run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]) -> None:
+    said = iter([text.replace("\ud800", "") for text in HOSTILE] * 10)  # no protocol holds half a character
+    plan = [
+        PlanRow(kind=kind, claim=f"{place} {next(said)}", expected=next(said), unknown=next(said), hypotheses=[h.id])
+        for place, kind in enumerate(("intervention", "question") * 5)
+        for h in protocol.hypotheses[place : place + 1]
+    ]
+    named = protocol.model_copy(update={"plan": plan})
+    calm = Page(render(run, protocol, trials, verdicts, ""))
+    page = Page(render(run, named, trials, verdicts, ""))
+    assert {tag for tag, _ in page.tags} <= ALLOWED_TAGS and len(page.scripts) == len(calm.scripts)
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert all(h in page.said for h in HOSTILE[:6])
+
+
+def test_a_protocol_without_a_plan_has_no_table_and_no_questions(
+    run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]
+) -> None:
+    hypotheses = [h.model_copy(update={"criterion": None}) for h in protocol.hypotheses]
+    html = render(run, protocol.model_copy(update={"plan": [], "hypotheses": hypotheses}), trials, verdicts, "")
+    assert 'id="plan"' not in html and 'id="questions"' not in html and "#questions" not in html
 
 
 def test_charts_hold_one_dot_a_pair(run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]) -> None:

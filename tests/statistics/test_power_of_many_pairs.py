@@ -94,7 +94,7 @@ def test_what_can_not_be_computed_is_left_out_with_a_note(monkeypatch, error):
         raise error
 
     monkeypatch.setitem(procedures._OWN, "less", replace(procedures.procedure_of("less"), simulate=failing))
-    protocol = build_protocol({**GREATER, "test": "less"}, {**GREATER, "id": "other"})
+    protocol = build_protocol({**GREATER, "test": "less"}, {**GREATER, "id": "other", "family": "g"})
     lines = warnings_before(protocol, 12)
     reason = " ".join(str(error).split()) or "ZeroDivisionError"
     assert lines[0] == f"what h can see is not known: {reason}"

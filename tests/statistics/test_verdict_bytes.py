@@ -69,7 +69,8 @@ def test_dec7_on_planted_transfer(trials: pd.DataFrame):
     found = {v.id: v for v in verdicts(DEC7, trials)}
     assert list(found) == [h.id for h in DEC7.hypotheses]
     assert {name for name, v in found.items() if v.verdict == "tautological"} == {
-        "seed_memory", "seed_necessity", "seed_geometry",
+        "seed_memory", "seed_necessity", "seed_geometry", "second_necessity", "was_swap", "integrity_self",
+        "integrity_text",
     }  # fmt: skip
     for name in ("mode_exists_score", "mode_exists_llr", "transfer_llr", "transfer_masked"):
         assert found[name].verdict == "supported"

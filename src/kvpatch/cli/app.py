@@ -89,6 +89,14 @@ def warn_of_too_few(protocol: Protocol, n: int | None, phases: list[str] | None)
         typer.echo(f"warning: {line}", err=True)
 
 
+def warn_of_deviations(protocol: Protocol) -> None:
+    """Say where a protocol buys significance, before it is run."""
+    from kvpatch.verdicts.deviations import deviations
+
+    for deviation in deviations(protocol, {}):
+        typer.echo(f"warning: {deviation.told}", err=True)
+
+
 def warn_of_missing_meaning(protocol: Protocol) -> None:
     """Say that a protocol's semantic score will be null where the package that it needs is not installed."""
     from kvpatch.readouts.semantic import is_available

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
-from kvpatch.cli import runs, tools
+from kvpatch.cli import registration, runs, tools
 from kvpatch.cli.app import app, one_line_errors
 
-COMMANDS = (runs, tools)
+COMMANDS = (runs, registration, tools)
 """Imported for the commands that they register, in the order in which `--help` lists them."""
 
 

@@ -24,13 +24,14 @@ from kvpatch.cli.app import (
     refuse_unwritable,
     show,
     warn_of_clocks,
+    warn_of_deviations,
     warn_of_missing_meaning,
     warn_of_too_few,
 )
 from kvpatch.errors import KvpatchError
 
 if TYPE_CHECKING:
-    pass
+    from kvpatch.store.directory import Store
 
 
 @app.command()
@@ -82,15 +83,18 @@ def run(
         outcome = run_protocol(
             chosen, loaded, out, seed=seed, n=n, phases=phase_names(phases), command=sys.argv, listener=listener
         )
-    from kvpatch.cli.tables import print_criteria, print_effects
+    from kvpatch.cli.plan_table import print_plan_table
+    from kvpatch.cli.tables import print_effects
     from kvpatch.verdicts.headline import few_pairs
 
     # The table of one phase is looked at; those of ten scroll away.
     if len({effect.phase for effect in outcome.effects}) == 1:
         print_effects(outcome.effects)
     else:
-        print_criteria(outcome.verdicts)
+        print_plan_table(outcome.plan_table)
     typer.echo(outcome.answer)
+    for row in outcome.plan_table:
+        typer.echo(f"- {row.claim}: {row.verdict}")
     if told := few_pairs(outcome.verdicts):
         typer.echo(told)
     typer.echo(f"effects: kvpatch effects {out}")
@@ -125,9 +129,12 @@ def plan(
 
     chosen = load_protocol(protocol, needs_files=True)
     refuse_code(chosen, allow_code)
+    warn_of_deviations(chosen)
+    warn_of_too_few(chosen, n, phase_names(phases))
     from kvpatch.cli.tables import plan_summary, print_plan
     from kvpatch.prompts.bank import load_bank
     from kvpatch.run import plan_for
+    from kvpatch.verdicts.deviations import stated
 
     loaded = load_all(chosen, model, phase_names(phases), other_model, device=device, dtype=dtype)
     warn_of_clocks(loaded)
@@ -141,7 +148,7 @@ def plan(
         cost = estimate(made, loaded)
     summary = plan_summary(
         made, chosen, lambda key, text: len(loaded[key].encode(text, may_be_empty=True).token_ids), cost
-    )
+    ) | stated(chosen, n, phase_names(phases))
     show(summary, as_json, lambda: print_plan(summary))
 
 
@@ -167,17 +174,27 @@ def verdicts(
     exploratory: Annotated[
         bool, typer.Option("--exploratory", help="Accept a changed protocol, and mark every verdict as exploratory.")
     ] = False,
+    only_plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Print the plan's table alone; with --json, its rows in place of the verdicts."),
+    ] = False,
+    registered: Annotated[
+        Path | None, typer.Option(help="A pre-registration. Say whether the run has its protocol; exit code 1 if not.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print the success criteria and all verdicts, recomputed from the stored trials.
+    """Print the plan's table and all verdicts, recomputed from the stored trials.
 
-    Exploratory verdicts are printed, not stored. Example: kvpatch verdicts results
+    The table says of each row of the plan what was expected, what was measured, and what follows. Exploratory verdicts
+    are printed, not stored. Example: kvpatch verdicts results
     """
+    from kvpatch.cli.plan_table import print_plan_table
     from kvpatch.cli.tables import print_verdicts
     from kvpatch.store.directory import Store
     from kvpatch.store.validation import gate_zero
-    from kvpatch.verdicts.decide import verdicts_json
+    from kvpatch.verdicts.deviations import error_statement
     from kvpatch.verdicts.outcome import outcome_of, write_verdicts
+    from kvpatch.verdicts.records import canonical_json
     from kvpatch.verdicts.specificity import specificities
 
     store = Store(directory)
@@ -186,16 +203,34 @@ def verdicts(
         from kvpatch.protocols.load import load_protocol
 
         other = load_protocol(protocol)
+    is_registered = registered is None or _held_against(registered, store)
     outcome = outcome_of(store, is_exploratory=exploratory, protocol=other)
     if not exploratory:
         write_verdicts(store, outcome)
     if as_json:
-        typer.echo(verdicts_json(outcome.verdicts), nl=False)
+        typer.echo(canonical_json(outcome.plan_table if only_plan else outcome.verdicts), nl=False)
     else:
+        print_plan_table(outcome.plan_table)
+    if not as_json and not only_plan:
         typer.echo(gate_zero(outcome.record.validation))
         for of in specificities(outcome.record):
             typer.echo(of.sentence)
+        typer.echo(error_statement(outcome.protocol))
+        for told in dict.fromkeys(told for v in outcome.verdicts for told in v.deviations):
+            typer.echo(f"deviation: {told}")
         print_verdicts(outcome.verdicts)
+    if not is_registered:
+        raise typer.Exit(1)
+
+
+def _held_against(registered: Path, store: Store) -> bool:
+    """Say whether a run has the protocol of a pre-registration, on standard error, which leaves JSON whole."""
+    from kvpatch.verdicts.preregistration import held_against, read_preregistration
+
+    holds, told = held_against(read_preregistration(registered), store.read_record())
+    for sentence in told:
+        typer.echo(sentence, err=True)
+    return holds
 
 
 @app.command()
@@ -229,12 +264,25 @@ def power(
         Path | None, typer.Option(help="A run directory. Its pair differences then replace normal noise.")
     ] = None,
     phases: Phases = None,
+    assume: Annotated[
+        Path | None,
+        typer.Option(
+            help="A YAML file of what is true, for the whole rule: 'dz' by hypothesis, 'means' and 'hits' by readout "
+            "and condition, 'correlations', 'coherent'. Default: every claim, at --effect; with --pilot, its."
+        ),
+    ] = None,
+    draws: Annotated[
+        int, typer.Option(min=0, help="Simulated runs of the whole rule for each n. 0 leaves the whole rule out.")
+    ] = 50,
+    seed: Annotated[int, typer.Option(help="Decides the simulated runs.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Show the smallest effect that each hypothesis can see at its n, and the n that a given effect needs.
+    """Show the smallest effect that each hypothesis can see at its n, the n that a given effect needs, and how often
+    the whole rule says yes: prerequisites, families, coherence and all.
 
     Example: kvpatch power dec7 --n 20
     """
+    from kvpatch.cli.power import print_rule, simulated
     from kvpatch.cli.tables import print_power
     from kvpatch.protocols.load import load_protocol
     from kvpatch.store.directory import Store
@@ -243,7 +291,15 @@ def power(
     chosen = load_protocol(protocol)
     rows = None if pilot is None else Store(pilot).read().to_pandas()
     found = power_of(chosen, n=n, phases=phase_names(phases), wanted_dz=effect, pilot=rows)
-    show([entry.model_dump() for entry in found], as_json, lambda: print_power(found))
+    whole = simulated(chosen, rows, assume, n, effect, draws, seed) if draws else []
+    asked = [entry.id for entry in found]
+    rule = {name: [p.model_dump(exclude={"id"}) for p in whole if p.id == name] for name in asked}
+
+    def pretty() -> None:
+        print_power(found)
+        print_rule(chosen, [p for p in whole if p.id in rule], draws)
+
+    show([entry.model_dump() | {"rule": rule[entry.id]} for entry in found], as_json, pretty)
 
 
 @app.command()

@@ -16,7 +16,6 @@ from kvpatch.prompts.bank import Bank
 from kvpatch.protocols.schema import Protocol
 from kvpatch.specs.readouts import readouts
 from kvpatch.store.directory import Store
-from kvpatch.verdicts.criteria import criteria
 from kvpatch.verdicts.prerequisites import COHERENT_SHARE
 from kvpatch.verdicts.wording import number, p_value, percent
 
@@ -91,6 +90,7 @@ def print_plan(summary: dict[str, Any]) -> None:
         console.print(
             f"passed over in phase {phase}: {count} pairs whose prompts lack what it compares; others take their place"
         )
+    console.print(summary["error_statement"])
     for skipped in summary["skipped"]:
         console.print(f"left out in phase {skipped['phase']}: {skipped['condition']} ({skipped['reason']})")
 
@@ -146,23 +146,9 @@ def print_status(summary: dict[str, Any]) -> None:
     console.print("; ".join(part for part in told if part))
 
 
-def print_criteria(verdicts: Sequence[Verdict]) -> None:
-    """The success criteria, where the protocol names any."""
-    rows = criteria(verdicts)
-    if not rows:
-        return
-    table = Table(title="success criteria", show_lines=True)
-    for column in ("criterion", "verdict", "why"):
-        table.add_column(column, no_wrap=column == "verdict")
-    for row in rows:
-        table.add_row(escape(row.criterion), row.verdict, escape(row.because))
-    Console().print(table)
-
-
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """The success criteria, the verdict table, and under it the reason for each."""
+    """The verdict table, and under it the reason for each."""
     console = Console()
-    print_criteria(verdicts)
     table = Table(title="verdicts")
     for column in ("hypothesis", "verdict", "contrast", "readout", "estimate [interval]", "p adjusted", "n"):
         table.add_column(column, no_wrap=column in ("hypothesis", "verdict"))

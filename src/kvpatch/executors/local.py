@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 from typing import Protocol as Interface
 
 import torch
@@ -18,6 +19,7 @@ from kvpatch.engine.model import Model
 from kvpatch.errors import ProtocolError, StoreError
 from kvpatch.executors.batch import OnTokens, measure
 from kvpatch.executors.groups import groups, merged, rows_that_fit
+from kvpatch.executors.noise import is_worth_repeating, repeated_trials
 from kvpatch.executors.repeats import Repeats
 from kvpatch.executors.rows import Measured, attention_of, rows_of
 from kvpatch.planning.plan import Batch, Plan
@@ -42,6 +44,8 @@ class LocalExecutor:
 
     rows: for a model's key how many rows to decode at a time; None for what fits on its device.
     rules: for a model's key its mode readout, fitted on the calibration pairs; without one nothing is subtracted.
+    noise: for a model's key what repeating some of its trials changed, as an earlier run found it; what this one finds
+    is added.
     """
 
     def __init__(
@@ -49,10 +53,12 @@ class LocalExecutor:
         models: Mapping[str | None, Model],
         rows: Mapping[str | None, int | None] | None = None,
         rules: Mapping[str | None, SpecificMode | None] | None = None,
+        noise: Mapping[str | None, Mapping[str, Any]] | None = None,
     ) -> None:
         self.models = models
         self.rows = rows or {}
         self.rules = rules or {}
+        self.noise = dict(noise or {})
 
     def run(self, plan: Plan, store: Store, *, on_tokens: OnTokens, on_batch: OnBatch) -> dict[str, CoherenceLimits]:
         """Run what is left of a plan, in its order: the calibration of each model comes before what it judges.
@@ -82,6 +88,8 @@ class LocalExecutor:
                 if is_left:
                     own = [repeats.own(batch) for batch in group]
                     measured = self._measure_together(group[0].model, own, on_tokens)
+                    if group[0].split == "test":
+                        self._repeat_some(own, measured)
                 for batch, of_batch in zip(group, measured, strict=True):
                     if batch.batch_id in done:
                         writer.found(batch)
@@ -95,6 +103,18 @@ class LocalExecutor:
         """Most trials of a phase to run together."""
         key = batches[0].model
         return self.rows.get(key) or rows_that_fit(self.models[key], batches)
+
+    def _repeat_some(self, group: Sequence[Batch], measured: Sequence[Sequence[Measured]]) -> None:
+        """Once for each model: measure some trials of a group again, in other company."""
+        key, whole = group[0].model, merged([batch for batch in group if batch.trials] or group[:1])
+        model = self.models[key]
+        if key in self.noise or not whole.trials or not is_worth_repeating(model):
+            return
+        places = self.rows.get(key)
+        found = [of_trial for of_batch in measured for of_trial in of_batch]
+        self.noise[key] = repeated_trials(
+            model, whole, found, self.rules.get(key), lambda model, batch: measure(model, batch, places=places)
+        )
 
     def _measure_together(self, key: str | None, batches: Sequence[Batch], on_tokens: OnTokens) -> list[list[Measured]]:
         """Measure batches of one phase together; half of them at a time where memory runs out."""

@@ -15,17 +15,13 @@ from kvpatch.caches.selection import SINKS, beside_mask, slot_mask
 from kvpatch.engine.attention import Attention, AttentionRequest
 from kvpatch.protocols.schema import AttentionSettings
 from kvpatch.readouts.geometry import cache_ratios, principal_angles, r_v_trajectory
-from kvpatch.specs.attention import STATISTICS
+from kvpatch.specs.attention import STATISTICS, statistic_of
 from kvpatch.specs.readouts import BUILT_IN
 from kvpatch.store.columns import ATTENTION_SCHEMA
 
 ANGLES = 4
 """Dimensions of the subspaces whose angles are taken, of a window of 16 vectors."""
-MEANS = {
-    readout.name: f"mass_{readout.name.removeprefix('attention_')}"
-    for readout in BUILT_IN
-    if readout.asks in ("attention", "attention.marked") and readout.axis != "ratio"  # of means, no mean of a statistic
-} | {"attention_entropy": "entropy"}
+MEANS = {readout.name: of for readout in BUILT_IN if (of := statistic_of(readout)) is not None}
 """Trial column -> the statistic it is the mean of, over layers and heads."""
 MARKED = [readout.name for readout in BUILT_IN if readout.asks == "attention.marked"]
 """Columns that only a phase has that marks words."""

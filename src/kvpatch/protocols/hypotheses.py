@@ -141,8 +141,9 @@ class Hypothesis(Frozen):
     """A claim, and the test that decides it.
 
     `contrast` combines pair means ('C - N1'); for "trend" and "umbrella" it orders conditions ('L1 < L2 < L3',
-    'L1 < L2 > L3'). "correlates" relates it over pairs to `against`, given `controlling`. "replicates" asks whether
-    it repeats the hypothesis `of`, in a phase on another model.
+    'L1 < L2 > L3'). "correlates" relates it over pairs to `against`, given `controlling`. "rank_correlates" ranks the
+    readout over ordered conditions, within each pair, beside their order or beside the readout `ranked_with`.
+    "replicates" asks whether it repeats the hypothesis `of`, in a phase on another model.
 
     `needs` names what must have passed before this one is read. One without it waits for the gatekeepers of earlier
     gates.
@@ -158,6 +159,11 @@ class Hypothesis(Frozen):
     direction: Literal["positive", "negative"] | None = Field(default=None, description="of a correlation")
     against: Variable | None = Field(default=None, description="what the contrast correlates with, over pairs")
     controlling: list[Variable] = Field(default=[], description="what is held constant in a correlation")
+    ranked_with: str | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="readout whose ranks over the same conditions are correlated; their order where it is not given",
+    )
     of: str | None = Field(default=None, description="the hypothesis that is replicated")
     margin: Margin | None = None
     alpha: float = Field(default=0.05, gt=0, lt=1)
@@ -170,7 +176,10 @@ class Hypothesis(Frozen):
     )
     gate: int = Field(default=1, ge=1, le=5, description="asked for where 'needs' is not given")
     is_gatekeeper: bool = Field(default=False, description="if it is not supported, later gates can't be interpreted")
-    criterion: str | None = Field(default=None, description="row of the success-criteria table this decides")
+    criterion: str | None = Field(default=None, description="claim of the row of the plan's table that this answers")
+    expected: str | None = Field(
+        default=None, exclude_if=is_none, description="what the plan said, where its row does not say it"
+    )
     confirmatory: bool = True
 
     @model_validator(mode="after")
@@ -203,6 +212,10 @@ class Hypothesis(Frozen):
             tests = [each.id for each in kinds().values() if each.measures == "correlation"]
             named = " or ".join(map(repr, tests))
             raise Misplaced(f"'controlling' goes with test {named}; the test is {self.test!r}", "controlling")
+        if self.ranked_with is not None and kind.measures != "ranks":
+            tests = [each.id for each in kinds().values() if each.measures == "ranks"]
+            named = " or ".join(map(repr, tests))
+            raise Misplaced(f"'ranked_with' goes with test {named}; the test is {self.test!r}", "ranked_with")
         return self
 
     def _ordered(self) -> list[str]:
@@ -210,6 +223,12 @@ class Hypothesis(Frozen):
         changes = sum(a != b for a, b in pairwise(signs))
         if self.kind.order == "monotone" and changes:
             raise Misplaced(f"a trend goes one way, such as 'L1 < L2 < L3'; {self.contrast!r} turns", "contrast")
+        if self.kind.measures == "ranks" and signs[0] != "<":
+            raise Misplaced(
+                f"levels are ranked from the first to the last, such as 'L1 < L2 < L3', not {self.contrast!r}; "
+                "'direction' says which way the readout goes",
+                "contrast",
+            )
         if self.kind.order == "peaked" and (changes != 1 or signs[0] != "<"):
             raise Misplaced(
                 f"an umbrella rises and then falls, such as 'L1 < L2 > L3', not {self.contrast!r}", "contrast"
@@ -261,6 +280,12 @@ class Hypothesis(Frozen):
         if self.against is not None:
             against.append((self.against, ("against",)))
         return against + [(variable, ("controlling", place)) for place, variable in enumerate(self.controlling)]
+
+    @property
+    def readouts(self) -> list[str]:
+        """Every readout the hypothesis reads, each once, its own first."""
+        others = [variable.readout for variable, _ in self.others()]
+        return list(dict.fromkeys([self.readout, *others, *([self.ranked_with] if self.ranked_with else [])]))
 
     @property
     def conditions(self) -> list[str]:

@@ -17,6 +17,7 @@ from kvpatch.protocols.conditions import ROLES
 from kvpatch.protocols.hypotheses import Hypothesis, Misplaced, Variable
 from kvpatch.protocols.schema import PLAIN, Pairing, Phase, Protocol
 from kvpatch.readouts.scorer import names_code, read_scorer
+from kvpatch.specs.attention import statistic_of
 from kvpatch.specs.nearest import instead, nearest
 from kvpatch.specs.readouts import Readout, readouts
 from kvpatch.store.columns import TRIAL_COLUMNS
@@ -45,7 +46,14 @@ def wrong_readouts(protocol: Protocol) -> Iterator[Misplaced]:
         named: list[tuple[Hypothesis | Variable, Loc]] = [(h, ()), *h.others()]
         for variable, loc in named:
             yield from _wrong_readout(variable, phase, h.phase, (*at, *loc), protocol.readouts.semantic is not None)
+        if h.ranked_with is not None:
+            beside = Variable(contrast=h.conditions[0], readout=h.ranked_with)
+            for wrong in _wrong_readout(beside, phase, h.phase, at, protocol.readouts.semantic is not None):
+                yield Misplaced(str(wrong), *at, "ranked_with")
         own = readouts().get(h.readout)
+        if own and h.kind.measures == "heads" and statistic_of(own) is None:
+            of_heads = ", ".join(r.name for r in readouts().values() if statistic_of(r) is not None)
+            yield Misplaced(f"single heads have no {h.readout!r}; test {h.test!r} reads {of_heads}", *at, "readout")
         if own and own.asks not in (None, "semantic") and h.margin is not None and h.margin.natural_gap is not None:
             yield Misplaced(
                 f"the calibration pairs have no {h.readout!r}, so that the natural gap is not known; "

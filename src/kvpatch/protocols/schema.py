@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_v
 from kvpatch.protocols.conditions import NATURAL_SOURCE, NATURAL_TARGET, ROLES, Condition, Role
 from kvpatch.protocols.families import Family, with_alphas, wrong_families
 from kvpatch.protocols.hypotheses import Correction, Hypothesis, Misplaced, wrong_needs
+from kvpatch.protocols.plan_rows import PlanRow, completed, said_of, wrong_rows
 from kvpatch.specs import arguments
 from kvpatch.specs.base import PLAIN, Frozen, Mode, is_empty, is_none
 from kvpatch.specs.nearest import instead
@@ -229,6 +230,9 @@ class Protocol(Frozen):
         default={},
         description="organism -> verdict (or several, joined by 'or') -> the hypotheses that must get it in validation",
     )
+    plan: list[PlanRow] = Field(
+        default=[], exclude_if=is_empty, description="what the experiment's plan claimed and expected, row by row"
+    )
     _folder: Path | None = PrivateAttr(default=None)
 
     @field_validator("mode")
@@ -265,13 +269,11 @@ class Protocol(Frozen):
         yield from wrong_families(self.families, self.corrections, self.hypotheses)
         yield from self._hypotheses_fit()
         yield from wrong_needs(self.hypotheses)
+        yield from wrong_rows(self.plan, self.hypotheses)
         known = [h.id for h in self.hypotheses]
         for organism, verdicts in self.expected.items():
-            for verdict, names in verdicts.items():
-                for name in names:
-                    if name not in known:
-                        told = instead(name, known)
-                        yield Misplaced(f"no hypothesis {name!r}; {told}", "expected", organism, verdict)
+            for verdict, name in ((v, name) for v, names in verdicts.items() for name in names if name not in known):
+                yield Misplaced(f"no hypothesis {name!r}; {instead(name, known)}", "expected", organism, verdict)
 
     @property
     def _roles(self) -> list[str]:
@@ -366,6 +368,15 @@ class Protocol(Frozen):
     def hypothesis(self, name: str) -> Hypothesis:
         """The hypothesis of an id."""
         return next(h for h in self.hypotheses if h.id == name)
+
+    @property
+    def plan_rows(self) -> list[PlanRow]:
+        """Every row of the plan's table, each with the hypotheses that answer it."""
+        return completed(self.plan, self.hypotheses)
+
+    def expected_of(self, hypothesis: Hypothesis) -> str | None:
+        """What the plan said of a hypothesis, None where it said nothing."""
+        return said_of(hypothesis, self.plan_rows)
 
     @property
     def pairings(self) -> list[Pairing]:

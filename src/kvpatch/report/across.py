@@ -40,24 +40,25 @@ def across_figures(effects: list[dict], models: dict[str, str]) -> list[Figure]:
         if frame.empty or frame["model"].nunique() < 2:
             continue
         about = (
-            "Change from the natural run of the same prompt on the same model, mean over pairs with its 95% interval."
+            "Change from the natural run of the same prompt on the same model, in standard deviations of the pair "
+            "differences (dz) with its 95% interval, since two models share no other unit."
         )
-        chart = across_chart(rounded(frame), f"change of {readout}", names)
+        chart = across_chart(rounded(frame), f"dz of the change of {readout}", names)
         title = f"{readout} on each model"
         out.append(figure(f"across-{readout}", title, about, chart, label=title))
     return out
 
 
 def _rows(effects: list[dict], models: dict[str, str], names: list[str], readout: str) -> list[dict]:
-    """One row a condition and model: of several phases on one model, the first that ran the condition."""
+    """One row per condition and model, in dz: of several phases on one model, the first that ran the condition."""
     found: dict[tuple[str, str], dict] = {}
     for effect in effects:
-        if effect["readout"] == readout and effect["estimate"] is not None and effect["phase"] in models:
+        if effect["readout"] == readout and effect["dz"] is not None and effect["phase"] in models:
             found.setdefault((effect["condition"], models[effect["phase"]]), effect)
     shared = [c for c in dict.fromkeys(c for c, _ in found) if all((c, name) in found for name in names)]
-    keys = ("condition", "about", "estimate", "n")
+    keys = ("condition", "about", "n", "phase")
     return [
-        {**{k: e[k] for k in keys}, "low": e["ci_low"], "high": e["ci_high"], "model": name, "phase": e["phase"]}
+        {**{k: e[k] for k in keys}, "estimate": e["dz"], "low": e["dz_low"], "high": e["dz_high"], "model": name}
         for condition in shared
         for name in names
         for e in [found[condition, name]]

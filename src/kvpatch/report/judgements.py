@@ -1,4 +1,4 @@
-"""Verdicts, criteria, gates and prerequisites, as the report's tables show them."""
+"""Verdicts, gates and prerequisites, as the report's tables show them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from kvpatch.protocols.schema import Protocol
 from kvpatch.report.text import DASH, as_float, number
 from kvpatch.specs.test_kinds import find
 from kvpatch.verdicts import prerequisites as passing
-from kvpatch.verdicts.criteria import WEAKEST
 from kvpatch.verdicts.margins import claimed_side
 from kvpatch.verdicts.wording import p_value, pairs_text
 
@@ -116,7 +115,6 @@ def _row(name: str, verdict: dict | None, hypothesis: Hypothesis | None) -> dict
         "needs": needs,
         "family": told("family"),
         "alpha": as_float(told("alpha")),
-        "criterion": hypothesis.criterion if hypothesis else entry.get("criterion"),
         "is_exploratory": confirmatory is False,
         "compares_texts": entry.get("evidence") == "text" and entry.get("verdict") != "tautological",
         "is_tautological": entry.get("verdict") == "tautological",
@@ -157,24 +155,6 @@ def margin_text(margin: Any) -> str:
         parts = [str(named.get(k, f"{k} {{}}")).format(number(v)) for k, v in margin.items() if as_float(v) is not None]
         return ", ".join(parts) or DASH
     return number(margin)
-
-
-def criteria(rows: list[dict]) -> list[dict]:
-    """Return the success criteria in order, each with its own verdict and the rows of the hypotheses that decide it.
-
-    A criterion holds no more than the weakest of what decides it, as `statistics.criteria` ranks them.
-    """
-    out: dict[str, list[dict]] = {}
-    for row in rows:
-        if row["criterion"]:
-            out.setdefault(row["criterion"], []).append(row)
-    return [{"name": name, "badge": weakest(decided_by), "rows": decided_by} for name, decided_by in out.items()]
-
-
-def weakest(rows: list[dict]) -> Badge:
-    """Return the badge of the row that holds least."""
-    ranks = {word: place for place, word in enumerate(WEAKEST)}
-    return min((row["badge"] for row in rows), key=lambda badge: ranks.get(badge.word, -1))
 
 
 def gates(rows: list[dict], instruments: Badge, protocol: Protocol) -> list[dict]:

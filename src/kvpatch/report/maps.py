@@ -19,6 +19,7 @@ from kvpatch.specs.selectors import LayerAt, LayerBand, SlotQuery
 BANDS, BUT_BANDS, SINGLE, TOKENS = "bands of layers", "all layers but a band", "single layers", "parts of the body"
 NEEDED, NEEDED_TOKENS = "bands of layers that the source lacks", "parts of the body that the source lacks"
 RESIDUAL = "residual stream entering a layer"
+ALONE, THROUGH = "bands of layers at every slot", "bands of layers while the prompt runs"
 MAPS = {
     BANDS: "Only these layers of the body are put in.",
     BUT_BANDS: "Every layer of the body but these is put in: where the bar is low, those layers were needed.",
@@ -26,6 +27,8 @@ MAPS = {
     TOKENS: "Only this part of the body is put in, at every layer.",
     NEEDED: "The source keeps its own cache but for these layers of the body: where the bar is low, they were needed.",
     NEEDED_TOKENS: "The source keeps its own cache but for this part of the body: where the bar is low, it was needed.",
+    ALONE: "Only these layers are put in, at every slot of the finished cache, so that they act by themselves.",
+    THROUGH: "Q, K and V of these layers are put in while the prompt runs, so that layers above change too.",
     RESIDUAL: "The stream that enters this layer is put in at every position, while the prompt runs.",
 }
 """Map -> what its conditions do."""
@@ -61,7 +64,7 @@ def place_of(condition: Condition) -> Place | None:
     is_lacking = condition.into == "source"
     if isinstance(patch.layers, LayerBand):
         if not patch.layers.inverse:
-            return Place(NEEDED if is_lacking else BANDS, *patch.layers.band, series)
+            return Place(NEEDED if is_lacking else _bands(patch), *patch.layers.band, series)
         return None if is_lacking else Place(BUT_BANDS, *patch.layers.band, series)
     if isinstance(patch.layers, LayerAt):
         return None if is_lacking else Place(SINGLE, patch.layers.depth, patch.layers.depth, series)
@@ -69,10 +72,18 @@ def place_of(condition: Condition) -> Place | None:
     return None if share is None else Place(NEEDED_TOKENS if is_lacking else TOKENS, *share, series)
 
 
+def _bands(patch: Patch) -> str:
+    return ALONE if patch.slots == "all" else BANDS
+
+
 def _place_in_prefill(spec: InPrefill, into: str, series: str) -> Place | None:
-    if spec.site != "residual" or spec.slots != "all" or not isinstance(spec.layers, LayerAt) or into != "target":
+    if spec.slots != "all" or into != "target":
         return None
-    return Place(RESIDUAL, spec.layers.depth, spec.layers.depth, series)
+    if spec.site == "residual" and isinstance(spec.layers, LayerAt):
+        return Place(RESIDUAL, spec.layers.depth, spec.layers.depth, series)
+    if spec.site == "queries_keys_values" and isinstance(spec.layers, LayerBand) and not spec.layers.inverse:
+        return Place(THROUGH, *spec.layers.band, series)
+    return None
 
 
 def _share_of_body(patch: Patch) -> tuple[float, float] | None:

@@ -27,6 +27,7 @@ from kvpatch.report import (
     geometry,
     judgements,
     maps,
+    plan,
     questions,
     samples,
     sections,
@@ -36,6 +37,7 @@ from kvpatch.report import (
 from kvpatch.report import head_maps as attention
 from kvpatch.report.library import chart_library
 from kvpatch.store.validation import gate_zero
+from kvpatch.verdicts.deviations import deviations, error_statement
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,11 @@ SECTIONS = {
     "attention": "Attention",
     "models": "Models",
     "texts": "Texts",
-    "questions": "Four questions",
+    "questions": "Questions",
     "how": "How it was run",
     "not-shown": "What was not shown",
 }
-"""Sections in order; those from `maps` to `models` are there only where there is something to show."""
+"""Sections in order; `maps` to `models`, and `questions`, are there only where there is something to show."""
 
 
 def render(
@@ -121,9 +123,11 @@ def _context(
     optional = _optional_figures(run, protocol, trials, rows, effects, watched)
     shown = {name: optional.get(name, True) for name in SECTIONS}
     shown["models"] = optional["across"] or optional["replications"]
+    planned = plan.plan_rows(verdicts, rows, protocol, sections.model_of_phase(run, protocol))
+    asked = [row for row in planned if row["kind"] == "question"]
+    shown["questions"] = asked
     names = [name for name in SECTIONS if shown[name]]
     how = sections.how_it_was_run(run, trials, protocol)
-    models = [str(m["model"].get("architecture")) for m in instruments["models"] if m["model"].get("architecture")]
     most = max((part["pair_id"].nunique() for _, _, part in parts), default=0)
     return {
         "sections": [{"id": name, "name": SECTIONS[name]} for name in names],
@@ -134,7 +138,7 @@ def _context(
         "headline": headline,
         "rows": rows,
         "primary": [row for row in judgements.rests_on(rows, protocol) if row["badge"].word != "tautological"],
-        "criteria": judgements.criteria(rows),
+        "plan": plan.by_kind(planned),
         "badges": judgements.BADGES.values(),
         "gates": judgements.gates(
             rows, judgements.instruments_badge(instruments["checks"], run.get("validation")), protocol
@@ -143,14 +147,14 @@ def _context(
         "instruments": instruments,
         "gate_zero": gate_zero(run.get("validation")),
         "strip": strip,
+        "deviations": [d.told for d in deviations(protocol, {v["id"]: v.get("n") or 0 for v in verdicts})],
+        "error_statement": error_statement(protocol),
         "attacks": questions.attacks(rows, strip, protocol, most, not how["protocol_differs"]),
         "validation_failed": judgements.validation_passed(run.get("validation")) is False,
         "figures": sections.readout_figures(parts, protocol, instruments["specificity"]),
         "effects": sections.effect_phases(effects, protocol),
         **optional,
-        "questions": questions.four_questions(
-            rows, protocol, set(trials["condition"]), models, bool(optional["attention"])
-        ),
+        "questions": asked,
         "how": how,
         "not_shown": sections.not_shown(run, trials, parts, protocol, rows, instruments),
         "gaps": sections.gaps(run, optional),

@@ -5,6 +5,8 @@ Each is a mean over queries, the tokens that look, of what one head's attention 
 
 from __future__ import annotations
 
+from kvpatch.specs.readout import Readout
+
 DISTANCES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Where the bins of the distance profile start, in slots back from the query; the last has no end. Distances 0 and 1
 are `own_slot` and `previous_token`."""
@@ -38,3 +40,11 @@ STATISTICS: dict[str, str] = {
     f"distance_{DISTANCES[-1]}": f"attention on slots {DISTANCES[-1]} back and further",
 }
 """Statistic -> what it is."""
+
+
+def statistic_of(readout: Readout) -> str | None:
+    """The statistic of single heads whose mean over layers and heads a readout is; None where it is no such mean."""
+    if readout.asks not in ("attention", "attention.marked") or readout.axis == "ratio":
+        return None  # a ratio is one of means, and no mean of a statistic
+    part = readout.name.removeprefix("attention_")
+    return part if part in STATISTICS else f"mass_{part}"

@@ -22,7 +22,7 @@ Word = Literal[
 """What a verdict may say. "contradicted" is said where the data speak against the claim; a protocol without `families`
 says "not supported" of the same."""
 AGAINST: tuple[Word, ...] = ("contradicted", "not supported")
-Measures = Literal["difference", "slope", "correlation"]
+Measures = Literal["difference", "slope", "correlation", "ranks", "heads"]
 Claims = Literal["beyond", "apart", "within", "repeated"]
 Needed = Literal["margin", "against", "direction", "of"]
 _FINDING = "{contrast} in {readout} is {estimate} on average"
@@ -62,12 +62,13 @@ class Words:
 class TestKind:
     """One kind of test.
 
-    measures: what one number per pair is: the "difference" of a contrast, the "slope" over ordered conditions, or two
-    numbers whose "correlation" over pairs is asked for.
+    measures: what one number per pair is: the "difference" of a contrast, the "slope" over ordered conditions, two
+    numbers whose "correlation" over pairs is asked for, the correlation of "ranks" over a pair's ordered conditions, or
+    the difference in attention "heads" that other pairs chose.
     claims: that the effect lies "beyond" 0 on one side, "apart" from 0 on either side, "within" the margin, or is
     "repeated" from another hypothesis. The rule that decides follows from it.
     side: +1 or -1, the side of 0 that a difference is claimed to lie on. A correlation has its side from the
-    hypothesis' `direction`, an ordering from its order.
+    hypothesis' `direction`, a slope from its order.
     order: "monotone" or "peaked", the form that an ordering must have; None where the contrast is no ordering.
     needs: keys that a hypothesis must give. All but `margin` may be given for no other kind.
     least_conditions: how many conditions a contrast must have.
@@ -129,15 +130,19 @@ def _misfit(kind: TestKind) -> str | None:
     ):
         if value not in known:
             return f"{name} can't be {value!r}; it may be {', '.join(map(repr, known))}"
-    has_side = kind.measures == "difference" and kind.claims == "beyond"
+    has_side = kind.measures in ("difference", "heads") and kind.claims == "beyond"
+    correlates = kind.measures in ("correlation", "ranks")
     checks = (
-        ((kind.order is not None) == (kind.measures == "slope"), "'order' goes with what measures a slope"),
+        (
+            (kind.order is not None) == (kind.measures in ("slope", "ranks")),
+            "'order' goes with what measures a slope or ranks, and with nothing else",
+        ),
         (
             ("against" in kind.needs) == (kind.measures == "correlation"),
             "'against' is needed by what measures a correlation, and by nothing else",
         ),
         (
-            ("direction" in kind.needs) == (kind.measures == "correlation" and kind.claims == "beyond"),
+            ("direction" in kind.needs) == (correlates and kind.claims == "beyond"),
             "'direction' is needed by a correlation that is claimed to lie beyond 0, and by nothing else",
         ),
         (
@@ -175,6 +180,20 @@ _CORRELATION = Words(
     scale="Correlation over pairs, given what is held constant.",
     power="the figures are correlations",
 )
+_RHO = Words(
+    "rank correlates",
+    "Spearman's rho of {against} with {readout} over {contrast} is {number} on average",
+    axis="Spearman's rho",
+    scale="Mean over pairs of Spearman's rho within each pair.",
+    power=f"{_SLOPE_POWER}; what is ranked with another readout is taken to follow it as a level",
+)
+_HEADS = Words(
+    "> 0 in chosen heads",
+    "{contrast} in {readout} of heads that other pairs chose is {estimate}, turned the way it went there,",
+    axis="{readout} of chosen heads",
+    scale="Mean over chosen heads and over the pairs that did not choose them, turned the way the others went.",
+    power="half of the pairs test what the other half chose; dz is that of the chosen heads",
+)
 _OWN: dict[str, TestKind] = {
     kind.id: kind
     for kind in (
@@ -199,6 +218,16 @@ _OWN: dict[str, TestKind] = {
             is_mean=False,
             is_in_unit=False,
         ),
+        TestKind(
+            "rank_correlates",
+            _RHO,
+            "ranks",
+            order="monotone",
+            needs=frozenset({"direction"}),
+            least_conditions=3,
+            is_in_unit=False,
+        ),
+        TestKind("chosen_heads", _HEADS, "heads", side=1),
         TestKind(
             "replicates",
             Words("replicates", power="the second model's own test alone; that the intervals overlap is not counted"),

@@ -114,6 +114,15 @@ def smallest_n(alpha: float) -> int:
     return n
 
 
+def smallest_p(n: int, resamples: int = RESAMPLES) -> float:
+    """The smallest p that a one-sided sign-flip test of n pairs can give, whatever the data say.
+
+    >>> smallest_p(8)
+    0.00390625
+    """
+    return 2.0**-n if 2**n <= resamples else 1 / (resamples + 1)
+
+
 def equivalence(differences: Floats, margin: float, level: float = 0.90) -> Equivalence:
     """Two one-sided tests (`against_bound`) that the mean lies within (-margin, +margin), with the BCa interval.
 
@@ -136,6 +145,19 @@ def cohens_dz(differences: Floats) -> float:
     """
     sd = sd_of(differences)
     return float(on_grid(differences).mean()) / sd if sd > 0 else math.nan
+
+
+def dz_interval(differences: Floats, level: float = 0.95) -> Interval:
+    """Two-sided interval of dz, which holds both the mean and the standard deviation for estimates; NaN without a dz.
+
+    Source: Hedges & Olkin 1985, chapter 5: standard error sqrt(1/n + dz^2 / 2n), Student's t with n - 1 degrees of
+    freedom; the same as `pingouin.compute_esci` of paired samples, which the tests use as the reference.
+    """
+    dz, n = cohens_dz(differences), len(differences)
+    if math.isnan(dz):
+        return Interval(math.nan, math.nan, level)
+    half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * math.sqrt((1 + dz * dz / 2) / n)
+    return Interval(dz - half, dz + half, level)
 
 
 def sd_of(differences: Floats) -> float:

@@ -10,11 +10,15 @@ from kvpatch.statistics.intervals import Interval
 
 @dataclass(frozen=True)
 class Study:
-    """An estimate, its interval, and how far from 0 it must lie to count (0 or more), in the claim's direction."""
+    """An estimate, its interval, and how far from 0 it must lie to count (0 or more), in the claim's direction.
+
+    shared: the interval on a scale that both studies have, such as dz; the same one where their unit is shared.
+    """
 
     estimate: float
     interval: Interval
     bound: float
+    shared: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ def replicates(first: Study, second: Study, sign: int) -> Replication:
     """Hold a second study against a first one.
 
     sign: +1 or -1, the claim's direction; intervals are turned so that the claim's side is positive. A finding repeats
-    where both estimates have the claim's sign, both intervals lie beyond their own bound, and the intervals overlap.
+    where both estimates have the claim's sign, both intervals lie beyond their own bound, and the intervals on the
+    shared scale overlap.
     The second study speaks against it where its interval lies wholly on the other side of 0, or within its bound.
     """
     (low1, high1), (low2, high2) = (_turned(s.interval, sign) for s in (first, second))
@@ -42,6 +47,9 @@ def replicates(first: Study, second: Study, sign: int) -> Replication:
         return Replication(False, False, "the first is not beyond its own margin")
     if low2 <= second.bound:
         return Replication(False, False, "the second is not beyond its own margin")
+    (low1, high1), (low2, high2) = (_turned(s.shared or s.interval, sign) for s in (first, second))
+    if not all(map(math.isfinite, (low1, high1, low2, high2))):
+        return Replication(False, False, "both are beyond their margins, but one of them does not vary, so has no dz")
     if low2 > high1 or low1 > high2:
         return Replication(False, False, "both are beyond their margins, but their intervals do not overlap")
     return Replication(True, False, "both have the claim's sign, lie beyond their margins, and overlap")

@@ -19,6 +19,7 @@ from kvpatch.statistics.grid import Floats, on_grid
 from kvpatch.statistics.intervals import SEED
 
 DRAWS = 19_999
+SMALLEST_P = 1 / (DRAWS + 1)
 LEAST_VARIANCE = 0.02
 _BATCH = 5_000
 _TIE = 1e-9

@@ -43,7 +43,8 @@ class RunRecord(Frozen):
     """run.json: how a run was made. What `differs_from` compares a resumed run must share; the rest is for the reader.
 
     `protocol_sha256` is of what the protocol says, not of where it lies; `bank_sha256` and `scorer_sha256` of the bytes
-    of the bank's files, and of the lexicon's or the scoring function's.
+    of the bank's files, and of the lexicon's or the scoring function's. `deviations` says where the protocol, or so few
+    pairs, make a verdict cheaper than it looks; `error_statement` how often the whole may make a false claim.
     """
 
     kvpatch_version: str
@@ -74,6 +75,8 @@ class RunRecord(Frozen):
     readout_calibration: ReadoutCalibration | None = None
     other_models: dict[str, OtherModel] = Field(default_factory=dict)
     validation: dict[str, Any] | None = None
+    deviations: list[str] = Field(default_factory=list)
+    error_statement: str | None = None
 
     @property
     def planned(self) -> int:

@@ -12,6 +12,7 @@ from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.schema import Protocol
 from kvpatch.statistics.clustering import Clustered
 from kvpatch.store.readout_calibration import ReadoutCalibration
+from kvpatch.verdicts.deviations import beside_verdicts
 from kvpatch.verdicts.headline import headline
 from kvpatch.verdicts.measure import Measured, measure, units_of
 from kvpatch.verdicts.missing import partial_conditions
@@ -66,7 +67,7 @@ def verdicts(
         return decided_at_worst(protocol, rows, m, units[h.phase], lacks, found, again) if lacks else found
 
     decided = decide_all(protocol, measured, around, at_worst)
-    return [
+    found = [
         _record(
             measured[h.id],
             decided,
@@ -78,6 +79,7 @@ def verdicts(
         )
         for h in protocol.hypotheses
     ]
+    return beside_verdicts(protocol, found)
 
 
 def _shares_of(h: Hypothesis, shares: Mapping[tuple[str, str], Coherence]) -> dict[str, float | None]:
@@ -111,6 +113,7 @@ def _record(
     told = "" if decision.word == "tautological" else text_contrast(texts, h)
     return Verdict(
         **h.model_dump(include=ASKED),
+        expected=texts.protocol.expected_of(h),
         n=found.n,
         n_pairs=found.n_pairs,
         n_dropped=dropped,

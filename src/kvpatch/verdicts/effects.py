@@ -12,6 +12,7 @@ from kvpatch.specs.base import Frozen
 from kvpatch.specs.readout import Transform
 from kvpatch.statistics.grid import on_grid
 from kvpatch.statistics.intervals import bca_interval
+from kvpatch.statistics.paired_tests import cohens_dz, dz_interval
 from kvpatch.verdicts.measure import units_of
 from kvpatch.verdicts.pairs import contrast_table, pair_means, prepare, rows_of, shown_of
 from kvpatch.verdicts.prerequisites import coherence_shares
@@ -20,7 +21,9 @@ from kvpatch.verdicts.prerequisites import coherence_shares
 class Effect(Frozen):
     """One readout of one condition, less the natural run of the same prompt. `n` counts pairs, or groups of pairs that
     share a prompt, as a verdict does. `coherent` is the share of the condition's outputs within the coherence limits;
-    `is_incoherent` is the coherence gate's word on it, which stops readouts of sampled text."""
+    `is_incoherent` is the coherence gate's word on it, which stops readouts of sampled text. `dz` is the estimate in
+    standard deviations of the pair differences, with its 95% interval: on it models can be compared, which share no
+    unit."""
 
     phase: str
     condition: str
@@ -31,6 +34,9 @@ class Effect(Frozen):
     estimate: float | None
     ci_low: float | None
     ci_high: float | None
+    dz: float | None
+    dz_low: float | None
+    dz_high: float | None
     coherent: float | None
     is_incoherent: bool
 
@@ -71,7 +77,7 @@ def effects(
         for readout, _ in readouts:
             table = contrast_table(means[readout][[name, base]], {"change": {name: 1, base: -1}}, units)
             values = on_grid(table["change"].to_numpy(dtype=float))
-            interval = bca_interval(values)
+            interval, spread = bca_interval(values), dz_interval(values)
             out.append(
                 Effect(
                     phase=phase,
@@ -83,6 +89,9 @@ def effects(
                     estimate=math.fsum(values) / len(values) if len(values) else None,
                     ci_low=_known(interval.low),
                     ci_high=_known(interval.high),
+                    dz=_known(cohens_dz(values)),
+                    dz_low=_known(spread.low),
+                    dz_high=_known(spread.high),
                     coherent=None if outputs is None else _known(outputs.share),
                     is_incoherent=outputs is not None and outputs.is_too_low,
                 )

@@ -178,8 +178,9 @@ def _without_primary(protocol: Protocol, asked: Sequence[Verdict]) -> str:
 
 
 def few_pairs(verdicts: Sequence[Verdict]) -> str | None:
-    """How many hypotheses had fewer pairs than their alpha needs, whatever the data say; None where none had."""
-    short, total = sum(0 < v.n < procedure_of(v.test).needs_pairs(v.alpha) for v in verdicts), len(verdicts)
+    """How many hypotheses had fewer pairs than their alpha, and the correction in their family, need, whatever the data
+    say; None where none had."""
+    short, total = sum(_had_too_few(v) for v in verdicts), len(verdicts)
     open_ = sum(v.verdict in ("inconclusive", "not interpretable") for v in verdicts)
     if not short:
         return None
@@ -190,6 +191,11 @@ def few_pairs(verdicts: Sequence[Verdict]) -> str | None:
         f"n is too small for {_extent(short, total)}: {which} had fewer pairs than {their} alpha needs at all, and "
         f"{still_open}. kvpatch power says how many pairs see what."
     )
+
+
+def _had_too_few(v: Verdict) -> bool:
+    is_hopeless = v.smallest_p_adjusted is not None and v.smallest_p_adjusted >= v.alpha
+    return v.n > 0 and (is_hopeless or v.n < procedure_of(v.test).needs_pairs(v.alpha))
 
 
 def _extent(count: int, total: int) -> str:

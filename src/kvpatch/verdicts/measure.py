@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pandas as pd
 
 from kvpatch.protocols.hypotheses import Hypothesis, Variable
@@ -14,7 +15,8 @@ from kvpatch.specs.test_kinds import Measures, TestKind
 from kvpatch.statistics import paired_tests as tests
 from kvpatch.statistics.grid import Floats
 from kvpatch.statistics.intervals import Interval, Ratio, fieller_interval
-from kvpatch.statistics.trend import slopes
+from kvpatch.statistics.trend import rho_of_each, slopes
+from kvpatch.verdicts.chosen_heads import chosen_heads
 from kvpatch.verdicts.floors import Floor, floor_of
 from kvpatch.verdicts.margins import (
     NATURAL_SOURCE,
@@ -48,7 +50,8 @@ class Measured:
     of the two for equivalence. p_margin: one-sided against the margin, of a "much" test. dz: for a correlation r.
     small: up to where an effect is too small to matter; no_small: why that is not known. absent: conditions of
     the hypothesis without any trial. kind: of the test that was carried out; for a repetition that of what it repeats.
-    floor: what the readout can say where it hardly scored, or not at all.
+    floor: what the readout can say where it hardly scored, or not at all. told: what else a sentence says of how it was
+    measured.
     """
 
     hypothesis: Hypothesis
@@ -67,6 +70,7 @@ class Measured:
     absent: tuple[str, ...]
     floor: Floor = field(default_factory=Floor)
     no_small: str | None = None
+    told: str = ""
 
 
 def measure(
@@ -208,10 +212,38 @@ def _correlation(
     return _measured(hypothesis, found, values, Bound(None, _OTHER_SCALE))
 
 
+def _ranks(
+    protocol: Protocol, trials: pd.DataFrame, rows: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str, str]
+) -> Measured:
+    """A readout over ordered conditions, beside their order or another readout: each pair's Spearman's rho."""
+    names, beside = hypothesis.order()[0], hypothesis.ranked_with
+    means = pair_means(rows, names, hypothesis.readout, hypothesis.transform)
+    if beside is not None:
+        others = pair_means(rows, names, beside)
+        means = means.join(others.set_axis([f"{name} beside" for name in names], axis="columns"))
+    table = contrast_table(means, {name: {name: 1} for name in means.columns}, units)
+    values: Floats = table[list(means.columns)].to_numpy(dtype=float).reshape(len(table), means.shape[1])
+    own, levels = values[:, : len(names)], np.arange(len(names), dtype=float)
+    ranked = np.broadcast_to(levels, own.shape) if beside is None else values[:, len(names) :]
+    found = count_of(rows, names, means, table.index, rho_of_each(ranked, own))
+    return _measured(hypothesis, found, np.hstack([ranked, own]), Bound(None, _OTHER_SCALE))
+
+
+def _heads(
+    protocol: Protocol, trials: pd.DataFrame, rows: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str, str]
+) -> Measured:
+    """A contrast in heads that half of the units chose, on the other half."""
+    chosen = chosen_heads(rows, hypothesis, units)
+    gap = Bound(None, "the calibration pairs are not watched")
+    return replace(_measured(hypothesis, chosen.found, chosen.found.values[:, None], gap), told=chosen.told)
+
+
 _MEASURES: dict[Measures, Callable[[Protocol, pd.DataFrame, pd.DataFrame, Hypothesis, Mapping[str, str]], Measured]] = {
     "difference": _contrast,
     "slope": _ordering,
     "correlation": _correlation,
+    "ranks": _ranks,
+    "heads": _heads,
 }
 
 

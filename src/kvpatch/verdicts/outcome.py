@@ -17,8 +17,10 @@ from kvpatch.store.columns import TRIAL_COLUMNS
 from kvpatch.store.directory import Store
 from kvpatch.store.readout_calibration import ReadoutCalibration
 from kvpatch.store.record import RunRecord
+from kvpatch.verdicts.chosen_heads import heads_column, with_heads
 from kvpatch.verdicts.decide import Verdict, headline, verdicts, verdicts_json
 from kvpatch.verdicts.effects import Effect, effects
+from kvpatch.verdicts.plan_table import AnsweredRow, plan_table
 from kvpatch.verdicts.prerequisites import instrument_holds
 
 
@@ -95,7 +97,7 @@ def _hashes(lists: pa.ChunkedArray) -> list[str | None]:
 class Outcome:
     """What a run directory says, read and decided once: its record, protocol, trials and verdicts.
 
-    rows: as `light_rows` gives them.
+    rows: as `light_rows` gives them, with single heads where a hypothesis is tested in chosen ones.
     """
 
     record: RunRecord
@@ -107,6 +109,13 @@ class Outcome:
     def answer(self) -> str:
         """The one-sentence answer."""
         return headline(self.protocol, self.verdicts, is_checked=self.record.check is not None)
+
+    @cached_property
+    def plan_table(self) -> list[AnsweredRow]:
+        """The plan's table: what it expected, row by row, and what this run says."""
+        others = {key: other.model.name for key, other in self.record.other_models.items()}
+        entries = [verdict.model_dump(mode="json") for verdict in self.verdicts]
+        return plan_table(self.protocol, entries, {None: self.record.model.name, **others})
 
     @cached_property
     def effects(self) -> list[Effect]:
@@ -138,7 +147,7 @@ def outcome_of(store: Store, *, is_exploratory: bool = False, protocol: Protocol
         )
     elif is_exploratory:
         protocol = as_exploratory(protocol)
-    rows = light_rows(store)
+    rows = with_heads(light_rows(store), store, protocol)
     checks = (record.check, *(other.check for other in record.other_models.values()))
     instrument = instrument_holds(identity for check in checks for identity in check or ())
     with pd.option_context("mode.string_storage", "python"):
@@ -175,9 +184,8 @@ def _needed(protocol: Protocol) -> list[str]:
         "equals_text",
         "error",
     ]
-    hypotheses = protocol.hypotheses
-    others = [v for h in hypotheses for v in (h.against, *h.controlling) if v is not None]
-    return list(dict.fromkeys([*keys, *(h.readout for h in hypotheses), *(v.readout for v in others)]))
+    read = [name for h in protocol.hypotheses for name in h.readouts]
+    return list(dict.fromkeys([*keys, *read, *map(heads_column, read)]))
 
 
 def write_verdicts(store: Store, outcome: Outcome) -> None:

@@ -228,7 +228,7 @@ def _notes(q: Question, worst: float, wanted_dz: float) -> list[str]:
     h, noise, n, plain = q.hypothesis, q.noise, q.n, q.alpha
     procedure, means = procedure_of(h.test), h.kind.words.power
     is_simulated = procedure.simulate is not None
-    needed, needed_first = procedure.needs_pairs(plain), procedure.needs_pairs(worst)
+    needed, needed_first = procedure.least_pairs(plain), procedure.least_pairs(worst)
     notes = [*noise.notes, *([means] if means is not None else [])]
     if not is_simulated:
         notes.append(f"test {h.test!r} is not simulated")
@@ -294,7 +294,7 @@ def _needed(q: Question) -> Floats | None:
 
 def least_pairs(q: Question) -> int:
     """Fewer pairs can't pass the test, or have no interval."""
-    return max(3, procedure_of(q.hypothesis.test).needs_pairs(q.alpha))
+    return max(3, procedure_of(q.hypothesis.test).least_pairs(q.alpha))
 
 
 def smallest_dz(q: Question, share: float) -> float:

@@ -95,6 +95,8 @@ def incoherent_conditions(hypothesis: Hypothesis, shares: Mapping[tuple[str, str
         if reads_sampled_text(readout)
         for name in conditions
     ]
+    if hypothesis.ranked_with is not None and reads_sampled_text(hypothesis.ranked_with):
+        names += hypothesis.conditions
     found = {name: shares.get((hypothesis.phase, name)) for name in dict.fromkeys(names)}
     return {name: of.share for name, of in found.items() if of is not None and of.is_too_low}
 

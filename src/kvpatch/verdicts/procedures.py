@@ -17,7 +17,9 @@ from kvpatch.statistics import paired_tests as tests
 from kvpatch.statistics.correlation import partial_correlation
 from kvpatch.statistics.grid import Floats
 from kvpatch.statistics.intervals import Interval, bca_interval
-from kvpatch.statistics.trend import ordered_trend
+from kvpatch.statistics.resampling import SMALLEST_P as SMALLEST_P_DRAWN
+from kvpatch.statistics.trend import mean_rho_p, ordered_trend
+from kvpatch.statistics.trend import smallest_p as smallest_p_of_order
 from kvpatch.verdicts import simulated
 from kvpatch.verdicts.margins import Bound
 
@@ -28,7 +30,8 @@ class Sample:
 
     differences: [units], what is averaged, in the readout's unit: the contrast, or for an ordering each unit's slope.
     table: [units, columns]. Of a slope the readout under each condition, in rising order up to the peak. Of a
-    correlation the contrast, what it is held against, and each thing held constant. Of a difference the differences.
+    correlation the contrast, what it is held against, and each thing held constant. Of ranks the levels' numbers, or
+    the other readout under each condition, and then the readout. Of a difference the differences.
     margin: the whole margin. fixed: its part that is fixed before the test, None without one; both in the readout's
     unit.
     """
@@ -64,12 +67,20 @@ class Procedure:
     decided for the claim, in standard deviations. None where power is not simulated; the power table then says so.
     is_known_for_any_n: whether `simulate` takes any n; else it is asked up to `power.LARGEST_N`.
     needs_pairs: the smallest number of units at which p can be below alpha.
+    smallest_p: the smallest p that so many units can give, whatever the data say; None where no bound is known.
+    tested: share of the pairs that are tested, where others only choose what is tested.
     """
 
     test: Callable[[Sample], Figures]
     simulate: Callable[[simulated.Question], Floats] | None = None
     is_known_for_any_n: bool = False
     needs_pairs: Callable[[float], int] = tests.smallest_n
+    smallest_p: Callable[[int], float] | None = None
+    tested: float = 1.0
+
+    def least_pairs(self, alpha: float) -> int:
+        """How many pairs a phase must have for p to come below alpha."""
+        return math.ceil(self.needs_pairs(alpha) / self.tested)
 
 
 def _directional(sample: Sample) -> Figures:
@@ -107,16 +118,29 @@ def _correlated(sample: Sample) -> Figures:
     return Figures(p, r.interval, estimate=r.r, effect_size=r.r)
 
 
+def _rank_correlated(sample: Sample) -> Figures:
+    """p by permuting ranks within pairs, the interval over the pairs' own rhos."""
+    half = sample.table.shape[1] // 2
+    p = mean_rho_p(sample.table[:, :half], sample.table[:, half:], sample.hypothesis.claimed_side)
+    return Figures(p, bca_interval(sample.differences, 0.95), effect_size=float(sample.differences.mean()))
+
+
+_FLIPS = tests.smallest_p
 _OWN: dict[str, Procedure] = {
-    "greater": Procedure(_directional, simulated.directional),
-    "less": Procedure(_directional, simulated.directional),
-    "much_greater": Procedure(_past_margin, simulated.directional),
-    "much_less": Procedure(_past_margin, simulated.directional),
-    "equivalent": Procedure(_equivalent, simulated.equivalent),
-    "trend": Procedure(_ordered, simulated.ordering),
-    "umbrella": Procedure(_ordered, simulated.ordering),
+    "greater": Procedure(_directional, simulated.directional, smallest_p=_FLIPS),
+    "less": Procedure(_directional, simulated.directional, smallest_p=_FLIPS),
+    "much_greater": Procedure(_past_margin, simulated.directional, smallest_p=_FLIPS),
+    "much_less": Procedure(_past_margin, simulated.directional, smallest_p=_FLIPS),
+    "equivalent": Procedure(_equivalent, simulated.equivalent, smallest_p=lambda n: max(_FLIPS(n), SMALLEST_P_DRAWN)),
+    "trend": Procedure(_ordered, simulated.ordering, smallest_p=smallest_p_of_order),
+    "umbrella": Procedure(_ordered, simulated.ordering, smallest_p=smallest_p_of_order),
     "correlates": Procedure(_correlated, simulated.correlation, is_known_for_any_n=True),
-    "replicates": Procedure(_directional, simulated.directional),  # measured by the test of what it repeats
+    "rank_correlates": Procedure(_rank_correlated, simulated.ordering, smallest_p=lambda n: SMALLEST_P_DRAWN),
+    "chosen_heads": Procedure(
+        _directional, simulated.in_half, smallest_p=lambda n: _FLIPS(math.ceil(n / 2)), tested=0.5
+    ),
+    # Measured by the test of what it repeats.
+    "replicates": Procedure(_directional, simulated.directional, smallest_p=_FLIPS),
 }
 _FROM_OUTSIDE: dict[str, Procedure] = {}
 

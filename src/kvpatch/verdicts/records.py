@@ -33,6 +33,7 @@ class Verdict(Frozen):
     family: str
     gate: int
     criterion: str | None
+    expected: str | None = Field(default=None, description="what the plan said of it, where it said something")
     confirmatory: bool
     alpha: float
     n: int = Field(description="units: pairs, or groups of pairs that share a prompt")
@@ -77,6 +78,20 @@ class Verdict(Frozen):
         default=None, description="the first of `needs` that did not pass; `because` names them all"
     )
     because: str = Field(description="one plain sentence with the numbers")
+    deviations: list[str] = Field(
+        default=[], description="what of the protocol, or of so few pairs, makes this verdict cheaper than it looks"
+    )
+    smallest_p_adjusted: float | None = Field(
+        default=None, description="the smallest adjusted p that so many pairs can give, whatever the data say"
+    )
+    family_error: float | None = Field(
+        default=None,
+        description="chance of any false claim among the family's confirmatory hypotheses, at most; null where its "
+        "correction bounds none, or none of it is confirmatory",
+    )
+    experiment_error: float | None = Field(
+        default=None, description="the same over all families of the protocol; null where nothing bounds it below 1"
+    )
     evidence: Evidence = Field(
         description="'text' where every condition of the contrast equals a natural run, so that it is a manipulation "
         "check; else 'cache'"
@@ -91,7 +106,12 @@ def verdicts_json(verdicts: Sequence[Verdict]) -> str:
 
     Sorted keys, floats at 10 significant digits, null for what is NaN or infinite, one newline at the end.
     """
-    rows = [_canonical(verdict.model_dump(mode="python")) for verdict in verdicts]
+    return canonical_json(verdicts)
+
+
+def canonical_json(records: Sequence[Frozen]) -> str:
+    """Canonical JSON of a list of records; see `verdicts_json`."""
+    rows = [_canonical(record.model_dump(mode="python")) for record in records]
     return json.dumps(rows, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvpatch.specs.test_kinds import Claims, Word
+from kvpatch.statistics.paired_tests import dz_interval
 from kvpatch.statistics.replication import Study, replicates
 from kvpatch.verdicts.floors import nothing_scored
 from kvpatch.verdicts.margins import PAST_MARGIN
 from kvpatch.verdicts.measure import Measured
 from kvpatch.verdicts.procedures import procedure_of
-from kvpatch.verdicts.wording import chance, figures, interval_text, limit_text, number
+from kvpatch.verdicts.wording import chance, figures, limit_text, number
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ def _apart(m: Measured, p_adjusted: float) -> Decision:
 
 def _replicates(m: Measured, p_adjusted: float, first: Measured) -> Decision:
     h, sign = m.hypothesis, first.hypothesis.sign or 1
-    studies = [Study(x.estimate, x.interval, _bound(first, x)) for x in (first, m)]
-    found = replicates(studies[0], studies[1], sign)
-    told = f"{figures(m)}, where {first.hypothesis.id} has {limit_text(first.estimate, m)} ({interval_text(first)})"
+    one, other = (_study(x, _bound(first, x)) for x in (first, m))
+    found = replicates(one, other, sign)
+    told = f"{figures(m)}, {_dz_text(m, other)}, where {first.hypothesis.id} has {_dz_text(first, one)}"
     if found.holds and p_adjusted < h.alpha:
         return Decision("supported", f"{told}: {found.reason}; adjusted {chance(p_adjusted)}, {_under(m)}.")
     if found.speaks_against:
@@ -131,6 +132,18 @@ def shown_absent(m: Measured, first: Measured) -> Decision | None:
 def _size(m: Measured) -> str:
     """What the bound is below which an effect counts as none."""
     return "the margin" if m.hypothesis.margin else "20% of the natural gap"
+
+
+def _study(m: Measured, bound: float) -> Study:
+    """What was measured, beside its dz: two models share no unit, so that their effects are compared in dz."""
+    return Study(m.estimate, m.interval, bound, dz_interval(m.differences.values, m.interval.level))
+
+
+def _dz_text(m: Measured, study: Study) -> str:
+    shared = study.shared
+    if shared is None or math.isnan(shared.low):
+        return "no dz"
+    return f"dz {number(m.dz)} ({shared.level:.0%} interval {number(shared.low)} to {number(shared.high)})"
 
 
 def _bound(first: Measured, m: Measured) -> float:

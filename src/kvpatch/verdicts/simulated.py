@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -66,6 +66,11 @@ def equivalent(q: Question) -> Floats:
 def ordering(q: Question) -> Floats:
     names, peak = q.hypothesis.order()
     return critical_slopes(q.n, len(names), peak, q.alpha, q.sets)
+
+
+def in_half(q: Question) -> Floats:
+    """`directional` on the half of the pairs that tests what the other half chose."""
+    return directional(replace(q, n=q.n - q.n // 2))
 
 
 def correlation(q: Question) -> Floats:

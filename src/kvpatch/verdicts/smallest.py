@@ -9,6 +9,8 @@ from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.schema import Protocol
 from kvpatch.specs.base import Frozen
 from kvpatch.specs.test_kinds import kind_named
+from kvpatch.verdicts.attainable import planned_pairs, strictest_alpha
+from kvpatch.verdicts.deviations import deviations
 from kvpatch.verdicts.power import (
     QUICK_SETS,
     SHARES,
@@ -40,7 +42,8 @@ class Smallest(Frozen):
 
 
 def smallest_effects(protocol: Protocol, n: int | None = None, phases: Sequence[str] | None = None) -> list[Smallest]:
-    """What every hypothesis that is not true by construction can see with 80% power, each at its own alpha.
+    """What every hypothesis that is not true by construction can see with 80% power, each at the alpha that its family
+    leaves to one that passes alone.
 
     Normal noise, and fewer simulated data sets than `power` takes: within about 2%, in less than a second an n. A
     kind of test that is not simulated is left out.
@@ -57,23 +60,30 @@ def _smallest_effect(protocol: Protocol, h: Hypothesis, n: int) -> Smallest | No
     asked = simulated_as(protocol, h)
     if protocol.is_tautological(h) or procedure_of(asked.test).simulate is None:
         return None
-    alphas = tuple(sorted({other.alpha for other in protocol.hypotheses}))
-    q = Question(asked, Noise(), n, h.alpha, alphas, QUICK_SETS)
+    alpha = strictest_alpha(protocol, h)
+    alphas = tuple(sorted({strictest_alpha(protocol, other) for other in protocol.hypotheses}))
+    q = Question(asked, Noise(), n, alpha, alphas, QUICK_SETS)
     found = smallest_dz(q, SHARES[0])
     dz = found if math.isfinite(found) else None
     beyond = None if dz is None else dz - smallest_p(asked, Noise())
     needs = least_pairs(q)
-    return Smallest(id=h.id, test=h.test, alpha=h.alpha, n=n, needs_pairs=needs, dz=dz, beyond_margin=beyond)
+    return Smallest(id=h.id, test=h.test, alpha=alpha, n=n, needs_pairs=needs, dz=dz, beyond_margin=beyond)
 
 
 def warnings_before(protocol: Protocol, n: int | None = None, phases: Sequence[str] | None = None) -> list[str]:
-    """One short line for each group of hypotheses that a run could not decide, or only if the effect is large.
+    """One line for each group of hypotheses that a run could not decide, or only if the effect is large.
 
-    Large is more than dz 0.5 (beyond the margin, where the effect has to pass one). Empty for a run that can see
-    what it asks. At most five lines. It is advice, and stops no run: what can't be computed is named as such.
+    Held against alpha over the size of the family, which Holm asks of a hypothesis that passes alone. Large is more
+    than dz 0.5 (beyond the margin, where the effect has to pass one). Empty for a run that can see what it asks. At
+    most five lines beside those on hypotheses that no data could pass. It is advice, and stops no run: what can't be
+    computed is named as such.
     """
+    few = [d for d in deviations(protocol, planned_pairs(protocol, n, phases)) if d.kind == "pairs"]
+    hopeless = {name for d in few for name in d.hypotheses}
     groups: dict[str, list[str]] = {}
     for h in asked_hypotheses(protocol, phases):
+        if h.id in hopeless:
+            continue
         try:
             s = _smallest_effect(protocol, h, n or protocol.phases[h.phase].n)
         except Exception as error:  # whatever it is, the run goes on, and the line below says that this is not known
@@ -95,7 +105,7 @@ def warnings_before(protocol: Protocol, n: int | None = None, phases: Sequence[s
     if len(lines) > MOST_WARNINGS:
         rest = len(lines) - MOST_WARNINGS
         lines = [*lines[:MOST_WARNINGS], f"and {rest} more: see kvpatch power {protocol.protocol}"]
-    return lines
+    return [*(d.told for d in few), *lines]
 
 
 def _braced(text: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.specs.readouts import readouts
+from kvpatch.specs.test_kinds import TestKind
 from kvpatch.verdicts.margins import NATURAL_SOURCE, NATURAL_TARGET
 from kvpatch.verdicts.measure import Measured
 from kvpatch.verdicts.rounding import number
@@ -70,18 +71,28 @@ def interval_text(m: Measured) -> str:
 
 def figures(m: Measured) -> str:
     """What was measured: the contrast, slope or correlation, how large, on how many pairs, how sure."""
-    h = m.hypothesis
     rest = f"over {pairs_text(m.differences.n, m.differences.n_pairs)} ({interval_text(m)})"
+    return f"{finding_text(m.estimate, m.hypothesis, m.kind)} {rest}{m.told}"
+
+
+def finding_text(estimate: float, h: Hypothesis, kind: TestKind) -> str:
+    """The contrast, slope or correlation, and how large it is. kind: of the test that was carried out."""
     given = ", ".join(f"{v.readout} of {v.contrast}" for v in h.controlling)
-    found = m.kind.words.finding.format(
+    return kind.words.finding.format(
         contrast=h.contrast,
         readout=h.readout,
-        estimate=quantity(m.estimate, h),
-        number=number(m.estimate),
-        against="" if h.against is None else f"{h.against.contrast} in {h.against.readout}",
+        estimate=quantity(estimate, h),
+        number=number(estimate),
+        against=_against(h),
         held=f" with {given} held constant" if given else "",
     )
-    return f"{found} {rest}"
+
+
+def _against(h: Hypothesis) -> str:
+    """What the contrast is held against, in words."""
+    if h.against is not None:
+        return f"{h.against.contrast} in {h.against.readout}"
+    return h.ranked_with or "the level" if h.kind.measures == "ranks" else ""
 
 
 def limit_text(value: float, m: Measured) -> str:

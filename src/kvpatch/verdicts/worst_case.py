@@ -31,6 +31,9 @@ def lacking(protocol: Protocol, rows: pd.DataFrame, m: Measured) -> dict[str, fl
     for variable, _ in h.others():
         found = missing_shares(rows, list(variable.weights()), variable.readout, variable.transform, partial)
         shares |= {name: max(share, shares.get(name, 0.0)) for name, share in found.items()}
+    if h.ranked_with is not None:
+        found = missing_shares(rows, own, h.ranked_with, partial=partial)
+        shares = {name: max(share, found.get(name, 0.0)) for name, share in shares.items()}
     return too_many_missing(shares)
 
 
@@ -67,12 +70,13 @@ def decided_at_worst(
     """The decision of a hypothesis that lacks many rows: the one found, if it holds at either end, or none.
 
     trials: prepared rows of every split and phase. lacks: as `lacking` gives it, not empty. found: the decision without
-    the missing rows. decide: how one is reached from numbers. A correlation has no worst case that is simple to say.
+    the missing rows. decide: how one is reached from numbers. Correlations and chosen heads have no worst case that is
+    simple to say.
     """
     h = m.hypothesis
     told = " and ".join(f"{percent(share)} of the rows of {name}" for name, share in lacks.items())
     start = f"{told} in phase {h.phase} lack a value of what is compared"
-    if m.kind.measures == "correlation":
+    if m.kind.measures in ("correlation", "ranks", "heads"):
         because = f"{start}, where at most {MOST_MISSING:.0%} may: which trials fail is not chance."
         return Decision("not interpretable", because, "missing")
     asked = measured_as(protocol, h)

@@ -55,9 +55,8 @@ def _estimate(
 ) -> dict[str, Any]:
     head = {key: getattr(h, key) for key in ("id", "claim", "phase", "contrast", "readout", "test")}
     head |= {"gate": h.gate} if h.needs is None else {"needs": h.needs}
-    head |= {"transform": h.transform, "is_correlation": h.kind.measures == "correlation"}
-    others = [v for v in (h.against, *h.controlling) if v is not None]
-    if any(variable.readout not in trials for variable in (h, *others)):
+    head |= {"transform": h.transform, "is_correlation": h.kind.measures in ("correlation", "ranks")}
+    if any(readout not in trials for readout in h.readouts):
         return {**head, **_counted(0, 0), "estimate": None, "low": None, "high": None, "path": []}
     m = measure(protocol, trials, h, units)
     found = m.differences

@@ -28,6 +28,7 @@ from kvpatch.errors import KvpatchError, StoreError
 from kvpatch.report import charts, page, text
 from kvpatch.report.build import mark, report_page
 from kvpatch.report.library import chart_library
+from kvpatch.verdicts.chosen_heads import with_heads
 from kvpatch.verdicts.outcome import light_rows, outcome_of
 from kvpatch.view import estimates, query, trial
 from kvpatch.view.guard import Guard
@@ -240,7 +241,7 @@ def _estimates(run: LiveRun) -> list[dict[str, Any]]:
     if protocol is None:
         return []
     try:
-        rows = light_rows(run.store)
+        rows = with_heads(light_rows(run.store), run.store, protocol)
     except StoreError:
         return []
     out = estimates.estimates(protocol, rows)

@@ -1,0 +1,92 @@
+"""The noise floor of a run's own trials: some of them computed once more, in other company.
+
+trials of the first group of a model -> a share of their pairs, measured again in smaller batches -> what changed
+
+In bfloat16 a trial depends on the shape of the batch that it is computed in, and how much differs between conditions:
+prompts that are read behind another (M1) and destroyed caches change more than natural ones. So a second run, resumed
+or with another number of pairs, gives other texts for some trials. What is stored here says for how many.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvpatch.engine.model import Model
+from kvpatch.executors.rows import Measured, rows_of
+from kvpatch.planning.plan import Batch
+from kvpatch.readouts.specific_mode import SpecificMode
+
+SHARES = ((0, 1 / 8), (1 / 8, 1 / 2))
+"""Shares of the pairs that are measured again, each as a batch of its own."""
+FORCED = ("mode_llr", "mode_llr_unweighted", "content_llr", "register_llr", "js_pull", "rv_output")
+"""Readouts that do not depend on the text that a trial wrote: their change is not that of another text."""
+
+Measure = Callable[[Model, Batch], list[Measured]]
+
+
+def is_worth_repeating(model: Model) -> bool:
+    """Whether a trial may depend on its company by more than rounding: not in float32 on a processor."""
+    backbone = model.backbone
+    return backbone.dtype != torch.float32 or backbone.device.type == "cuda"
+
+
+def repeated_trials(
+    model: Model, batch: Batch, first: Sequence[Measured], rule: SpecificMode | None, measure: Measure
+) -> dict[str, Any]:
+    """Measure half of a batch's pairs again, in two smaller batches, and compare.
+
+    Args:
+        first: what the batch gave, in the order of its trials.
+        measure: how the run measures a batch.
+    Returns:
+        How many trials were repeated, of a batch of how many; the share whose text stayed the same, and that share by
+        condition where it is below 1; and the largest change of each readout of `FORCED`, over all conditions.
+    """
+    pairs = len(batch.pairs)
+    same: dict[str, list[bool]] = {}
+    largest = dict.fromkeys(FORCED, 0.0)
+    for low, high in SHARES:
+        chosen = range(math.floor(low * pairs), math.ceil(high * pairs))
+        places = [place for place, trial in enumerate(batch.trials) if trial.pair in chosen]
+        if not places:
+            continue
+        part = _part(batch, places, chosen)
+        again = measure(model, part)
+        before = rows_of(part, [first[place] for place in places], None, rule)
+        for one, two, of_one, of_two in zip(
+            before, rows_of(part, again, None, rule), (first[place] for place in places), again, strict=True
+        ):
+            same.setdefault(one["condition"], []).append(of_one.output_token_ids == of_two.output_token_ids)
+            for name in FORCED:
+                largest[name] = max(largest[name], _change(one[name], two[name]))
+    shares = {condition: float(np.mean(of)) for condition, of in same.items()}
+    return {
+        "repeated": sum(map(len, same.values())),
+        "of_batch": len(batch.trials),
+        "texts_equal": float(np.mean([equal for of in same.values() for equal in of])) if same else None,
+        "texts_equal_by_condition": {condition: share for condition, share in shares.items() if share < 1},
+        "largest_change": largest,
+    }
+
+
+def _part(batch: Batch, places: Sequence[int], pairs: range) -> Batch:
+    trials = [batch.trials[place] for place in places]
+    return batch.model_copy(
+        update={
+            "pairs": [batch.pairs[pair] for pair in pairs],
+            "trials": [trial.model_copy(update={"pair": trial.pair - pairs.start}) for trial in trials],
+        }
+    )
+
+
+def _change(one: float | None, two: float | None) -> float:
+    """How far a number moved; infinite where it is known in one of both alone."""
+    known = [number is not None and math.isfinite(number) for number in (one, two)]
+    if one is None or two is None or not all(known):
+        return math.inf if any(known) else 0.0
+    return abs(one - two)

@@ -85,7 +85,10 @@ def test_dec7_has_the_plans_alphas():
         h.family: h.alpha for h in dec7.hypotheses if h.family in ("manipulation", "text", "primary", "necessity")
     }
     assert alphas == {"manipulation": 0.001, "text": 0.001, "primary": 0.001, "necessity": 0.01}
-    assert all(h.alpha == 0.05 for h in dec7.hypotheses if h.family not in (*alphas, "seed"))
+    assert {h.alpha for h in dec7.hypotheses} == {0.001, 0.01, 0.05}
+    named = {h.family: h.alpha for h in dec7.hypotheses if h.family in dec7.families}
+    assert named == {name: family.alpha for name, family in dec7.families.items()}
+    assert all(h.alpha == named[h.family] for h in dec7.hypotheses if h.family in named)
     assert max(most_alpha(dec7).values()) < 0.051
 
 

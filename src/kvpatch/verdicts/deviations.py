@@ -216,7 +216,7 @@ def experiment_error(protocol: Protocol) -> float | None:
     their tests (Bonferroni). None where a family bounds none, or the sum reaches 1."""
     found = list(family_errors(protocol).values())
     known = [error for error in found if error is not None]
-    total = sum(known)
+    total = math.fsum(known)  # the same in any order of the families
     return total if len(known) == len(found) and total < 1 else None
 
 

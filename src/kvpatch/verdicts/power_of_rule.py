@@ -181,7 +181,8 @@ def _same_text(protocol: Protocol, name: str) -> str:
 
 def assumptions_of_pilot(protocol: Protocol, trials: pd.DataFrame) -> Assumptions:
     """What a pilot's trials say, taken for the truth: dz of every contrast it measured, as nearly as conditions of
-    equal spread give them together; shares of hits where a readout is mostly 0; correlations; shares of coherent outputs."""
+    equal spread give them together; shares of hits where a readout is mostly 0; correlations; shares of coherent
+    outputs."""
     rows = prepare(trials)
     measured = {h.id: measure(protocol, rows, h) for h in protocol.hypotheses}
     hits = _hits(protocol, rows)

@@ -87,7 +87,8 @@ def chosen_heads(rows: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str,
     choosing, testing = _halves(by_unit.index.tolist())
     used = sum(unit in testing for unit in pair_units)
     best = _best(by_unit.loc[choosing])
-    values = by_unit.loc[testing, list(best)].to_numpy(dtype=float) @ np.array([*best.values()]) / max(len(best), 1)
+    table_of_best = by_unit.loc[testing].to_numpy(dtype=float)[:, by_unit.columns.get_indexer(list(best))]
+    values = table_of_best @ np.array([*best.values()]) / max(len(best), 1)
     if not best:
         testing, values, used = [], np.zeros(0), 0
     found = PairDifferences(on_grid(values), tuple(testing), met - len(table), failed, used)

@@ -41,7 +41,8 @@ def run(tmp_path_factory) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Verdict
     asked = [
         h
         for h in base.hypotheses
-        if (h.gate < 3 and h.family in ("manipulation", "primary")) or h.family.startswith(("rv_by", "rv_sh"))
+        if h.phase in PHASES
+        and (h.family in ("manipulation", "text", "primary") or h.family.startswith(("rv_by", "rv_sh")))
     ]
     changes = {
         "bank": str(bank),
@@ -53,6 +54,7 @@ def run(tmp_path_factory) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Verdict
         "expected": {},
         "corrections": {},
         "families": {},
+        "plan": [],
     }
     rows, found = decide(base.model_copy(update=changes), {None: model}, folder / "run", seed=0)
     assert rows["error"].isna().all()

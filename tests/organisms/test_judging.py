@@ -130,7 +130,7 @@ def test_seeds_are_told_together_and_the_one_that_failed_is_named():
 
 def test_every_expected_verdict_names_a_hypothesis_once_and_an_organism():
     protocol = load_protocol("validate")
-    known = {"supported", "not supported", "equivalent", "inconclusive", "not interpretable", "tautological", "slight"}
+    known = {"supported", "contradicted", "equivalent", "inconclusive", "not interpretable", "tautological", "slight"}
     assert set(protocol.expected) <= set(ORGANISMS)
     for organism, verdicts in protocol.expected.items():
         names = [name for listed in verdicts.values() for name in listed]

@@ -112,9 +112,11 @@ def test_coherence_is_what_duckdb_counts(made: tuple[Path, str]) -> None:
 
 
 def test_light_rows_give_the_verdicts_that_all_columns_give(made: tuple[Path, str]) -> None:
+    from kvpatch.verdicts.chosen_heads import with_heads
     from kvpatch.verdicts.decide import verdicts, verdicts_json
 
     store = Store(made[0])
     outcome = outcome_of(store)
-    whole = verdicts(outcome.protocol, store.read().to_pandas(), instrument_ok=True)
+    trials = with_heads(store.read().to_pandas(), store, outcome.protocol)
+    whole = verdicts(outcome.protocol, trials, instrument_ok=True)
     assert verdicts_json(whole) == verdicts_json(outcome.verdicts)

@@ -93,7 +93,8 @@ def test_a_readout_that_single_heads_lack_is_told_before_a_run():
     def content(readout: str) -> dict[str, Any]:
         given = {"id": "h", "claim": "c", "phase": "6", "contrast": "C - N1", "test": "chosen_heads", "family": "f"}
         raw = dec7().model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        return raw | {"hypotheses": [given | {"readout": readout, "needs": []}], "corrections": {}}
+        asked = [given | {"readout": readout, "needs": []}]
+        return raw | {"hypotheses": asked, "corrections": {}, "families": {}, "plan": []}
 
     text = Protocol.model_validate(content("attention_body")).model_dump_json(by_alias=True, exclude_defaults=True)
     assert parse_protocol(text, "x.yaml").hypotheses[0].kind.measures == "heads"

@@ -40,7 +40,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of phase 6, whose heads are watched, with two hypotheses. Not to be changed."""
     store = write_run(tmp_path_factory.mktemp("store") / "run", n=3, calibration=3, phases=["6"], heads=(2, 2))
     few = [h for h in dec7().hypotheses if h.phase == "6"][:2]
-    protocol = dec7().model_copy(update={"hypotheses": few, "corrections": {}, "families": {}, "expected": {}})
+    protocol = dec7().model_copy(
+        update={"hypotheses": few, "corrections": {}, "families": {}, "expected": {}, "plan": []}
+    )
     store.write_record(record_of(protocol, store.read_record().planned_by_phase))
     return store.directory
 

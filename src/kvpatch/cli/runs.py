@@ -186,7 +186,9 @@ def verdicts(
     """Print the plan's table and all verdicts, recomputed from the stored trials.
 
     The table says of each row of the plan what was expected, what was measured, and what follows. Exploratory verdicts
-    are printed, not stored. Example: kvpatch verdicts results
+    are printed, not stored.
+
+    Example: kvpatch verdicts results
     """
     from kvpatch.cli.plan_table import print_plan_table
     from kvpatch.cli.tables import print_verdicts

@@ -13,19 +13,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
+from scipy.stats import binomtest
 
 from kvpatch.engine.model import Model
 from kvpatch.executors.rows import Measured, rows_of
 from kvpatch.planning.plan import Batch
 from kvpatch.readouts.specific_mode import SpecificMode
+from kvpatch.specs.readouts import readouts
 
 SHARES = ((0, 1 / 8), (1 / 8, 1 / 2))
 """Shares of the pairs that are measured again, each as a batch of its own."""
-FORCED = ("mode_llr", "mode_llr_unweighted", "content_llr", "register_llr", "js_pull", "rv_output")
-"""Readouts that do not depend on the text that a trial wrote: their change is not that of another text."""
-
 Measure = Callable[[Model, Batch], list[Measured]]
 
 
@@ -45,11 +43,13 @@ def repeated_trials(
         measure: how the run measures a batch.
     Returns:
         How many trials were repeated, of a batch of how many; the share whose text stayed the same, and that share by
-        condition where it is below 1; and the largest change of each readout of `FORCED`, over all conditions.
+        condition where it is below 1, each with the lower end of its exact 95% interval; and over all conditions the
+        largest change of each readout that does not depend on the text that a trial wrote.
     """
+    names = [of.name for of in readouts().values() if of.is_stored and not of.is_of_sampled_text and of.asks is None]
     pairs = len(batch.pairs)
     same: dict[str, list[bool]] = {}
-    largest = dict.fromkeys(FORCED, 0.0)
+    largest = dict.fromkeys(names, 0.0)
     for low, high in SHARES:
         chosen = range(math.floor(low * pairs), math.ceil(high * pairs))
         places = [place for place, trial in enumerate(batch.trials) if trial.pair in chosen]
@@ -62,16 +62,23 @@ def repeated_trials(
             before, rows_of(part, again, None, rule), (first[place] for place in places), again, strict=True
         ):
             same.setdefault(one["condition"], []).append(of_one.output_token_ids == of_two.output_token_ids)
-            for name in FORCED:
+            for name in names:
                 largest[name] = max(largest[name], _change(one[name], two[name]))
-    shares = {condition: float(np.mean(of)) for condition, of in same.items()}
+    every = [equal for of in same.values() for equal in of]
     return {
-        "repeated": sum(map(len, same.values())),
+        "repeated": len(every),
         "of_batch": len(batch.trials),
-        "texts_equal": float(np.mean([equal for of in same.values() for equal in of])) if same else None,
-        "texts_equal_by_condition": {condition: share for condition, share in shares.items() if share < 1},
+        "texts_equal": sum(every) / len(every) if every else None,
+        "texts_equal_at_least": _at_least(every) if every else None,
+        "texts_equal_by_condition": {name: sum(of) / len(of) for name, of in same.items() if not all(of)},
+        "texts_equal_by_condition_at_least": {name: _at_least(of) for name, of in same.items() if not all(of)},
         "largest_change": largest,
     }
+
+
+def _at_least(equal: Sequence[bool]) -> float:
+    """Lower end of the 95% interval of a share (Clopper and Pearson 1934)."""
+    return float(binomtest(sum(equal), len(equal)).proportion_ci(0.95, method="exact").low)
 
 
 def _part(batch: Batch, places: Sequence[int], pairs: range) -> Batch:

@@ -14,17 +14,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from recompute_heads import of_chosen_heads
 from recompute_numbers import (
     adjusted,
     bca,
     equivalence,
     grid_of_table,
+    mean_rho,
     on_grid,
     ordered,
     partial_correlation,
     passed_on,
     past_margin,
     rare_bounds,
+    rhos,
     sd,
     sign_flips,
     slopes,
@@ -110,6 +113,16 @@ def measure(run, h, rows):
         r, above, below, (m["ci_low"], m["ci_high"]) = partial_correlation(xs[:, 0], xs[:, 1], xs[:, 2:])
         m["estimate"] = m["effect_size"] = r
         m["p"] = below if h["direction"] == "negative" else above
+    elif asked["test"] == "rank_correlates":
+        beside, own = ranked(asked, rows, units)
+        values = rhos(beside, own)
+        m["margin"], _ = margins(asked["margin"], None, values, in_unit=False)
+        m["p"] = mean_rho(beside, own, -1 if h["direction"] == "negative" else 1) if len(values) else math.nan
+        m["effect_size"] = float(values.mean()) if len(values) else math.nan
+    elif asked["test"] == "chosen_heads":
+        values = of_chosen_heads(run.directory, rows, h, units)
+        m["margin"], _ = margins(asked["margin"], None, values)
+        m["p"] = sign_flips(values, 1)
     else:
         values = differences(rows, h, units)
         gap = natural_gap(run, h)
@@ -124,8 +137,21 @@ def measure(run, h, rows):
     if "estimate" not in m:
         m["estimate"] = float(values.mean()) if len(values) else math.nan
         m["ci_low"], m["ci_high"] = bca(values, m["level"])
-        m["effect_size"] = m["estimate"] / sd(values) if sd(values) > 0 else math.nan
+        m.setdefault("effect_size", m["estimate"] / sd(values) if sd(values) > 0 else math.nan)
     return m
+
+
+def ranked(h, rows, units):
+    """What is ranked with the readout, the levels' numbers or `ranked_with`, and the readout: both [units, levels]."""
+    names, _ = order(h)
+    found = means(rows, h["readout"], h["transform"])
+    columns = [of_condition(found, name) for name in names]
+    if h.get("ranked_with"):
+        others = means(rows, h["ranked_with"])
+        columns = [*(of_condition(others, name) for name in names), *columns]
+    both = table(columns, units)
+    own = both[:, -len(names) :]
+    return (both[:, : len(names)] if h.get("ranked_with") else np.tile(np.arange(len(names)), (len(own), 1))), own
 
 
 def _test(m, asked, values, fixed):

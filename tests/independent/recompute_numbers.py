@@ -170,6 +170,33 @@ def ordered(table, peak):
     return (at_least + 1) / 20_000
 
 
+def standard_ranks(table):
+    """Ranks within each row, centred and of length 1; zeros where a row's values are all one."""
+    ranks = stats.rankdata(grid_of_table(table), axis=1) - (table.shape[1] + 1) / 2
+    length = np.linalg.norm(ranks, axis=1, keepdims=True)
+    return ranks / np.where(length > 0, length, 1)
+
+
+def rhos(x, y):
+    """Spearman's rho of each pair. x, y: [units, levels]."""
+    return on_grid(np.clip((standard_ranks(x) * standard_ranks(y)).sum(axis=1), -1, 1))
+
+
+def mean_rho(x, y, side):
+    """One-sided p of the mean rho: y's ranks are permuted within pairs."""
+    pairs, levels = x.shape
+    if pairs < 2:
+        return math.nan
+    own, other = side * standard_ranks(x), standard_ranks(y)
+    start = np.broadcast_to(np.arange(levels, dtype=np.int8), (19_999, pairs, levels))
+    drawn = np.random.default_rng(SEED).permuted(start, axis=2)
+    observed, at_least = (own * other).sum(), 0
+    for orders in np.array_split(drawn, 20):
+        sums = (own * np.take_along_axis(other[None], orders, axis=2)).sum(axis=(1, 2))
+        at_least += int((sums >= observed - 1e-9).sum())
+    return (at_least + 1) / 20_000
+
+
 def partial_correlation(x, y, held):
     """r of what `held` [n, k] leaves of x and y, p that it is above 0, p that it is below, and the 95% interval."""
     n, k = held.shape

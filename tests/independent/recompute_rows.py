@@ -23,6 +23,8 @@ WAYS = ("patch", "in_prefill", "joined", "reshape", "steer_values", "steer_cache
 """Keys of a condition that say how a cache is made."""
 NO_RECIPE = ("about", "from", "text_of", "role", "min_kv_heads", "needs_template")
 """Keys of a condition that say nothing of how much a cache is damaged."""
+ORDERED = ("trend", "umbrella", "rank_correlates")
+"""Tests of which the contrast orders conditions."""
 PAIRS_OWN = (None, "target", "source")
 
 
@@ -30,12 +32,14 @@ class Run:
     """A run directory. `rows`: every trial once, as a dictionary."""
 
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.record = json.loads((directory / "run.json").read_text("utf-8"))
         self.protocol = self.record["protocol"]
         self.hypotheses = {h["id"]: h for h in self.protocol["hypotheses"]}
         self.conditions = self.protocol["conditions"]
         others = [v for h in self.hypotheses.values() for v in (h["against"], *h["controlling"]) if v]
         self.readouts = {v["readout"] for v in [*self.hypotheses.values(), *others]}
+        self.readouts |= {h["ranked_with"] for h in self.hypotheses.values() if h.get("ranked_with")}
         self.rows = self._each_once(self._stored(directory))
         self.of = defaultdict(list)
         for row in self.rows:
@@ -101,7 +105,7 @@ def terms(contrast):
 def order(h):
     """Conditions in rising order up to the peak, and the place of the peak."""
     names, signs = re.findall(r"[A-Za-z][A-Za-z0-9_]*", h["contrast"]), re.findall(r"[<>]", h["contrast"])
-    if h["test"] == "trend":
+    if h["test"] != "umbrella":
         return (names if signs[0] == "<" else names[::-1]), len(names) - 1
     return names, signs.index(">")
 
@@ -126,13 +130,15 @@ def means(rows, readout, transform="none"):
 
 
 def table(columns, units):
-    """[units, columns] of those pairs that have every column. columns: pair -> number, of each column."""
+    """[units, columns] of those pairs that have every column, in the order of the pairs, or of the units where pairs
+    share one. columns: pair -> number, of each column."""
     pairs = sorted(set.intersection(*(set(c) for c in columns)))
     whole = [p for p in pairs if all(math.isfinite(c[p]) for c in columns)]
     grouped = defaultdict(list)
     for pair in whole:
         grouped[units.get(pair, pair)].append([c[pair] for c in columns])
-    found = [[math.fsum(column) / len(column) for column in zip(*grouped[unit], strict=True)] for unit in grouped]
+    named = list(grouped) if len(grouped) == len(whole) else sorted(grouped)
+    found = [[math.fsum(column) / len(column) for column in zip(*grouped[unit], strict=True)] for unit in named]
     return np.array(found).reshape(len(found), len(columns))
 
 
@@ -192,6 +198,6 @@ def roles(run, h):
 
 def conditions_of(h):
     """Every condition that a hypothesis reads, each once."""
-    own = order(h)[0] if h["test"] in ("trend", "umbrella") else list(terms(h["contrast"]))
+    own = order(h)[0] if h["test"] in ORDERED else list(terms(h["contrast"]))
     others = [name for v in (h["against"], *h["controlling"]) if v for name in terms(v["contrast"])]
     return list(dict.fromkeys([*own, *others]))

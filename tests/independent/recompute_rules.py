@@ -6,10 +6,9 @@ import math
 from collections import Counter, defaultdict
 
 from recompute_numbers import scores
-from recompute_rows import giver, is_natural, order, recipe, roles, terms, value_of
+from recompute_rows import ORDERED, giver, is_natural, order, recipe, roles, terms, value_of
 from scipy import stats
 
-ORDERINGS = ("trend", "umbrella")
 PASSED = ("supported", "equivalent", "tautological")
 FORCED = {
     "rv_prompt", "rv_output", "mode_llr", "mode_llr_unweighted", "content_llr", "register_llr", "js_pull",
@@ -82,7 +81,9 @@ def is_incoherent(run, h):
     names = set()
     for v in variables:
         if needs_coherent_text(v["readout"]):
-            names |= set(order(h)[0] if h["test"] in ORDERINGS else terms(v["contrast"]))
+            names |= set(order(h)[0] if v is h and h["test"] in ORDERED else terms(v["contrast"]))
+    if h.get("ranked_with") and needs_coherent_text(h["ranked_with"]):
+        names |= set(order(h)[0])
     for name in names:
         by_pair = defaultdict(list)
         for row in run.of["test", h["phase"]]:
@@ -102,12 +103,12 @@ def is_unspecific(run, h):
     found = record.get("readout_calibration")
     if not found or h["readout"] not in found["readouts"]:
         return False
-    names = order(h)[0] if h["test"] in ORDERINGS else terms(h["contrast"])
+    names = order(h)[0] if h["test"] in ORDERED else terms(h["contrast"])
     ways = {name: recipe(run.conditions[name]) for name in names}
     balance = Counter()
-    for name, weight in ({} if h["test"] in ORDERINGS else terms(h["contrast"])).items():
+    for name, weight in ({} if h["test"] in ORDERED else terms(h["contrast"])).items():
         balance[ways[name]] += weight
-    is_even = h["test"] not in ORDERINGS and not any(balance.values())
+    is_even = h["test"] not in ORDERED and not any(balance.values())
     if is_even or len(set(ways.values())) == 1:
         return False
     of = found["readouts"][h["readout"]]
@@ -203,8 +204,10 @@ def lacking(run, h, m):
     """Whether a condition lacks more than a tenth of its planned rows."""
     if m["n"] == 0 or m["constant"] is not None:
         return False
-    own = order(h)[0] if h["test"] in ORDERINGS else list(terms(h["contrast"]))
+    own = order(h)[0] if h["test"] in ORDERED else list(terms(h["contrast"]))
     variables = [(own, h), *((list(terms(v["contrast"])), v) for v in (h["against"], *h["controlling"]) if v)]
+    if h.get("ranked_with"):
+        variables.append((own, {"readout": h["ranked_with"], "transform": "none"}))
     for names, v in variables:
         rows = [row for row in run.of["test", h["phase"]] if row["condition"] in names]
         pairs = len(planned_pairs(run, h, rows))
@@ -231,9 +234,9 @@ def planned_pairs(run, h, rows):
 
 def at_worst(run, h, m, found, first, tools):
     """The word, where it is the same with the missing values at either end of what was seen."""
-    if m["asked"]["test"] == "correlates":
+    if m["asked"]["test"] in ("correlates", "rank_correlates", "chosen_heads"):
         return "not interpretable"
-    if m["asked"]["test"] in ORDERINGS:
+    if m["asked"]["test"] in ORDERED:
         names, peak = order(m["asked"])
         signs = dict(zip(names, scores(len(names), peak), strict=True))
     else:

@@ -1,6 +1,6 @@
 """Heads that one half of the units chooses and the other half tests, from attention/*.parquet of a run directory.
 
-numpy, pyarrow and json alone. The words are those of docs/statistics.md.
+numpy, pyarrow and the standard library alone. The words are those of docs/statistics.md.
 """
 
 from __future__ import annotations

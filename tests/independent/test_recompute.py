@@ -19,7 +19,7 @@ from kvpatch.specs.test_kinds import Word, kinds
 from kvpatch.store.directory import Store
 from kvpatch.verdicts.decide import Verdict, verdicts_json
 from kvpatch.verdicts.outcome import outcome_of
-from synthetic import write_run
+from synthetic import dec7, write_run
 
 FOLDER = Path(__file__).parent
 TEXTS = {"A": "target", "B": "source", "C": "source", "N1": "foreign", "NT": "foreign", "S0": "target"}
@@ -94,8 +94,34 @@ def graph_run(directory: Path) -> Store:
     return write_run(directory, n=40, calibration=30, protocol=Protocol.model_validate(content), change=change)
 
 
+def heads_run(directory: Path) -> Store:
+    """A run of ranks within pairs and of chosen heads alone: several heads are chosen, pairs share targets, some
+    samples are lost, and some levels lack what is ranked."""
+
+    def change(row: dict[str, Any]) -> dict[str, Any]:
+        pair = int(row["target_id"].split("-")[1])
+        chance = zlib.crc32(f"{row['condition']} {pair} {row['sample']}".encode()) % 100
+        out: dict[str, Any] = {"attention_marked_each": 0.3}
+        if row["split"] == "test" and pair % 5 == 1:
+            out["target_id"] = f"plain-{pair - 1:03d}"
+        if row["split"] == "test" and chance < 4:
+            out["error"] = "RuntimeError: planted"
+        return out | ({"rv_prompt": None} if chance == 99 else {})
+
+    content = dec7().model_dump(mode="json", by_alias=True)
+    asked = [h for h in content["hypotheses"] if h["test"] in ("rank_correlates", "chosen_heads")]
+    families = {h["family"] for h in asked}
+    content["hypotheses"] = [{**h, "needs": []} for h in asked]
+    content["families"] = {k: {**v, "passes_to": {}} for k, v in content["families"].items() if k in families}
+    content["corrections"] = {k: v for k, v in content["corrections"].items() if k in families}
+    del content["plan"]
+    size = {"n": 30, "samples": 2, "phases": sorted({h["phase"] for h in asked}), "heads": (8, 10)}
+    return write_run(directory, protocol=Protocol.model_validate(content), change=change, **size)
+
+
 MADE: dict[str, Callable[[Path], Store]] = {
     "small": small_run, "needing": needing_run, "dec7": whole_run, "hard": hard_run, "graph": graph_run,
+    "heads": heads_run,
 }  # fmt: skip
 
 

@@ -187,9 +187,11 @@ def _score_rows(
     hidden = backbone.forward(tokens, positions, slab, None if one_each else branches, edits, capture).flatten(0, 1)
     read_at, write_at = (torch.from_numpy(np.concatenate(at)).to(device) for at in (made.read_at, made.write_at))
     wanted = torch.tensor(made.wanted, device=device)
-    scores.logprobs.view(-1)[write_at] = backbone.token_logprobs(hidden[read_at], wanted)
-    if scores.entropies is not None:
-        scores.entropies.view(-1)[write_at] = backbone.token_entropies(hidden[read_at])
+    if scores.entropies is None:
+        scores.logprobs.view(-1)[write_at] = backbone.token_logprobs(hidden[read_at], wanted)
+    else:
+        found, entropies = backbone.token_logprobs_and_entropies(hidden[read_at], wanted)
+        scores.logprobs.view(-1)[write_at], scores.entropies.view(-1)[write_at] = found, entropies
     at = torch.tensor(rows, device=device)
     first = max(len(continuations[row][0]) for row in rows)
     for layer, values in scores.values.items():

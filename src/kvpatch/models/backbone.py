@@ -178,33 +178,22 @@ class Backbone:
         Returns:
             [n], float32, natural logarithm.
         """
-        if not is_plain_linear(self.head):  # somebody's head, or hooks on it: ask it for all it gives
-            parts = [self.logits(part[:, None])[:, 0] for part in hidden.split(256)]
-            logits = torch.cat(parts).log_softmax(dim=-1)
-            return logits.gather(1, token_ids[:, None])[:, 0]
-        weight, bias = self.head.weight, self.head.bias
-        total = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
-        with fast_products(weight):
-            for low in range(0, weight.shape[0], VOCABULARY_CHUNK):
-                part = slice(low, low + VOCABULARY_CHUNK)
-                chunk = F.linear(hidden, weight[part], None if bias is None else bias[part])
-                total = torch.logaddexp(total, self.scaled(chunk.float()).logsumexp(dim=-1))
-        chosen = (hidden * weight[token_ids]).sum(dim=-1)
-        if bias is not None:
-            chosen = chosen + bias[token_ids]
-        return self.scaled(chosen.float()) - total
+        return self._read_tokens(hidden, token_ids, with_entropies=False)[0]
 
-    def token_entropies(self, hidden: Tensor) -> Tensor:
-        """Entropy of the next token's distribution at each hidden state, nats, chunked over the vocabulary.
+    def token_logprobs_and_entropies(self, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the entropy of the distribution that each token was read from, of one product with the head.
 
-        Args:
-            hidden: [n, width].
         Returns:
-            [n], float32.
+            [n] and [n], float32, nats.
         """
-        if not is_plain_linear(self.head):
+        return self._read_tokens(hidden, token_ids, with_entropies=True)
+
+    def _read_tokens(self, hidden: Tensor, token_ids: Tensor, *, with_entropies: bool) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies; what is returned for entropies that are not asked for means nothing."""
+        if not is_plain_linear(self.head):  # somebody's head, or hooks on it: ask it for all it gives
             parts = [self.logits(part[:, None])[:, 0].float().log_softmax(dim=-1) for part in hidden.split(256)]
-            return torch.cat([-(part.exp() * part).sum(dim=-1) for part in parts])
+            found = torch.cat(parts)
+            return found.gather(1, token_ids[:, None])[:, 0], -(found.exp() * found).sum(dim=-1)
         weight, bias = self.head.weight, self.head.bias
         total = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
         mean = torch.zeros_like(total)  # of the logits, weighted by the probabilities so far
@@ -214,9 +203,14 @@ class Backbone:
                 logits = self.scaled(F.linear(hidden, weight[part], None if bias is None else bias[part]).float())
                 own = logits.logsumexp(dim=-1)
                 both = torch.logaddexp(total, own)
-                mean = mean * (total - both).exp() + (logits.softmax(dim=-1) * logits).sum(dim=-1) * (own - both).exp()
+                if with_entropies:
+                    of_chunk = (logits.softmax(dim=-1) * logits).sum(dim=-1)
+                    mean = mean * (total - both).exp() + of_chunk * (own - both).exp()
                 total = both
-        return total - mean
+        chosen = (hidden * weight[token_ids]).sum(dim=-1)
+        if bias is not None:
+            chosen = chosen + bias[token_ids]
+        return self.scaled(chosen.float()) - total, total - mean
 
     @property
     def logit_scaling(self) -> tuple[float, float | None]:

@@ -40,9 +40,8 @@ lint: install-test  ## format, rules and types
 test: install-test  ## format, rules, types, and every test that needs no GPU
 	@$(MAKE) --no-print-directory --jobs 2 lint pytest
 
-# One worker more than most machines here have cores, since the tests of pages wait for a browser.
 pytest: install-test
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: install-test  ## benchmarks, as ratios to a named peer measured in the same run
 	$(BIN)/python benchmarks/decode.py

@@ -28,7 +28,7 @@ settings.register_profile("fixed", derandomize=True, database=None)
 settings.register_profile("explore", max_examples=1000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
-# The libraries' objects live as long as the tests: to look through them for garbage takes a tenth of the time.
+# The libraries' objects live as long as the tests, so they are looked through for garbage less often.
 gc.set_threshold(50_000, 20, 50)
 
 SLOWEST = (
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     places = {here / name: place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
-    gc.freeze()
+    gc.freeze()  # what is loaded by now stays to the end
 
 
 @pytest.fixture(scope="session")

@@ -43,8 +43,9 @@ def repeated_trials(
         measure: how the run measures a batch.
     Returns:
         How many trials were repeated, of a batch of how many; the share whose text stayed the same, and that share by
-        condition where it is below 1, each with the lower end of its exact 95% interval; and over all conditions the
-        largest change of each readout that does not depend on the text that a trial wrote.
+        condition where it is below 1; the lower end of the exact 95% interval of each share, of every condition's too,
+        since few repeats that all stay the same show little; and over all conditions the largest change of each readout
+        that does not depend on the text that a trial wrote.
     """
     names = [of.name for of in readouts().values() if of.is_stored and not of.is_of_sampled_text and of.asks is None]
     pairs = len(batch.pairs)
@@ -71,7 +72,7 @@ def repeated_trials(
         "texts_equal": sum(every) / len(every) if every else None,
         "texts_equal_at_least": _at_least(every) if every else None,
         "texts_equal_by_condition": {name: sum(of) / len(of) for name, of in same.items() if not all(of)},
-        "texts_equal_by_condition_at_least": {name: _at_least(of) for name, of in same.items() if not all(of)},
+        "texts_equal_by_condition_at_least": {name: _at_least(of) for name, of in same.items()},
         "largest_change": largest,
     }
 

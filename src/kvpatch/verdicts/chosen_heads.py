@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -87,7 +88,9 @@ def chosen_heads(rows: pd.DataFrame, hypothesis: Hypothesis, units: Mapping[str,
     choosing, testing = _halves(by_unit.index.tolist())
     used = sum(unit in testing for unit in pair_units)
     best = _best(by_unit.loc[choosing])
-    table_of_best = by_unit.loc[testing].to_numpy(dtype=float)[:, by_unit.columns.get_indexer(list(best))]
+    columns: list[Any] = by_unit.columns.tolist()
+    places = [columns.index(head) for head in best]
+    table_of_best = by_unit.loc[testing].to_numpy(dtype=float)[:, places]
     values = table_of_best @ np.array([*best.values()]) / max(len(best), 1)
     if not best:
         testing, values, used = [], np.zeros(0), 0

@@ -11,6 +11,7 @@ import torch
 
 from kvpatch.engine.model import Model
 from kvpatch.executors.batch import run_batch
+from kvpatch.executors.groups import part_of
 from kvpatch.planning.plan import Batch, Plan
 from kvpatch.specs.base import Frozen
 
@@ -97,13 +98,8 @@ def _calibrate(model: Model, batch: Batch) -> _Cost:
 
 def _piece(batch: Batch, pairs: int, new_tokens: int) -> Batch:
     """The first pairs of a batch, with this many new tokens."""
-    return batch.model_copy(
-        update={
-            "pairs": batch.pairs[:pairs],
-            "trials": [trial for trial in batch.trials if trial.pair < pairs],
-            "generation": batch.generation.model_copy(update={"max_new_tokens": new_tokens}),
-        }
-    )
+    generation = batch.generation.model_copy(update={"max_new_tokens": new_tokens})
+    return part_of(batch, range(min(pairs, len(batch.pairs)))).model_copy(update={"generation": generation})
 
 
 def _timed(model: Model, batch: Batch) -> float:

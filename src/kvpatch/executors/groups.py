@@ -48,6 +48,17 @@ def merged(batches: Sequence[Batch]) -> Batch:
     return first.model_copy(update={"pairs": pairs, "trials": trials, "conditions": conditions})
 
 
+def part_of(batch: Batch, pairs: range) -> Batch:
+    """Some neighbouring pairs of a batch as a batch of their own, with their trials in the same order."""
+    trials = [trial for trial in batch.trials if trial.pair in pairs]
+    return batch.model_copy(
+        update={
+            "pairs": [batch.pairs[pair] for pair in pairs],
+            "trials": [trial.model_copy(update={"pair": trial.pair - pairs.start}) for trial in trials],
+        }
+    )
+
+
 def rows_that_fit(model: Model, batches: Sequence[Batch]) -> int:
     """Trials to run together on a model's device: one batch at a time on a CPU, as many as fit on a GPU."""
     backbone = model.backbone

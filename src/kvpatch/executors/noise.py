@@ -17,6 +17,7 @@ import torch
 from scipy.stats import binomtest
 
 from kvpatch.engine.model import Model
+from kvpatch.executors.groups import part_of
 from kvpatch.executors.rows import Measured, rows_of
 from kvpatch.planning.plan import Batch
 from kvpatch.readouts.specific_mode import SpecificMode
@@ -53,15 +54,13 @@ def repeated_trials(
     largest = dict.fromkeys(names, 0.0)
     for low, high in SHARES:
         chosen = range(math.floor(low * pairs), math.ceil(high * pairs))
-        places = [place for place, trial in enumerate(batch.trials) if trial.pair in chosen]
-        if not places:
+        part = part_of(batch, chosen)
+        if not part.trials:
             continue
-        part = _part(batch, places, chosen)
+        before = [of for trial, of in zip(batch.trials, first, strict=True) if trial.pair in chosen]
         again = measure(model, part)
-        before = rows_of(part, [first[place] for place in places], None, rule)
-        for one, two, of_one, of_two in zip(
-            before, rows_of(part, again, None, rule), (first[place] for place in places), again, strict=True
-        ):
+        rows = rows_of(part, before, None, rule), rows_of(part, again, None, rule)
+        for one, two, of_one, of_two in zip(*rows, before, again, strict=True):
             same.setdefault(one["condition"], []).append(of_one.output_token_ids == of_two.output_token_ids)
             for name in names:
                 largest[name] = max(largest[name], _change(one[name], two[name]))
@@ -80,16 +79,6 @@ def repeated_trials(
 def _at_least(equal: Sequence[bool]) -> float:
     """Lower end of the 95% interval of a share (Clopper and Pearson 1934)."""
     return float(binomtest(sum(equal), len(equal)).proportion_ci(0.95, method="exact").low)
-
-
-def _part(batch: Batch, places: Sequence[int], pairs: range) -> Batch:
-    trials = [batch.trials[place] for place in places]
-    return batch.model_copy(
-        update={
-            "pairs": [batch.pairs[pair] for pair in pairs],
-            "trials": [trial.model_copy(update={"pair": trial.pair - pairs.start}) for trial in trials],
-        }
-    )
 
 
 def _change(one: float | None, two: float | None) -> float:

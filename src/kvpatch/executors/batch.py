@@ -40,6 +40,7 @@ from kvpatch.planning.plan import Batch
 from kvpatch.readouts.fluency import CoherenceLimits
 from kvpatch.readouts.geometry import layer_at, r_v, r_v_of, r_v_trajectory
 from kvpatch.readouts.likelihood import js_pulls
+from kvpatch.readouts.semantic import semantic_scores
 from kvpatch.readouts.specific_mode import SpecificMode
 
 OnTokens = Callable[[int], None]
@@ -126,6 +127,8 @@ def measure(
     after = mixed.checksums()
     rv_prompt = r_v(mixed, early=layers[1], late=layers[0], window=batch.readouts.r_v.window).tolist()
     texts = model.texts(written.token_ids)
+    direction = batch.readouts.semantic
+    by_meaning = [None] * len(texts) if direction is None else semantic_scores(direction, texts, model.backbone.device)
     asked, heads = _asked_for(batch, built, to_capture, layers, written, forced, own_attention)
     logprobs = written.logprobs.tolist()
     source_ids, target_ids = _prompt_ids(batch, natural)
@@ -140,6 +143,7 @@ def measure(
             output_token_ids=outputs[i],
             output_logprobs=logprobs[i][: lengths[i]],
             text=texts[i],
+            semantic_score=by_meaning[i],
             stopped=written.stopped[i],
             rv_prompt=rv_prompt[i],
             rv_output=forced.rv_output[i],

@@ -18,10 +18,9 @@ from scipy.stats import binomtest
 
 from kvpatch.engine.model import Model
 from kvpatch.executors.groups import part_of
-from kvpatch.executors.rows import Measured, rows_of
+from kvpatch.executors.rows import Measured, forced_readouts
 from kvpatch.planning.plan import Batch
 from kvpatch.readouts.specific_mode import SpecificMode
-from kvpatch.specs.readouts import readouts
 
 SHARES = ((0, 1 / 8), (1 / 8, 1 / 2))
 """Shares of the pairs that are measured again, each as a batch of its own."""
@@ -48,10 +47,9 @@ def repeated_trials(
         since few repeats that all stay the same show little; and over all conditions the largest change of each readout
         that does not depend on the text that a trial wrote.
     """
-    names = [of.name for of in readouts().values() if of.is_stored and not of.is_of_sampled_text and of.asks is None]
     pairs = len(batch.pairs)
     same: dict[str, list[bool]] = {}
-    largest = dict.fromkeys(names, 0.0)
+    largest: dict[str, float] = {}
     for low, high in SHARES:
         chosen = range(math.floor(low * pairs), math.ceil(high * pairs))
         part = part_of(batch, chosen)
@@ -59,11 +57,12 @@ def repeated_trials(
             continue
         before = [of for trial, of in zip(batch.trials, first, strict=True) if trial.pair in chosen]
         again = measure(model, part)
-        rows = rows_of(part, before, None, rule), rows_of(part, again, None, rule)
-        for one, two, of_one, of_two in zip(*rows, before, again, strict=True):
-            same.setdefault(one["condition"], []).append(of_one.output_token_ids == of_two.output_token_ids)
-            for name in names:
-                largest[name] = max(largest[name], _change(one[name], two[name]))
+        for trial, one, two in zip(part.trials, before, again, strict=True):
+            same.setdefault(trial.condition, []).append(one.output_token_ids == two.output_token_ids)
+            numbers = forced_readouts(part, two, rule)
+            for name, number in forced_readouts(part, one, rule).items():
+                if not isinstance(number, list):  # what is stored by position or covariate is part of a number here
+                    largest[name] = max(largest.get(name, 0.0), _change(number, numbers[name]))
     every = [equal for of in same.values() for equal in of]
     return {
         "repeated": len(every),

@@ -17,7 +17,6 @@ from kvpatch.readouts.behavior import ngram_overlap
 from kvpatch.readouts.fluency import CoherenceLimits, is_coherent, repetition_profile
 from kvpatch.readouts.likelihood import log_likelihood_ratios
 from kvpatch.readouts.outside import measure_outside
-from kvpatch.readouts.semantic import semantic_scores
 from kvpatch.readouts.specific_mode import SpecificMode
 from kvpatch.specs.attention import STAGES
 from kvpatch.specs.readouts import TrialRecord, from_outside
@@ -42,6 +41,7 @@ class Measured:
     output_token_ids: list[int]
     output_logprobs: list[float]
     text: str
+    semantic_score: float | None
     stopped: str
     rv_prompt: float
     rv_output: float
@@ -73,12 +73,9 @@ def rows_of(
     """
     rows = []
     counts = ("n_slots_patched", "n_layers_patched", "n_kv_heads_patched")
-    by_meaning = _by_meaning(batch, measured)
     for index, of in enumerate(measured):
-        row = {**_identity(batch, index), **_output(of), **_scores(batch, index, of), **_likelihoods(batch, of, rule)}
+        row = {**_identity(batch, index), **_output(of), **_scores(batch, index, of), **forced_readouts(batch, of, rule)}
         row |= {
-            "rv_prompt": of.rv_prompt,
-            "rv_output": of.rv_output,
             "rv_own": of.rv_own,
             "nll_target": of.nll_target,
             "nll_context": of.nll_context,
@@ -91,12 +88,8 @@ def rows_of(
             **dict(zip(counts, of.touched, strict=True)),
             "error": _error(of, row["nll_own"]),
         }
-        row |= (
-            dict.fromkeys(OPTIONAL_COLUMNS)
-            | dict(of.asked)
-            | {"semantic_score": by_meaning[index]}
-            | _from_outside(row)
-        )
+        row |= dict.fromkeys(OPTIONAL_COLUMNS) | dict(of.asked) | {"semantic_score": of.semantic_score}
+        row |= _from_outside(row)
         row["coherent"] = limits and is_coherent(row["excess_context"], row["repetition_4"], limits)
         rows.append(row)
     return rows
@@ -180,12 +173,6 @@ def _scores(batch: Batch, index: int, of: Measured) -> dict[str, Any]:
     }
 
 
-def _by_meaning(batch: Batch, measured: Sequence[Measured]) -> list[float | None]:
-    """The semantic score of every text; null where the protocol or the installation has none."""
-    name = batch.readouts.semantic
-    return [None] * len(measured) if name is None else semantic_scores(name, [of.text for of in measured])
-
-
 def _from_outside(row: Mapping[str, Any]) -> dict[str, float | None]:
     """Readouts of other packages; null for a trial that is an error, which no test reads."""
     if row["error"] is not None:
@@ -197,10 +184,13 @@ def _from_outside(row: Mapping[str, Any]) -> dict[str, float | None]:
     return dict(measure_outside(TrialRecord(**given)))
 
 
-def _likelihoods(batch: Batch, of: Measured, rule: SpecificMode | None) -> dict[str, Any]:
+def forced_readouts(batch: Batch, of: Measured, rule: SpecificMode | None) -> dict[str, Any]:
+    """The columns that do not depend on the text which a trial wrote; `rule` as in `batch.run_batch`."""
     first = batch.readouts.likelihood_tokens
     ratios = log_likelihood_ratios(of.cells, first=first)
     return {
+        "rv_prompt": of.rv_prompt,
+        "rv_output": of.rv_output,
         "js_pull": of.js_pull,
         "mode_llr": ratios.mode if rule is None else rule.specific(of.cells, first=first),
         "mode_llr_unweighted": ratios.mode,

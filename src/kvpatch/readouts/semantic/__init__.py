@@ -68,21 +68,21 @@ def is_available() -> bool:
     return is_installed(PACKAGE)
 
 
-def semantic_scores(name: str, texts: Sequence[str]) -> list[float | None]:
+def semantic_scores(name: str, texts: Sequence[str], device: torch.device | str = "cpu") -> list[float | None]:
     """The score of each text along a shipped direction: above 0 it is rather in the mode, from -4 to 4.
 
     A text without a letter has no meaning to score and gets None; so does every text where the extra is not installed.
 
     The score is the mean of the bounded log-odds of the text's windows, weighted by their words. Words that only repeat
     four words written before count as plain text, so that a loop scores as plain text does, whatever it repeats. A
-    text's score does not depend on the other texts, up to rounding.
+    text's score does not depend on the other texts nor on the device, up to rounding.
     """
     if not is_available():
         return [None] * len(texts)
     fitted = direction(name)
     of_each = [windows(text) for text in texts]
     different = list(dict.fromkeys(window.text for own in of_each for window in own))
-    odds = embed(different) @ np.array(fitted.weights) + fitted.bias
+    odds = embed(different, device) @ np.array(fitted.weights) + fitted.bias
     bounded = dict(zip(different, np.clip(odds, -BOUND, BOUND).tolist(), strict=True))
     return [_mean(own, bounded, fitted.plain) for own in of_each]
 
@@ -137,14 +137,15 @@ def _fresh(words: Sequence[str]) -> list[bool]:
     return out
 
 
-def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+def embed(texts: Sequence[str], device: torch.device | str = "cpu") -> NDArray[np.float32]:
     """Embeddings of texts, [texts, 384], each of norm 1: the mean over tokens of the model's last hidden states.
 
-    Float32 on the processor. Texts of one length run together, so that no text is padded and none depends on others.
+    Float32, on a GPU if `device` is one and on the processor otherwise. Texts of one length run together, so that no text is padded and none depends on others.
     """
     import torch
 
-    tokenizer, model = _embedder()
+    on = torch.device(device if torch.device(device).type == "cuda" else "cpu")
+    tokenizer, model = _embedder(on)
     tokens: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=_LONGEST)["input_ids"] if texts else []
     out = np.zeros((len(texts), 384), dtype=np.float32)
     by_length: dict[int, list[int]] = {}
@@ -155,21 +156,21 @@ def embed(texts: Sequence[str]) -> NDArray[np.float32]:
             at_once = max(1, TOKENS_AT_ONCE // length)
             for start in range(0, len(places), at_once):
                 rows = places[start : start + at_once]
-                ids = torch.tensor([tokens[row] for row in rows])
+                ids = torch.tensor([tokens[row] for row in rows], device=on)
                 hidden: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-                out[rows] = torch.nn.functional.normalize(hidden.mean(dim=1), dim=1).numpy()
+                out[rows] = torch.nn.functional.normalize(hidden.mean(dim=1), dim=1).cpu().numpy()
     return out
 
 
 @functools.cache
-def _embedder() -> tuple[Any, Any]:
-    """Tokenizer and embedding model, loaded once in a process; nothing is fetched."""
+def _embedder(device: torch.device) -> tuple[Any, Any]:
+    """Tokenizer and embedding model, loaded once in a process for each device; nothing is fetched."""
     from transformers import AutoModel, AutoTokenizer
 
     folder = model_folder()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model: Any = AutoModel.from_pretrained(folder, local_files_only=True)
-    return tokenizer, model.float().eval()
+    return tokenizer, model.float().eval().to(device)
 
 
 def model_folder() -> Path:

@@ -25,6 +25,8 @@ NO_RECIPE = ("about", "from", "text_of", "role", "min_kv_heads", "needs_template
 """Keys of a condition that say nothing of how much a cache is damaged."""
 ORDERED = ("trend", "umbrella", "rank_correlates")
 """Tests of which the contrast orders conditions."""
+LEVEL = "mode_llr_level"
+"""How likely all given continuations are: the first of the covariates of damage."""
 PAIRS_OWN = (None, "target", "source")
 
 
@@ -51,7 +53,8 @@ class Run:
         for part in dict.fromkeys(parts):
             stored = pq.ParquetFile(directory / "trials" / part)
             there = set(stored.schema_arrow.names)
-            wanted = [name for name in (*KEYS, *sorted(self.readouts), "source_token_ids") if name in there]
+            lists = ("source_token_ids", "mode_llr_damage")
+            wanted = [name for name in (*KEYS, *sorted(self.readouts), *lists) if name in there]
             yield from stored.read(wanted).to_pylist()
 
     def _each_once(self, rows):
@@ -61,6 +64,7 @@ class Run:
             row["failed"] = bool((row.get("error") or "").strip())
             ids = row.get("source_token_ids")
             row["source_tokens"] = None if ids is None else len(ids)
+            row[LEVEL] = next(iter(row.get("mode_llr_damage") or ()), None)
             key = tuple(row[name] for name in ("trial_id", "phase", "split", "condition", "pair_id"))
             if key not in found or (found[key]["failed"] and not row["failed"]):
                 found[key] = row

@@ -6,7 +6,7 @@ import math
 from collections import Counter, defaultdict
 
 from recompute_numbers import scores
-from recompute_rows import ORDERED, giver, is_natural, order, recipe, roles, terms, value_of
+from recompute_rows import LEVEL, ORDERED, giver, is_natural, order, recipe, roles, terms, value_of
 from scipy import stats
 
 PASSED = ("supported", "equivalent", "tautological")
@@ -84,16 +84,35 @@ def is_incoherent(run, h):
             names |= set(order(h)[0] if v is h and h["test"] in ORDERED else terms(v["contrast"]))
     if h.get("ranked_with") and needs_coherent_text(h["ranked_with"]):
         names |= set(order(h)[0])
+    read, too_few = [], False  # share of the outputs that are coherent and number of pairs, of each condition
     for name in names:
         by_pair = defaultdict(list)
         for row in run.of["test", h["phase"]]:
-            if row["condition"] == name and not row["failed"]:
-                by_pair[row["pair_id"]].append(bool(row["coherent"]))
+            if row["condition"] == name:
+                by_pair[row["pair_id"]] += [] if row["failed"] else [bool(row["coherent"])]
+        by_pair = {pair: of for pair, of in by_pair.items() if of}
         good = math.fsum(sum(of) / len(of) for of in by_pair.values())
         bad = len(by_pair) - good
-        if by_pair and bad > 1e-9 and stats.beta.ppf(0.95, good + 1, bad) < 0.9:
-            return True
-    return False
+        outputs = [one for of in by_pair.values() for one in of]
+        read.append((sum(outputs) / len(outputs) if outputs else math.nan, len(by_pair)))
+        too_few |= bool(by_pair) and bad > 1e-9 and stats.beta.ppf(0.95, good + 1, bad) < 0.9
+    return too_few and not (run.protocol.get("families") and are_alike(read))
+
+
+def are_alike(shares):
+    """Whether each of several conditions has half of its outputs coherent, and the 95% interval of the largest
+    difference (Newcombe 1998, method 10, of Wilson's intervals) ends below 0.2."""
+    if len(shares) < 2 or not all(n > 0 and share >= 0.5 for share, n in shares):
+        return False
+    (low, n_low), (high, n_high) = min(shares), max(shares)
+    below, above = wilson(low, n_low)[0], wilson(high, n_high)[1]
+    return high - low + math.hypot(low - below, above - high) < 0.2
+
+
+def wilson(share, n):
+    z = stats.norm.ppf(0.975)
+    middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
 
 
 def is_unspecific(run, h):
@@ -112,8 +131,55 @@ def is_unspecific(run, h):
     if is_even or len(set(ways.values())) == 1:
         return False
     of = found["readouts"][h["readout"]]
-    moved = [abs(of["shares"][name]) for name in found["destroyed"] if name in of["shares"]]
-    return of["gap"] is None or of["gap"] <= 0 or not moved or max(moved) > 0.25
+    moved = {name: abs(of["shares"][name]) for name in found["destroyed"] if name in of["shares"]}
+    if of["gap"] is None or of["gap"] <= 0 or not moved:
+        return True
+    beyond = {name: share for name, share in moved.items() if share > 0.25}
+    return bool(beyond) and not explains_little(run, h, model, beyond)
+
+
+def explains_little(run, h, model, beyond):
+    """Whether the difference in damage between the sides of a contrast explains at most a twentieth of the gap."""
+    if h["test"] in ORDERED:
+        return False
+    of_pairs = pair_numbers(run, h["phase"], terms(h["contrast"]), LEVEL)
+    units = defaultdict(list)
+    for pair, number in of_pairs.items():
+        units[run.units[h["phase"]].get(pair, pair)].append(number)
+    differences = [math.fsum(of) / len(of) for of in units.values()]
+    n = len(differences)
+    if n < 2:
+        return False
+    mean = math.fsum(differences) / n
+    error = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+    most = abs(mean) + stats.t.ppf(0.975, n - 1) * error
+    natural = next(name for name, c in run.conditions.items() if is_natural(c) and giver(c) == c["into"] == "target")
+    for name, share in beyond.items():
+        for phase, settings in run.protocol["phases"].items():
+            shifts = pair_numbers(run, phase, {name: 1, natural: -1}, LEVEL) if settings.get("model") == model else {}
+            if shifts:
+                level = abs(math.fsum(shifts.values()) / len(shifts))
+                if not level or share * most / level > 0.05:
+                    return False
+                break
+        else:
+            return False
+    return True
+
+
+def pair_numbers(run, phase, weights, readout):
+    """Pair -> weighted sum of its means of a readout under several conditions, for pairs that have all of them."""
+    found = defaultdict(lambda: defaultdict(list))
+    for row in run.of["test", phase]:
+        if row["condition"] in weights and not row["failed"]:
+            number = row.get(readout)
+            found[row["pair_id"]][row["condition"]].append(math.nan if number is None else number)
+    sums = {
+        pair: math.fsum(weights[name] * math.fsum(of[name]) / len(of[name]) for name in weights)
+        for pair, of in found.items()
+        if set(of) == set(weights)
+    }
+    return {pair: number for pair, number in sums.items() if math.isfinite(number)}
 
 
 def said(run, h, m, p_adjusted, first):
@@ -176,7 +242,7 @@ def equivalent(m, is_significant):
 
 
 def repeated(m, first, is_significant):
-    """A second study, held against the first."""
+    """A second study, held against the first: each beyond its own bound, with intervals of dz that overlap."""
     side = side_of(first["asked"])
     bounds = [0.0 if first["asked"]["margin"] is None or x["margin"] is None else x["margin"] for x in (first, m)]
     (low1, high1), (low2, high2) = (sorted((side * x["ci_low"], side * x["ci_high"])) for x in (first, m))
@@ -184,8 +250,18 @@ def repeated(m, first, is_significant):
         return "inconclusive"
     if high2 < 0 or (bounds[1] > 0 and high2 <= bounds[1]):
         return "not supported"
-    holds = low1 > bounds[0] and low2 > bounds[1] and low2 <= high1 and low1 <= high2
+    (below1, above1), (below2, above2) = (dz_interval(x) for x in (first, m))
+    overlap = below2 <= above1 and below1 <= above2  # False of NaN, where one of the two has no dz
+    holds = low1 > bounds[0] and low2 > bounds[1] and overlap
     return "supported" if holds and is_significant else "inconclusive"
+
+
+def dz_interval(m):
+    """The 95% interval of dz, or the 90% of an equivalence: standard error sqrt(1/n + dz^2 / 2n), Student's t."""
+    dz, n = m["effect_size"], m["n"]
+    level = 0.9 if m["asked"]["test"] == "equivalent" else 0.95
+    half = stats.t.ppf(0.5 + level / 2, n - 1) * math.sqrt(1 / n + dz**2 / (2 * n))
+    return dz - half, dz + half
 
 
 def is_partial(run, name):

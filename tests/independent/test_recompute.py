@@ -38,6 +38,9 @@ def hard_run(directory: Path) -> Store:
             out["error"] = "RuntimeError: planted"
         if row["split"] == "test" and name == "Y" and chance < 30:
             out["mode_llr"] = None
+        # X breaks the cache, Y hardly; both are incoherent about equally often, NT more often.
+        out["mode_llr_damage"] = [{"X": -3.0, "Y": -0.05}.get(name, 0.0) + chance / 5000, 0.0]
+        out["coherent"] = chance >= {"X": 30, "Y": 27, "NT": 45}.get(name, 2)
         return out
 
     hypotheses = [

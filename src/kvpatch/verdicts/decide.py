@@ -22,6 +22,7 @@ from kvpatch.verdicts.records import Verdict, verdicts_json
 from kvpatch.verdicts.rule import Again, Circumstances, Decided, decide_all, words_of
 from kvpatch.verdicts.rules import Decision
 from kvpatch.verdicts.sensitivity import Sensitivity, by_domain, sensitivity
+from kvpatch.verdicts.specificity import explained_shares
 from kvpatch.verdicts.texts import Texts, texts_of
 from kvpatch.verdicts.wording import text_contrast
 from kvpatch.verdicts.worst_case import decided_at_worst, lacking, planned_pairs
@@ -59,7 +60,9 @@ def verdicts(
     }
     units = {name: units_of(protocol, part) for name, part in phases.items()}
     measured = {h.id: measure(protocol, rows, h, units[h.phase]) for h in protocol.hypotheses}
-    around = Circumstances(texts, shares, instrument_ok, calibrations or {})
+    calibrations = calibrations or {}
+    explained = explained_shares(protocol, rows, calibrations, units)
+    around = Circumstances(texts, shares, instrument_ok, calibrations, explained)
 
     def at_worst(h: Hypothesis, found: Decision, again: Again) -> Decision:
         m = measured[h.id]

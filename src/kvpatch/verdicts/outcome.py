@@ -22,6 +22,7 @@ from kvpatch.verdicts.decide import Verdict, headline, verdicts, verdicts_json
 from kvpatch.verdicts.effects import Effect, effects
 from kvpatch.verdicts.plan_table import AnsweredRow, plan_table
 from kvpatch.verdicts.prerequisites import instrument_holds
+from kvpatch.verdicts.specificity import LEVEL
 
 
 def stored_protocol(record: RunRecord, *, is_exploratory: bool = False) -> Protocol:
@@ -67,16 +68,18 @@ def _light_columns() -> list[str]:
 def light_rows(store: Store) -> pd.DataFrame:
     """Every trial without its texts and lists, which the statistics do not need: 200,000 trials stay small and quick.
 
-    `source_tokens` is the length of `source_token_ids`; `output_token_ids` is a hash of the ids, to be compared only.
+    `source_tokens` is the length of `source_token_ids`; `output_token_ids` is a hash of the ids, to be compared only;
+    `mode_llr_level` is the first of the covariates of damage.
 
     Raises:
         StoreError: where there are no trials, or a part is damaged.
     """
     light = _light_columns()
-    table = store.read([*light, "source_token_ids", "output_token_ids"])
+    table = store.read([*light, "source_token_ids", "output_token_ids", "mode_llr_damage"])
     rows = (
         table.select(light)
         .append_column("source_tokens", pc.list_value_length(table["source_token_ids"]))  # pyright: ignore
+        .append_column(LEVEL, pc.list_element(table["mode_llr_damage"], 0))  # pyright: ignore
         .append_column("output_token_ids", pa.array(_hashes(table["output_token_ids"]), pa.string()))
     )
     # Rows are filtered by their words many times over, which Python's strings bear better than Arrow's.
@@ -183,6 +186,7 @@ def _needed(protocol: Protocol) -> list[str]:
         "coherent",
         "equals_text",
         "error",
+        LEVEL,
     ]
     read = [name for h in protocol.hypotheses for name in h.readouts]
     return list(dict.fromkeys([*keys, *read, *map(heads_column, read)]))

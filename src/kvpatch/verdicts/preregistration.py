@@ -24,8 +24,8 @@ from kvpatch.verdicts.deviations import stated
 from kvpatch.verdicts.margins import calibration_rows, natural_gap
 from kvpatch.verdicts.missing import MOST_MISSING
 from kvpatch.verdicts.pairs import prepare
-from kvpatch.verdicts.prerequisites import COHERENT_SHARE
-from kvpatch.verdicts.specificity import LIMIT
+from kvpatch.verdicts.prerequisites import ABOUT, COHERENT_SHARE, MOSTLY
+from kvpatch.verdicts.specificity import EXPLAINED, LIMIT
 
 FORMAT = "kvpatch-preregistration-1"
 """What the block says that it is. A later form of it gets another number."""
@@ -119,9 +119,10 @@ def exclusions(protocol: Protocol) -> list[str]:
         f"A contrast of which a condition lacks more than {MOST_MISSING:.0%} of its planned rows is not interpretable, "
         "unless the verdict is the same with these at the lowest and at the highest value seen.",
         f"A readout of sampled text is not interpretable where a condition has less than {COHERENT_SHARE:.0%} coherent "
-        "outputs beyond chance.",
+        f"outputs beyond chance, unless each has at least {MOSTLY:.0%} and the 95% interval of the largest difference "
+        f"between them ends below {ABOUT:g}.",
         f"A contrast of unequally damaged conditions is not interpretable in a readout that a destroyed cache moves by "
-        f"more than {LIMIT:g} of the natural gap.",
+        f"more than {LIMIT:g} of the natural gap, unless what differs in damage explains at most {EXPLAINED:g} of it.",
         "Nothing is interpretable on a model that fails the check.",
     ]
 

@@ -3,14 +3,16 @@ gates where it names nothing, must have passed. What the report and the view sho
 
 from __future__ import annotations
 
+import functools
 import graphlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
 from scipy import stats
+from statsmodels.stats.proportion import confint_proportions_2indep
 
 from kvpatch.errors import StoreError
 from kvpatch.protocols.hypotheses import Hypothesis, waits_for
@@ -20,6 +22,9 @@ from kvpatch.specs.readouts import readouts
 COHERENT_SHARE = 0.9
 CERTAIN = 0.95
 """One-sided level at which a condition's share of coherent outputs must lie below `COHERENT_SHARE` to stop it."""
+MOSTLY, ABOUT = 0.5, 0.2
+"""Conditions are about equally coherent where each has at least the first share of its outputs coherent, and the 95%
+interval of the largest difference between their shares ends below the second."""
 PASSED = ("supported", "equivalent")
 PRIMARY, NULLS = "primary", "nulls"
 """Families by which a protocol with `needs` says what answers its question, and what must leave the target as it is."""
@@ -31,11 +36,13 @@ class Coherence:
     """How many of a condition's outputs are coherent.
 
     share: of the outputs, in [0, 1]; NaN where every trial is an error. highest: upper one-sided 95% Clopper-Pearson
-    bound of the share, over pairs, since outputs of a pair are no independent ones; 1 where there is no pair.
+    bound of the share, over pairs, since outputs of a pair are no independent ones; 1 where there is no pair. pairs:
+    how many there are.
     """
 
     share: float
     highest: float
+    pairs: int = 0
 
     @property
     def is_too_low(self) -> bool:
@@ -70,13 +77,31 @@ def _coherence(pairs: list[list[bool]]) -> Coherence:
         return Coherence(math.nan, 1.0)
     outputs = [good for pair in pairs for good in pair]
     good = math.fsum(sum(pair) / len(pair) for pair in pairs)
-    return Coherence(sum(outputs) / len(outputs), coherence_of(good, len(pairs)).highest)
+    return Coherence(sum(outputs) / len(outputs), coherence_of(good, len(pairs)).highest, len(pairs))
 
 
 def coherence_of(good: float, pairs: int) -> Coherence:
     """How coherent a condition is of which `good` of so many pairs are, a pair counting by its share."""
     bad = pairs - good
-    return Coherence(good / pairs, float(stats.beta.ppf(CERTAIN, good + 1, bad)) if bad > 1e-9 else 1.0)
+    return Coherence(good / pairs, float(stats.beta.ppf(CERTAIN, good + 1, bad)) if bad > 1e-9 else 1.0, pairs)
+
+
+def are_equally_coherent(found: Collection[Coherence]) -> bool:
+    """Whether conditions are about equally coherent, so that what is incoherent stands on all sides of a contrast.
+
+    The interval is Newcombe's (1998, method 10), as if the pairs were others in each condition, which makes it wider.
+    """
+    shares = [(of.share, of.pairs) for of in found]
+    if len(shares) < 2 or not all(n > 0 and share >= MOSTLY for share, n in shares):
+        return False
+    return _largest_difference(min(shares), max(shares)) < ABOUT
+
+
+@functools.lru_cache(maxsize=4096)
+def _largest_difference(low: tuple[float, int], high: tuple[float, int]) -> float:
+    """Upper end of the 95% interval of the difference of two shares, each with its number of pairs."""
+    ends = confint_proportions_2indep(high[0] * high[1], high[1], low[0] * low[1], low[1], method="newcomb")
+    return float(ends[1])
 
 
 def reads_sampled_text(readout: str) -> bool:
@@ -88,6 +113,12 @@ def reads_sampled_text(readout: str) -> bool:
 
 def incoherent_conditions(hypothesis: Hypothesis, shares: Mapping[tuple[str, str], Coherence]) -> dict[str, float]:
     """Condition -> share, for those whose sampled texts the hypothesis reads and that are too incoherent to be read."""
+    read = coherence_read(hypothesis, shares)
+    return {name: of.share for name, of in read.items() if of.is_too_low}
+
+
+def coherence_read(hypothesis: Hypothesis, shares: Mapping[tuple[str, str], Coherence]) -> dict[str, Coherence]:
+    """Condition -> how coherent it is, for those whose sampled texts the hypothesis reads."""
     own = [hypothesis.readout, *(variable.readout for variable, _ in hypothesis.others())]
     names = [
         name
@@ -98,7 +129,7 @@ def incoherent_conditions(hypothesis: Hypothesis, shares: Mapping[tuple[str, str
     if hypothesis.ranked_with is not None and reads_sampled_text(hypothesis.ranked_with):
         names += hypothesis.conditions
     found = {name: shares.get((hypothesis.phase, name)) for name in dict.fromkeys(names)}
-    return {name: of.share for name, of in found.items() if of is not None and of.is_too_low}
+    return {name: of for name, of in found.items() if of is not None}
 
 
 def instrument_holds(checks: Iterable[Mapping[str, Any]]) -> bool | None:

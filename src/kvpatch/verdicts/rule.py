@@ -16,7 +16,10 @@ from kvpatch.verdicts.families import adjusted_in
 from kvpatch.verdicts.measure import Measured
 from kvpatch.verdicts.prerequisites import (
     COHERENT_SHARE,
+    MOSTLY,
     Coherence,
+    are_equally_coherent,
+    coherence_read,
     decision_order,
     failed_gatekeeper,
     gatekeepers,
@@ -39,13 +42,15 @@ class Circumstances:
 
     texts: what the conditions equal. shares: (phase, condition) -> how many outputs are coherent. instrument_ok:
     whether the model's check passed; None if unknown, which blocks nothing. calibrations: model's key -> how far
-    destroyed caches move its readouts.
+    destroyed caches move its readouts. explained: hypothesis -> share of the natural gap that unequal damage could
+    explain in it, where that is known.
     """
 
     texts: Texts
     shares: Mapping[tuple[str, str], Coherence] = field(default_factory=dict)
     instrument_ok: bool | None = None
     calibrations: Mapping[str | None, ReadoutCalibration] = field(default_factory=dict)
+    explained: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def decide_all(
         m = measured[h.id]
         blocked = _blocked(h, m, around, decided)
         if blocked is None:
-            because = unspecific(protocol, h, around.calibrations)
+            because = unspecific(protocol, h, around.calibrations, around.explained)
             blocked = None if because is None else Decision("not interpretable", because, "specificity")
         first = None if h.of is None else measured[h.of]
         found = blocked or _by_numbers(protocol, m, adjusted[h.id], first)
@@ -87,6 +92,9 @@ def decide_all(
                 return _by_numbers(protocol, other, p, first)
 
             found = at_worst(h, found, again)
+        if blocked is None and (weak := incoherent_conditions(h, around.shares)):
+            note = f"Only {_told(weak)} are coherent, but about equally many under each condition."
+            found = replace(found, because=f"{found.because} {note}")
         decided[h.id] = _with_figures(m, found) if protocol.families else found
     return Decided(adjusted, decided)
 
@@ -130,11 +138,21 @@ def _blocked(h: Hypothesis, m: Measured, around: Circumstances, decided: Mapping
     if waits is not None:
         return waits
     weak = incoherent_conditions(h, around.shares)
-    if weak:
-        told = " and ".join(f"{percent(share)} of the outputs of {name}" for name, share in weak.items())
-        because = f"Only {told} are coherent in phase {h.phase}, where at least {COHERENT_SHARE:.0%} are needed."
-        return Decision("not interpretable", because, "coherence")
+    if weak and not _is_equally_coherent(h, around):
+        or_alike = f", or {MOSTLY:.0%} and about equally many under each condition" if texts.protocol.families else ""
+        needed = f"where at least {COHERENT_SHARE:.0%} are needed{or_alike}"
+        return Decision("not interpretable", f"Only {_told(weak)} are coherent in phase {h.phase}, {needed}.", "coherence")
     return None
+
+
+def _is_equally_coherent(h: Hypothesis, around: Circumstances) -> bool:
+    """Whether a contrast can be read though its outputs are not coherent enough. Only of protocols with `families`;
+    others are decided as they always were."""
+    return bool(around.texts.protocol.families) and are_equally_coherent(coherence_read(h, around.shares).values())
+
+
+def _told(weak: Mapping[str, float]) -> str:
+    return " and ".join(f"{percent(share)} of the outputs of {name}" for name, share in weak.items())
 
 
 def words_of(decided: Mapping[str, Decision]) -> dict[str, str]:

@@ -84,6 +84,7 @@ def is_incoherent(run, h):
             names |= set(order(h)[0] if v is h and h["test"] in ORDERED else terms(v["contrast"]))
     if h.get("ranked_with") and needs_coherent_text(h["ranked_with"]):
         names |= set(order(h)[0])
+    found = roles(run, h)
     read, too_few = [], False  # share of the outputs that are coherent and number of pairs, of each condition
     for name in names:
         by_pair = defaultdict(list)
@@ -95,7 +96,8 @@ def is_incoherent(run, h):
         bad = len(by_pair) - good
         outputs = [one for of in by_pair.values() for one in of]
         read.append((sum(outputs) / len(outputs) if outputs else math.nan, len(by_pair)))
-        too_few |= bool(by_pair) and bad > 1e-9 and stats.beta.ppf(0.95, good + 1, bad) < 0.9
+        is_text = run.protocol.get("families") and found[name] is not None
+        too_few |= bool(by_pair) and bad > 1e-9 and stats.beta.ppf(0.95, good + 1, bad) < 0.9 and not is_text
     return too_few and not (run.protocol.get("families") and are_alike(read))
 
 

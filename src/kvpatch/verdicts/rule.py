@@ -92,7 +92,7 @@ def decide_all(
                 return _by_numbers(protocol, other, p, first)
 
             found = at_worst(h, found, again)
-        if blocked is None and (weak := incoherent_conditions(h, around.shares)):
+        if blocked is None and (weak := _incoherent(h, around)):
             note = f"Only {_told(weak)} are coherent, but about equally many under each condition."
             found = replace(found, because=f"{found.because} {note}")
         decided[h.id] = _with_figures(m, found) if protocol.families else found
@@ -137,12 +137,21 @@ def _blocked(h: Hypothesis, m: Measured, around: Circumstances, decided: Mapping
     waits = _behind_a_gate(h, texts.protocol, decided) if h.needs is None else _lacks(h, m, texts.protocol, decided)
     if waits is not None:
         return waits
-    weak = incoherent_conditions(h, around.shares)
+    weak = _incoherent(h, around)
     if weak and not _is_equally_coherent(h, around):
         or_alike = f", or {MOSTLY:.0%} and about equally many under each condition" if texts.protocol.families else ""
         needed = f"where at least {COHERENT_SHARE:.0%} are needed{or_alike}"
         return Decision("not interpretable", f"Only {_told(weak)} are coherent in phase {h.phase}, {needed}.", "coherence")
     return None
+
+
+def _incoherent(h: Hypothesis, around: Circumstances) -> dict[str, float]:
+    """Condition -> share, for those too incoherent to be read. In a protocol with `families` a condition that equals a
+    natural run is none of them: nothing was patched in it, so that what the model writes there is what it writes."""
+    weak, texts = incoherent_conditions(h, around.shares), around.texts
+    if not texts.protocol.families:
+        return weak
+    return {name: share for name, share in weak.items() if texts.role(h.phase, name) is None}
 
 
 def _is_equally_coherent(h: Hypothesis, around: Circumstances) -> bool:

@@ -1,11 +1,16 @@
-"""Files that several packages share: the loader of YAML, and the directory for what is made once and kept."""
+"""Files that several packages share: the loader of YAML, locks, and the directory for what is made once and kept."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 import platformdirs
 import yaml
 
@@ -30,3 +35,47 @@ def write_whole(path: Path, content: bytes) -> None:
 def cache_directory() -> Path:
     """Where converted models, organisms and validations are kept: $KVPATCH_CACHE, or the user's cache directory."""
     return Path(os.environ.get("KVPATCH_CACHE") or platformdirs.user_cache_dir("kvpatch"))
+
+
+class Taken(Exception):
+    """A lock is held by another process."""
+
+
+@contextmanager
+def held(path: Path, wait: float = -1) -> Iterator[None]:
+    """Hold a lock file, made if need be, while the block runs.
+
+    Args:
+        wait: seconds to wait for another process to let go of it; for ever below 0.
+    Raises:
+        Taken: where another process still holds it.
+        OSError: where it can't be made, or the file system has no locks, as some network file systems.
+    """
+    _refuse_without_locks(path)
+    lock = filelock.FileLock(path, timeout=wait)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise Taken from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _refuse_without_locks(path: Path) -> None:
+    """Try the lock once. A library that takes every failure for a lock that is held would wait for ever."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    except BlockingIOError:
+        pass
+    except OSError as error:
+        raise OSError(
+            error.errno or errno.ENOLCK,
+            f"its file system has no file locks ({error.strerror or error}), without which two processes could write "
+            "there at once; give a directory on a local disk, and copy it afterwards",
+        ) from error
+    finally:
+        os.close(handle)

@@ -17,7 +17,7 @@ from kvpatch.checks.noise_floor import noise_floor
 from kvpatch.engine.backend import fast_of
 from kvpatch.engine.calibration import calibrate
 from kvpatch.engine.model import Model
-from kvpatch.errors import ModelError, ProtocolError
+from kvpatch.errors import ModelError, ProtocolError, StoreError
 from kvpatch.executors.local import LocalExecutor
 from kvpatch.executors.specificity import calibrate_readouts, rule_of
 from kvpatch.files import cache_directory
@@ -38,7 +38,7 @@ from kvpatch.store.readout_calibration import ReadoutCalibration
 from kvpatch.store.record import ModelRecord, RunRecord
 from kvpatch.store.validation import newest_validation
 from kvpatch.verdicts.deviations import stated
-from kvpatch.verdicts.outcome import Outcome, outcome_of, write_verdicts
+from kvpatch.verdicts.outcome import Outcome, outcome_of, stored_protocol, write_verdicts
 from kvpatch.verdicts.procedures import refuse_unknown
 
 WORTH_CALIBRATING = 1500
@@ -126,14 +126,19 @@ def run(
     """
     listener = listener or ProgressListener()
     refuse_unknown(protocol.hypotheses)
+    store = Store(out)
+    store.refuse_unwritable()
     bank = load_bank(protocol.bank, protocol.folder)
     plan, records = plan_for(models, protocol, bank, seed=seed, n=n, phases=phases)
     listener.planned(plan)
-    store = Store(out)
     with store.locked():
         record = record_of(protocol, bank, plan, records, seed, n, phases, command)
         if store.has_record():
-            record = record.continued(store.read_record())
+            stored = store.read_record()
+            stored_protocol(stored)  # one that was changed after the run is told before anything is computed
+            record = record.continued(stored)
+        else:
+            _refuse_parts_of_another_run(store, plan)
         record = record.model_copy(update=stated(protocol, n, record.phases))
         others = dict(record.other_models)
         unchecked = [None] * (record.check is None) + [key for key, other in others.items() if other.check is None]
@@ -158,6 +163,21 @@ def run(
         store.write_record(record)
         write_report(store, outcome)
     return outcome
+
+
+def _refuse_parts_of_another_run(store: Store, plan: Plan) -> None:
+    """Stored parts of a run whose run.json was set aside are taken up where the plan has them, by their names, which
+    hold a hash of what was planned.
+
+    Raises:
+        StoreError: where the plan lacks one of them.
+    """
+    planned = {batch.batch_id for batch in plan.batches}
+    if stray := [part.part for part in store.parts() if part.batch not in planned]:
+        raise StoreError(
+            f"{store.directory} has no run.json, and its part {stray[0]} is not one of this run; give the same command "
+            "as before, or another --out"
+        )
 
 
 def _readouts_of(record: RunRecord, key: str | None) -> ReadoutCalibration | None:

@@ -158,11 +158,9 @@ def show(summary: Any, as_json: bool, pretty: Callable[[], None]) -> None:
 
 def refuse_unwritable(out: Path) -> None:
     """Say at once, before minutes are spent, that a directory can't be written."""
-    existing = out
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise KvpatchError(f"{out} can't be written: {existing} is {'read-only' if existing.is_dir() else 'a file'}")
+    from kvpatch.store.directory import Store
+
+    Store(out).refuse_unwritable()
 
 
 @contextmanager

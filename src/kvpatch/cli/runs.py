@@ -1,4 +1,4 @@
-"""Commands about runs: run, plan, status, verdicts, effects, power, report, view."""
+"""Commands about runs: run, plan, status, verdicts, effects, power, report, repair, view."""
 
 from __future__ import annotations
 
@@ -326,6 +326,24 @@ def report(
     except OSError as error:
         raise KvpatchError(f"{out} can't be written: {error.strerror or error}") from error
     typer.echo(f"report: {where.resolve()}")
+
+
+@app.command()
+def repair(directory: Directory, as_json: Json = False) -> None:
+    """Set aside what is damaged in a run, and say what the same run command will compute again.
+
+    Damaged files are moved to DIR/set-aside; nothing is deleted. Example: kvpatch repair results
+    """
+    from kvpatch.store.directory import Store
+    from kvpatch.store.repair import repair as repair_run
+
+    found = repair_run(Store(directory))
+
+    def pretty() -> None:
+        for line in found.lines:
+            typer.echo(line)
+
+    show(found.model_dump() | {"lines": found.lines}, as_json, pretty)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kvpatch.errors import StoreError
 from kvpatch.planning.plan import Plan
 from kvpatch.prompts.bank import Bank
 from kvpatch.protocols.schema import Protocol
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from kvpatch.verdicts.decide import Verdict
     from kvpatch.verdicts.effects import Effect
     from kvpatch.verdicts.power import Power, PowerAt
+
+
+STATUS_COLUMNS = ("phase", "error", "n_tokens")
+"""What is read of every trial to say how far a run is."""
 
 
 def plan_summary(
@@ -104,9 +109,11 @@ def status_summary(store: Store) -> dict[str, Any]:
     from kvpatch.view.runs import LiveRun
 
     record = store.read_record()
-    store.done()
-    run = LiveRun("run", store.directory)
+    store.each_once()
+    run = LiveRun("run", store.directory, STATUS_COLUMNS)
     run.refresh()
+    if run.trouble is not None:
+        raise StoreError(run.trouble)
     progress = run.progress()
     over_all = record.tokens / record.seconds if record.seconds else None
     return {

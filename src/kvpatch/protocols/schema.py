@@ -6,8 +6,6 @@ conditions on how many pairs) and hypotheses (what must hold between conditions 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,6 +22,7 @@ from kvpatch.specs.base import PLAIN, Frozen, Mode, is_empty, is_none
 from kvpatch.specs.nearest import instead
 from kvpatch.specs.outside_interventions import AS_STORED
 from kvpatch.specs.selectors import NamedSlots, SlotQuery
+from kvpatch.store.record import dumped_sha256
 
 
 class Generation(Frozen):
@@ -190,11 +189,6 @@ class Phase(Frozen):
 def calibration_of(model: str | None) -> str:
     """The phase under which the calibration of a model is stored; None is the run's own model."""
     return "calibration" if model is None else f"calibration-{model}"
-
-
-def dumped_sha256(dumped: dict[str, Any]) -> str:
-    """Hash of a protocol as run.json holds it; stays what it was when a later schema knows more fields."""
-    return hashlib.sha256(json.dumps(dumped, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class Protocol(Frozen):

@@ -17,8 +17,8 @@ import yaml
 
 from kvpatch.errors import ProtocolError
 from kvpatch.protocols.hypotheses import Hypothesis
-from kvpatch.protocols.schema import Pairing, Protocol, calibration_of, dumped_sha256
-from kvpatch.store.record import RunRecord
+from kvpatch.protocols.schema import Pairing, Protocol, calibration_of
+from kvpatch.store.record import RunRecord, dumped_sha256
 from kvpatch.verdicts.attainable import correction_of, planned_pairs
 from kvpatch.verdicts.deviations import stated
 from kvpatch.verdicts.margins import calibration_rows, natural_gap

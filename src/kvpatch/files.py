@@ -37,6 +37,26 @@ def cache_directory() -> Path:
     return Path(os.environ.get("KVPATCH_CACHE") or platformdirs.user_cache_dir("kvpatch"))
 
 
+def is_directory(path: Path) -> bool:
+    """Whether there is such a directory; a path that the system can't look up, such as one too long, is none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def leaves(folder: Path, name: str, pattern: str = "*") -> bool:
+    """Whether a path that a file names lies outside the file's own folder, links followed; or, of a directory, a file
+    in it that fits the pattern."""
+    try:
+        home, path = folder.resolve(), Path(folder, name).resolve()
+        if not path.is_relative_to(home):
+            return True
+        return path.is_dir() and any(not inner.resolve().is_relative_to(home) for inner in path.glob(pattern))
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, a circle of links: no file of ours
+        return False
+
+
 class Taken(Exception):
     """A lock is held by another process."""
 

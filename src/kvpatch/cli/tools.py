@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvpatch.cli.app import Device, Dtype, Json, app, refuse_unwritable, show
+from kvpatch.cli.console import say, say_json
 from kvpatch.errors import KvpatchError, is_installed
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def schema() -> None:
     """
     from kvpatch.protocols.schema import Protocol
 
-    typer.echo(json.dumps(Protocol.model_json_schema(), indent=1))
+    say_json(json.dumps(Protocol.model_json_schema(), indent=1) + "\n")
 
 
 @app.command()
@@ -208,5 +209,5 @@ def pull(name: Annotated[str, typer.Argument(help="A name from `kvpatch models`.
     with loading() as report:
         where = pull_model(name, report)
     if where.is_file():
-        typer.echo("fetched; to convert it and run it, kvpatch needs torch: pip install 'kvpatch[run]'", err=True)
-    typer.echo(f"{name}: {where}")
+        say("fetched; to convert it and run it, kvpatch needs torch: pip install 'kvpatch[run]'", err=True)
+    say(f"{name}: {where}")

@@ -20,7 +20,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from kvpatch.errors import ProtocolError
-from kvpatch.files import LOADER
+from kvpatch.files import LOADER, is_directory
 from kvpatch.specs.base import Frozen, Mode
 from kvpatch.specs.nearest import instead
 
@@ -138,10 +138,9 @@ def load_bank(name: str, folder: Path | None = None) -> Bank:
         ProtocolError: where it can't be found or an entry is wrong; the message names file and entry.
     """
     path = Path(folder or "", name)
-    if path.is_dir():
+    if is_directory(path):
         return _read(name, path)
-    shipped = files("kvpatch.prompts").joinpath("banks", ALIASES.get(name, name))
-    if not shipped.is_dir():
+    if name not in shipped_banks():
         where = f" in {folder}" if folder else ""
         told = instead(name, shipped_banks(), "shipped are")
         raise ProtocolError(f"no prompt bank {name!r}: neither a shipped bank nor a directory{where}; {told}")

@@ -29,12 +29,13 @@ def shipped_protocols() -> list[str]:
     )
 
 
-def load_protocol(name: str, *, needs_files: bool = False) -> Protocol:
+def load_protocol(name: str, *, needs_files: bool = False, may_leave: bool = False) -> Protocol:
     """Read a protocol and check every name in it; its paths are relative to its file, whatever the working directory.
 
     Args:
         needs_files: whether the bank and the lexicon that it names must be there, as for a run. Where they need not,
             what can be read of them is checked all the same.
+        may_leave: whether they may lie outside the folder of the protocol's file.
     Raises:
         ProtocolError: for an unknown name, an unreadable file, or content that is not a protocol; all that is wrong in
             the content is said at once, one line each.
@@ -51,10 +52,12 @@ def load_protocol(name: str, *, needs_files: bool = False) -> Protocol:
         text, folder = shipped.joinpath(f"{name}.yaml").read_text(encoding="utf-8"), Path(str(shipped))
     else:
         raise ProtocolError(f"no protocol {name!r}: shipped are {', '.join(shipped_protocols())}; or give a .yaml file")
-    return parse_protocol(text, name, folder, needs_files=needs_files)
+    return parse_protocol(text, name, folder, needs_files=needs_files, may_leave=may_leave)
 
 
-def parse_protocol(text: str, name: str, folder: Path | None = None, *, needs_files: bool = False) -> Protocol:
+def parse_protocol(
+    text: str, name: str, folder: Path | None = None, *, needs_files: bool = False, may_leave: bool = False
+) -> Protocol:
     """Read a protocol from YAML text; `name` is what errors call the file, `folder` where it lies.
 
     Without a folder, the files that it names are not looked at.
@@ -80,7 +83,7 @@ def parse_protocol(text: str, name: str, folder: Path | None = None, *, needs_fi
         raise _mistakes(name, _explained(found)) from error
     if folder is not None:
         protocol = protocol.placed(folder)
-        wrong += wrong_files(protocol, must_be_there=needs_files)
+        wrong += wrong_files(protocol, must_be_there=needs_files, may_leave=may_leave)
     wrong += wrong_names(protocol)
     if wrong:
         places = [_place(node, _as_written(each.loc, written, loaded)) for each in wrong]

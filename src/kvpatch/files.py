@@ -1,11 +1,13 @@
-"""Files that several packages share: the loader of YAML, locks, and the directory for what is made once and kept."""
+"""Files that several packages share: YAML and JSON within limits, locks, and the directory for what is kept."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,114 @@ import yaml
 
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Reads banks, lexicons and protocols without running anything; in C where libyaml is installed, ten times as fast."""
+
+
+MOST_BYTES = 4 << 20
+"""Of a file of YAML; the largest that is shipped has 0.2 MB."""
+MOST_JSON = 256 << 20
+"""Bytes of a file of JSON, such as the record of a run."""
+MOST_NODES = 150_000
+"""Of a file of YAML, aliases written out: keys, values and collections."""
+MOST_DEPTH = 60
+"""Collections within collections."""
+
+
+class NotYaml(ValueError):
+    """A text is no YAML, or more of it than is read; `line` is where, from 1, where that is known."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def read_yaml(content: bytes | str) -> Any:
+    """What a text in YAML says. Size, depth and aliases are limited before anything is built.
+
+    Raises:
+        NotYaml: where it is none, or past a limit.
+    """
+    return _built(content, lambda: yaml.load(content, Loader=LOADER))
+
+
+def yaml_nodes(content: bytes | str) -> yaml.Node | None:
+    """The nodes of a text in YAML, each of which knows its line; limited as `read_yaml` is.
+
+    Raises:
+        NotYaml: where it is none, or past a limit.
+    """
+    return _built(content, lambda: yaml.compose(content, Loader=LOADER))
+
+
+def _built(content: bytes | str, build: Callable[[], Any]) -> Any:
+    try:
+        _refuse_too_much(content)
+        return build()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        told = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise NotYaml(str(told), None if mark is None else mark.line + 1) from error
+    except (ValueError, OverflowError, RecursionError, TypeError, AttributeError) as error:
+        if isinstance(error, NotYaml):
+            raise
+        raise NotYaml(f"a value in it can't be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def _refuse_too_much(content: bytes | str) -> None:
+    """Go through the events of a text, which cost little, before they are built into nodes and values."""
+    if len(content) > MOST_BYTES:
+        raise NotYaml(f"it has {len(content):,} bytes, and may have {MOST_BYTES:,}")
+    sizes: dict[str, int] = {}  # anchor -> nodes that it stands for, aliases within written out
+    open_: list[tuple[str | None, int]] = []  # collections that have begun: anchor, and the count before each
+    count = 0
+    for event in yaml.parse(content, Loader=LOADER):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_.append((event.anchor, count))
+            count += 1
+            if len(open_) > MOST_DEPTH:
+                raise NotYaml(f"more than {MOST_DEPTH} collections stand within one another", line)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_.pop()
+            if anchor is not None:
+                sizes[anchor] = count - before
+        elif isinstance(event, yaml.AliasEvent):
+            if any(event.anchor == anchor for anchor, _ in open_):
+                raise NotYaml(f"the alias {event.anchor!r} stands within what it stands for", line)
+            count += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        if count > MOST_NODES:
+            raise NotYaml(f"it has more than {MOST_NODES:,} keys and values, those of aliases counted", line)
+
+
+def bytes_within(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The content of a file, or as much of it as shows that it is too long for its reader.
+
+    Raises:
+        OSError: where it can't be read, or is no regular file, such as a pipe, which might never end.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return file.read(most + 1)
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON says.
+
+    Raises:
+        OSError: where it can't be read.
+        ValueError: where it is no JSON, too large or too deeply nested.
+    """
+    content = bytes_within(path, MOST_JSON)
+    if len(content) > MOST_JSON:
+        raise ValueError(f"it has more than {MOST_JSON:,} bytes")
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is too deeply nested") from None
 
 
 def write_whole(path: Path, content: bytes) -> None:

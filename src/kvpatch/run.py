@@ -29,6 +29,7 @@ from kvpatch.prompts.bank import Bank, load_bank
 from kvpatch.protocols.schema import Protocol, calibration_of
 from kvpatch.provenance import model_record, now, record_of
 from kvpatch.readouts.geometry import layer_at
+from kvpatch.readouts.lexicon_files import is_shipped
 from kvpatch.readouts.outside import measure_outside
 from kvpatch.readouts.scorer import Scorer
 from kvpatch.report.build import write_report
@@ -93,8 +94,14 @@ def plan_for(
 
 
 def _try_out(scorer: Scorer, bank: Bank, ids_of: Callable[[str], list[int]]) -> None:
-    """Score the empty text and a continuation of each mode, and measure the readouts from outside on them, so that a
-    broken one is told before a trial is run. ids_of: the token ids of a text."""
+    """Score the empty text and a continuation of each mode, and by a lexicon that is not shipped all texts of the bank;
+    measure the readouts from outside. What is broken, or too slow, is told before a trial is run.
+
+    ids_of: the token ids of a text.
+    """
+    if scorer.kind == "lexicon" and not is_shipped(scorer.sha256):
+        for entry in (*bank.prompts, *bank.continuations):
+            scorer.score(entry.text, "")
     for text in ("", *{c.mode: c.text for c in bank.continuations}.values()):
         scorer.score(text, text)
         ids = tuple(ids_of(text)) or (0,)  # an output that ends at once has the end token

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpatch.errors import ModelError
-from kvpatch.files import write_whole
+from kvpatch.files import read_json, write_whole
 
 NOTE = "kvpatch.json"
 
@@ -31,7 +31,7 @@ def refuse_changed(directory: Path) -> None:
         ModelError: naming the files.
     """
     try:
-        note = json.loads((directory / NOTE).read_text())
+        note = read_json(directory / NOTE)
         known: dict[str, dict[str, Any]] = note.get("files") or _of_older(directory, note)
         changed = [
             name for name, file in known.items() if _stamp(directory / name) != (file["bytes"], file["mtime_ns"])

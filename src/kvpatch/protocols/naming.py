@@ -11,6 +11,8 @@ from kvpatch.specs.base import wrong_name
 if TYPE_CHECKING:
     from kvpatch.protocols.schema import Protocol
 
+MOST_WRONG = 200
+"""Names that are looked up for a message; a file of thousands of wrong ones would take minutes."""
 RESERVED = {"phase": ("calibration",), "model": ("own",)}
 """What a phase and a model may not be called: the phase of held-out pairs, and run.json's word for the run's model."""
 

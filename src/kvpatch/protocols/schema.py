@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_v
 from kvpatch.protocols.conditions import NATURAL_SOURCE, NATURAL_TARGET, ROLES, Condition, Role
 from kvpatch.protocols.families import Family, with_alphas, wrong_families
 from kvpatch.protocols.hypotheses import Correction, Hypothesis, Misplaced, wrong_needs
-from kvpatch.protocols.naming import misnamed
+from kvpatch.protocols.naming import MOST_WRONG, misnamed
 from kvpatch.protocols.plan_rows import PlanRow, completed, said_of, wrong_rows
 from kvpatch.specs import arguments
 from kvpatch.specs.base import PLAIN, Frozen, Mode, is_empty, is_none
@@ -247,7 +248,7 @@ class Protocol(Frozen):
         """Whoever reads a file gives a list as context, and tells all that is wrong at once."""
         # A stored run keeps the names that it has: nothing is written under them any more.
         is_stored = info.context is AS_STORED
-        wrong = [*([] if is_stored else misnamed(self)), *self._wrong_names()]
+        wrong = [*([] if is_stored else misnamed(self)), *islice(self._wrong_names(), MOST_WRONG)]
         if isinstance(info.context, list):
             info.context.extend(wrong)
         elif wrong:

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from kvpatch.errors import StoreError
-from kvpatch.files import Taken, held
+from kvpatch.files import MOST_JSON, Taken, bytes_within, held
 from kvpatch.store.columns import (
     ATTENTION_COLUMNS,
     ATTENTION_SCHEMA,
@@ -135,7 +135,7 @@ class Store:
         """
         path = self.directory / "run.json"
         try:
-            return RunRecord.model_validate_json(path.read_text(encoding="utf-8"))
+            return RunRecord.model_validate_json(bytes_within(path, MOST_JSON))
         except FileNotFoundError:
             raise StoreError(f"{self.directory} is not a run directory: it has no run.json") from None
         except (OSError, ValueError) as error:

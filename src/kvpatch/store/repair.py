@@ -5,7 +5,6 @@ Nothing is deleted: what is taken out lies in `set-aside/` within the run, under
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kvpatch.errors import StoreError
+from kvpatch.files import read_json
 from kvpatch.specs.base import Frozen
 from kvpatch.store.directory import SET_ASIDE, Store, explained
 from kvpatch.store.parts import Part, entries
@@ -151,10 +151,10 @@ def _why(error: StoreError) -> str:
 def _is_json(path: Path) -> bool:
     """Whether a file is JSON; also where there is none, since it is then written anew."""
     try:
-        json.loads(path.read_bytes())
+        read_json(path)
     except FileNotFoundError:
         return True
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return False
     return True
 

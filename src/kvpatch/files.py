@@ -8,7 +8,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,20 @@ def write_whole(path: Path, content: bytes) -> None:
 def cache_directory() -> Path:
     """Where converted models, organisms and validations are kept: $KVPATCH_CACHE, or the user's cache directory."""
     return Path(os.environ.get("KVPATCH_CACHE") or platformdirs.user_cache_dir("kvpatch"))
+
+
+def remember_tokenizer(sha256: str, place: Path) -> None:
+    """Note in the user's cache, which is not published as a run is, where the tokenizer of a hash lies."""
+    with suppress(OSError):
+        write_whole(cache_directory() / "tokenizers" / sha256, str(place.resolve()).encode())
+
+
+def known_tokenizer(sha256: str) -> list[Path]:
+    """Where the tokenizer of a hash was when it was last used here; empty where that is not known."""
+    try:
+        return [Path((cache_directory() / "tokenizers" / sha256).read_text("utf-8"))]
+    except (OSError, ValueError):
+        return []
 
 
 def is_directory(path: Path) -> bool:

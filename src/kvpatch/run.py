@@ -6,7 +6,7 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,13 +14,14 @@ import torch
 import kvpatch
 from kvpatch.checks.identities import check
 from kvpatch.checks.noise_floor import noise_floor
+from kvpatch.crash import write_crash
 from kvpatch.engine.backend import fast_of
 from kvpatch.engine.calibration import calibrate
 from kvpatch.engine.model import Model
-from kvpatch.errors import ModelError, ProtocolError, StoreError
+from kvpatch.errors import KvpatchError, ModelError, ProtocolError, StoreError
 from kvpatch.executors.local import LocalExecutor
 from kvpatch.executors.specificity import calibrate_readouts, rule_of
-from kvpatch.files import cache_directory
+from kvpatch.files import cache_directory, remember_tokenizer
 from kvpatch.models.template import has_template
 from kvpatch.planning.fit import refuse_misfits, slots_are_had
 from kvpatch.planning.listener import ProgressListener
@@ -74,6 +75,8 @@ def plan_for(
             raise ProtocolError(
                 f"the longest prompt has {longest} tokens and {room} are to follow; {model.geometry.limit}"
             )
+        if (directory := model.loaded.directory) is not None:
+            remember_tokenizer(records[key].tokenizer_sha256, directory / "tokenizer.json")
     planning = {
         key: PlanningModel(
             body_length=lambda text, encode=encoders[key]: encode(text).body_length,
@@ -129,24 +132,57 @@ def run(
     """Run a protocol, or what is left of it, and write verdicts and report.
 
     Raises:
-        KvpatchError: before anything is written, where something can't be right.
+        KvpatchError: before anything is written, where something can't be right. Any other error leaves crash.txt in
+            the run directory.
     """
-    listener = listener or ProgressListener()
+    told, asked = _Stages(listener or ProgressListener()), _Asked(seed, n, phases, command)
+    try:
+        return _run(protocol, models, out, asked, told)
+    except KvpatchError:
+        raise
+    except Exception as error:
+        if (place := write_crash(out, told.last, error)) is not None:
+            error.add_note(f"{place} holds what a bug report needs, and nothing private")
+            vars(error)["crash_report"] = place
+        raise
+
+
+@dataclass(frozen=True)
+class _Asked:
+    seed: int
+    n: int | None
+    phases: Sequence[str] | None
+    command: Sequence[str]
+
+
+class _Stages(ProgressListener):
+    """Passes everything on, and remembers the last stage."""
+
+    def __init__(self, listener: ProgressListener) -> None:
+        self.listener, self.last = listener, "planning"
+        self.planned, self.tokens, self.batch = listener.planned, listener.tokens, listener.batch
+
+    def stage(self, what: str) -> None:
+        self.last = what
+        self.listener.stage(what)
+
+
+def _run(protocol: Protocol, models: Models, out: Path, asked: _Asked, listener: ProgressListener) -> Outcome:
     refuse_unknown(protocol.hypotheses)
     store = Store(out)
     store.refuse_unwritable()
     bank = load_bank(protocol.bank, protocol.folder)
-    plan, records = plan_for(models, protocol, bank, seed=seed, n=n, phases=phases)
+    plan, records = plan_for(models, protocol, bank, seed=asked.seed, n=asked.n, phases=asked.phases)
     listener.planned(plan)
     with store.locked():
-        record = record_of(protocol, bank, plan, records, seed, n, phases, command)
+        record = record_of(protocol, bank, plan, records, asked.seed, asked.n, asked.phases, asked.command)
         if store.has_record():
             stored = store.read_record()
             stored_protocol(stored)  # one that was changed after the run is told before anything is computed
             record = record.continued(stored)
         else:
             _refuse_parts_of_another_run(store, plan)
-        record = record.model_copy(update=stated(protocol, n, record.phases))
+        record = record.model_copy(update=stated(protocol, asked.n, record.phases))
         others = dict(record.other_models)
         unchecked = [None] * (record.check is None) + [key for key, other in others.items() if other.check is None]
         checks = {key: _checked(models[key], listener) for key in unchecked}

@@ -79,6 +79,15 @@ def refuse_code(protocol: Protocol, is_allowed: bool) -> None:
         )
 
 
+@contextmanager
+def _advice(what: str) -> Iterator[None]:
+    """Advice stops no run: what can't be computed is named as such."""
+    try:
+        yield
+    except Exception as error:
+        say(f"warning: {what} is not known: {' '.join(str(error).split())[:200] or type(error).__name__}", err=True)
+
+
 def warn_of_too_few(protocol: Protocol, n: int | None, phases: list[str] | None) -> None:
     """Say what a run of so many pairs could not see, before it costs anything.
 
@@ -89,16 +98,18 @@ def warn_of_too_few(protocol: Protocol, n: int | None, phases: list[str] | None)
     from kvpatch.verdicts.smallest import warnings_before
 
     chosen_phases(protocol, phases, n)
-    for line in warnings_before(protocol, n, phases):
-        say(f"warning: {line}", err=True)
+    with _advice("what so many pairs can see"):
+        for line in warnings_before(protocol, n, phases):
+            say(f"warning: {line}", err=True)
 
 
 def warn_of_deviations(protocol: Protocol) -> None:
     """Say where a protocol buys significance, before it is run."""
     from kvpatch.verdicts.deviations import deviations
 
-    for deviation in deviations(protocol, {}):
-        say(f"warning: {deviation.told}", err=True)
+    with _advice("where the protocol buys significance"):
+        for deviation in deviations(protocol, {}):
+            say(f"warning: {deviation.told}", err=True)
 
 
 def warn_of_missing_meaning(protocol: Protocol) -> None:
@@ -167,6 +178,18 @@ def refuse_unwritable(out: Path) -> None:
     Store(out).refuse_unwritable()
 
 
+def _crashed(error: Exception) -> str:
+    """One line on an unexpected error, which names the report that is left of it."""
+    from kvpatch.crash import write_crash
+    from kvpatch.files import cache_directory
+
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    place = getattr(error, "crash_report", None) or write_crash(cache_directory(), f"kvpatch {command}", error)
+    told = " ".join(quoted_briefly(str(error)).split())[:200]
+    where = f"{place} holds what a bug report needs" if place else "run it again with --debug to see where"
+    return f"an error that kvpatch did not expect, {type(error).__name__}: {told}; {where}, and nothing private"
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Errors meant for a person go out in one line (each mistake of a protocol in its own) with exit code 2; --debug
@@ -180,6 +203,11 @@ def one_line_errors() -> Iterator[None]:
         for line in told.lines if isinstance(told, ProtocolMistakes) else (str(told),):
             sys.stderr.write(f"kvpatch: {' '.join(quoted_briefly(line).split())}\n")
         sys.exit(2)
+    except Exception as error:
+        if os.environ.get("KVPATCH_DEBUG"):
+            raise
+        sys.stderr.write(f"kvpatch: {_crashed(error)}\n")
+        sys.exit(70)
     except SystemExit as stop:
         # typer turns Ctrl-C into this exit code.
         if stop.code == 130:

@@ -61,6 +61,12 @@ class Loaded:
     directory: Path | None
     is_converted: bool
 
+    @property
+    def published_name(self) -> str:
+        """The name as a run stores it: of a path on this machine its last part; the hashes say which model it is."""
+        path = Path(self.name).expanduser()
+        return path.resolve().name if path.is_absolute() or path.exists() else self.name
+
 
 def load_model(
     name: str | os.PathLike[str],

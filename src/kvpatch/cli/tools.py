@@ -193,7 +193,12 @@ def models(as_json: Json = False) -> None:
 
 
 @app.command()
-def pull(name: Annotated[str, typer.Argument(help="A name from `kvpatch models`.")]) -> None:
+def pull(
+    name: Annotated[str, typer.Argument(help="A name from `kvpatch models`.")],
+    again: Annotated[
+        bool, typer.Option("--again", help="Also where it is there already: a damaged one is replaced.")
+    ] = False,
+) -> None:
     """Fetch a named model and convert it once. Without torch it is fetched now and converted when it is first loaded.
 
     Example: kvpatch pull smollm2-135m
@@ -207,7 +212,7 @@ def pull(name: Annotated[str, typer.Argument(help="A name from `kvpatch models`.
         from kvpatch.models.named import pull_unconverted as pull_model
 
     with loading() as report:
-        where = pull_model(name, report)
+        where = pull_model(name, report, again=again)
     if where.is_file():
         say("fetched; to convert it and run it, kvpatch needs torch: pip install 'kvpatch[run]'", err=True)
     say(f"{name}: {where}")

@@ -169,6 +169,14 @@ def is_directory(path: Path) -> bool:
         return False
 
 
+def is_file(path: Path) -> bool:
+    """The same of a file."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def leaves(folder: Path, name: str, pattern: str = "*") -> bool:
     """Whether a path that a file names lies outside the file's own folder, links followed; or, of a directory, a file
     in it that fits the pattern."""

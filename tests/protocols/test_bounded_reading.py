@@ -157,3 +157,20 @@ def test_lexicon_that_is_shipped_gives_the_same_hits_with_and_without_the_limit(
     texts = [c.text for c in load_bank("recursion").continuations[::5]]
     assert [shipped.hits(text) for text in texts] == [timed.hits(text) for text in texts]
     assert any(shipped.hits(text) for text in texts)
+
+
+@pytest.mark.parametrize(
+    "hypotheses", ["[x]", "[{id: [a]}]", "[{id: {a: 1}}]", "[null]", "[{}]", "x", "[[1]]", "[{id: 3}]"]
+)
+def test_changes_of_hypotheses_that_are_none_are_mistakes_of_the_file(hypotheses):
+    with pytest.raises(ProtocolError, match=r"p\.yaml, line \d"):
+        parse_protocol(f"extends: dec7\nprotocol: x\nhypotheses: {hypotheses}\n", "p.yaml")
+
+
+@pytest.mark.parametrize("name", ["é" * 300, "x" * 5_000, "a\x00b", "\udcff"])
+def test_name_that_no_file_can_have_is_the_name_of_no_file(name, tmp_path):
+    for read in (load_bank, Lexicon.load, load_protocol):
+        with pytest.raises(ProtocolError, match="no "):
+            read(name)
+    with pytest.raises(ProtocolError):
+        load_bank(name, tmp_path)

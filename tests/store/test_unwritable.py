@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -51,7 +52,10 @@ def test_file_system_without_locks_is_told_of_as_such(tmp_path, monkeypatch, cod
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(StoreError, match="no file locks .* give a directory on a local disk"), Store(tmp_path).locked():
+    with (
+        pytest.raises(StoreError, match=r"no file locks .* give a directory on a local disk"),
+        Store(tmp_path).locked(),
+    ):
         pass
     (tmp_path / ".lock").touch()
     assert not is_held(tmp_path / ".lock")
@@ -73,10 +77,14 @@ def test_every_write_of_a_batch_that_fails_is_one_error_and_the_next_try_goes_on
                 return real(*given)
 
             monkeypatch.setattr(store_module.os, name, failing)
-            try:
+            with contextlib.ExitStack() as stack:
+                if at == 0:
+                    stack.enter_context(
+                        pytest.raises(StoreError, match="No space left on device; what was stored is kept")
+                    )
+                else:  # the last of them may not be reached
+                    stack.enter_context(contextlib.suppress(StoreError))
                 store.append("more", rows)
-            except StoreError as error:
-                assert "No space left" in str(error) and "what was stored is kept" in str(error)
             monkeypatch.undo()
             assert [part for part in store.parts() if part.batch != "more"] == before
     store.append("more", rows)

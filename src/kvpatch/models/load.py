@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from kvpatch.errors import ModelError
-from kvpatch.files import cache_directory, held
+from kvpatch.files import cache_directory, held, is_directory, is_file
 from kvpatch.models.checkpoint import (
     Reports,
     damaged_file,
@@ -63,8 +63,9 @@ class Loaded:
     @property
     def published_name(self) -> str:
         """The name as a run stores it: of a path on this machine its last part; the hashes say which model it is."""
-        path = Path(self.name).expanduser()
-        return path.resolve().name if path.is_absolute() or path.exists() else self.name
+        path = _place(self.name)
+        is_here = path.is_absolute() or is_directory(path) or is_file(path)
+        return path.resolve().name if is_here else self.name
 
 
 def load_model(
@@ -141,20 +142,28 @@ def _generation_tokens(where: Path | str, is_local: bool) -> GenerationConfig:
     return GenerationConfig()
 
 
+def _place(name: str) -> Path:
+    """A name as a path, with the user's home written out where there is one."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # the home of a user that there is not
+        return Path(name)
+
+
 def resolve(name: str, report: Progress) -> tuple[Path | str, bool]:
     """The directory (or hub id) to load, and whether kvpatch made it; a GGUF is converted once."""
-    path = Path(name).expanduser()
+    path = _place(name)
     if (made := made_model(name, cache_directory())) is not None:
         return made, False
     if name in named_models():
         return _converted(name, cache_key(name), report), True
-    if path.is_file():
+    if is_file(path):
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is a file, but not a .gguf file; give a .gguf file or a model directory")
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return _converted(str(path.resolve()), f"gguf-{digest[:24]}-v{CONVERSION}", report), True
-    if path.is_dir():
+    if is_directory(path):
         if not (path / "config.json").exists():
             raise ModelError(f"{name} is a directory without config.json; give a model saved by transformers")
         return path, False

@@ -127,7 +127,8 @@ def _as_written(loc: Sequence[int | str], written: dict[str, Any], loaded: dict[
         return list(loc)
     own = written.get("hypotheses")
     ids = [h.get("id") for h in own if isinstance(h, dict)] if isinstance(own, list) else []
-    name = loaded["hypotheses"][loc[1]].get("id")
+    hypothesis = loaded["hypotheses"][loc[1]]
+    name = hypothesis.get("id") if isinstance(hypothesis, dict) else loc[1]
     return ["hypotheses", ids.index(name) if name in ids else str(name), *loc[2:]]
 
 
@@ -143,7 +144,7 @@ def _laid_over(loaded: dict[str, Any], name: str, line: int) -> dict[str, Any]:
     base = read_yaml(files("kvpatch.protocols").joinpath(f"{base_name}.yaml").read_text(encoding="utf-8"))
     changes = {key: value for key, value in loaded.items() if key != "extends"}
     hypotheses = changes.get("hypotheses")
-    if isinstance(hypotheses, list) and all(isinstance(h, dict) for h in hypotheses):
+    if isinstance(hypotheses, list) and all(isinstance(h, dict) and isinstance(h.get("id"), str) for h in hypotheses):
         known = {h["id"]: h for h in base["hypotheses"]}
         for h in hypotheses:
             known[h.get("id")] = {**known.get(h.get("id"), {}), **h}

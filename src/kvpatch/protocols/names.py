@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from kvpatch.errors import ProtocolError
-from kvpatch.files import is_directory, leaves
+from kvpatch.files import is_directory, is_file, leaves
 from kvpatch.prompts.bank import Bank, load_bank, shipped_banks
 from kvpatch.protocols.conditions import ROLES
 from kvpatch.protocols.hypotheses import Hypothesis, Misplaced, Variable
@@ -190,7 +190,7 @@ def _wrong_lexicon(protocol: Protocol, must_be_there: bool) -> Iterator[Misplace
         read_scorer(name, protocol.folder)
     except ProtocolError as error:
         path = Path(protocol.folder or "", name)
-        if must_be_there or path.is_file() or nearest(name, _shipped_lexicons()):
+        if must_be_there or is_file(path) or nearest(name, _shipped_lexicons()):
             yield Misplaced(str(error), "readouts", "lexicon")
 
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from kvpatch.errors import ProtocolError
-from kvpatch.files import bytes_within
+from kvpatch.files import bytes_within, is_file
 
 
 def lexicon_bytes(name_or_path: str | Path, folder: Path | None = None) -> bytes:
@@ -20,12 +20,12 @@ def lexicon_bytes(name_or_path: str | Path, folder: Path | None = None) -> bytes
     origin = str(name_or_path)
     shipped = importlib.resources.files("kvpatch.readouts") / "lexicons"
     is_path = isinstance(name_or_path, Path) or re.search(r"[/\\]|\.ya?ml$", origin)
-    file = Path(folder or "", origin) if is_path else shipped / f"{origin}.yaml"
-    if not file.is_file():
+    file = Path(folder or "", origin) if is_path else Path(str(shipped), f"{origin}.yaml")
+    if not is_file(file):
         names = ", ".join(sorted(item.name.removesuffix(".yaml") for item in shipped.iterdir()))
         looked = f" in {folder}" if is_path and folder else ""
         raise ProtocolError(f"no lexicon {origin!r}{looked}; give one of {names}, or the path of a .yaml file")
-    return bytes_within(Path(str(file)))
+    return bytes_within(file)
 
 
 def is_shipped(sha256: str) -> bool:

@@ -482,6 +482,41 @@ def test_truncated_part_is_named_and_nothing_is_lost(kvpatch, copied, model_dir)
     assert trials(directory) == trials(Path(protocol).parent / "run")
 
 
+@pytest.mark.parametrize("damaged", ["two parts", "the record", "the index"])
+def test_repaired_run_ends_as_one_that_was_never_damaged(kvpatch, copied, model_dir, damaged):
+    protocol, directory = copied
+    parts = sorted((directory / "trials").glob("1-*.parquet"))[:2]
+    before = (directory / "verdicts.json").read_bytes()
+    if damaged == "two parts":
+        parts[0].write_bytes(parts[1].read_bytes())
+        parts[1].unlink()
+    elif damaged == "the record":
+        (directory / "run.json").write_text("{")
+    else:
+        lines = (directory / "parts.jsonl").read_text().splitlines()
+        (directory / "parts.jsonl").write_text("\n".join(["null", *lines[1:]]) + "\n")
+    refused = kvpatch("verdicts", directory)
+    assert_one_line(refused, "kvpatch repair")
+    repaired = kvpatch("repair", directory)
+    assert (repaired.code, repaired.err) == (0, "")
+    if damaged == "two parts":
+        assert all(part.name in repaired.out for part in parts)
+    assert "is computed again by" in repaired.out
+    assert kvpatch("run", protocol, "--model", model_dir, "--out", directory).code == 0
+    assert trials(directory) == trials(Path(protocol).parent / "run")
+    assert (directory / "verdicts.json").read_bytes() == before
+
+
+def test_trials_without_a_record_are_not_taken_up_by_another_run(kvpatch, copied, model_dir):
+    protocol, directory = copied
+    (directory / "run.json").write_text("{")
+    assert kvpatch("repair", directory).code == 0
+    before = snapshot(directory)
+    outcome = kvpatch("run", protocol, "--model", model_dir, "--seed", 5, "--out", directory)
+    assert outcome.code == 2 and "is not one of this run" in outcome.err
+    assert snapshot(directory) == before
+
+
 def test_edited_protocol_in_the_record_is_refused(kvpatch, copied):
     """The hypotheses were fixed before the first trial."""
     _, directory = copied

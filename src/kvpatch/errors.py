@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -21,8 +22,66 @@ EXTRA_OF = {
 """Which extra of kvpatch brings a package that the base install does without (pyproject.toml)."""
 
 
+_BIDI = {
+    0x202A: "LRE", 0x202B: "RLE", 0x202C: "PDF", 0x202D: "LRO", 0x202E: "RLO",
+    0x2066: "LRI", 0x2067: "RLI", 0x2068: "FSI", 0x2069: "PDI",
+}  # fmt: skip
+_VISIBLE: dict[int, str] = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: "\u2421",
+    **dict.fromkeys(range(0x80, 0xA0), "\u2426"),
+    0x2028: "\u2424",
+    0x2029: "\u2424",
+    **{code: f"\u27e8{name}\u27e9" for code, name in _BIDI.items()},
+    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),
+    0xFFFE: "\ufffd",
+    0xFFFF: "\ufffd",
+}
+
+
+def visible(value: str) -> str:
+    """Return the text with every character that would hide, reorder or break something shown as a symbol.
+
+    Controls become their pictures (U+2400 block), bidirectional embeddings, overrides and isolates their
+    names in angle brackets, lone surrogates U+FFFD. Newline and tab stay.
+
+    >>> visible("a\\x00b\\u202ec")
+    'a␀b⟨RLO⟩c'
+    """
+    return value.translate(_VISIBLE)
+
+
+MOST_QUOTED = 200
+"""Characters of what a user gave that a message quotes at most."""
+MOST_IN_ALL = 4_000
+"""Characters of a message."""
+_QUOTED = re.compile(rf"""(?<!\w)(['"])((?:(?!\1).){{{MOST_QUOTED}}})(?:(?!\1).)+\1(?!\w)""", re.DOTALL)
+_UNBROKEN = re.compile(rf"(\S{{{2 * MOST_QUOTED}}})\S+")
+
+
+def quoted_briefly(message: str) -> str:
+    """The message with what it quotes cut to 200 characters, an unbroken run to 400, and nothing in it that would hide,
+    reorder or break the line it is printed on.
+
+    >>> len(quoted_briefly(f"no model {'x' * 9000!r}: give another"))
+    226
+    """
+    if len(message) > MOST_QUOTED:
+        message = _QUOTED.sub(lambda found: f"{found[1]}{found[2]}…{found[1]}", message[: 100 * MOST_IN_ALL])
+        message = _UNBROKEN.sub(lambda found: f"{found[1]}…", message)
+        message = message if len(message) <= MOST_IN_ALL else f"{message[:MOST_IN_ALL]}…"
+    return visible(message)
+
+
+MOST_MISTAKES = 50
+"""Mistakes of one file that are told at once."""
+
+
 class KvpatchError(ValueError):
     """Something the user gave can't be used; the message is one line and says what would be right."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(quoted_briefly(message))
 
 
 class ModelError(KvpatchError):
@@ -37,8 +96,11 @@ class ProtocolMistakes(ProtocolError):
     """All that is wrong with a protocol file, one line each in `lines`."""
 
     def __init__(self, lines: Sequence[str]) -> None:
-        super().__init__("\n".join(lines))
-        self.lines = tuple(lines)
+        shown = [quoted_briefly(line) for line in lines[:MOST_MISTAKES]]
+        if len(lines) > MOST_MISTAKES:
+            shown.append(f"and {len(lines) - MOST_MISTAKES} more mistakes in this file")
+        ValueError.__init__(self, "\n".join(shown))  # each line is short, and all of them may be long
+        self.lines = tuple(shown)
 
 
 class StoreError(KvpatchError):

@@ -1,16 +1,131 @@
-"""Files that several packages share: the loader of YAML, and the directory for what is made once and kept."""
+"""Files that several packages share: YAML and JSON within limits, locks, and the directory for what is kept."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import filelock
 import platformdirs
 import yaml
 
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Reads banks, lexicons and protocols without running anything; in C where libyaml is installed, ten times as fast."""
+
+
+MOST_BYTES = 4 << 20
+"""Of a file of YAML; the largest that is shipped has 0.2 MB."""
+MOST_JSON = 256 << 20
+"""Bytes of a file of JSON, such as the record of a run."""
+MOST_NODES = 150_000
+"""Of a file of YAML, aliases written out: keys, values and collections."""
+MOST_DEPTH = 60
+"""Collections within collections."""
+
+
+class NotYaml(ValueError):
+    """A text is no YAML, or more of it than is read; `line` is where, from 1, where that is known."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def read_yaml(content: bytes | str) -> Any:
+    """What a text in YAML says. Size, depth and aliases are limited before anything is built.
+
+    Raises:
+        NotYaml: where it is none, or past a limit.
+    """
+    return _built(content, lambda: yaml.load(content, Loader=LOADER))
+
+
+def yaml_nodes(content: bytes | str) -> yaml.Node | None:
+    """The nodes of a text in YAML, each of which knows its line; limited as `read_yaml` is.
+
+    Raises:
+        NotYaml: where it is none, or past a limit.
+    """
+    return _built(content, lambda: yaml.compose(content, Loader=LOADER))
+
+
+def _built(content: bytes | str, build: Callable[[], Any]) -> Any:
+    try:
+        _refuse_too_much(content)
+        return build()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        told = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise NotYaml(str(told), None if mark is None else mark.line + 1) from error
+    except (ValueError, OverflowError, RecursionError, TypeError, AttributeError) as error:
+        if isinstance(error, NotYaml):
+            raise
+        raise NotYaml(f"a value in it can't be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def _refuse_too_much(content: bytes | str) -> None:
+    """Go through the events of a text, which cost little, before they are built into nodes and values."""
+    if len(content) > MOST_BYTES:
+        raise NotYaml(f"it has {len(content):,} bytes, and may have {MOST_BYTES:,}")
+    sizes: dict[str, int] = {}  # anchor -> nodes that it stands for, aliases within written out
+    open_: list[tuple[str | None, int]] = []  # collections that have begun: anchor, and the count before each
+    count = 0
+    for event in yaml.parse(content, Loader=LOADER):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_.append((event.anchor, count))
+            count += 1
+            if len(open_) > MOST_DEPTH:
+                raise NotYaml(f"more than {MOST_DEPTH} collections stand within one another", line)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_.pop()
+            if anchor is not None:
+                sizes[anchor] = count - before
+        elif isinstance(event, yaml.AliasEvent):
+            if any(event.anchor == anchor for anchor, _ in open_):
+                raise NotYaml(f"the alias {event.anchor!r} stands within what it stands for", line)
+            count += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        if count > MOST_NODES:
+            raise NotYaml(f"it has more than {MOST_NODES:,} keys and values, those of aliases counted", line)
+
+
+def bytes_within(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The content of a file, or as much of it as shows that it is too long for its reader.
+
+    Raises:
+        OSError: where it can't be read, or is no regular file, such as a pipe, which might never end.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return file.read(most + 1)
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON says.
+
+    Raises:
+        OSError: where it can't be read.
+        ValueError: where it is no JSON, too large or too deeply nested.
+    """
+    content = bytes_within(path, MOST_JSON)
+    if len(content) > MOST_JSON:
+        raise ValueError(f"it has more than {MOST_JSON:,} bytes")
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is too deeply nested") from None
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -30,3 +145,89 @@ def write_whole(path: Path, content: bytes) -> None:
 def cache_directory() -> Path:
     """Where converted models, organisms and validations are kept: $KVPATCH_CACHE, or the user's cache directory."""
     return Path(os.environ.get("KVPATCH_CACHE") or platformdirs.user_cache_dir("kvpatch"))
+
+
+def remember_tokenizer(sha256: str, place: Path) -> None:
+    """Note in the user's cache, which is not published as a run is, where the tokenizer of a hash lies."""
+    with suppress(OSError):
+        write_whole(cache_directory() / "tokenizers" / sha256, str(place.resolve()).encode())
+
+
+def known_tokenizer(sha256: str) -> list[Path]:
+    """Where the tokenizer of a hash was when it was last used here; empty where that is not known."""
+    try:
+        return [Path((cache_directory() / "tokenizers" / sha256).read_text("utf-8"))]
+    except (OSError, ValueError):
+        return []
+
+
+def is_directory(path: Path) -> bool:
+    """Whether there is such a directory; a path that the system can't look up, such as one too long, is none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """The same of a file."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def leaves(folder: Path, name: str, pattern: str = "*") -> bool:
+    """Whether a path that a file names lies outside the file's own folder, links followed; or, of a directory, a file
+    in it that fits the pattern."""
+    try:
+        home, path = folder.resolve(), Path(folder, name).resolve()
+        if not path.is_relative_to(home):
+            return True
+        return path.is_dir() and any(not inner.resolve().is_relative_to(home) for inner in path.glob(pattern))
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, a circle of links: no file of ours
+        return False
+
+
+class Taken(Exception):
+    """A lock is held by another process."""
+
+
+@contextmanager
+def held(path: Path, wait: float = -1) -> Iterator[None]:
+    """Hold a lock file, made if need be, while the block runs.
+
+    Args:
+        wait: seconds to wait for another process to let go of it; for ever below 0.
+    Raises:
+        Taken: where another process still holds it.
+        OSError: where it can't be made, or the file system has no locks, as some network file systems.
+    """
+    _refuse_without_locks(path)
+    lock = filelock.FileLock(path, timeout=wait)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise Taken from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _refuse_without_locks(path: Path) -> None:
+    """Try the lock once. A library that takes every failure for a lock that is held would wait for ever."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    except BlockingIOError:
+        pass
+    except OSError as error:
+        raise OSError(
+            error.errno or errno.ENOLCK,
+            f"its file system has no file locks ({error.strerror or error}), without which two processes could write "
+            "there at once; give a directory on a local disk, and copy it afterwards",
+        ) from error
+    finally:
+        os.close(handle)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import kvpatch
+from kvpatch.crash import told_command
 from kvpatch.engine.model import Model
 from kvpatch.models.load import template_sha256, tokenizer_sha256, weights_sha256
 from kvpatch.planning.plan import Plan, chosen_phases
@@ -27,7 +28,7 @@ def model_record(model: Model) -> ModelRecord:
     """What run.json says of a model."""
     g = model.geometry
     return ModelRecord(
-        name=model.loaded.name,
+        name=model.loaded.published_name,
         architecture=g.architecture,
         layers=g.layers,
         kv_heads=g.kv_heads,
@@ -68,7 +69,7 @@ def record_of(
         | _semantic_versions(protocol),
         git=_git(),
         hardware=_hardware(),
-        command=list(command),
+        command=told_command(command),
         created=now(),
         skipped=[s.model_dump() for s in plan.skipped],
         dropped_pairs=plan.dropped_pairs,

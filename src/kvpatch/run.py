@@ -6,7 +6,7 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,13 +14,14 @@ import torch
 import kvpatch
 from kvpatch.checks.identities import check
 from kvpatch.checks.noise_floor import noise_floor
+from kvpatch.crash import write_crash
 from kvpatch.engine.backend import fast_of
 from kvpatch.engine.calibration import calibrate
 from kvpatch.engine.model import Model
-from kvpatch.errors import ModelError, ProtocolError
+from kvpatch.errors import KvpatchError, ModelError, ProtocolError, StoreError
 from kvpatch.executors.local import LocalExecutor
 from kvpatch.executors.specificity import calibrate_readouts, rule_of
-from kvpatch.files import cache_directory
+from kvpatch.files import cache_directory, remember_tokenizer
 from kvpatch.models.template import has_template
 from kvpatch.planning.fit import refuse_misfits, slots_are_had
 from kvpatch.planning.listener import ProgressListener
@@ -29,6 +30,7 @@ from kvpatch.prompts.bank import Bank, load_bank
 from kvpatch.protocols.schema import Protocol, calibration_of
 from kvpatch.provenance import model_record, now, record_of
 from kvpatch.readouts.geometry import layer_at
+from kvpatch.readouts.lexicon_files import is_shipped
 from kvpatch.readouts.outside import measure_outside
 from kvpatch.readouts.scorer import Scorer
 from kvpatch.report.build import write_report
@@ -38,7 +40,7 @@ from kvpatch.store.readout_calibration import ReadoutCalibration
 from kvpatch.store.record import ModelRecord, RunRecord
 from kvpatch.store.validation import newest_validation
 from kvpatch.verdicts.deviations import stated
-from kvpatch.verdicts.outcome import Outcome, outcome_of, write_verdicts
+from kvpatch.verdicts.outcome import Outcome, outcome_of, stored_protocol, write_verdicts
 from kvpatch.verdicts.procedures import refuse_unknown
 
 WORTH_CALIBRATING = 1500
@@ -73,6 +75,8 @@ def plan_for(
             raise ProtocolError(
                 f"the longest prompt has {longest} tokens and {room} are to follow; {model.geometry.limit}"
             )
+        if (directory := model.loaded.directory) is not None:
+            remember_tokenizer(records[key].tokenizer_sha256, directory / "tokenizer.json")
     planning = {
         key: PlanningModel(
             body_length=lambda text, encode=encoders[key]: encode(text).body_length,
@@ -93,8 +97,14 @@ def plan_for(
 
 
 def _try_out(scorer: Scorer, bank: Bank, ids_of: Callable[[str], list[int]]) -> None:
-    """Score the empty text and a continuation of each mode, and measure the readouts from outside on them, so that a
-    broken one is told before a trial is run. ids_of: the token ids of a text."""
+    """Score the empty text and a continuation of each mode, and by a lexicon that is not shipped all texts of the bank;
+    measure the readouts from outside. What is broken, or too slow, is told before a trial is run.
+
+    ids_of: the token ids of a text.
+    """
+    if scorer.kind == "lexicon" and not is_shipped(scorer.sha256):
+        for entry in (*bank.prompts, *bank.continuations):
+            scorer.score(entry.text, "")
     for text in ("", *{c.mode: c.text for c in bank.continuations}.values()):
         scorer.score(text, text)
         ids = tuple(ids_of(text)) or (0,)  # an output that ends at once has the end token
@@ -122,19 +132,57 @@ def run(
     """Run a protocol, or what is left of it, and write verdicts and report.
 
     Raises:
-        KvpatchError: before anything is written, where something can't be right.
+        KvpatchError: before anything is written, where something can't be right. Any other error leaves crash.txt in
+            the run directory.
     """
-    listener = listener or ProgressListener()
+    told, asked = _Stages(listener or ProgressListener()), _Asked(seed, n, phases, command)
+    try:
+        return _run(protocol, models, out, asked, told)
+    except KvpatchError:
+        raise
+    except Exception as error:
+        if (place := write_crash(out, told.last, error)) is not None:
+            error.add_note(f"{place} holds what a bug report needs, and nothing private")
+            vars(error)["crash_report"] = place
+        raise
+
+
+@dataclass(frozen=True)
+class _Asked:
+    seed: int
+    n: int | None
+    phases: Sequence[str] | None
+    command: Sequence[str]
+
+
+class _Stages(ProgressListener):
+    """Passes everything on, and remembers the last stage."""
+
+    def __init__(self, listener: ProgressListener) -> None:
+        self.listener, self.last = listener, "planning"
+        self.planned, self.tokens, self.batch = listener.planned, listener.tokens, listener.batch
+
+    def stage(self, what: str) -> None:
+        self.last = what
+        self.listener.stage(what)
+
+
+def _run(protocol: Protocol, models: Models, out: Path, asked: _Asked, listener: ProgressListener) -> Outcome:
     refuse_unknown(protocol.hypotheses)
-    bank = load_bank(protocol.bank, protocol.folder)
-    plan, records = plan_for(models, protocol, bank, seed=seed, n=n, phases=phases)
-    listener.planned(plan)
     store = Store(out)
+    store.refuse_unwritable()
+    bank = load_bank(protocol.bank, protocol.folder)
+    plan, records = plan_for(models, protocol, bank, seed=asked.seed, n=asked.n, phases=asked.phases)
+    listener.planned(plan)
     with store.locked():
-        record = record_of(protocol, bank, plan, records, seed, n, phases, command)
+        record = record_of(protocol, bank, plan, records, asked.seed, asked.n, asked.phases, asked.command)
         if store.has_record():
-            record = record.continued(store.read_record())
-        record = record.model_copy(update=stated(protocol, n, record.phases))
+            stored = store.read_record()
+            stored_protocol(stored)  # one that was changed after the run is told before anything is computed
+            record = record.continued(stored)
+        else:
+            _refuse_parts_of_another_run(store, plan)
+        record = record.model_copy(update=stated(protocol, asked.n, record.phases))
         others = dict(record.other_models)
         unchecked = [None] * (record.check is None) + [key for key, other in others.items() if other.check is None]
         checks = {key: _checked(models[key], listener) for key in unchecked}
@@ -158,6 +206,21 @@ def run(
         store.write_record(record)
         write_report(store, outcome)
     return outcome
+
+
+def _refuse_parts_of_another_run(store: Store, plan: Plan) -> None:
+    """Stored parts of a run whose run.json was set aside are taken up where the plan has them, by their names, which
+    hold a hash of what was planned.
+
+    Raises:
+        StoreError: where the plan lacks one of them.
+    """
+    planned = {batch.batch_id for batch in plan.batches}
+    if stray := [part.part for part in store.parts() if part.batch not in planned]:
+        raise StoreError(
+            f"{store.directory} has no run.json, and its part {stray[0]} is not one of this run; give the same command "
+            "as before, or another --out"
+        )
 
 
 def _readouts_of(record: RunRecord, key: str | None) -> ReadoutCalibration | None:

@@ -17,6 +17,7 @@ PACKAGE = Path(kvpatch.__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
+    "crash": {"files"},
     "specs": {"files"},
     "caches": {"specs"},
     "models": {"caches"},
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checks": {"engine", "interventions"},
     "check": {"checks"},
     "rope": {"caches"},
-    "provenance": {"executors", "checks"},
+    "provenance": {"executors", "checks", "crash"},
     "run": {"provenance", "report", "verdicts"},
     "validation": {"run", "organisms"},
     "notebook": {"report", "view"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from torch import Tensor
 from kvpatch.caches.kvcache import KVCache, Segment
 from kvpatch.errors import CacheError, EmptySelection
 from kvpatch.specs.patch import Patch
+from kvpatch.specs.regexes import Pattern
 from kvpatch.specs.selectors import LayerAt, LayerBand, SlotQuery
 
 SINKS = 4
@@ -272,13 +274,18 @@ def _query(cache: KVCache, row: int, query: SlotQuery, seed: int) -> list[int]:
     return pool
 
 
+@functools.lru_cache(maxsize=256)
+def _compiled(keyword: str) -> Pattern:
+    return Pattern(keyword, re.IGNORECASE)
+
+
 def _keyword_slots(pieces: Sequence[str], keywords: Sequence[str]) -> set[int]:
     """Slots whose piece of text overlaps a match of one of the patterns in the text of the row, case ignored."""
     text = "".join(pieces)
     ends = np.cumsum([len(piece) for piece in pieces])
     hit: set[int] = set()
     for pattern in keywords:
-        for match in re.finditer(pattern, text, flags=re.IGNORECASE):
+        for match in _compiled(pattern).finditer(text):
             first = int(np.searchsorted(ends, match.start(), side="right"))
             last = int(np.searchsorted(ends, match.end() - 1, side="right"))
             if match.end() > match.start():

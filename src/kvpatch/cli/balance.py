@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from kvpatch.cli.console import PlainConsole, styled
 from kvpatch.planning.balance import MOST, SHARES, Balance
 
 HEADINGS = {
@@ -33,7 +33,7 @@ def balance_summary(found: Sequence[Balance]) -> list[dict[str, Any]]:
 
 def print_balance(found: Sequence[Balance]) -> None:
     """One table per comparison, a row per group, and how far the groups lie apart."""
-    console = Console()
+    console = PlainConsole()
     for one in found:
         columns = [name for name in HEADINGS if name in one.groups]
         table = Table(title=one.title, padding=(0, 0, 0, 1), show_edge=False, box=box.SIMPLE_HEAD)
@@ -43,7 +43,7 @@ def print_balance(found: Sequence[Balance]) -> None:
         for group, row in one.groups.iterrows():
             table.add_row(str(group), str(int(row["n"])), *(_shown(name, float(row[name])) for name in columns))
         table.add_section()
-        table.add_row("[b]apart", "", *(f"{100 * one.apart[name]:.1f}" for name in columns))
+        table.add_row(styled("apart", "bold"), "", *(f"{100 * one.apart[name]:.1f}" for name in columns))
         console.print(table)
     over = [f"{HEADINGS[name]} ({one.title})" for one in found for name in one.over]
     console.print(

@@ -7,6 +7,7 @@ import sys
 
 from kvpatch.cli import registration, runs, tools
 from kvpatch.cli.app import app, one_line_errors
+from kvpatch.cli.console import bear_any_locale
 
 COMMANDS = (runs, registration, tools)
 """Imported for the commands that they register, in the order in which `--help` lists them."""
@@ -17,5 +18,6 @@ def main() -> None:
     if "--debug" in sys.argv:
         sys.argv.remove("--debug")
         os.environ["KVPATCH_DEBUG"] = "1"
+    bear_any_locale()
     with one_line_errors():
         app()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from kvpatch.cli.console import PlainConsole, styled
+from kvpatch.errors import visible
 from kvpatch.verdicts.rounding import number
 from kvpatch.verdicts.wording import p_value
 
@@ -25,12 +25,12 @@ def print_plan_table(rows: Sequence[AnsweredRow]) -> None:
         table.add_column(column, ratio=ratio)
     for row in rows:
         measured = "\n".join(_measured(finding) for finding in row.findings) or "-"
-        answer = f"[bold]{row.verdict}[/bold]\n{escape(row.answer)}"
+        answer = styled(row.verdict, "bold") + f"\n{visible(row.answer)}"
         if row.unknown:
-            answer += f"\n[dim]What stays unknown: {escape(row.unknown)}[/dim]"
-        claim = f"[dim]{row.kind}[/dim]\n{escape(row.claim)}"
-        table.add_row(claim, escape(row.expected or "-"), escape(measured), answer)
-    Console().print(table)
+            answer += styled(f"\nWhat stays unknown: {row.unknown}", "dim")
+        claim = styled(row.kind, "dim") + f"\n{visible(row.claim)}"
+        table.add_row(claim, row.expected or "-", measured, answer)
+    PlainConsole().print(table)
 
 
 def _measured(f: Finding) -> str:

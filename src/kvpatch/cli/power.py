@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from kvpatch.cli.console import PlainConsole
 from kvpatch.errors import ProtocolError
 from kvpatch.protocols.schema import Protocol
 from kvpatch.verdicts.power_of_rule import (
@@ -46,7 +46,7 @@ def simulated(
     else:
         assumptions = every_claim_holds(protocol, effect)
     pairs = [n, *(other for other in OTHER_N if other != n)]
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=PlainConsole(stderr=True), transient=True) as progress:
         task = progress.add_task("simulating the whole rule", total=2 * draws * len(pairs))
         return power_of_rule(
             protocol, assumptions, pairs, draws, seed, lambda count: progress.update(task, advance=count)
@@ -58,7 +58,7 @@ def print_rule(protocol: Protocol, found: Sequence[RulePower], draws: int) -> No
     number of pairs."""
     if not found:
         return
-    console = Console()
+    console = PlainConsole()
     columns = list(dict.fromkeys((p.is_planned, None if p.is_planned else p.n) for p in found))
     table = Table(title="the whole rule: share of simulated runs that pass, by the test alone / by the whole rule")
     table.add_column("hypothesis", no_wrap=True)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -20,6 +19,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from kvpatch.cli.console import PlainConsole
+from kvpatch.errors import visible
 from kvpatch.models.named import Progress as Report
 from kvpatch.planning.listener import ProgressListener
 from kvpatch.planning.plan import Batch, Plan
@@ -34,14 +35,14 @@ PLAIN_EVERY = 15.0
 @contextmanager
 def loading() -> Iterator[Report]:
     """A bar for downloads and conversions; nothing shows where nothing is fetched."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = PlainConsole(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, TaskID] = {}
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
+                tasks[what] = bar.add_task(visible(what), total=total)
                 if not console.is_terminal:
                     console.print(what)
             bar.update(tasks[what], completed=done, total=total)
@@ -52,8 +53,9 @@ def loading() -> Iterator[Report]:
 @contextmanager
 def validating() -> Iterator[Callable[[Job, int, int], None]]:
     """A bar of a validation's jobs; plain lines where there is no terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total} jobs"))
+    console = PlainConsole(stderr=True)
+    what = TextColumn("{task.description}", markup=False)
+    columns = (what, BarColumn(), TextColumn("{task.completed} of {task.total} jobs"))
     said = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("validating", total=None)
@@ -71,7 +73,7 @@ def validating() -> Iterator[Callable[[Job, int, int], None]]:
 @contextmanager
 def retraining() -> Iterator[Callable[[str, int, int, float], None]]:
     """A line for every trained organism: its name, the step, of how many, and the loss."""
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         tasks: dict[str, TaskID] = {}
 
@@ -96,7 +98,7 @@ class _Left(ProgressColumn):
 class _ProgressBar(ProgressListener):
     """Shows a run. Tokens still being written count too, so that the bar moves inside a batch."""
 
-    def __init__(self, bar: Progress, console: Console) -> None:
+    def __init__(self, bar: Progress, console: PlainConsole) -> None:
         self.bar, self.console = bar, console
         self.task = bar.add_task("loading", total=None, left=None, speed="")
         self.start = self.said = time.monotonic()
@@ -108,7 +110,7 @@ class _ProgressBar(ProgressListener):
 
     def stage(self, what: str) -> None:
         self.start = time.monotonic()
-        self.bar.update(self.task, description=what)
+        self.bar.update(self.task, description=visible(what))
         if not self.console.is_terminal:
             self.console.print(f"{what} ({self.total} trials)" if what == "running" else what)
 
@@ -136,9 +138,9 @@ class _ProgressBar(ProgressListener):
 @contextmanager
 def run_progress() -> Iterator[ProgressListener]:
     """A bar with trials done and left, tokens a second and time left; plain lines where there is no terminal."""
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed} of {task.total} trials"),
         TextColumn("{task.fields[speed]}"),

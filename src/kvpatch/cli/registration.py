@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from kvpatch.cli.app import ModelName, Phases, app, phase_names
+from kvpatch.cli.app import AllowOutside, ModelName, Phases, app, phase_names
+from kvpatch.cli.console import say
 from kvpatch.errors import KvpatchError
 
 
@@ -25,6 +26,7 @@ def preregister(
         Path | None,
         typer.Option(help="A run directory of the same protocol, whose calibration figures are written down too."),
     ] = None,
+    allow_outside: AllowOutside = False,
 ) -> None:
     """Write down what a protocol will ask, before it is run: hypotheses, families, alphas, margins, exclusions, hashes.
 
@@ -40,7 +42,7 @@ def preregister(
     from kvpatch.verdicts.outcome import light_rows
     from kvpatch.verdicts.preregistration import Circumstances, calibration_figures, preregistration
 
-    chosen = load_protocol(protocol, needs_files=True)
+    chosen = load_protocol(protocol, needs_files=True, may_leave=allow_outside)
     chosen_phases(chosen, phase_names(phases), n)
     if out.exists():
         raise KvpatchError(f"{out} is there already, and a pre-registration is not written over; give another --out")
@@ -64,5 +66,5 @@ def preregister(
         out.write_text(text, "utf-8")
     except OSError as error:
         raise KvpatchError(f"{out} can't be written: {error.strerror or error}") from error
-    typer.echo(f"pre-registration: {out.resolve()}")
-    typer.echo(f"protocol hash: {chosen.sha256}")
+    say(f"pre-registration: {out.resolve()}")
+    say(f"protocol hash: {chosen.sha256}")

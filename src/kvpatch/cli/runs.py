@@ -1,4 +1,4 @@
-"""Commands about runs: run, plan, status, verdicts, effects, power, report, view."""
+"""Commands about runs: run, plan, status, verdicts, effects, power, report, repair, view."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from kvpatch.cli.app import (
     AllowCode,
+    AllowOutside,
     Device,
     Directory,
     Dtype,
@@ -28,6 +29,7 @@ from kvpatch.cli.app import (
     warn_of_missing_meaning,
     warn_of_too_few,
 )
+from kvpatch.cli.console import say, say_json
 from kvpatch.errors import KvpatchError
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ def run(
     trust_remote_code: Annotated[bool, typer.Option(help="Run modelling code that comes with the model.")] = False,
     allow_pickle: Annotated[bool, typer.Option(help="Also read pickled weights.")] = False,
     allow_code: AllowCode = False,
+    allow_outside: AllowOutside = False,
 ) -> None:
     """Run a protocol on a model, resuming where a previous run stopped, and write verdicts and a report.
 
@@ -60,7 +63,7 @@ def run(
         raise KvpatchError(f"no executor {on!r}: there is 'local'")
     from kvpatch.protocols.load import load_protocol
 
-    chosen = load_protocol(protocol, needs_files=True)
+    chosen = load_protocol(protocol, needs_files=True, may_leave=allow_outside)
     refuse_code(chosen, allow_code)
     refuse_unwritable(out)
     warn_of_too_few(chosen, n, phase_names(phases))
@@ -92,14 +95,14 @@ def run(
         print_effects(outcome.effects)
     else:
         print_plan_table(outcome.plan_table)
-    typer.echo(outcome.answer)
+    say(outcome.answer)
     for row in outcome.plan_table:
-        typer.echo(f"- {row.claim}: {row.verdict}")
+        say(f"- {row.claim}: {row.verdict}")
     if told := few_pairs(outcome.verdicts):
-        typer.echo(told)
-    typer.echo(f"effects: kvpatch effects {out}")
-    typer.echo(f"verdicts: kvpatch verdicts {out}")
-    typer.echo(f"report: {(out / 'report.html').resolve()}")
+        say(told)
+    say(f"effects: kvpatch effects {out}")
+    say(f"verdicts: kvpatch verdicts {out}")
+    say(f"report: {(out / 'report.html').resolve()}")
 
 
 @app.command()
@@ -119,6 +122,7 @@ def plan(
     device: Device = None,
     dtype: Dtype = None,
     allow_code: AllowCode = False,
+    allow_outside: AllowOutside = False,
     as_json: Json = False,
 ) -> None:
     """Show what a run would do, without running it.
@@ -127,7 +131,7 @@ def plan(
     """
     from kvpatch.protocols.load import load_protocol
 
-    chosen = load_protocol(protocol, needs_files=True)
+    chosen = load_protocol(protocol, needs_files=True, may_leave=allow_outside)
     refuse_code(chosen, allow_code)
     warn_of_deviations(chosen)
     warn_of_too_few(chosen, n, phase_names(phases))
@@ -210,16 +214,16 @@ def verdicts(
     if not exploratory:
         write_verdicts(store, outcome)
     if as_json:
-        typer.echo(canonical_json(outcome.plan_table if only_plan else outcome.verdicts), nl=False)
+        say_json(canonical_json(outcome.plan_table if only_plan else outcome.verdicts))
     else:
         print_plan_table(outcome.plan_table)
     if not as_json and not only_plan:
-        typer.echo(gate_zero(outcome.record.validation))
+        say(gate_zero(outcome.record.validation))
         for of in specificities(outcome.record):
-            typer.echo(of.sentence)
-        typer.echo(error_statement(outcome.protocol))
+            say(of.sentence)
+        say(error_statement(outcome.protocol))
         for told in dict.fromkeys(told for v in outcome.verdicts for told in v.deviations):
-            typer.echo(f"deviation: {told}")
+            say(f"deviation: {told}")
         print_verdicts(outcome.verdicts)
     if not is_registered:
         raise typer.Exit(1)
@@ -231,7 +235,7 @@ def _held_against(registered: Path, store: Store) -> bool:
 
     holds, told = held_against(read_preregistration(registered), store.read_record())
     for sentence in told:
-        typer.echo(sentence, err=True)
+        say(sentence, err=True)
     return holds
 
 
@@ -325,7 +329,27 @@ def report(
         where = write_report(store, outcome, out)
     except OSError as error:
         raise KvpatchError(f"{out} can't be written: {error.strerror or error}") from error
-    typer.echo(f"report: {where.resolve()}")
+    say(f"report: {where.resolve()}")
+
+
+@app.command()
+def repair(directory: Directory, as_json: Json = False) -> None:
+    """Set aside what is damaged in a run, and say what the same run command will compute again.
+
+    Damaged files are moved to DIR/set-aside; nothing is deleted.
+
+    Example: kvpatch repair results
+    """
+    from kvpatch.store.directory import Store
+    from kvpatch.store.repair import repair as repair_run
+
+    found = repair_run(Store(directory))
+
+    def pretty() -> None:
+        for line in found.lines:
+            say(line)
+
+    show(found.model_dump() | {"lines": found.lines}, as_json, pretty)
 
 
 @app.command()
@@ -351,7 +375,7 @@ def view(
     from kvpatch.view.server import new_token, serve
 
     def ready(address: str) -> None:
-        typer.echo(f"view: {address}")
+        say(f"view: {address}")
         sys.stdout.flush()
         if browser:
             import webbrowser

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from kvpatch.cli.console import PlainConsole, styled
+from kvpatch.errors import StoreError, visible
 from kvpatch.planning.plan import Plan
 from kvpatch.prompts.bank import Bank
 from kvpatch.protocols.schema import Protocol
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from kvpatch.verdicts.decide import Verdict
     from kvpatch.verdicts.effects import Effect
     from kvpatch.verdicts.power import Power, PowerAt
+
+
+STATUS_COLUMNS = ("phase", "error", "n_tokens")
+"""What is read of every trial to say how far a run is."""
 
 
 def plan_summary(
@@ -75,7 +80,7 @@ def print_plan(summary: dict[str, Any]) -> None:
         conditions = " ".join(f"{k}:{v}" for k, v in phase["conditions"].items())
         spent = "-" if phase["seconds"] is None else _clock(phase["seconds"])
         table.add_row(name, str(phase["experiment"]), str(phase["controls"]), spent, conditions)
-    console = Console()
+    console = PlainConsole()
     console.print(table)
     console.print(
         f"{summary['distinct_prefills']} distinct prefills of {summary['prefill_tokens']:,} tokens, at most "
@@ -104,9 +109,11 @@ def status_summary(store: Store) -> dict[str, Any]:
     from kvpatch.view.runs import LiveRun
 
     record = store.read_record()
-    store.done()
-    run = LiveRun("run", store.directory)
+    store.each_once()
+    run = LiveRun("run", store.directory, STATUS_COLUMNS)
     run.refresh()
+    if run.trouble is not None:
+        raise StoreError(run.trouble)
     progress = run.progress()
     over_all = record.tokens / record.seconds if record.seconds else None
     return {
@@ -126,15 +133,15 @@ def status_summary(store: Store) -> dict[str, Any]:
 
 def print_status(summary: dict[str, Any]) -> None:
     """A row a phase, and under it what is known of the whole."""
-    console = Console()
-    table = Table(title=f"{escape(summary['protocol'])} on {escape(summary['model'])}: {summary['state']}")
+    console = PlainConsole()
+    table = Table(title=f"{summary['protocol']} on {summary['model']}: {summary['state']}")
     for column in ("phase", "done", "of", "", "failed"):
         table.add_column(column, justify="right" if column in ("done", "of", "failed") else "left")
     for row in summary["phases"]:
         share = min(1.0, row["done"] / row["planned"]) if row["planned"] else 1.0
         bar = "█" * round(20 * share) + "░" * (20 - round(20 * share))
-        failed = f"[red]{row['failed']}[/red]" if row["failed"] else "0"
-        table.add_row(escape(row["phase"]), str(row["done"]), str(row["planned"]), bar, failed)
+        failed = styled(str(row["failed"]), "red") if row["failed"] else "0"
+        table.add_row(row["phase"], str(row["done"]), str(row["planned"]), bar, failed)
     console.print(table)
     left, speed = summary["seconds_left"], summary["tokens_per_second"]
     told = [
@@ -148,7 +155,7 @@ def print_status(summary: dict[str, Any]) -> None:
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     """The verdict table, and under it the reason for each."""
-    console = Console()
+    console = PlainConsole()
     table = Table(title="verdicts")
     for column in ("hypothesis", "verdict", "contrast", "readout", "estimate [interval]", "p adjusted", "n"):
         table.add_column(column, no_wrap=column in ("hypothesis", "verdict"))
@@ -156,15 +163,15 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
         interval = "" if v.ci_low is None or v.ci_high is None else f" [{number(v.ci_low)}, {number(v.ci_high)}]"
         estimate = "-" if v.estimate is None else f"{number(v.estimate)}{interval}"
         p = "-" if v.p_adjusted is None else p_value(v.p_adjusted)
-        table.add_row(v.id, v.verdict, v.contrast, v.readout, escape(estimate), p, str(v.n))
+        table.add_row(v.id, v.verdict, v.contrast, v.readout, estimate, p, str(v.n))
     console.print(table)
     for v in verdicts:
-        console.print(f"[bold]{v.id}[/bold]: {escape(v.because)}")
+        console.print(styled(v.id, "bold") + f": {visible(v.because)}")
 
 
 def print_effects(effects: Sequence[Effect]) -> None:
     """A row a condition, a column a readout."""
-    console = Console()
+    console = PlainConsole()
     for phase in dict.fromkeys(effect.phase for effect in effects):
         rows = [effect for effect in effects if effect.phase == phase]
         measured = list(dict.fromkeys(effect.readout for effect in rows))
@@ -180,7 +187,7 @@ def print_effects(effects: Sequence[Effect]) -> None:
             share = "-" if first.coherent is None else percent(first.coherent)
             share += " *" if first.is_incoherent else ""
             n = str(max(effect.n for effect in own.values()))
-            about = [escape(first.about)] if is_wide else []
+            about = [first.about] if is_wide else []
             table.add_row(condition, n, share, *(_interval(own[name]) for name in measured), *about)
         if any(effect.is_incoherent for effect in rows):
             table.caption = (
@@ -195,12 +202,13 @@ def _heading(readout: str) -> str:
     return known[readout].heading("effects") if readout in known else readout
 
 
-def _interval(effect: Effect) -> str:
+def _interval(effect: Effect) -> str | Text:
     if effect.estimate is None:
         return "-"
     if effect.ci_low is None or effect.ci_high is None:
         return _signed(effect.estimate)
-    return f"{_signed(effect.estimate)}\n[dim]{_signed(effect.ci_low)} to {_signed(effect.ci_high)}[/dim]"
+    interval = styled(f"{_signed(effect.ci_low)} to {_signed(effect.ci_high)}", "dim")
+    return Text(f"{_signed(effect.estimate)}\n") + interval
 
 
 def _signed(value: float) -> str:
@@ -209,7 +217,7 @@ def _signed(value: float) -> str:
 
 def print_power(entries: Sequence[Power]) -> None:
     """A row for every alpha of a hypothesis; hypotheses that have the same figures share their rows."""
-    console = Console()
+    console = PlainConsole()
     table = Table(title="smallest effect (dz) seen with 80% / 90% power, and the pairs that the wanted one needs")
     for column in ("hypothesis", "test, n", "alpha", "smallest dz", "in its unit", "power at wanted dz", "pairs"):
         table.add_column(column, no_wrap=column in ("hypothesis", "smallest dz"))
@@ -236,7 +244,7 @@ def print_power(entries: Sequence[Power]) -> None:
         for note in [*e.notes, *["true by construction of a full swap"] * e.is_tautological]:
             notes.setdefault(note, []).append(e.id)
     for note, ids in notes.items():
-        console.print(f"[bold]{', '.join(ids)}[/bold]: {escape(note)}")
+        console.print(styled(", ".join(ids), "bold") + f": {visible(note)}")
 
 
 def _power_cells(entry: Power, at: PowerAt) -> list[str]:
@@ -258,12 +266,12 @@ def print_check(identities: Sequence[Identity]) -> None:
     for i in identities:
         word = {True: "yes", False: "NO", None: "does not apply"}[i.holds]
         table.add_row(i.identity, word, f"{i.error:.2g}", f"{i.bound:.2g}", i.note)
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def print_validation(validation: Validation) -> None:
     """A row a finding that failed, a count of those that hold for each organism, and the outcome in one line."""
-    console = Console()
+    console = PlainConsole()
     table = Table(title=f"validation of kvpatch {validation.version}, {validation.scope}, seed {validation.seed}")
     for column in ("organism", "asked", "planted", "found", ""):
         table.add_column(column)
@@ -272,7 +280,7 @@ def print_validation(validation: Validation) -> None:
         verdicts = [f for f in own if f.asked.startswith("verdict ")]
         for f in own:
             if f not in verdicts or not f.holds:
-                table.add_row(organism, f.asked, escape(f.planted), escape(f.found), "holds" if f.holds else "FAILS")
+                table.add_row(organism, f.asked, f.planted, f.found, "holds" if f.holds else "FAILS")
         if verdicts:
             held = sum(f.holds for f in verdicts)
             table.add_row(organism, "verdicts", f"{len(verdicts)} known", f"{held} as known", "")
@@ -304,8 +312,8 @@ def print_bank(summary: dict[str, Any]) -> None:
         table.add_column(column)
     table.add_column("text", ratio=1)
     for p in summary["prompts"]:
-        table.add_row(p["id"], p["group"], escape(p["topic"]), str(p["tokens"]), escape(p["text"]))
-    Console().print(table)
+        table.add_row(p["id"], p["group"], p["topic"], str(p["tokens"]), p["text"])
+    PlainConsole().print(table)
 
 
 def print_models(models: Sequence[dict[str, Any]], organisms: Sequence[str]) -> None:
@@ -316,6 +324,6 @@ def print_models(models: Sequence[dict[str, Any]], organisms: Sequence[str]) -> 
     for m in models:
         licence = m["licence"] if m["terms"] is None else f"{m['licence']}\n{m['terms']}"
         table.add_row(m["name"], m["about"], licence, str(m["megabytes"]), "yes" if m["pulled"] else "no")
-    console = Console()
+    console = PlainConsole()
     console.print(table)
     console.print(f"small models with planted truth (kvpatch validate): {', '.join(organisms)}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvpatch.cli.app import Device, Dtype, Json, app, refuse_unwritable, show
+from kvpatch.cli.console import say, say_json
 from kvpatch.errors import KvpatchError, is_installed
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def schema() -> None:
     """
     from kvpatch.protocols.schema import Protocol
 
-    typer.echo(json.dumps(Protocol.model_json_schema(), indent=1))
+    say_json(json.dumps(Protocol.model_json_schema(), indent=1) + "\n")
 
 
 @app.command()
@@ -192,7 +193,12 @@ def models(as_json: Json = False) -> None:
 
 
 @app.command()
-def pull(name: Annotated[str, typer.Argument(help="A name from `kvpatch models`.")]) -> None:
+def pull(
+    name: Annotated[str, typer.Argument(help="A name from `kvpatch models`.")],
+    again: Annotated[
+        bool, typer.Option("--again", help="Also where it is there already: a damaged one is replaced.")
+    ] = False,
+) -> None:
     """Fetch a named model and convert it once. Without torch it is fetched now and converted when it is first loaded.
 
     Example: kvpatch pull smollm2-135m
@@ -206,7 +212,7 @@ def pull(name: Annotated[str, typer.Argument(help="A name from `kvpatch models`.
         from kvpatch.models.named import pull_unconverted as pull_model
 
     with loading() as report:
-        where = pull_model(name, report)
+        where = pull_model(name, report, again=again)
     if where.is_file():
-        typer.echo("fetched; to convert it and run it, kvpatch needs torch: pip install 'kvpatch[run]'", err=True)
-    typer.echo(f"{name}: {where}")
+        say("fetched; to convert it and run it, kvpatch needs torch: pip install 'kvpatch[run]'", err=True)
+    say(f"{name}: {where}")

@@ -136,7 +136,7 @@ def measure(
     cached = [[token for token in row if token != PAD] for row in mixed.token_ids.tolist()]
     return [
         Measured(
-            model=model.loaded.name,
+            model=model.loaded.published_name,
             source_token_ids=source_ids[i],
             target_token_ids=target_ids[i],
             cache_token_ids=[*cached[i], pending[i]],

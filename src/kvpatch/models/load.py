@@ -6,19 +6,17 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from kvpatch.errors import ModelError
-from kvpatch.files import cache_directory
+from kvpatch.files import cache_directory, held, is_directory, is_file
 from kvpatch.models.checkpoint import (
     Reports,
     damaged_file,
@@ -39,6 +37,7 @@ from kvpatch.models.named import (
     fetch_gguf,
     kept_gguf,
     named_models,
+    part_of,
     refuse_unknown,
     unconverted_gguf,
     unwritable_cache,
@@ -60,6 +59,13 @@ class Loaded:
     name: str
     directory: Path | None
     is_converted: bool
+
+    @property
+    def published_name(self) -> str:
+        """The name as a run stores it: of a path on this machine its last part; the hashes say which model it is."""
+        path = _place(self.name)
+        is_here = path.is_absolute() or is_directory(path) or is_file(path)
+        return path.resolve().name if is_here else self.name
 
 
 def load_model(
@@ -89,7 +95,7 @@ def load_model(
     where, is_converted = resolve(str(name), report)
     is_local = isinstance(where, Path)
     if is_local and is_converted:
-        refuse_changed(where)
+        refuse_changed(where, str(name) if str(name) in named_models() else None)
     if is_local and (where / "adapter_config.json").exists():
         raise ModelError(f"{where} holds an adapter; merge it into its model (merge_and_unload) and save that")
     if is_local and not allow_pickle and not any(where.glob("*.safetensors")):
@@ -136,20 +142,28 @@ def _generation_tokens(where: Path | str, is_local: bool) -> GenerationConfig:
     return GenerationConfig()
 
 
+def _place(name: str) -> Path:
+    """A name as a path, with the user's home written out where there is one."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # the home of a user that there is not
+        return Path(name)
+
+
 def resolve(name: str, report: Progress) -> tuple[Path | str, bool]:
     """The directory (or hub id) to load, and whether kvpatch made it; a GGUF is converted once."""
-    path = Path(name).expanduser()
+    path = _place(name)
     if (made := made_model(name, cache_directory())) is not None:
         return made, False
     if name in named_models():
         return _converted(name, cache_key(name), report), True
-    if path.is_file():
+    if is_file(path):
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is a file, but not a .gguf file; give a .gguf file or a model directory")
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return _converted(str(path.resolve()), f"gguf-{digest[:24]}-v{CONVERSION}", report), True
-    if path.is_dir():
+    if is_directory(path):
         if not (path / "config.json").exists():
             raise ModelError(f"{name} is a directory without config.json; give a model saved by transformers")
         return path, False
@@ -161,13 +175,15 @@ def resolve(name: str, report: Progress) -> tuple[Path | str, bool]:
     return name, False
 
 
-def pull(name: str, progress: Progress | None = None) -> Path:
-    """Fetch and convert a named model; returns its directory.
+def pull(name: str, progress: Progress | None = None, *, again: bool = False) -> Path:
+    """Fetch and convert a named model; returns its directory. again: also where it is there already, in place of that.
 
     Raises:
         ModelError: for an unknown name or a failed download.
     """
     refuse_unknown(name)
+    if again:
+        return _converted(name, cache_key(name), progress or (lambda what, done, total: None), again=True)
     where, _ = resolve(name, progress or (lambda what, done, total: None))
     return Path(where)
 
@@ -188,22 +204,28 @@ def template_sha256(tokenizer: Any) -> str | None:
     return None if not template else hashlib.sha256(json.dumps(template).encode()).hexdigest()
 
 
-def _converted(source: str, key: str, report: Progress) -> Path:
-    """The safetensors directory of a named model or GGUF file, made once, also where other processes want it."""
+def _converted(source: str, key: str, report: Progress, *, again: bool = False) -> Path:
+    """The safetensors directory of a named model or GGUF file, made once, also where other processes want it.
+
+    again: made anew, and then put in the place of what is there.
+    """
     home = cached_model(key)
-    if home.exists():
+    if home.exists() and not again:
         return home
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{home}.lock"), tempfile.TemporaryDirectory(dir=home.parent, prefix=".part-") as folder:
-            if home.exists():
+        with held(Path(f"{home}.lock")), part_of(home) as folder:
+            if home.exists() and not again:
                 return home
-            part = Path(folder)
+            part = folder
             made = part / "model"
             if source in named_models():
-                _convert(kept_gguf(source) or fetch_gguf(source, part, report), made, report)
+                kept = None if again else kept_gguf(source)
+                _convert(kept or fetch_gguf(source, part, report), made, report)
             else:
                 _convert(Path(source), made, report)
+            if home.exists():
+                os.replace(home, part / "before")
             os.replace(made, home)
             if source in named_models():
                 shutil.rmtree(unconverted_gguf(source).parent, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.util
 import os
@@ -11,15 +12,15 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
-import filelock
 import yaml
 
 from kvpatch.errors import ModelError
-from kvpatch.files import cache_directory
+from kvpatch.files import cache_directory, held
 from kvpatch.models.package_index import index_options
 from kvpatch.specs.base import Frozen
 
@@ -97,26 +98,54 @@ def refuse_unknown(name: str) -> None:
         raise ModelError(f"no named model {name!r}; there are {', '.join(named_models())}")
 
 
+@contextmanager
+def part_of(home: Path) -> Iterator[Path]:
+    """A folder beside a directory that is being made, whose lock is held; what a killed process left of the same one is
+    taken away first."""
+    prefix = f".part-{home.name}-"
+    for left in home.parent.glob(f"{glob.escape(prefix)}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=home.parent, prefix=prefix) as folder:
+        yield Path(folder)
+
+
 def unconverted_gguf(name: str) -> Path:
     """Where the cache keeps the GGUF file of a named model that was fetched where there is no torch to convert it."""
     return cached_model(f"{name}-{named_models()[name].key}") / f"{name}.gguf"
 
 
 def kept_gguf(name: str) -> Path | None:
-    """The GGUF file that `pull_unconverted` left in the cache; None where it left none.
+    """The GGUF file that `pull_unconverted` left in the cache; None where it left none, or was stopped in between.
 
     Raises:
         ModelError: where the file is not as it was written.
     """
     path = unconverted_gguf(name)
-    if not path.exists():
+    try:
+        written = _sha256_beside(path).read_text(encoding="ascii").strip()
+        if not path.exists():
+            return None
+    except (OSError, ValueError):
         return None
-    check_sha256(path, _sha256_beside(path).read_text(encoding="ascii").strip())
+    try:
+        check_sha256(path, written)
+    except ModelError as error:
+        raise ModelError(f"{error}; `kvpatch pull {name} --again` fetches it again") from error
     return path
 
 
-def pull_unconverted(name: str, progress: Progress) -> Path:
+def _whole_gguf(name: str) -> Path | None:
+    """The same, and None where the file is damaged."""
+    try:
+        return kept_gguf(name)
+    except ModelError:
+        return None
+
+
+def pull_unconverted(name: str, progress: Progress, *, again: bool = False) -> Path:
     """Fetch a named model's GGUF file into the cache, to be converted when the model is first loaded. Needs no torch.
+
+    again: also where it is there already; a converted one is given up for it.
 
     Returns:
         The model's directory where it is converted already, else the GGUF file.
@@ -129,12 +158,16 @@ def pull_unconverted(name: str, progress: Progress) -> Path:
         made.parent.mkdir(parents=True, exist_ok=True)
         # The lock is the one that a conversion of the same model takes.
         with (
-            filelock.FileLock(f"{made}.lock"),
-            tempfile.TemporaryDirectory(dir=made.parent, prefix=".part-") as folder,
+            held(Path(f"{made}.lock")),
+            part_of(made) as folder,
         ):
-            if made.exists() or out.exists():
-                return made if made.exists() else out
-            fetched = fetch_gguf(name, Path(folder), progress)
+            if again and made.exists():
+                os.replace(made, folder / "before")
+            if made.exists():
+                return made
+            if not again and (kept := _whole_gguf(name)) is not None:
+                return kept
+            fetched = fetch_gguf(name, folder, progress)
             out.parent.mkdir(exist_ok=True)
             _sha256_beside(out).write_text(sha256_of(fetched), encoding="ascii")
             os.replace(fetched, out)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpatch.errors import ModelError
-from kvpatch.files import write_whole
+from kvpatch.files import read_json, write_whole
 
 NOTE = "kvpatch.json"
 
@@ -24,34 +24,37 @@ def write_note(directory: Path, about: dict[str, Any]) -> None:
     _write(directory, {**about, "files": _described(files)})
 
 
-def refuse_changed(directory: Path) -> None:
+def refuse_changed(directory: Path, name: str | None = None) -> None:
     """Refuse a converted model whose files are not those of its note.
+
+    name: of a named model, which can be pulled again.
 
     Raises:
         ModelError: naming the files.
     """
     try:
-        note = json.loads((directory / NOTE).read_text())
+        note = read_json(directory / NOTE)
         known: dict[str, dict[str, Any]] = note.get("files") or _of_older(directory, note)
         changed = [
             name for name, file in known.items() if _stamp(directory / name) != (file["bytes"], file["mtime_ns"])
         ]
         found = _described([directory / name for name in changed])
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _refusal(directory, f"its note {NOTE} or a file it names can't be read") from error
+        raise _refusal(directory, name, f"its note {NOTE} or a file it names can't be read") from error
     bad = [name for name in changed if found[name]["sha256"] != known[name]["sha256"]]
     bad += sorted({path.name for path in directory.glob("*.safetensors")} - set(known))
     if bad:
-        raise _refusal(directory, f"{', '.join(bad)} {'is' if len(bad) == 1 else 'are'} not what was written")
+        raise _refusal(directory, name, f"{', '.join(bad)} {'is' if len(bad) == 1 else 'are'} not what was written")
     if changed or "files" not in note:
         # A cache that can't be written to is hashed again the next time.
         with contextlib.suppress(OSError):
             _write(directory, {**note, "files": known | found})
 
 
-def _refusal(directory: Path, why: str) -> ModelError:
+def _refusal(directory: Path, name: str | None, why: str) -> ModelError:
+    again = f", or run `kvpatch pull {name} --again`" if name else ""
     return ModelError(
-        f"the converted model in {directory} was changed: {why}; delete that directory to convert it again"
+        f"the converted model in {directory} was changed: {why}; delete that directory to convert it again{again}"
     )
 
 

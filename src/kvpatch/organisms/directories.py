@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 
 from kvpatch.errors import ModelError
+from kvpatch.files import held
 from kvpatch.models.makers import register_maker
+from kvpatch.models.named import part_of
+from kvpatch.models.note import refuse_changed, write_note
 from kvpatch.specs.organisms import ORGANISMS, PREFIX, Organism
 
 WEIGHTS = Path(__file__).parent / "shipped"
@@ -23,22 +25,34 @@ def organism_directory(name: str, cache: Path, weights: Path = WEIGHTS) -> Path:
     """
     organism = ORGANISMS[name]
     home = cache / "organisms" / f"{name}-{_key(organism, weights)}"
-    if home.exists():
+    if _is_whole(home):
         return home
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home.parent, prefix=".part-") as folder:
-            made = write_organism(organism, Path(folder) / "model", weights)
-            try:
-                os.replace(made, home)
-            except OSError:  # another process was first
-                if not home.exists():
-                    raise
+        with held(Path(f"{home}.lock")), part_of(home) as folder:
+            if _is_whole(home):  # another process was first
+                return home
+            made = write_organism(organism, folder / "model", weights)
+            write_note(made, {"organism": name})
+            if home.exists():
+                os.replace(home, folder / "before")
+            os.replace(made, home)
     except OSError as error:
         raise ModelError(
             f"{home.parent}: {error.strerror or error}; set KVPATCH_CACHE to a directory with room"
         ) from error
     return home
+
+
+def _is_whole(home: Path) -> bool:
+    """Whether an organism was written, and its files are still what was written; what is damaged is written again."""
+    if not home.exists():
+        return False
+    try:
+        refuse_changed(home)
+    except ModelError:
+        return False
+    return True
 
 
 def write_organism(organism: Organism, folder: Path, weights: Path = WEIGHTS) -> Path:

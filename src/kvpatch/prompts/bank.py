@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from kvpatch.errors import ProtocolError
-from kvpatch.files import LOADER
+from kvpatch.files import NotYaml, bytes_within, is_directory, read_yaml
 from kvpatch.specs.base import Frozen, Mode
 from kvpatch.specs.nearest import instead
 
@@ -138,10 +137,9 @@ def load_bank(name: str, folder: Path | None = None) -> Bank:
         ProtocolError: where it can't be found or an entry is wrong; the message names file and entry.
     """
     path = Path(folder or "", name)
-    if path.is_dir():
+    if is_directory(path):
         return _read(name, path)
-    shipped = files("kvpatch.prompts").joinpath("banks", ALIASES.get(name, name))
-    if not shipped.is_dir():
+    if name not in shipped_banks():
         where = f" in {folder}" if folder else ""
         told = instead(name, shipped_banks(), "shipped are")
         raise ProtocolError(f"no prompt bank {name!r}: neither a shipped bank nor a directory{where}; {told}")
@@ -160,7 +158,10 @@ def _read(name: str, folder: Path) -> Bank:
     prompts: list[Prompt] = []
     continuations: list[Continuation] = []
     for path in sorted(folder.glob("*.yaml")):
-        raw = path.read_bytes()
+        try:
+            raw = bytes_within(path)
+        except OSError as error:
+            raise ProtocolError(f"bank {name!r}: {path.name} can't be read: {error.strerror or error}") from error
         digest.update(raw)
         for entry in _entries(path, raw):
             if isinstance(entry, Continuation):
@@ -177,9 +178,10 @@ def _read(name: str, folder: Path) -> Bank:
 
 def _entries(path: Path, raw: bytes) -> Iterator[Prompt | Continuation]:
     try:
-        loaded = yaml.load(raw, Loader=LOADER) or []
-    except yaml.YAMLError as error:
-        raise ProtocolError(f"{path.name}: {' '.join(str(error).split())}") from error
+        loaded = read_yaml(raw) or []
+    except NotYaml as error:
+        line = f", line {error.line}" if error.line else ""
+        raise ProtocolError(f"{path.name}{line}: not YAML: {error}") from error
     if not isinstance(loaded, list):
         raise ProtocolError(f"{path.name}: expected a list of prompts or continuations")
     for number, entry in enumerate(loaded, 1):

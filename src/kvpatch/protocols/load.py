@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +14,16 @@ import yaml
 from pydantic import ValidationError
 
 from kvpatch.errors import ProtocolError, ProtocolMistakes
-from kvpatch.files import LOADER
+from kvpatch.files import NotYaml, bytes_within, read_yaml, yaml_nodes
 from kvpatch.protocols.hypotheses import Misplaced
 from kvpatch.protocols.names import wrong_files, wrong_names
 from kvpatch.protocols.schema import Protocol
 from kvpatch.specs.nearest import instead, nearest
 from kvpatch.specs.refusals import sentence
 from kvpatch.specs.test_kinds import kinds
+
+MOST_LOOKED_AT = 200
+"""Mistakes of a file that are looked at. A file with more is not one that its reader mends line by line."""
 
 
 def shipped_protocols() -> list[str]:
@@ -29,12 +33,13 @@ def shipped_protocols() -> list[str]:
     )
 
 
-def load_protocol(name: str, *, needs_files: bool = False) -> Protocol:
+def load_protocol(name: str, *, needs_files: bool = False, may_leave: bool = False) -> Protocol:
     """Read a protocol and check every name in it; its paths are relative to its file, whatever the working directory.
 
     Args:
         needs_files: whether the bank and the lexicon that it names must be there, as for a run. Where they need not,
             what can be read of them is checked all the same.
+        may_leave: whether they may lie outside the folder of the protocol's file.
     Raises:
         ProtocolError: for an unknown name, an unreadable file, or content that is not a protocol; all that is wrong in
             the content is said at once, one line each.
@@ -43,29 +48,29 @@ def load_protocol(name: str, *, needs_files: bool = False) -> Protocol:
     folder = path.absolute().parent
     if path.suffix in (".yaml", ".yml"):
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = bytes_within(path).decode("utf-8")
+        except (OSError, ValueError) as error:
             raise ProtocolError(f"{name}: can't be read: {getattr(error, 'strerror', None) or error}") from error
     elif name in shipped_protocols():
         shipped = files("kvpatch.protocols")
         text, folder = shipped.joinpath(f"{name}.yaml").read_text(encoding="utf-8"), Path(str(shipped))
     else:
         raise ProtocolError(f"no protocol {name!r}: shipped are {', '.join(shipped_protocols())}; or give a .yaml file")
-    return parse_protocol(text, name, folder, needs_files=needs_files)
+    return parse_protocol(text, name, folder, needs_files=needs_files, may_leave=may_leave)
 
 
-def parse_protocol(text: str, name: str, folder: Path | None = None, *, needs_files: bool = False) -> Protocol:
+def parse_protocol(
+    text: str, name: str, folder: Path | None = None, *, needs_files: bool = False, may_leave: bool = False
+) -> Protocol:
     """Read a protocol from YAML text; `name` is what errors call the file, `folder` where it lies.
 
     Without a folder, the files that it names are not looked at.
     """
     try:
-        node = yaml.compose(text, Loader=LOADER)
-        written = yaml.load(text, Loader=LOADER)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ProtocolError(f"{name}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+        node, written = yaml_nodes(text), read_yaml(text)
+    except NotYaml as error:
+        line = f", line {error.line}" if error.line else ""
+        raise ProtocolError(f"{name}{line}: not YAML: {error}") from error
     if not isinstance(written, dict):
         raise ProtocolError(f"{name}, line 1: expected a mapping with the keys of a protocol")
     if repeated := _repeated_key(node):
@@ -76,13 +81,14 @@ def parse_protocol(text: str, name: str, folder: Path | None = None, *, needs_fi
     try:
         protocol = Protocol.model_validate(loaded, context=wrong)
     except ValidationError as error:
-        found = [(e, _place(node, _as_written(_loc(e), written, loaded))) for e in error.errors()]
+        shown = error.errors()[:MOST_LOOKED_AT]
+        found = [(e, _place(node, _as_written(_loc(e), written, loaded))) for e in shown]
         raise _mistakes(name, _explained(found)) from error
     if folder is not None:
         protocol = protocol.placed(folder)
-        wrong += wrong_files(protocol, must_be_there=needs_files)
+        wrong += wrong_files(protocol, must_be_there=needs_files, may_leave=may_leave)
     wrong += wrong_names(protocol)
-    if wrong:
+    if wrong := wrong[:MOST_LOOKED_AT]:
         places = [_place(node, _as_written(each.loc, written, loaded)) for each in wrong]
         raise _mistakes(name, [(place, place.whole, str(each)) for place, each in zip(places, wrong, strict=True)])
     return protocol
@@ -121,7 +127,8 @@ def _as_written(loc: Sequence[int | str], written: dict[str, Any], loaded: dict[
         return list(loc)
     own = written.get("hypotheses")
     ids = [h.get("id") for h in own if isinstance(h, dict)] if isinstance(own, list) else []
-    name = loaded["hypotheses"][loc[1]].get("id")
+    hypothesis = loaded["hypotheses"][loc[1]]
+    name = hypothesis.get("id") if isinstance(hypothesis, dict) else loc[1]
     return ["hypotheses", ids.index(name) if name in ids else str(name), *loc[2:]]
 
 
@@ -134,10 +141,10 @@ def _laid_over(loaded: dict[str, Any], name: str, line: int) -> dict[str, Any]:
     if base_name not in shipped_protocols():
         told = instead(str(base_name), shipped_protocols(), "shipped are")
         raise ProtocolError(f"{name}, line {line}, extends: no shipped protocol {base_name!r}; {told}")
-    base = yaml.load(files("kvpatch.protocols").joinpath(f"{base_name}.yaml").read_text(encoding="utf-8"), LOADER)
+    base = read_yaml(files("kvpatch.protocols").joinpath(f"{base_name}.yaml").read_text(encoding="utf-8"))
     changes = {key: value for key, value in loaded.items() if key != "extends"}
     hypotheses = changes.get("hypotheses")
-    if isinstance(hypotheses, list) and all(isinstance(h, dict) for h in hypotheses):
+    if isinstance(hypotheses, list) and all(isinstance(h, dict) and isinstance(h.get("id"), str) for h in hypotheses):
         known = {h["id"]: h for h in base["hypotheses"]}
         for h in hypotheses:
             known[h.get("id")] = {**known.get(h.get("id"), {}), **h}
@@ -192,9 +199,14 @@ def _known_keys(error: Any, loc: Sequence[int | str]) -> list[str]:
     return error.get("ctx", {}).get("known") or _keys_at(loc)
 
 
+@functools.cache
+def _schema() -> dict[str, Any]:
+    return Protocol.model_json_schema()
+
+
 def _keys_at(loc: Sequence[int | str]) -> list[str]:
     """The keys that the schema knows for the mapping at a place of a protocol."""
-    schema = Protocol.model_json_schema()
+    schema = _schema()
     places = [schema]
     for part in loc:
         places = [step for place in places for step in _steps(schema, place, part)]

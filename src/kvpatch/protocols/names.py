@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from kvpatch.errors import ProtocolError
+from kvpatch.files import is_directory, is_file, leaves
 from kvpatch.prompts.bank import Bank, load_bank, shipped_banks
 from kvpatch.protocols.conditions import ROLES
 from kvpatch.protocols.hypotheses import Hypothesis, Misplaced, Variable
@@ -130,12 +131,18 @@ def _wrong_expectations(protocol: Protocol) -> Iterator[Misplaced]:
                     yield Misplaced(f"no verdict {word!r}; {instead(word, words)}", "expected", organism, verdict)
 
 
-def wrong_files(protocol: Protocol, *, must_be_there: bool) -> Iterator[Misplaced]:
+def wrong_files(protocol: Protocol, *, must_be_there: bool, may_leave: bool = False) -> Iterator[Misplaced]:
     """What is wrong with the lexicon and the bank that a protocol names, and with the names in it that the bank knows.
 
     must_be_there: whether a file that can't be found is wrong. Whoever only decides a run again needs neither file; but
-    a name that is all but a shipped one is told in any case.
+    a name that is all but a shipped one is told in any case. may_leave: whether they may lie outside the protocol's own
+    folder; one that may not is not looked at, and is wrong where it must be there.
     """
+    outside = [] if may_leave else _outside(protocol)
+    if outside:
+        if must_be_there:
+            yield from outside
+        return
     try:
         bank = load_bank(protocol.bank, protocol.folder)
     except ProtocolError as error:
@@ -151,8 +158,27 @@ def wrong_files(protocol: Protocol, *, must_be_there: bool) -> Iterator[Misplace
     yield from _wrong_lexicon(protocol, must_be_there)
 
 
+def _outside(protocol: Protocol) -> list[Misplaced]:
+    """The bank and the lexicon, where they lie outside the protocol's own folder: a protocol from elsewhere should not
+    have other files of this machine read, and quoted in messages and in the report. A bank by its absolute path, which
+    only someone who knows this machine can have written, is taken as it is meant."""
+    folder, lexicon = protocol.folder, protocol.readouts.lexicon
+    if folder is None:
+        return []
+    found: list[Misplaced] = []
+    told = "lies outside the protocol's folder; move it there, or allow it with --allow-outside if you trust the file"
+    is_meant = Path(protocol.bank).is_absolute() or protocol.bank in shipped_banks()
+    if not is_meant and leaves(folder, protocol.bank, "*.yaml"):
+        found.append(Misplaced(f"the bank {protocol.bank!r} {told}", "bank"))
+    is_code = names_code(lexicon)
+    file = lexicon.rpartition(":")[0] if is_code else lexicon
+    if lexicon not in _shipped_lexicons() and (not is_code or file.endswith(".py")) and leaves(folder, file):
+        found.append(Misplaced(f"the lexicon {lexicon!r} {told}", "readouts", "lexicon"))
+    return found
+
+
 def _is_a_directory(protocol: Protocol) -> bool:
-    return Path(protocol.folder or "", protocol.bank).is_dir()
+    return is_directory(Path(protocol.folder or "", protocol.bank))
 
 
 def _wrong_lexicon(protocol: Protocol, must_be_there: bool) -> Iterator[Misplaced]:
@@ -164,7 +190,7 @@ def _wrong_lexicon(protocol: Protocol, must_be_there: bool) -> Iterator[Misplace
         read_scorer(name, protocol.folder)
     except ProtocolError as error:
         path = Path(protocol.folder or "", name)
-        if must_be_there or path.is_file() or nearest(name, _shipped_lexicons()):
+        if must_be_there or is_file(path) or nearest(name, _shipped_lexicons()):
             yield Misplaced(str(error), "readouts", "lexicon")
 
 

@@ -6,10 +6,9 @@ conditions on how many pairs) and hypotheses (what must hold between conditions 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,12 +17,14 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_v
 from kvpatch.protocols.conditions import NATURAL_SOURCE, NATURAL_TARGET, ROLES, Condition, Role
 from kvpatch.protocols.families import Family, with_alphas, wrong_families
 from kvpatch.protocols.hypotheses import Correction, Hypothesis, Misplaced, wrong_needs
+from kvpatch.protocols.naming import MOST_WRONG, misnamed
 from kvpatch.protocols.plan_rows import PlanRow, completed, said_of, wrong_rows
 from kvpatch.specs import arguments
 from kvpatch.specs.base import PLAIN, Frozen, Mode, is_empty, is_none
 from kvpatch.specs.nearest import instead
 from kvpatch.specs.outside_interventions import AS_STORED
 from kvpatch.specs.selectors import NamedSlots, SlotQuery
+from kvpatch.store.record import dumped_sha256
 
 
 class Generation(Frozen):
@@ -192,11 +193,6 @@ def calibration_of(model: str | None) -> str:
     return "calibration" if model is None else f"calibration-{model}"
 
 
-def dumped_sha256(dumped: dict[str, Any]) -> str:
-    """Hash of a protocol as run.json holds it; stays what it was when a later schema knows more fields."""
-    return hashlib.sha256(json.dumps(dumped, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 class Protocol(Frozen):
     """A whole protocol."""
 
@@ -250,7 +246,9 @@ class Protocol(Frozen):
     @model_validator(mode="after")
     def _names_exist(self, info: ValidationInfo) -> Protocol:
         """Whoever reads a file gives a list as context, and tells all that is wrong at once."""
-        wrong = list(self._wrong_names())
+        # A stored run keeps the names that it has: nothing is written under them any more.
+        is_stored = info.context is AS_STORED
+        wrong = [*([] if is_stored else misnamed(self)), *islice(self._wrong_names(), MOST_WRONG)]
         if isinstance(info.context, list):
             info.context.extend(wrong)
         elif wrong:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.resources
 import itertools
 import re
 from collections.abc import Iterable, Iterator
@@ -23,21 +22,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kvpatch.errors import ProtocolError
-from kvpatch.files import LOADER
+from kvpatch.files import NotYaml, read_yaml
 from kvpatch.readouts.cues import Cues, read_cues
+from kvpatch.readouts.lexicon_files import is_shipped, lexicon_bytes
 from kvpatch.readouts.patterns import (
     WORD,
     WORD_END,
+    AnyPattern,
     as_regex,
+    compiled,
     lowered,
     normalise,
     quantifies_a_space,
     read_lists,
     with_lists,
 )
+from kvpatch.specs.regexes import PatternError
 
 # No evidence of copying, and of no use in telling two texts apart. Reflexive pronouns are left out on
 # purpose: "myself" and "itself" carry the mode.
@@ -84,9 +85,11 @@ class Entry:
     """Words that may not stand directly before a match."""
     not_before: tuple[str, ...] = ()
     """Patterns of words that may not stand directly after a match."""
+    is_timed: bool = field(default=True, repr=False, compare=False)
+    """Whether the pattern runs with a time limit; those of shipped lexicons are known to be quick."""
     core: str = field(init=False, repr=False, compare=False)
     """The pattern as a regex for lowered text."""
-    regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
+    regex: AnyPattern = field(init=False, repr=False, compare=False)
     """The whole entry; to be matched at the start of a word of lowered text."""
 
     def __post_init__(self) -> None:
@@ -100,8 +103,8 @@ class Entry:
         following = "|".join(map(as_regex, self.not_before))
         after = rf"(?!\s+(?:{following}){WORD_END})" if following else ""
         try:
-            regex = re.compile(f"{before}(?:{core})(?:'s)?{WORD_END}{after}")
-        except re.error as error:
+            regex = compiled(f"{before}(?:{core})(?:'s)?{WORD_END}{after}", self.is_timed)
+        except PatternError as error:
             message = f"lexicon entry {self.id!r}: {self.pattern!r} is no regex: {error}"
             raise ProtocolError(message) from error
         if regex.match(""):
@@ -120,7 +123,7 @@ class Lexicon:
     """Of the bytes of the file; name, version and this identify the lexicon a stored score was made with."""
     entries: tuple[Entry, ...]
     cues: Cues = field(default_factory=Cues)
-    _gate: re.Pattern[str] = field(init=False, repr=False, compare=False)  # matches wherever some entry might
+    _gate: AnyPattern = field(init=False, repr=False, compare=False)  # matches wherever some entry might
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Lexicon:
@@ -135,10 +138,9 @@ class Lexicon:
     def parse(cls, content: bytes, origin: str) -> Lexicon:
         """Read a lexicon from the bytes of its file; `origin` is what errors call it."""
         try:
-            parsed = yaml.load(content.decode("utf-8"), Loader=LOADER)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise ProtocolError(f"lexicon {origin!r} is not YAML in UTF-8: {reason}") from error
+            parsed = read_yaml(content)
+        except NotYaml as error:
+            raise ProtocolError(f"lexicon {origin!r} is not YAML in UTF-8: {error}") from error
         return cls._from_parsed(parsed, hashlib.sha256(content).hexdigest(), origin)
 
     @classmethod
@@ -159,9 +161,9 @@ class Lexicon:
             raise ProtocolError(
                 f"lexicon {origin!r}: name must be text, version an integer, entries a list of at least one"
             )
-        lists = read_lists(parsed.get("lists", {}), origin)
-        entries = tuple(_entry_from_parsed(row, lists, origin) for row in rows)
-        cues = read_cues(parsed, lists, origin)
+        lists, is_timed = read_lists(parsed.get("lists", {}), origin), not is_shipped(sha256)
+        entries = tuple(_entry_from_parsed(row, lists, origin, is_timed) for row in rows)
+        cues = read_cues(parsed, lists, origin, is_timed)
         ids = [part.id for part in (*entries, *cues.cues)]
         if len(set(ids)) < len(ids):
             repeated = ", ".join(sorted({name for name in ids if ids.count(name) > 1}))
@@ -192,8 +194,9 @@ class Lexicon:
 
     def __post_init__(self) -> None:
         try:
-            gate = re.compile("|".join(f"(?:{entry.core})" for entry in self.entries))
-        except re.error as error:
+            is_timed = any(entry.is_timed for entry in self.entries)
+            gate = compiled("|".join(f"(?:{entry.core})" for entry in self.entries), is_timed)
+        except PatternError as error:
             message = f"lexicon {self.name!r}: named groups must differ between entries: {error}"
             raise ProtocolError(message) from error
         object.__setattr__(self, "_gate", gate)
@@ -244,27 +247,11 @@ class Lexicon:
                     yield start, matches
 
 
-def lexicon_bytes(name_or_path: str | Path, folder: Path | None = None) -> bytes:
-    """The bytes of a shipped lexicon, by its name, or of any other, by a path relative to the folder.
-
-    Raises `ProtocolError` when there is no such file.
-    """
-    origin = str(name_or_path)
-    shipped = importlib.resources.files("kvpatch.readouts") / "lexicons"
-    is_path = isinstance(name_or_path, Path) or re.search(r"[/\\]|\.ya?ml$", origin)
-    file = Path(folder or "", origin) if is_path else shipped / f"{origin}.yaml"
-    if not file.is_file():
-        names = ", ".join(sorted(item.name.removesuffix(".yaml") for item in shipped.iterdir()))
-        looked = f" in {folder}" if is_path and folder else ""
-        raise ProtocolError(f"no lexicon {origin!r}{looked}; give one of {names}, or the path of a .yaml file")
-    return file.read_bytes()
-
-
 def _told(hits: Iterable[Hit]) -> str:
     return ", ".join(f"{hit.text!r} of entry {hit.entry!r}" for hit in hits)
 
 
-def _entry_from_parsed(row: Any, word_lists: dict[str, list[str]], origin: str) -> Entry:
+def _entry_from_parsed(row: Any, word_lists: dict[str, list[str]], origin: str, is_timed: bool) -> Entry:
     lists = ("matches", "rejects", "not_after", "not_before")
     if not isinstance(row, dict) or not {"id", "pattern"} <= set(row) <= {"id", "pattern", *lists}:
         keys = f"id and pattern, and may have {', '.join(lists)}"
@@ -276,7 +263,7 @@ def _entry_from_parsed(row: Any, word_lists: dict[str, list[str]], origin: str) 
             raise ProtocolError(f"lexicon {origin!r}: {key} of {row['id']!r} must be {kind}, not {value!r:.80}")
     examples_and_limits = {key: tuple(row.get(key, ())) for key in lists}
     pattern = with_lists(row["pattern"], word_lists, f"lexicon {origin!r}: entry {row['id']!r}")
-    return Entry(id=row["id"], pattern=pattern, **examples_and_limits)
+    return Entry(id=row["id"], pattern=pattern, is_timed=is_timed, **examples_and_limits)
 
 
 def words(text: str) -> list[str]:

@@ -14,7 +14,18 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from kvpatch.errors import ProtocolError
-from kvpatch.readouts.patterns import WORD, WORD_END, as_regex, lowered, normalise, quantifies_a_space, with_lists
+from kvpatch.readouts.patterns import (
+    WORD,
+    WORD_END,
+    AnyPattern,
+    as_regex,
+    compiled,
+    lowered,
+    normalise,
+    quantifies_a_space,
+    with_lists,
+)
+from kvpatch.specs.regexes import PatternError
 
 PASSAGE = 30
 """A passage ends with the first sentence that brings it to so many words, or at twice as many without one."""
@@ -38,7 +49,9 @@ class Cue:
     """Texts in which the pattern is found."""
     rejects: tuple[str, ...] = ()
     """Texts in which it is not."""
-    regex: re.Pattern[str] | None = field(init=False, repr=False, compare=False)
+    is_timed: bool = field(default=True, repr=False, compare=False)
+    """Whether the pattern runs with a time limit."""
+    regex: AnyPattern | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if bool(self.words) is bool(self.pattern):
@@ -51,8 +64,8 @@ class Cue:
                     f"{self.pattern!r}"
                 )
             try:
-                regex = re.compile(rf"(?:{as_regex(self.pattern)}){WORD_END}")
-            except re.error as error:
+                regex = compiled(rf"(?:{as_regex(self.pattern)}){WORD_END}", self.is_timed)
+            except PatternError as error:
                 raise ProtocolError(f"cue {self.id!r}: {self.pattern!r} is no regex: {error}") from error
             if regex.match(""):
                 raise ProtocolError(f"cue {self.id!r}: {self.pattern!r} matches the empty text")
@@ -68,7 +81,7 @@ class Found(NamedTuple):
     """Its place in the lexicon."""
 
 
-_AtOnce = tuple[re.Pattern[str], tuple[tuple[int, int], ...]]
+_AtOnce = tuple[AnyPattern, tuple[tuple[int, int], ...]]
 """Patterns in one regex, and for each the number of its group and the place of its cue."""
 
 
@@ -106,8 +119,9 @@ class Cues:
         """Cues whose patterns are tried at a word in one call: as each only looks ahead, none hides another."""
         each = [(at, regex.pattern) for at in which if (regex := self.cues[at].regex)]
         try:
-            together = re.compile("".join(f"(?=(?P<cue{at}>{pattern})?)" for at, pattern in each))
-        except re.error as error:
+            is_timed = any(self.cues[at].is_timed for at in which)
+            together = compiled("".join(f"(?=(?P<cue{at}>{pattern})?)" for at, pattern in each), is_timed)
+        except PatternError as error:
             raise ProtocolError(f"named groups must differ between cues: {error}") from error
         return together, tuple((together.groupindex[f"cue{at}"], at) for at, _ in each)
 
@@ -134,7 +148,9 @@ class Cues:
                 tried = regex.match(low, start)
                 if tried is not None and tried.lastindex:
                     spans = tried.regs
-                    found += [Found(*spans[group], at) for group, at in groups if spans[group][0] >= 0]
+                    found += [
+                        Found(spans[group][0], spans[group][1], at) for group, at in groups if spans[group][0] >= 0
+                    ]
         return found
 
     def for_the_mode(self, low: str) -> Iterator[Found]:
@@ -199,7 +215,7 @@ def _passages_within(part: str, offset: int) -> list[tuple[int, int]]:
     return [(offset + a, offset + b) for a, b in zip(cuts, [*cuts[1:], len(part)], strict=True)]
 
 
-def read_cues(parsed: dict[str, Any], lists: dict[str, list[str]], origin: str) -> Cues:
+def read_cues(parsed: dict[str, Any], lists: dict[str, list[str]], origin: str, is_timed: bool) -> Cues:
     """The cues of a lexicon's file, its threshold and its examples; none where the file has none.
 
     Raises `ProtocolError` when they have another form.
@@ -210,10 +226,10 @@ def read_cues(parsed: dict[str, Any], lists: dict[str, list[str]], origin: str) 
     if not isinstance(examples, dict) or not set(examples) <= {"hits", "none"}:
         raise ProtocolError(f"lexicon {origin!r}: examples may have hits and none, not {examples!r:.80}")
     tried = {key: _texts(listed, f"lexicon {origin!r}: examples: {key}") for key, listed in examples.items()}
-    return Cues(tuple(_cue_from_parsed(row, lists, origin) for row in rows), float(threshold), **tried)
+    return Cues(tuple(_cue_from_parsed(row, lists, origin, is_timed) for row in rows), float(threshold), **tried)
 
 
-def _cue_from_parsed(row: Any, lists: dict[str, list[str]], origin: str) -> Cue:
+def _cue_from_parsed(row: Any, lists: dict[str, list[str]], origin: str, is_timed: bool) -> Cue:
     keys = {"id", "weight", "words", "pattern", "matches", "rejects"}
     if not isinstance(row, dict) or not {"id", "weight"} <= set(row) <= keys:
         raise ProtocolError(
@@ -235,6 +251,7 @@ def _cue_from_parsed(row: Any, lists: dict[str, list[str]], origin: str) -> Cue:
         weight=float(weight),
         words=frozenset(map(lowered, words)),
         pattern=with_lists(pattern, lists, where),
+        is_timed=is_timed,
         matches=texts["matches"],
         rejects=texts["rejects"],
     )

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvpatch.errors import ProtocolError
+from kvpatch.specs.regexes import Pattern, PatternError
 
 # One character for one, so that offsets stay: four apostrophes and two hyphens.
 _PLAIN_PUNCTUATION = str.maketrans("\u2019\u2018\u02bc\uff07\u2010\u2011", "''''--")
@@ -59,6 +60,23 @@ def lowered(normalised: str) -> str:
 _BETWEEN = r"[^\w.?!|'\-]{1,8}+"
 _GAP = re.compile(r" \{\.\.(\d)\} ")
 _LIST = re.compile(r"\{([a-z_]+)\}")
+
+
+AnyPattern = re.Pattern[str] | Pattern
+
+
+def compiled(pattern: str, is_timed: bool) -> AnyPattern:
+    """A pattern, ready to be matched.
+
+    Raises:
+        PatternError: where it is no regular expression.
+    """
+    if is_timed:
+        return Pattern(pattern)
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise PatternError(str(error)) from error
 
 
 def read_lists(lists: Any, origin: str) -> dict[str, list[str]]:

@@ -8,11 +8,12 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from kvpatch.protocols.schema import Protocol, dumped_sha256
+from kvpatch.protocols.schema import Protocol
 from kvpatch.report import charts, forest, specificity, tables
 from kvpatch.report.figure import figure, rounded
 from kvpatch.report.judgements import DIFFERS, FAILED, PASSED, UNKNOWN, Badge, instruments_badge, validation_passed
 from kvpatch.report.text import NOT_RECORDED, facts, number, plain
+from kvpatch.store.record import dumped_sha256
 from kvpatch.verdicts.measure import units_of
 from kvpatch.verdicts.pairs import shown_of
 from kvpatch.verdicts.specificity import Specificity

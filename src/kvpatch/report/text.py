@@ -10,40 +10,13 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from kvpatch.errors import visible
 from kvpatch.verdicts import wording
 
 Span = tuple[int, int, str]
 MARK_KINDS = ("hit", "copied")
 NOT_RECORDED = "not recorded"
 DASH, MINUS = "\u2013", "\u2212"
-
-_BIDI = {
-    0x202A: "LRE", 0x202B: "RLE", 0x202C: "PDF", 0x202D: "LRO", 0x202E: "RLO",
-    0x2066: "LRI", 0x2067: "RLI", 0x2068: "FSI", 0x2069: "PDI",
-}  # fmt: skip
-_VISIBLE: dict[int, str] = {
-    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
-    0x7F: "\u2421",
-    **dict.fromkeys(range(0x80, 0xA0), "\u2426"),
-    0x2028: "\u2424",
-    0x2029: "\u2424",
-    **{code: f"\u27e8{name}\u27e9" for code, name in _BIDI.items()},
-    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),
-    0xFFFE: "\ufffd",
-    0xFFFF: "\ufffd",
-}
-
-
-def visible(value: str) -> str:
-    """Return the text with every character that would hide, reorder or break something shown as a symbol.
-
-    Controls become their pictures (U+2400 block), bidirectional embeddings, overrides and isolates their
-    names in angle brackets, lone surrogates U+FFFD. Newline and tab stay.
-
-    >>> visible("a\\x00b\\u202ec")
-    'a␀b⟨RLO⟩c'
-    """
-    return value.translate(_VISIBLE)
 
 
 def marked(text: str, spans: Iterable[Span] = ()) -> Markup:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
@@ -116,6 +118,29 @@ def is_empty(value: object) -> bool:
 
 def real_number(value: Any, info: ValidationInfo) -> Any:
     return real(str(info.field_name), value)
+
+
+NAME = re.compile(r"\w[\w.-]{0,63}")
+"""What may become a file's name, a column or a part of a page: a letter, a digit or `_`, then up to 63 of these and of
+`-` and `.`."""
+NAME_BYTES = 128
+
+
+def wrong_name(kind: str, name: str, reserved: Sequence[str] = ()) -> str | None:
+    """What keeps a name from being one, as a sentence; None where it is one.
+
+    Args:
+        kind: what it names, such as "phase".
+        reserved: names that kvpatch uses itself; also with `-` and more behind them.
+    """
+    if NAME.fullmatch(name) is None or len(name.encode("utf-8", "replace")) > NAME_BYTES:
+        return (
+            f"{name!r} can't name a {kind}: a name is made of letters, digits, '_', '-' and '.', begins with a letter, "
+            "a digit or '_', and has at most 64 characters"
+        )
+    if any(name.casefold() == word or name.casefold().startswith(f"{word}-") for word in reserved):
+        return f"{name!r} is a name that kvpatch uses itself; give the {kind} another one"
+    return None
 
 
 Number = Annotated[float, BeforeValidator(real_number)]

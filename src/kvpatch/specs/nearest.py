@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
+
+MOST_NAMES, MOST_LETTERS = 500, 100
+"""That are compared, since a comparison takes longer the more there are."""
+MOST_LISTED = 200
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -12,8 +17,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     >>> nearest("scoree", ["score", "n_tokens"]), nearest("a", ["A", "B"]), nearest("x", ["A", "B"])
     ('score', 'A', None)
     """
+    name = name[:MOST_LETTERS]
     lowered: dict[str, str] = {}
-    for right in known:
+    for right in islice(known, MOST_NAMES):
         lowered.setdefault(right.lower(), right)
     found = difflib.get_close_matches(name.lower(), lowered, n=1)
     return lowered[found[0]] if found else None
@@ -27,4 +33,5 @@ def instead(name: str, known: Iterable[str], there_is: str = "there is") -> str:
     """
     names = list(known)
     near = nearest(name, names)
-    return f"did you mean {near!r}?" if near else f"{there_is} {', '.join(names) or 'none'}"
+    listed = ", ".join([*names[:MOST_LISTED], *["..."] * (len(names) > MOST_LISTED)])
+    return f"did you mean {near!r}?" if near else f"{there_is} {listed or 'none'}"

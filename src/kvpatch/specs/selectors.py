@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -14,6 +13,7 @@ from pydantic import (
 )
 
 from kvpatch.specs.base import Given, indices_or_all, is_false, is_none
+from kvpatch.specs.regexes import Pattern, PatternError
 
 if TYPE_CHECKING:
     pass
@@ -81,8 +81,8 @@ class SlotQuery(Given):
     def _keywords_compile(cls, keywords: list[str] | None) -> list[str] | None:
         for keyword in keywords or []:
             try:
-                re.compile(keyword)
-            except re.error as error:
+                Pattern(keyword)
+            except PatternError as error:
                 raise ValueError(f"keyword {keyword!r} is not a regular expression: {error}") from None
         return keywords
 

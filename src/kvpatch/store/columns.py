@@ -147,7 +147,12 @@ documentation of the file format."""
 
 def trial_schema() -> pa.Schema:
     """The schema of trials, with the readouts that are registered by now."""
-    return pa.schema([pa.field(k, t, metadata={"doc": doc}) for k, (t, doc) in TRIAL_COLUMNS.items()])
+    return _schema(from_outside())
+
+
+@functools.lru_cache(maxsize=8)
+def _schema(outside: tuple[Readout, ...]) -> pa.Schema:
+    return pa.schema([pa.field(k, t, metadata={"doc": doc}) for k, (t, doc) in _columns(outside).items()])
 
 
 ATTENTION_COLUMNS: dict[str, tuple[pa.DataType, str]] = {

@@ -6,28 +6,34 @@
     parts.jsonl         one line a part: name, rows, SHA-256 (`Part`); a part counts once its line is there
     verdicts.json       one entry a hypothesis
     report.html
+    set-aside/          what `kvpatch repair` took out
+    crash.txt           what an unexpected error left for a bug report
 
 A part is written beside its place, flushed, moved there, and only then named in parts.jsonl: data before index. A
 killed process leaves at most an unnamed part, which the resumed run writes again. The attention of a batch is part of
 its part: both files are there before the line that names both, so that they never disagree. No row of a file is used
-before the file is known to be what its line names (see `parts.py`).
+before the file is known to be what its line names (see `parts.py`). Nothing is written through a symbolic link that
+stands in the directory.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import secrets
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from kvpatch.errors import StoreError
+from kvpatch.files import MOST_JSON, Taken, bytes_within, held
 from kvpatch.store.columns import (
     ATTENTION_COLUMNS,
     ATTENTION_SCHEMA,
@@ -38,6 +44,23 @@ from kvpatch.store.columns import (
 )
 from kvpatch.store.parts import Part, check_file, read_file, read_index, refuse_copies
 from kvpatch.store.record import RunRecord
+
+PROBE = 1 << 20
+"""Bytes that are written on trial before a run begins."""
+SET_ASIDE = "set-aside"
+"""Where `kvpatch repair` puts what is damaged."""
+OURS = {
+    ".lock",
+    "trials",
+    "attention",
+    "parts.jsonl",
+    "verdicts.json",
+    "report.html",
+    SET_ASIDE,
+    "crash.txt",
+    ".run.json.tmp",
+}
+"""What a run directory may hold beside run.json, which a killed process or a repair may have left without it."""
 
 
 class Store:
@@ -56,24 +79,53 @@ class Store:
         Raises:
             StoreError: where another process holds it, or it can't be written.
         """
-        with _explained(self.directory):
+        with explained(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             if self.directory.is_dir() and not self._is_ours():
                 raise StoreError(f"{self.directory} holds other files; give an empty or a new directory")
-            lock = filelock.FileLock(self.directory / ".lock", timeout=0.2)
+            self._refuse_links()
+            lock = held(self.directory / ".lock", wait=0.2)
             try:
-                lock.acquire()
-            except filelock.Timeout:
+                lock.__enter__()
+            except Taken:
                 raise StoreError(f"{self.directory} is in use by another kvpatch process") from None
         try:
             yield
         finally:
-            lock.release()
+            lock.__exit__(None, None, None)
 
     def _is_ours(self) -> bool:
         names = {p.name for p in self.directory.iterdir()}
-        # A process killed while it wrote run.json leaves only its unfinished copy.
-        return "run.json" in names or not names - {".lock", "trials", "attention", ".run.json.tmp"}
+        return "run.json" in names or not names - OURS
+
+    def _refuse_links(self) -> None:
+        """Refuse folders of the run that are symbolic links, through which parts would be written elsewhere."""
+        for place in (self.trials, self.attention, self.directory / SET_ASIDE, self.directory / ".lock"):
+            if place.is_symlink():
+                raise StoreError(f"{place} is a symbolic link, and a run is not written through one; delete the link")
+
+    def refuse_unwritable(self) -> None:
+        """Write a megabyte on trial where the directory is, or is to be made, and take it away again; so that a disk
+        that is full or read-only is seen before anything was computed.
+
+        Raises:
+            StoreError: where it can't be written.
+        """
+        existing = self.directory
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            raise StoreError(f"{self.directory} can't be written: {existing} is a file")
+        probe = existing / f".kvpatch-{secrets.token_hex(8)}.tmp"
+        try:
+            _write_new(probe, bytes(PROBE))
+        except OSError as error:
+            is_read_only = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+            why = f"{existing} is read-only" if is_read_only else error.strerror or str(error)
+            raise StoreError(f"{self.directory} can't be written: {why}") from error
+        finally:
+            with suppress(OSError):
+                probe.unlink(missing_ok=True)
 
     def read_record(self) -> RunRecord:
         """run.json.
@@ -83,11 +135,14 @@ class Store:
         """
         path = self.directory / "run.json"
         try:
-            return RunRecord.model_validate_json(path.read_text(encoding="utf-8"))
+            return RunRecord.model_validate_json(bytes_within(path, MOST_JSON))
         except FileNotFoundError:
             raise StoreError(f"{self.directory} is not a run directory: it has no run.json") from None
         except (OSError, ValueError) as error:
-            raise StoreError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
+            raise StoreError(
+                f"{path} can't be read: {_first_reason(error)}; restore it, or have `kvpatch repair {self.directory}` "
+                "set it aside, after which the same `kvpatch run` command goes on from the stored trials"
+            ) from error
 
     def has_record(self) -> bool:
         """Whether a run was started here."""
@@ -104,7 +159,7 @@ class Store:
             StoreError: where it can't be written; what was there before stays.
         """
         path = self.directory / name
-        with _explained(self.directory):
+        with explained(self.directory):
             _atomically(path, text.encode("utf-8"))
         return path
 
@@ -117,7 +172,7 @@ class Store:
         table = pa.Table.from_pylist(list(rows), schema=trial_schema())
         data = _parquet(table)
         part = Part(part=f"{name}.parquet", rows=len(table), sha256=hashlib.sha256(data).hexdigest())
-        with _explained(self.directory):
+        with explained(self.directory):
             if attention is not None:
                 of_heads = _parquet(attention.cast(ATTENTION_SCHEMA))
                 sha256 = hashlib.sha256(of_heads).hexdigest()
@@ -127,7 +182,15 @@ class Store:
             self.trials.mkdir(exist_ok=True)
             _atomically(self.trials / part.part, data)
             kept = [other for other in self.parts() if other.part != part.part]
-            _atomically(self.index, b"".join(each.line() for each in (*kept, part)))
+            self.write_index([*kept, part])
+
+    def write_index(self, parts: Iterable[Part]) -> None:
+        """Write parts.jsonl anew.
+
+        Raises:
+            OSError: where it can't be written; what was there before stays.
+        """
+        _atomically(self.index, b"".join(part.line() for part in parts))
 
     def parts(self) -> list[Part]:
         """What parts.jsonl names; see `parts.read_index`.
@@ -143,12 +206,17 @@ class Store:
         Raises:
             StoreError: naming a part that is missing or damaged.
         """
-        parts = self._each_once()
+        parts = self.each_once()
         for part in parts:
             self.check(part)
         return {part.batch for part in parts}
 
-    def _each_once(self) -> list[Part]:
+    def each_once(self) -> list[Part]:
+        """What parts.jsonl names, where no part stands under two names.
+
+        Raises:
+            StoreError: naming a line that is no entry, or a part that stands there twice.
+        """
         parts = self.parts()
         refuse_copies(parts)
         return parts
@@ -208,7 +276,7 @@ class Store:
         Raises:
             StoreError: where a part is missing or damaged.
         """
-        for part in self._each_once():
+        for part in self.each_once():
             yield self.rows_of(part, tuple(TRIAL_COLUMNS) if columns is None else columns)
 
     def read_attention(
@@ -223,7 +291,7 @@ class Store:
         """
         columns = tuple(ATTENTION_COLUMNS) if columns is None else columns
         tables = [pa.schema([ATTENTION_SCHEMA.field(name) for name in columns]).empty_table()]
-        for part in self._each_once():
+        for part in self.each_once():
             if part.attention_sha256 is None or (batches is not None and part.batch not in batches):
                 continue
             stored = (self.attention / part.part, part.attention_sha256, part.attention_rows)
@@ -242,11 +310,11 @@ def _parquet(table: pa.Table) -> bytes:
 def _atomically(path: Path, data: bytes) -> None:
     """Write beside the place, flush to the disk, move there; a failure leaves what was there before."""
     part = path.with_name(f".{path.name}.tmp")
+    if path.parent.is_symlink():
+        raise StoreError(f"{path.parent} is a symbolic link, and a run is not written through one; delete the link")
     try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        part.unlink(missing_ok=True)  # of a killed process
+        _write_new(part, data)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -258,8 +326,25 @@ def _atomically(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
+def _write_new(path: Path, data: bytes) -> None:
+    """Write a file that is not there yet, not even as a symbolic link, and flush it to the disk."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _first_reason(error: Exception) -> str:
+    """What is wrong with run.json, in a few words: the key and what was expected there."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return ": ".join([*map(str, first["loc"]), first["msg"]])
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
 @contextmanager
-def _explained(directory: Path) -> Iterator[None]:
+def explained(directory: Path) -> Iterator[None]:
+    """Tell of a file that can't be written as a `StoreError`."""
     try:
         yield
     except OSError as error:

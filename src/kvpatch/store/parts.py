@@ -3,7 +3,10 @@
 Every reader of stored rows comes through here. A file is what was stored if it has the SHA-256 and the number of rows
 that its line records, and if every column in it that kvpatch knows has its type. A column that the file lacks is null,
 since it may have been added later; a column that kvpatch does not know is left unread, since a later version may have
-written it. What was checked once is not hashed again in the same process, as long as the file stays untouched.
+written it.
+
+What is trusted: a file that was checked is not hashed again in the same process while its size, times, inode and device
+stay what they were, where those times are older than `YOUNG`. Another process checks it anew.
 """
 
 from __future__ import annotations
@@ -46,6 +49,12 @@ class Part(BaseModel):
         """Name of the batch that is stored in it."""
         return self.part.removesuffix(".parquet")
 
+    @property
+    def phase(self) -> str:
+        """Phase of its trials, from its name, which ends with the batch's number and its hash."""
+        words = self.batch.rsplit("-", 2)
+        return words[0]
+
     def line(self) -> bytes:
         """The part as it stands in parts.jsonl."""
         return json.dumps(self.model_dump(exclude_none=True)).encode() + b"\n"
@@ -85,13 +94,27 @@ def read_index(path: Path) -> list[Part]:
                 break
             why = ": ".join([*map(str, first["loc"]), first["msg"]])
             raise StoreError(
-                f"{path} is damaged: line {number} names no stored part ({why}); delete it to run its trials again"
+                f"{path} is damaged: line {number} names no stored part ({why}); delete it, or have `kvpatch repair "
+                f"{path.parent}` do so, to run its trials again"
             ) from error
         if found.setdefault(part.part, part) != part:
             raise StoreError(
-                f"{path} is damaged: line {number} names {part.part} again with another content; delete the wrong line"
+                f"{path} is damaged: line {number} names {part.part} again with another content; delete the wrong "
+                f"line, or have `kvpatch repair {path.parent}` do so"
             )
     return list(found.values())
+
+
+def entries(content: bytes) -> tuple[list[Part], int]:
+    """The entries of a damaged parts.jsonl, each once, and how many of its lines are none."""
+    found: dict[Part, None] = {}
+    bad = 0
+    for line in filter(None, map(bytes.strip, content.split(b"\n"))):
+        try:
+            found[Part.model_validate_json(line)] = None
+        except ValidationError:
+            bad += 1
+    return list(found), bad
 
 
 def refuse_copies(parts: Iterable[Part]) -> None:
@@ -105,7 +128,8 @@ def refuse_copies(parts: Iterable[Part]) -> None:
         first = seen.setdefault(part.sha256, part.part)
         if part.rows and first != part.part:
             raise StoreError(
-                f"{part.part} holds the same trials as {first}; delete the line of one of them in parts.jsonl"
+                f"{part.part} holds the same trials as {first}; delete the line of one of them in parts.jsonl, or have "
+                "`kvpatch repair` set both aside"
             )
 
 
@@ -119,7 +143,12 @@ def check_file(path: Path, sha256: str, rows: int | None, schema: pa.Schema, nee
     Raises:
         StoreError: with the file's name, what is wrong with it, and what to do.
     """
-    _source(path, sha256, rows, schema, needed)
+    try:
+        if _checked.get(str(path)) == (_stamp(path.stat()), sha256, rows):
+            return
+    except OSError as error:
+        raise _damaged(path, _reason(error)) from error
+    _opened(path, sha256, rows, schema, needed).close()
 
 
 def read_file(
@@ -131,11 +160,11 @@ def read_file(
     Raises:
         StoreError: as `check_file`.
     """
-    source = _source(path, sha256, rows, schema, needed)
     try:
-        with pq.ParquetFile(source) as file:
+        with _opened(path, sha256, rows, schema, needed) as file:
             there = file.schema_arrow.names
-            table = file.read([name for name in (there if columns is None else columns) if name in there])
+            wanted_here = [name for name in (there if columns is None else columns) if name in there]
+            table = file.read(wanted_here, use_threads=False)  # a part is small, and threads cost more than they save
     except (OSError, pa.ArrowException) as error:
         raise _damaged(path, _reason(error)) from error
     if columns is None:
@@ -148,27 +177,25 @@ def read_file(
     return pa.table(arrays, schema=wanted)
 
 
-def _source(
-    path: Path, sha256: str, rows: int | None, schema: pa.Schema, needed: Sequence[str]
-) -> pa.BufferReader | str:
-    """Where to read a checked file from: the very bytes that were hashed, or its path if it was checked before."""
+def _opened(path: Path, sha256: str, rows: int | None, schema: pa.Schema, needed: Sequence[str]) -> pq.ParquetFile:
+    """A file that is what was stored: the very bytes that were hashed, or the file itself if it was checked before."""
     try:
         stamp = _stamp(path.stat())
         if _checked.get(str(path)) == (stamp, sha256, rows):
-            return str(path)
+            return pq.ParquetFile(str(path))
         data = path.read_bytes()
         if (found := hashlib.sha256(data).hexdigest()) != sha256:
             raise _damaged(path, f"its SHA-256 begins with {found[:12]}, and {sha256[:12]} is recorded")
-        with pq.ParquetFile(pa.BufferReader(data)) as file:
-            if rows is not None and file.metadata.num_rows != rows:
-                raise _damaged(path, f"it holds {file.metadata.num_rows} rows, and {rows} are recorded")
-            if wrong := _misfit(file.schema_arrow, schema, needed):
-                raise _damaged(path, wrong)
+        file = pq.ParquetFile(pa.BufferReader(data))
+        if rows is not None and file.metadata.num_rows != rows:
+            raise _damaged(path, f"it holds {file.metadata.num_rows} rows, and {rows} are recorded")
+        if wrong := _misfit(file.schema_arrow, schema, needed):
+            raise _damaged(path, wrong)
         if stamp == _stamp(path.stat()) and time.time_ns() - max(stamp[:2]) > YOUNG:
             _checked[str(path)] = (stamp, sha256, rows)
     except (OSError, pa.ArrowException) as error:
         raise _damaged(path, _reason(error)) from error
-    return pa.BufferReader(data)
+    return file
 
 
 def _stamp(found: os.stat_result) -> Stamp:
@@ -177,6 +204,8 @@ def _stamp(found: os.stat_result) -> Stamp:
 
 def _misfit(stored: pa.Schema, known: pa.Schema, needed: Sequence[str]) -> str | None:
     """What keeps the columns of a file from being those of a part, or None."""
+    if stored.equals(known):
+        return None  # what this version wrote, and much quicker than column by column
     if missing := [name for name in needed if name not in stored.names]:
         return f"it has no column {missing[0]!r}"
     for field in stored:
@@ -199,8 +228,8 @@ def _fits(stored: pa.DataType, known: pa.DataType) -> bool:
 
 def _damaged(path: Path, why: str) -> StoreError:
     return StoreError(
-        f"{path} is missing or damaged; delete its line in parts.jsonl to run its trials again "
-        f"({path.name} can't be read as it was stored: {why})"
+        f"{path} is missing or damaged; delete its line in parts.jsonl, or have `kvpatch repair {path.parents[1]}` set "
+        f"it aside, to run its trials again ({path.name} can't be read as it was stored: {why})"
     )
 
 

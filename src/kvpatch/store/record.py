@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from pydantic import Field
@@ -9,6 +11,11 @@ from pydantic import Field
 from kvpatch.errors import StoreError
 from kvpatch.specs.base import Frozen
 from kvpatch.store.readout_calibration import ReadoutCalibration
+
+
+def dumped_sha256(dumped: dict[str, Any]) -> str:
+    """Hash of a protocol as run.json holds it; stays what it was when a later schema knows more fields."""
+    return hashlib.sha256(json.dumps(dumped, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class ModelRecord(Frozen):

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from kvpatch.errors import StoreError
+from kvpatch.files import read_json
 from kvpatch.specs.base import Frozen
 
 PACKAGE = Path(__file__).parent.parent
@@ -108,10 +109,10 @@ def newest_validation(cache: Path, version: str) -> Validation | None:
     found = []
     for path in (cache / "validations").glob("*/validation.json"):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             content.pop("passed", None)
             validation = Validation.model_validate(content)
-        except (OSError, ValueError, ValidationError):
+        except (OSError, ValueError, AttributeError, TypeError, ValidationError):
             continue  # of another version, or damaged: as if it were not there
         if validation.version == version and validation.code_sha256 == code_sha256():
             found.append(validation)

@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from kvpatch.errors import ProtocolError
-from kvpatch.protocols.schema import Protocol, dumped_sha256
+from kvpatch.protocols.schema import Protocol
 from kvpatch.store.columns import TRIAL_COLUMNS
 from kvpatch.store.directory import Store
 from kvpatch.store.readout_calibration import ReadoutCalibration
-from kvpatch.store.record import RunRecord
+from kvpatch.store.record import RunRecord, dumped_sha256
 from kvpatch.verdicts.chosen_heads import heads_column, with_heads
 from kvpatch.verdicts.decide import Verdict, headline, verdicts, verdicts_json
 from kvpatch.verdicts.effects import Effect, effects

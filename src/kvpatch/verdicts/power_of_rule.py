@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from pydantic import Field, ValidationError
 
 from kvpatch.errors import ProtocolError
+from kvpatch.files import NotYaml, bytes_within, read_yaml
 from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.schema import Protocol
 from kvpatch.specs.base import Frozen
@@ -81,13 +81,13 @@ def read_assumptions(path: Path) -> Assumed:
         ProtocolError: where it can't be read, or says something else.
     """
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = read_yaml(bytes_within(path).decode("utf-8"))
         return Assumed.model_validate(content or {})
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ProtocolError(f"the assumptions {path} can't be read: {reason}") from error
-    except yaml.YAMLError as error:
-        raise ProtocolError(f"the assumptions {path} are no YAML: {' '.join(str(error).split())}") from error
+    except NotYaml as error:
+        raise ProtocolError(f"the assumptions {path} are no YAML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -16,9 +16,10 @@ import pandas as pd
 import yaml
 
 from kvpatch.errors import ProtocolError
+from kvpatch.files import NotYaml, bytes_within, read_yaml
 from kvpatch.protocols.hypotheses import Hypothesis
-from kvpatch.protocols.schema import Pairing, Protocol, calibration_of, dumped_sha256
-from kvpatch.store.record import RunRecord
+from kvpatch.protocols.schema import Pairing, Protocol, calibration_of
+from kvpatch.store.record import RunRecord, dumped_sha256
 from kvpatch.verdicts.attainable import correction_of, planned_pairs
 from kvpatch.verdicts.deviations import stated
 from kvpatch.verdicts.margins import calibration_rows, natural_gap
@@ -230,17 +231,16 @@ def read_preregistration(path: Path) -> dict[str, Any]:
         ProtocolError: where the file can't be read, holds no such block, or its protocol has another hash than it says.
     """
     try:
-        text = path.read_text("utf-8")
+        text = bytes_within(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ProtocolError(f"the pre-registration {path} can't be read: {reason}") from error
     start = text.rfind(f"\n{_OPEN}")
     body = text[start + 1 + len(_OPEN) :].rsplit(_CLOSE, 1)[0] if start >= 0 else ""
     try:
-        block = yaml.safe_load(body)
-    except yaml.YAMLError as error:
-        told = " ".join(str(error).split())
-        raise ProtocolError(f"the block of the pre-registration {path} is no YAML: {told}") from error
+        block = read_yaml(body)
+    except NotYaml as error:
+        raise ProtocolError(f"the block of the pre-registration {path} is no YAML: {error}") from error
     if not isinstance(block, dict) or block.get("format") != FORMAT or not isinstance(block.get("protocol"), dict):
         raise ProtocolError(f"{path} is no pre-registration: it has no block of format {FORMAT}")
     found = dumped_sha256(block["protocol"])

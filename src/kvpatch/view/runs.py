@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,8 @@ from kvpatch.store.record import RunRecord
 State = Literal["running", "interrupted", "finished", "not begun"]
 RECENT_PARTS = 12
 """Throughput is taken over the last so many parts."""
+AT_ONCE = 200
+"""Parts whose rows are taken in together."""
 PAUSE = 600.0
 """A gap between two parts of more seconds than this is a pause between two sessions, not slow work."""
 
@@ -63,17 +65,22 @@ class LiveRun:
     """A run directory, followed. `refresh` takes in what is new, and lets go of a part whose file is no longer what was
     stored; everything else answers from memory.
 
-    The trials are in a DuckDB table `trials` in memory: every column that is not a list (`columns`, with their types),
-    `part` (the file that holds the row) and `place` (the order in which rows were stored).
+    The trials are in a DuckDB table `trials` in memory: every column that is not a list (`columns`, with their types;
+    those that are named, where some are), `part` (the file that holds the row) and `place` (the order in which rows
+    were stored).
     """
 
-    def __init__(self, key: str, directory: Path) -> None:
+    def __init__(self, key: str, directory: Path, columns: Sequence[str] | None = None) -> None:
         self.key, self.store = key, Store(directory)
         self._known = _Known()
         self._lock = threading.Lock()
         self._database = duckdb.connect(":memory:", config={"enable_external_access": "false"})
         # A readout that is registered later has no column here, so the columns are those of this moment.
-        self.columns = {name: kind for name, (kind, _) in TRIAL_COLUMNS.items() if not pa.types.is_list(kind)}
+        self.columns = {
+            name: kind
+            for name, (kind, _) in TRIAL_COLUMNS.items()
+            if not pa.types.is_list(kind) and (columns is None or name in columns)
+        }
         empty = pa.table({name: pa.array([], kind) for name, kind in self.columns.items()})
         self._put("create table trials as select 0::bigint as place, '' as part, * from arriving limit 0", empty)
         self.version = 0
@@ -125,20 +132,25 @@ class LiveRun:
     def _read_parts(self) -> bool:
         """Take in parts that are new. Rows of a part that can't be trusted are let go, and `trouble` says why."""
         before, shown, trouble = dict(self._known.parts), {}, []
+        arrived: dict[str, pa.Table] = {}
         try:
             named = self._named()
         except StoreError as error:
             named, trouble = [], [str(error)]
         for part in named:
             try:
-                self.store.check(part)
                 if before.get(part.part) != part:
-                    self._let_go([part.part] if part.part in before else [])
-                    self._take_in(part)
+                    arrived[part.part] = self.store.rows_of(part, list(self.columns))
+                self.store.check(part)
             except StoreError as error:
                 trouble.append(str(error))
+                arrived.pop(part.part, None)
             else:
                 shown[part.part] = part
+            if len(arrived) >= AT_ONCE:
+                self._take_in(arrived, before)
+                arrived = {}
+        self._take_in(arrived, before)
         self._let_go([name for name in before if name not in shown])
         is_new = shown != before or tuple(trouble) != self._known.trouble
         self._known.parts, self._known.trouble = shown, tuple(trouble)
@@ -155,12 +167,16 @@ class LiveRun:
         if parts:
             self.ask("delete from trials where part in (select unnest(?))", [parts])
 
-    def _take_in(self, part: Part) -> None:
-        table = _known_numbers(self.store.rows_of(part, list(self.columns)))
+    def _take_in(self, arrived: dict[str, pa.Table], before: Container[str]) -> None:
+        """Take in the rows of parts, many in one insertion, which costs more than the rows do."""
+        if not arrived:
+            return
+        self._let_go([name for name in arrived if name in before])
         start = self.ask("select coalesce(max(place), -1) + 1 as place from trials")[0]["place"]
-        rows = len(table)
-        table = table.add_column(0, "part", pa.array([part.part] * rows, pa.string()))
-        table = table.add_column(0, "place", pa.array(range(start, start + rows), pa.int64()))
+        table = _known_numbers(pa.concat_tables(arrived.values()))
+        names = [name for name, rows in arrived.items() for _ in range(len(rows))]
+        table = table.add_column(0, "part", pa.array(names, pa.string()))
+        table = table.add_column(0, "place", pa.array(range(start, start + len(table)), pa.int64()))
         self._put("insert into trials select * from arriving", table)
 
     def _put(self, sql: str, arriving: pa.Table) -> None:
@@ -265,8 +281,10 @@ def is_held(path: Path) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         fcntl.flock(handle, fcntl.LOCK_UN)
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:  # a file system without locks, on which no run is written
+        return False
     finally:
         os.close(handle)
     return False

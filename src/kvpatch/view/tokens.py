@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 
-from kvpatch.files import cache_directory
+from kvpatch.files import cache_directory, known_tokenizer
 from kvpatch.store.record import ModelRecord
 
 Decode = Callable[[Sequence[int]], list[str]]
@@ -23,7 +23,7 @@ def decoder(record: ModelRecord) -> Decode | None:
 
 @functools.lru_cache(maxsize=16)
 def _decoder(name: str, wanted: str) -> Decode | None:
-    for path in _candidates(name):
+    for path in _candidates(name, wanted):
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception:  # the library raises plain Exception for a file it can't read
@@ -33,8 +33,9 @@ def _decoder(name: str, wanted: str) -> Decode | None:
     return None
 
 
-def _candidates(name: str) -> list[Path]:
+def _candidates(name: str, wanted: str) -> list[Path]:
     out = [Path(name) / "tokenizer.json"] if Path(name).is_dir() else []
+    out += known_tokenizer(wanted)
     if "/" not in name:
         out += sorted(cache_directory().glob(f"models/{name}-*/tokenizer.json"))
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):

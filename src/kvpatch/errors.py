@@ -65,6 +65,10 @@ class EmptySelection(CacheError):
         self.without_row = message if without_row is None else without_row
 
 
+class SpecError(CacheError, ProtocolError):
+    """What is said of a selection or an intervention, in Python or in a protocol, can't be meant."""
+
+
 class MissingExtra(KvpatchError, ImportError):
     """Something was asked for that needs a package of an extra, and the extra is not installed."""
 

@@ -38,9 +38,7 @@ def held_model(hf: object, tokenizer: Any) -> Loaded:
     if "meta" in places:
         raise ModelError(f"weights of the {type(hf).__name__} are on the device meta, so they have no numbers yet")
     if len(places) > 1:
-        raise ModelError(
-            f"the {type(hf).__name__} lies on {', '.join(places)}; kvpatch wants a model on one device, as .to() puts it"
-        )
+        raise ModelError(f"the {type(hf).__name__} lies on {', '.join(places)}; put it on one device with .to()")
     refuse_not_finite(hf)
     return Loaded(hf, tokenizer, name_of(hf), None, is_converted=False, is_held=True)
 

@@ -48,6 +48,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 EXCEPTIONS = {
     # What a notebook calls on a patch is carried out further up; the import waits until it is called.
     ("specs/patch.py", "kvpatch.interventions.splice"),
+    # So is what it calls on a cache, to hand it to transformers or to a file.
+    ("caches/kvcache.py", "kvpatch.models.exchange"),
+    ("caches/kvcache.py", "kvpatch.caches.cache_files"),
 }
 """(file, imported module): each with its reason above."""
 

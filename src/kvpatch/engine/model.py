@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,13 +22,15 @@ from kvpatch.models.geometry import Geometry
 from kvpatch.models.in_memory import held_model, refuse_as_name
 from kvpatch.models.load import Loaded, load_model
 from kvpatch.models.named import Progress
-from kvpatch.models.scaffold import Scaffold, scaffold_of
+from kvpatch.models.scaffold import Messages, Scaffold, scaffold_of
 from kvpatch.models.second_opinion import Opinion, second_opinion
-from kvpatch.models.template import EncodedPrompt, encode, has_template, settings_of
+from kvpatch.models.template import EncodedPrompt, conversation, encode, has_template, settings_of
 from kvpatch.specs import arguments
 from kvpatch.specs.patch import Patch
 from kvpatch.specs.selectors import SlotQuery
 
+Prompt = str | Sequence[Mapping[str, str]]
+"""A prompt as text, or as chat messages."""
 REMEMBERED = 10_000
 """Texts whose tokens a model remembers."""
 
@@ -118,31 +120,45 @@ class Model:
         Raises:
             ModelError: where the template does not write the user's words once and unchanged.
         """
-        if not has_template(self.tokenizer):
-            return None
-        key = settings_of(self.tokenizer)
+        return self._scaffold_after(()) if has_template(self.tokenizer) else None
+
+    def _scaffold_after(self, earlier: Messages) -> Scaffold:
+        """The scaffold of the user's words after earlier messages, rendered at the moment of the first prompt."""
+        key = (*settings_of(self.tokenizer), earlier)
         if key not in self._scaffolds:
-            self._scaffolds[key] = scaffold_of(self.tokenizer, self.loaded.name)
+            if len(self._scaffolds) >= REMEMBERED:
+                self._scaffolds.clear()
+            time = self._scaffold_after(()).time if earlier else None
+            self._scaffolds[key] = scaffold_of(self.tokenizer, self.loaded.name, earlier, time)
         return self._scaffolds[key]
 
-    def encode(self, text: str, *, chat: bool | None = None, may_be_empty: bool = False) -> EncodedPrompt:
-        """Tokenise one prompt; see `models.template.encode`. A run asks for its few prompts in every phase, so
-        they are remembered."""
-        if not isinstance(text, str):
+    def encode(self, text: Prompt, *, chat: bool | None = None, may_be_empty: bool = False) -> EncodedPrompt:
+        """Tokenise one prompt, text or chat messages; see `models.template.encode`. A run asks for its few prompts in
+        every phase, so they are remembered."""
+        if isinstance(text, str):
+            earlier: Messages = ()
+        elif isinstance(text, list | tuple) and any(isinstance(message, Mapping) for message in text):
+            earlier, text = conversation(text)
+            if chat is False:
+                raise ProtocolError("chat messages need the model's chat template; leave chat=False out, or give text")
+            chat = True
+        else:
             raise ProtocolError(f"a prompt must be text, got {arguments.shown(text)}")
-        key = (text, chat, may_be_empty, settings_of(self.tokenizer))
+        key = (text, earlier, chat, may_be_empty, settings_of(self.tokenizer))
         if key not in self._encoded:
             if len(self._encoded) >= REMEMBERED:
                 self._encoded.clear()
-            scaffold = None if chat is False else self.scaffold
+            is_chat = chat is not False and has_template(self.tokenizer)
+            scaffold = self._scaffold_after(earlier) if is_chat else None
             self._encoded[key] = encode(self.tokenizer, text, chat=chat, may_be_empty=may_be_empty, scaffold=scaffold)
         return self._encoded[key]
 
-    def prefill(self, prompts: str | Sequence[str | EncodedPrompt], *, chat: bool | None = None) -> KVCache:
+    def prefill(self, prompts: str | Sequence[Prompt | EncodedPrompt], *, chat: bool | None = None) -> KVCache:
         """Run prompts through the model and keep their caches.
 
         Args:
-            prompts: one or more prompts, as text or encoded.
+            prompts: one or more prompts: text, encoded, or lists of chat messages {"role": ..., "content": ...} that
+                end with the user's. The body is the last user's words; all before them belongs to the template.
             chat: True puts text in the model's chat template, False takes it as it is; None is True where there is one.
         Returns:
             `KVCache`, a row a prompt.
@@ -155,14 +171,16 @@ class Model:
     def _encoded_prompts(self, prompts: Any, chat: bool | None) -> list[EncodedPrompt]:
         """One or more prompts, as text or encoded, all encoded."""
         is_one = isinstance(prompts, str | EncodedPrompt | bytes | dict)
-        rows = [prompts] if is_one or not isinstance(arguments.plain(prompts), Iterable) else prompts
+        rows = [prompts] if is_one or not isinstance(arguments.plain(prompts), Iterable) else list(prompts)
+        if rows and all(isinstance(row, Mapping) for row in rows) and not is_one:
+            rows = [rows]  # one conversation
         if chat is not None:
             chat = arguments.switch("chat", chat, error=ProtocolError)
         encoded = []
         for row in rows:
-            if not isinstance(row, str | EncodedPrompt):
+            if not isinstance(row, str | EncodedPrompt | list | tuple):
                 raise ProtocolError(f"a prompt must be text or an EncodedPrompt, got {arguments.shown(row)}")
-            encoded.append(self.encode(row, chat=chat) if isinstance(row, str) else row)
+            encoded.append(row if isinstance(row, EncodedPrompt) else self.encode(row, chat=chat))
         for prompt in encoded:
             arguments.refuse_foreign_tokens("a prompt's tokens", prompt.token_ids, self.geometry.vocabulary)
         return encoded

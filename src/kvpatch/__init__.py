@@ -13,9 +13,20 @@ from kvpatch.specs.selectors import LayerAt, LayerBand, SlotQuery
 if TYPE_CHECKING:
     from kvpatch.caches.kvcache import KVCache, Segment
     from kvpatch.engine.attention import Attention, Maps
-    from kvpatch.engine.model import Model, load
+    from kvpatch.engine.loading import load
+    from kvpatch.engine.model import Model
     from kvpatch.notebook import Run
     from kvpatch.readouts.geometry import cache_ratios, participation_ratio, principal_angles, r_v
+    from kvpatch.sweeps.grid import Sweep
+    from kvpatch.sweeps.metrics import (
+        Metric,
+        kl_to_source,
+        kl_to_target,
+        log_likelihood,
+        logit_difference,
+        mode_likelihood_ratio,
+        probability,
+    )
 
 __version__ = "0.1.0"
 
@@ -27,7 +38,15 @@ _LAZY = {
     "Segment": "kvpatch.caches.kvcache",
     "Model": "kvpatch.engine.model",
     "Run": "kvpatch.notebook",
-    "load": "kvpatch.engine.model",
+    "load": "kvpatch.engine.loading",
+    "Metric": "kvpatch.sweeps.metrics",
+    "Sweep": "kvpatch.sweeps.grid",
+    "kl_to_source": "kvpatch.sweeps.metrics",
+    "kl_to_target": "kvpatch.sweeps.metrics",
+    "log_likelihood": "kvpatch.sweeps.metrics",
+    "logit_difference": "kvpatch.sweeps.metrics",
+    "mode_likelihood_ratio": "kvpatch.sweeps.metrics",
+    "probability": "kvpatch.sweeps.metrics",
     "cache_ratios": "kvpatch.readouts.geometry",
     "participation_ratio": "kvpatch.readouts.geometry",
     "principal_angles": "kvpatch.readouts.geometry",
@@ -42,6 +61,7 @@ __all__ = [
     "LayerAt",
     "LayerBand",
     "Maps",
+    "Metric",
     "MissingExtra",
     "Model",
     "ModelError",
@@ -51,10 +71,17 @@ __all__ = [
     "Segment",
     "SlotQuery",
     "StoreError",
+    "Sweep",
     "cache_ratios",
+    "kl_to_source",
+    "kl_to_target",
     "load",
+    "log_likelihood",
+    "logit_difference",
+    "mode_likelihood_ratio",
     "participation_ratio",
     "principal_angles",
+    "probability",
     "r_v",
 ]
 

@@ -12,6 +12,8 @@ EXTRA_OF = {
     "safetensors": "run",
     "gguf": "run",
     "psutil": "run",
+    "xarray": "run",
+    "tqdm": "run",
     "starlette": "view",
     "uvicorn": "view",
     "huggingface_hub": "view",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -14,45 +12,27 @@ from kvpatch.caches.kvcache import PAD, KVCache
 from kvpatch.caches.selection import beside_mask, chosen_layers, slot_mask, told
 from kvpatch.engine.attention import Attention, AttentionRequest, Maps
 from kvpatch.engine.decode import OnStep, decode
+from kvpatch.engine.generated import Generated
 from kvpatch.engine.prefill import labels_of, prefill, prefill_with_attention
 from kvpatch.engine.score import score
 from kvpatch.errors import CacheError, EmptySelection, ModelError, ProtocolError
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.geometry import Geometry
-from kvpatch.models.in_memory import held_model, refuse_as_name
-from kvpatch.models.load import Loaded, load_model
-from kvpatch.models.named import Progress
+from kvpatch.models.load import Loaded
 from kvpatch.models.scaffold import Messages, Scaffold, scaffold_of
-from kvpatch.models.second_opinion import Opinion, second_opinion
+from kvpatch.models.second_opinion import Opinion
 from kvpatch.models.template import EncodedPrompt, conversation, encode, has_template, settings_of
 from kvpatch.specs import arguments
 from kvpatch.specs.patch import Patch
 from kvpatch.specs.selectors import SlotQuery
 
+if TYPE_CHECKING:
+    from kvpatch.sweeps.grid import Sweep
+
 Prompt = str | Sequence[Mapping[str, str]]
 """A prompt as text, or as chat messages."""
 REMEMBERED = 10_000
 """Texts whose tokens a model remembers."""
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What the model wrote.
-
-    Attributes:
-        texts: one a row, without special tokens.
-        token_ids: [batch, new_tokens], end token included; -1 after a row has stopped.
-        logprobs: [batch, new_tokens] of the chosen tokens, under the model's own distribution (temperature 1), natural
-            logarithm; NaN after a row has stopped.
-        stopped: per row "eos" or "length".
-        attention: statistics of every head over the tokens that were fed, where they were asked for.
-    """
-
-    texts: list[str]
-    token_ids: Tensor
-    logprobs: Tensor
-    stopped: tuple[str, ...]
-    attention: Attention | None = None
 
 
 class Model:
@@ -176,7 +156,8 @@ class Model:
             rows = [rows]  # one conversation
         if chat is not None:
             chat = arguments.switch("chat", chat, error=ProtocolError)
-        encoded = []
+        encoded: list[EncodedPrompt] = []
+        row: Any
         for row in rows:
             if not isinstance(row, str | EncodedPrompt | list | tuple):
                 raise ProtocolError(f"a prompt must be text or an EncodedPrompt, got {arguments.shown(row)}")
@@ -302,6 +283,43 @@ class Model:
             raise CacheError(f"{len(ids)} continuations for a batch of {cache.batch}")
         return score(self.backbone, cache, [[row] for row in ids]).logprobs[:, 0]
 
+    def logits(self, cache: KVCache) -> Tensor:
+        """Logits of the token behind the pending one, [batch, vocabulary], float32. The cache is not changed."""
+        arguments.refuse_other("cache", cache, KVCache)
+        found = score(self.backbone, cache, [[[0]]] * cache.batch, keep_logits=1).logits
+        return cast(Tensor, found)[:, 0]
+
+    def sweep(
+        self,
+        source: KVCache,
+        target: KVCache,
+        over: Mapping[str, Any],
+        metric: Any,
+        patch: Patch | None = None,
+        *,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> Sweep:
+        """Patch the target with the source, cell by cell, and read a metric at the token behind the pending one.
+
+        Each cell is what `Patch(...).apply(source, target, seed=seed)` gives; none of the caches is changed.
+
+        Args:
+            source: batch of 1 or of the target's. target: rows of one length.
+            over: what to go over: "layers", "slots", "kv_heads", "parts", each with several values or "each". One value
+                ("all", 3, "kv") is the same in all cells. Prompts of unequal length are paired as `align` pairs them.
+            metric: `kv.logit_difference(...)` or another of `kvpatch.sweeps.metrics`, or a function of logits, from
+                [rows, vocabulary] to [rows].
+            patch: what else a cell's patch says, such as `strength` or `donor`.
+            progress: True shows a bar; None does in a notebook or a terminal.
+        Raises:
+            CacheError: where caches, layers, slots or KV heads do not fit. ProtocolError: for a metric or an axis that
+                can't be meant.
+        """
+        from kvpatch.sweeps.sweep import sweep
+
+        return sweep(self, source, target, over, metric, patch, {"seed": seed, "progress": progress})
+
     def _continuations_of(self, given: object) -> list[list[int]]:
         """The token ids of every continuation."""
         rows = [given] if isinstance(given, str) else arguments.plain(given)
@@ -333,50 +351,3 @@ class Model:
         """Decode rows of token ids, -1 left out, special tokens skipped."""
         rows = [[t for t in row if t != PAD] for row in token_ids.tolist()]
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-
-
-def load(
-    name: str | os.PathLike[str] | None = None,
-    *,
-    model: Any = None,
-    tokenizer: Any = None,
-    device: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> Model:
-    """Load a model to patch, or take one that is in memory: `kv.load("smollm2-135m")`, or
-    `kv.load(model=hf_model, tokenizer=tokenizer)`.
-
-    Args:
-        name: a named model, a local directory, a `.gguf` file, or a hub id. See `models.load.load_model` for `device`,
-            `dtype`, `allow_pickle`, `trust_remote_code` and `progress`, which say how it is read.
-        model: a transformers model. It stays the object that it is, on its device and in its type; it is put in
-            evaluation mode.
-        tokenizer: the tokenizer of `model`.
-    Raises:
-        ModelError: where it can't be found, read, trusted, or patched correctly.
-    """
-    if model is not None:
-        if name is not None:
-            raise ModelError("a name and a model in memory are given; give one of the two")
-        if device is not None or dtype is not None:
-            raise ModelError("device and dtype say how a model is read; move one in memory with .to() before")
-        loaded: Any = held_model(model, tokenizer)
-    else:
-        if not isinstance(name, str | os.PathLike):
-            refuse_as_name(name)
-        if tokenizer is not None:
-            raise ModelError("a tokenizer goes with a model in memory; a model that has a name brings its own")
-        loaded = load_model(
-            cast(str, name),
-            device=device,
-            dtype=dtype,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    made = Model(loaded)
-    made.opinion = second_opinion(made.backbone, loaded)
-    return made

@@ -309,7 +309,41 @@ def tensors_of_dynamic(dynamic: object) -> tuple[tuple[Tensor, ...], tuple[Tenso
     if not isinstance(dynamic, Cache) or isinstance(dynamic, Slab):
         raise CacheError(f"a DynamicCache of transformers is wanted, got a {type(dynamic).__name__}")
     layers: list[Any] = list(dynamic.layers)
-    held = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+    held: list[tuple[Any, Any]] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     if not held or any(not isinstance(tensor, Tensor) or tensor.ndim != 4 for pair in held for tensor in pair):
         raise CacheError("the DynamicCache holds no keys and values in one of its layers; run the model with it first")
     return tuple(k.detach().clone() for k, _ in held), tuple(v.detach().clone() for _, v in held)
+
+
+RowChange = Callable[[], tuple[Tensor, Tensor, Tensor]]
+"""Numbers of rows [n], and their keys and values, [n, kv_heads, slots, head_dim]."""
+
+
+class GrowingLayer(SlabLayer):
+    """One layer of a pass whose rows share a cache of one row, [1, kv_heads, slots, head_dim], and grow in number from
+    layer to layer. `change` gives the rows whose slots are others here, and their keys and values."""
+
+    def __init__(self, extent: _Extent, layer: int, keys: Tensor, values: Tensor, change: RowChange | None) -> None:
+        super().__init__(extent, layer)
+        self.keys, self.values, self.change = keys, values, change
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        shape = (key_states.shape[0], -1, -1, -1)
+        keys, values = self.keys.expand(shape), self.values.expand(shape)
+        if self.change is not None:
+            rows, own_keys, own_values = self.change()
+            keys, values = keys.index_copy(0, rows, own_keys), values.index_copy(0, rows, own_values)
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+
+class GrowingCache(Cache):
+    """A cache of one row that a pass with a growing number of rows reads; nothing is written into it."""
+
+    def __init__(
+        self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], new: int, changes: Mapping[int, RowChange]
+    ) -> None:
+        slots = keys[0].shape[2]
+        extent = _Extent(slots + new, start=slots, length=slots + new)
+        pairs = enumerate(zip(keys, values, strict=True))
+        super().__init__(layers=[GrowingLayer(extent, layer, k, v, changes.get(layer)) for layer, (k, v) in pairs])

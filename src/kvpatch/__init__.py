@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvpatch.engine.model import Model
     from kvpatch.notebook import Run
     from kvpatch.readouts.geometry import cache_ratios, participation_ratio, principal_angles, r_v
+    from kvpatch.run import run_in_notebook as run
     from kvpatch.sweeps.grid import Sweep
     from kvpatch.sweeps.metrics import (
         Metric,
@@ -39,6 +40,7 @@ _LAZY = {
     "Model": "kvpatch.engine.model",
     "Run": "kvpatch.notebook",
     "load": "kvpatch.engine.loading",
+    "run": "kvpatch.run",
     "Metric": "kvpatch.sweeps.metrics",
     "Sweep": "kvpatch.sweeps.grid",
     "kl_to_source": "kvpatch.sweeps.metrics",
@@ -83,6 +85,7 @@ __all__ = [
     "principal_angles",
     "probability",
     "r_v",
+    "run",
 ]
 
 
@@ -90,7 +93,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'kvpatch' has no attribute {name!r}")
     try:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        module = importlib.import_module(_LAZY[name])
+        return module if _LAZY[name] == f"kvpatch.{name}" else getattr(module, name)
     except ImportError as error:
         raise (missing_extra(error) or error) from error
 

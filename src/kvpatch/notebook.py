@@ -80,7 +80,8 @@ class Run:
         return polars.from_arrow(table)
 
     def verdicts(self) -> pd.DataFrame:
-        """One row a hypothesis, with the fields of verdicts.json."""
+        """One row a hypothesis, with the fields of verdicts.json, as a pandas frame with the hypotheses' ids as index.
+        `trials("pandas")` gives the trials as the same kind of frame."""
         return pd.DataFrame([verdict.model_dump() for verdict in self.outcome.verdicts]).set_index("id")
 
     def plan_table(self) -> pd.DataFrame:

@@ -1,7 +1,8 @@
-"""Charts that a notebook shows without a network: drawn here, as SVG, where altair would ask for scripts."""
+"""What a notebook shows: charts drawn here, as SVG, where altair would ask a network for scripts; bars if watched."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any, TypeVar
 
 import altair as alt
@@ -32,3 +33,8 @@ def as_svg(chart: Any) -> str:
     """A chart as SVG, whatever the number of its data."""
     with alt.data_transformers.enable("default", max_rows=None):
         return vl_convert.vegalite_to_svg(chart.to_dict())
+
+
+def is_watched() -> bool:
+    """Whether somebody sees what goes to standard error: in a terminal or a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from kvpatch.engine.variants import Variants, run_variants
 from kvpatch.errors import CacheError
 from kvpatch.interventions.donors import make_donor
 from kvpatch.interventions.splice import blend, broadcast, plan, rotate_to, take, without_keys
+from kvpatch.offline import is_watched
 from kvpatch.specs.arguments import refuse_other, switch, whole
 from kvpatch.specs.patch import Patch
 from kvpatch.sweeps.axes import Plan, plan_of
@@ -168,8 +168,7 @@ class _bar:
     """A progress bar that a sweep of more than a second shows, where somebody can see it."""
 
     def __init__(self, cells: int, wanted: object) -> None:
-        is_seen = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self.cells, self.is_shown = cells, is_seen if wanted is None else switch("progress", wanted)
+        self.cells, self.is_shown = cells, is_watched() if wanted is None else switch("progress", wanted)
 
     def __enter__(self) -> OnCells:
         from tqdm import tqdm

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import kvpatch.organisms  # noqa: F401 (so that `load` takes the organisms' names)
 from kvpatch.errors import CacheError, KvpatchError, MissingExtra, ModelError, ProtocolError, StoreError, missing_extra
+from kvpatch.specs.interventions import CacheSteering, InPrefill, Joined, Reshape, ValueSteering
 from kvpatch.specs.patch import Patch
 from kvpatch.specs.selectors import LayerAt, LayerBand, SlotQuery
 
@@ -58,6 +59,9 @@ _LAZY = {
 __all__ = [
     "Attention",
     "CacheError",
+    "CacheSteering",
+    "InPrefill",
+    "Joined",
     "KVCache",
     "KvpatchError",
     "LayerAt",
@@ -69,11 +73,13 @@ __all__ = [
     "ModelError",
     "Patch",
     "ProtocolError",
+    "Reshape",
     "Run",
     "Segment",
     "SlotQuery",
     "StoreError",
     "Sweep",
+    "ValueSteering",
     "cache_ratios",
     "kl_to_source",
     "kl_to_target",

@@ -51,6 +51,7 @@ EXCEPTIONS = {
     # What a notebook calls on a patch is carried out further up; the import waits until it is called.
     ("specs/patch.py", "kvpatch.interventions.splice"),
     ("engine/model.py", "kvpatch.sweeps.sweep"),
+    ("engine/model.py", "kvpatch.interventions.from_notebook"),
     # So is what it calls on a cache, to hand it to transformers or to a file.
     ("caches/kvcache.py", "kvpatch.models.exchange"),
     ("caches/kvcache.py", "kvpatch.caches.cache_files"),

@@ -23,6 +23,7 @@ from kvpatch.models.scaffold import Messages, Scaffold, scaffold_of
 from kvpatch.models.second_opinion import Opinion
 from kvpatch.models.template import EncodedPrompt, conversation, encode, has_template, settings_of
 from kvpatch.specs import arguments
+from kvpatch.specs.base import Change
 from kvpatch.specs.patch import Patch
 from kvpatch.specs.selectors import SlotQuery
 
@@ -319,6 +320,31 @@ class Model:
         from kvpatch.sweeps.sweep import sweep
 
         return sweep(self, source, target, over, metric, patch, {"seed": seed, "progress": progress})
+
+    def intervene(
+        self,
+        change: Change,
+        target: Any,
+        source: Any = None,
+        *,
+        calibration: tuple[Sequence[str], Sequence[str]] | None = None,
+        chat: bool | None = None,
+        seed: int = 0,
+    ) -> KVCache:
+        """Caches of prompts made with any intervention of a protocol: `kv.InPrefill(site="residual", layers=[4])`.
+
+        Args:
+            change: `Patch`, `InPrefill`, `ValueSteering`, `CacheSteering`, `Joined` or `Reshape`, or one of a package.
+            target: prompts that receive, as `prefill` takes them.
+            source: prompts that something is taken from: one, or one for each target.
+            calibration: texts of sources and of targets, for an intervention that is fitted, such as steering.
+        Raises:
+            CacheError, ProtocolError: where something is missing, or does not fit the model or the prompts.
+        """
+        from kvpatch.interventions.from_notebook import intervene
+
+        encoded = [None if prompts is None else self._encoded_prompts(prompts, chat) for prompts in (target, source)]
+        return intervene(self, change, encoded[0] or [], encoded[1], calibration, seed)
 
     def _continuations_of(self, given: object) -> list[list[int]]:
         """The token ids of every continuation."""

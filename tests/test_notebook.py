@@ -23,8 +23,12 @@ def test_trials_come_as_polars_and_as_pandas(directory: Path) -> None:
     run = kv.Run(directory)
     assert isinstance(run.trials(), polars.DataFrame) and isinstance(run.trials("pandas"), pd.DataFrame)
     assert run.trials().height == len(run.trials("pandas")) == 4 * 19 + 4 * 14 + 24
-    with pytest.raises(ValueError, match="'polars' or 'pandas'"):
+    with pytest.raises(kv.ProtocolError, match="'polars' or 'pandas'"):
         run.trials("arrow")  # type: ignore[call-overload]
+    polar = run.verdicts("polars")
+    assert polar["id"].to_list() == run.verdicts("pandas").index.tolist() == run.verdicts().index.tolist()
+    with pytest.raises(kv.ProtocolError, match="'polars' or 'pandas'"):
+        run.verdicts("arrow")  # type: ignore[call-overload]
 
 
 def test_verdicts_and_effects_are_tables(directory: Path) -> None:
@@ -44,6 +48,9 @@ def test_plots_are_altair_charts(directory: Path) -> None:
     ]
     for chart in drawn:
         assert chart.to_dict()["$schema"]
+        # Drawn here: a notebook needs no network to show it.
+        shown = chart._repr_mimebundle_()
+        assert set(shown) == {"image/svg+xml", "text/plain"} and shown["image/svg+xml"].startswith("<svg")
     with pytest.raises(ValueError, match="no chart of 'nothing'"):
         plot.forest("nothing")
 

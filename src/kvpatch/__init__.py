@@ -7,15 +7,28 @@ from typing import TYPE_CHECKING, Any
 
 import kvpatch.organisms  # noqa: F401 (so that `load` takes the organisms' names)
 from kvpatch.errors import CacheError, KvpatchError, MissingExtra, ModelError, ProtocolError, StoreError, missing_extra
+from kvpatch.specs.interventions import CacheSteering, InPrefill, Joined, Reshape, ValueSteering
 from kvpatch.specs.patch import Patch
 from kvpatch.specs.selectors import LayerAt, LayerBand, SlotQuery
 
 if TYPE_CHECKING:
     from kvpatch.caches.kvcache import KVCache, Segment
     from kvpatch.engine.attention import Attention, Maps
-    from kvpatch.engine.model import Model, load
+    from kvpatch.engine.loading import load
+    from kvpatch.engine.model import Model
     from kvpatch.notebook import Run
     from kvpatch.readouts.geometry import cache_ratios, participation_ratio, principal_angles, r_v
+    from kvpatch.run import run_in_notebook as run
+    from kvpatch.sweeps.grid import Sweep
+    from kvpatch.sweeps.metrics import (
+        Metric,
+        kl_to_source,
+        kl_to_target,
+        log_likelihood,
+        logit_difference,
+        mode_likelihood_ratio,
+        probability,
+    )
 
 __version__ = "0.1.0"
 
@@ -27,7 +40,16 @@ _LAZY = {
     "Segment": "kvpatch.caches.kvcache",
     "Model": "kvpatch.engine.model",
     "Run": "kvpatch.notebook",
-    "load": "kvpatch.engine.model",
+    "load": "kvpatch.engine.loading",
+    "run": "kvpatch.run",
+    "Metric": "kvpatch.sweeps.metrics",
+    "Sweep": "kvpatch.sweeps.grid",
+    "kl_to_source": "kvpatch.sweeps.metrics",
+    "kl_to_target": "kvpatch.sweeps.metrics",
+    "log_likelihood": "kvpatch.sweeps.metrics",
+    "logit_difference": "kvpatch.sweeps.metrics",
+    "mode_likelihood_ratio": "kvpatch.sweeps.metrics",
+    "probability": "kvpatch.sweeps.metrics",
     "cache_ratios": "kvpatch.readouts.geometry",
     "participation_ratio": "kvpatch.readouts.geometry",
     "principal_angles": "kvpatch.readouts.geometry",
@@ -37,25 +59,39 @@ _LAZY = {
 __all__ = [
     "Attention",
     "CacheError",
+    "CacheSteering",
+    "InPrefill",
+    "Joined",
     "KVCache",
     "KvpatchError",
     "LayerAt",
     "LayerBand",
     "Maps",
+    "Metric",
     "MissingExtra",
     "Model",
     "ModelError",
     "Patch",
     "ProtocolError",
+    "Reshape",
     "Run",
     "Segment",
     "SlotQuery",
     "StoreError",
+    "Sweep",
+    "ValueSteering",
     "cache_ratios",
+    "kl_to_source",
+    "kl_to_target",
     "load",
+    "log_likelihood",
+    "logit_difference",
+    "mode_likelihood_ratio",
     "participation_ratio",
     "principal_angles",
+    "probability",
     "r_v",
+    "run",
 ]
 
 
@@ -63,7 +99,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'kvpatch' has no attribute {name!r}")
     try:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        module = importlib.import_module(_LAZY[name])
+        return module if _LAZY[name] == f"kvpatch.{name}" else getattr(module, name)
     except ImportError as error:
         raise (missing_extra(error) or error) from error
 

@@ -13,6 +13,8 @@ EXTRA_OF = {
     "safetensors": "run",
     "gguf": "run",
     "psutil": "run",
+    "xarray": "run",
+    "tqdm": "run",
     "starlette": "view",
     "uvicorn": "view",
     "huggingface_hub": "view",
@@ -125,6 +127,10 @@ class EmptySelection(CacheError):
     def __init__(self, message: str, without_row: str | None = None) -> None:
         super().__init__(message)
         self.without_row = message if without_row is None else without_row
+
+
+class SpecError(CacheError, ProtocolError):
+    """What is said of a selection or an intervention, in Python or in a protocol, can't be meant."""
 
 
 class MissingExtra(KvpatchError, ImportError):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import pandas as pd
 
-from kvpatch.errors import StoreError
+from kvpatch.errors import ProtocolError, StoreError
+from kvpatch.offline import drawn_offline
 from kvpatch.report.build import watched_rows
 from kvpatch.specs.readouts import MODE
 from kvpatch.store.directory import Store
@@ -68,10 +69,9 @@ class Run:
 
         Raises:
             StoreError: where there are no trials, or a part is damaged.
-            ValueError: for another kind.
+            ProtocolError: for another kind.
         """
-        if kind not in ("polars", "pandas"):
-            raise ValueError(f"kind is 'polars' or 'pandas', not {kind!r}")
+        _refuse_kind(kind)
         table = self.store.read()
         if kind == "pandas":
             return table.to_pandas()
@@ -79,9 +79,25 @@ class Run:
 
         return polars.from_arrow(table)
 
-    def verdicts(self) -> pd.DataFrame:
-        """One row a hypothesis, with the fields of verdicts.json."""
-        return pd.DataFrame([verdict.model_dump() for verdict in self.outcome.verdicts]).set_index("id")
+    @overload
+    def verdicts(self, kind: Literal["pandas"] = "pandas") -> pd.DataFrame: ...
+    @overload
+    def verdicts(self, kind: Literal["polars"]) -> polars.DataFrame: ...
+    def verdicts(self, kind: str = "pandas") -> Any:
+        """One row a hypothesis, with the fields of verdicts.json: a pandas frame indexed by the hypotheses' ids, or a
+        Polars frame with a column `id`.
+
+        Raises:
+            ProtocolError: for another kind.
+        """
+        frame = pd.DataFrame([verdict.model_dump() for verdict in self.outcome.verdicts])
+        if kind == "polars":
+            import polars
+
+            rows = [verdict.model_dump(mode="json") for verdict in self.outcome.verdicts]
+            return polars.DataFrame(rows, infer_schema_length=None)
+        _refuse_kind(kind)
+        return frame.set_index("id")
 
     def plan_table(self) -> pd.DataFrame:
         """One row per row of the protocol's plan: what it expected, what was measured, a verdict and one sentence."""
@@ -126,7 +142,9 @@ class Run:
 
 
 class Plots:
-    """The report's charts, as altair charts: `run.plot.conditions("mode_llr")`. `dir(run.plot)` lists them."""
+    """The report's charts, as altair charts: `run.plot.conditions("mode_llr")`. `dir(run.plot)` lists them.
+
+    A notebook shows them without a network."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -140,7 +158,7 @@ class Plots:
         rows = self._tested()
         points, means = tables.condition_means(rows[rows["phase"] == phase], readout, protocol)
         drawn = charts.conditions_chart(tables.thinned(points), means, readout, tables.baseline_of(protocol))
-        return charts.built(drawn)
+        return drawn_offline(charts.built(drawn))
 
     def coherence(self, phase: str | None = None) -> AnyChart:
         """Share of coherent outputs a condition."""
@@ -149,7 +167,7 @@ class Plots:
         protocol = self._run.outcome.protocol
         phase = phase or next(iter(protocol.phases))
         rows = self._tested()
-        return charts.coherence_chart(tables.coherence(rows[rows["phase"] == phase], protocol))
+        return drawn_offline(charts.coherence_chart(tables.coherence(rows[rows["phase"] == phase], protocol)))
 
     def forest(self, readout: str = MODE) -> AnyChart:
         """Every hypothesis on one readout, with its interval and margin."""
@@ -166,8 +184,8 @@ class Plots:
 
         found = charts_of(forest)
         if wanted not in found:
-            raise ValueError(f"no chart of {wanted!r}; there are {', '.join(found) or 'none'}")
-        return charts.built(found[wanted])
+            raise ProtocolError(f"no chart of {wanted!r}; there are {', '.join(found) or 'none'}")
+        return drawn_offline(charts.built(found[wanted]))
 
     def trajectory(self, phase: str = "5", column: str = "rv_forced_trajectory") -> AnyChart:
         """R_V along the tokens, a line a condition."""
@@ -177,7 +195,7 @@ class Plots:
         outcome = self._run.outcome
         rows, _ = watched_rows(self._run.store, outcome)
         window = outcome.protocol.readouts.r_v.window
-        return attention_charts.trajectory_chart(attention.trajectories(rows, phase, column, window))
+        return drawn_offline(attention_charts.trajectory_chart(attention.trajectories(rows, phase, column, window)))
 
     def heads(self, statistic: str = "mass_body", contrast: str = "C - N1", phase: str = "6") -> AnyChart:
         """A map of heads: the difference of a statistic of attention between conditions."""
@@ -186,7 +204,7 @@ class Plots:
 
         rows, heads = watched_rows(self._run.store, self._run.outcome)
         found = head_differences(rows, heads, phase=phase, contrast=contrast, statistic=statistic)
-        return attention_charts.head_map_chart(found, f"{statistic}, {contrast}")
+        return drawn_offline(attention_charts.head_map_chart(found, f"{statistic}, {contrast}"))
 
     def narrowing(self, hypothesis: str) -> AnyChart:
         """How the interval of a hypothesis narrows with the pairs."""
@@ -196,9 +214,9 @@ class Plots:
         outcome = self._run.outcome
         found = {item["id"]: item for item in estimates.estimates(outcome.protocol, outcome.rows)}
         if hypothesis not in found:
-            raise ValueError(f"no hypothesis {hypothesis!r} has trials; there are {', '.join(found)}")
+            raise ProtocolError(f"no hypothesis {hypothesis!r} has trials; there are {', '.join(found)}")
         item = found[hypothesis]
-        return charts.built(estimates.narrowing_chart(item["path"], item["readout"], item["counts"]))
+        return drawn_offline(charts.built(estimates.narrowing_chart(item["path"], item["readout"], item["counts"])))
 
     def _tested(self) -> pd.DataFrame:
         from kvpatch.report import tables
@@ -213,3 +231,8 @@ class Plots:
 
     def _effects(self) -> list[dict]:
         return [effect.model_dump() for effect in self._run.outcome.effects]
+
+
+def _refuse_kind(kind: object) -> None:
+    if kind not in ("polars", "pandas"):
+        raise ProtocolError(f"kind is 'polars' or 'pandas', not {kind!r}")

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -17,23 +22,28 @@ from kvpatch.checks.noise_floor import noise_floor
 from kvpatch.crash import write_crash
 from kvpatch.engine.backend import fast_of
 from kvpatch.engine.calibration import calibrate
+from kvpatch.engine.loading import load
 from kvpatch.engine.model import Model
 from kvpatch.errors import KvpatchError, ModelError, ProtocolError, StoreError
 from kvpatch.executors.local import LocalExecutor
 from kvpatch.executors.specificity import calibrate_readouts, rule_of
 from kvpatch.files import cache_directory, remember_tokenizer
 from kvpatch.models.template import has_template
+from kvpatch.notebook import Run
+from kvpatch.offline import is_watched
 from kvpatch.planning.fit import refuse_misfits, slots_are_had
 from kvpatch.planning.listener import ProgressListener
 from kvpatch.planning.plan import Batch, Plan, PlanningModel, chosen_phases, make_plan
 from kvpatch.prompts.bank import Bank, load_bank
+from kvpatch.protocols.load import load_protocol
 from kvpatch.protocols.schema import Protocol, calibration_of
 from kvpatch.provenance import model_record, now, record_of
 from kvpatch.readouts.geometry import layer_at
 from kvpatch.readouts.lexicon_files import is_shipped
 from kvpatch.readouts.outside import measure_outside
-from kvpatch.readouts.scorer import Scorer
+from kvpatch.readouts.scorer import Scorer, names_code
 from kvpatch.report.build import write_report
+from kvpatch.specs.arguments import plain, whole
 from kvpatch.specs.readouts import TrialRecord
 from kvpatch.store.directory import Store
 from kvpatch.store.readout_calibration import ReadoutCalibration
@@ -340,3 +350,95 @@ def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, listen
             "other_models": others,
         }
     )
+
+
+def run_in_notebook(
+    protocol: str | os.PathLike[str] | Protocol,
+    model: Model | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    n: int | None = None,
+    phases: str | int | Sequence[str | int] | None = None,
+    seed: int = 0,
+    allow_code: bool = False,
+) -> Run:
+    """Run a protocol on a model, resuming where a previous run stopped: `kv.run("dec7", model, out="results", n=20)`.
+
+    It writes what `kvpatch run` writes, verdicts and report included.
+
+    Args:
+        protocol: a shipped protocol's name, a YAML file, or a protocol that is loaded.
+        model: a model as `kv.load` gives it, or a name. The further models of a protocol are loaded by their names.
+        out: the run directory.
+        n: pairs per condition; the number that each phase names if None.
+        phases: one or more phases, such as "1", "1,2" or ["1", "2"]; all if None.
+        seed: decides the order of the pairs and the trials' random numbers.
+        allow_code: also score with a function that the protocol names, which runs its code.
+    Returns:
+        The run, as `kv.Run(out)` reads it.
+    Raises:
+        KvpatchError: before anything is written, where something can't be right.
+    """
+    chosen = protocol if isinstance(protocol, Protocol) else load_protocol(os.fspath(protocol), needs_files=True)
+    if names_code(name := chosen.readouts.lexicon) and not allow_code:
+        raise ProtocolError(
+            f"{chosen.protocol} scores with the function {name}; allow_code=True runs it, if you trust it"
+        )
+    names = _phase_names(phases)
+    chosen_phases(chosen, names, None if n is None else whole("n", n, error=ProtocolError))
+    if not isinstance(model, Model | str | os.PathLike):
+        raise ModelError(f"model must be a Model of kv.load or a name, got a {type(model).__name__}")
+    models: dict[str | None, Model] = {None: model if isinstance(model, Model) else load(model)}
+    models |= {key: load(other) for key, other in other_models(chosen, names).items()}
+    threads = torch.get_num_threads()
+    with _NotebookBar() as listener:
+        try:
+            run(chosen, models, Path(out), seed=whole("seed", seed), n=n, phases=names, listener=listener)
+        finally:
+            torch.set_num_threads(threads)
+            gc.unfreeze()
+    return Run(out)
+
+
+def _phase_names(phases: object) -> list[str] | None:
+    """Phases by name, however they were given."""
+    if phases is None:
+        return None
+    given = plain(phases)
+    listed = given.split(",") if isinstance(given, str) else given if isinstance(given, (list, tuple)) else [given]
+    return [str(name).strip() for name in listed]
+
+
+class _NotebookBar(ProgressListener):
+    """A bar of the batches, named by the stage, where somebody can see it."""
+
+    def __enter__(self) -> _NotebookBar:
+        from tqdm import tqdm
+
+        self.bar = tqdm(unit="batch", delay=1, leave=False, disable=not is_watched())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def stage(self, what: str) -> None:
+        self.bar.set_description(what)
+
+    def planned(self, plan: Plan) -> None:
+        self.bar.total = len(plan.batches)
+
+    def batch(self, batch: Batch, tokens: int) -> None:
+        self.bar.update()
+
+
+class _Callable(ModuleType):
+    """This module, which may be called: `kvpatch.run` is both where a run is carried out and what a notebook calls."""
+
+    __signature__ = inspect.signature(run_in_notebook)
+
+    def __call__(self, *args: Any, **settings: Any) -> Run:
+        return run_in_notebook(*args, **settings)
+
+
+_Callable.__call__.__doc__ = run_in_notebook.__doc__
+sys.modules[__name__].__class__ = _Callable

@@ -8,19 +8,27 @@ token is not cached: it is `pending`, and generation starts by feeding it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from kvpatch.caches.display import Layers, cache_as_html, shortened
 from kvpatch.caches.rope import LayerRope
 from kvpatch.errors import CacheError
 from kvpatch.specs.arguments import chosen_rows
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+    from kvpatch.engine.model import Model
 
 PAD = -1
 T = TypeVar("T")
@@ -87,15 +95,20 @@ class KVCache:
                 )
         if tuple(self.pending.shape) != shape[:1] or tuple(self.pending_position.shape) != shape[:1]:
             raise CacheError(f"pending has shape {tuple(self.pending.shape)}, the batch is {shape[0]}")
+        for name in ("keys", "values"):
+            object.__setattr__(self, name, Layers(getattr(self, name)))
         if len(self.pieces) != shape[0]:
             raise CacheError(f"there are pieces for {len(self.pieces)} rows, the batch is {shape[0]}")
 
     def __repr__(self) -> str:
-        lengths = self.lengths.tolist()
-        return (
-            f"KVCache(batch={self.batch}, layers={self.layers}, kv_heads={self.keys[0].shape[1]}, "
-            f"head_dim={self.keys[0].shape[3]}, slots={lengths}, dtype={self.keys[0].dtype})"
-        )
+        lengths = list(self.row_lengths)
+        slots = self.slots if set(lengths) <= {self.slots} else shortened(lengths)
+        shape = f"kv_heads={self.keys[0].shape[1]}, head_dim={self.keys[0].shape[3]}, " if self.keys else ""
+        dtype = self.keys[0].dtype if self.keys else None
+        return f"KVCache(batch={self.batch}, layers={self.layers}, {shape}slots={slots}, dtype={dtype})"
+
+    def _repr_html_(self) -> str:
+        return cache_as_html(repr(self), self.pieces, self.row_segments)
 
     def __len__(self) -> int:
         return self.batch
@@ -224,6 +237,67 @@ class KVCache:
         """Token ids of one row, padding left out, the pending token last."""
         ids = self.token_ids[row][self.is_real[row]].tolist()
         return [*ids, int(self.pending[row])] if with_pending else ids
+
+    def to_dynamic(self) -> DynamicCache:
+        """A copy as `transformers.DynamicCache`, to be given to `model.hf` as its `cache` (before transformers 5.24 as
+        its `past_key_values`).
+
+        The pending token is not in it: feed it next, at `pending_position`. Padding of shorter rows stays on the left;
+        then give the model an `attention_mask` of `is_real` with a column of ones for each token that is fed.
+        """
+        from kvpatch.models.exchange import to_dynamic
+
+        return to_dynamic(self)
+
+    @classmethod
+    def from_dynamic(
+        cls,
+        dynamic: DynamicCache,
+        *,
+        positions: Any,
+        token_ids: Any,
+        pending: Any,
+        segments: Any = None,
+        model: Model | None = None,
+    ) -> KVCache:
+        """A copy of a cache of transformers, with what each slot stands for.
+
+        Args:
+            dynamic: a `DynamicCache` that holds all slots of every layer.
+            positions, token_ids: [batch, slots]; positions are -1 where padded (on the left).
+            pending: the token to feed next, one a row; its position is the one behind the row's last.
+            segments: [batch, slots], `Segment` codes; all body if None, or as they were where `to_dynamic` made it.
+            model: the model that made it, which must be told where `to_dynamic` did not make it: without, no model goes
+                on from the cache.
+        Raises:
+            CacheError: where shapes do not fit, or a layer keeps fewer slots than another.
+        """
+        from kvpatch.models.exchange import from_dynamic
+
+        return from_dynamic(dynamic, positions, token_ids, pending, segments, model)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write it to a safetensors file, with positions, tokens, segments, pending tokens and the model's identity.
+
+        Raises:
+            CacheError: where the file can't be written.
+        """
+        from kvpatch.caches.cache_files import save_cache
+
+        return save_cache(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, model: Model | None = None) -> KVCache:
+        """Read a cache that `save` wrote, onto the model's device.
+
+        Args:
+            model: the model that is to go on from it; None reads it for a look alone, on the CPU.
+        Raises:
+            CacheError: where the file is none of kvpatch's caches, is damaged, or holds a cache of another model.
+        """
+        from kvpatch.caches.cache_files import load_cache
+
+        return load_cache(path, model)
 
     def checksums(self) -> list[str]:
         """One 16-digit hexadecimal number a row, over the bits of its real slots; padding and batch do not enter.

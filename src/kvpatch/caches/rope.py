@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvpatch.errors import CacheError
 
-Layout = Literal["half", "interleaved", "none", "absolute"]
+Layout = Literal["half", "interleaved", "none", "absolute", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class LayerRope:
     Attributes:
         layout: "half" pairs dimension i with i + rotary_dim/2 (Llama, GPT-NeoX); "interleaved" pairs 2i with 2i+1
             (GPT-J, Cohere, GLM); "none" means keys carry no position; "absolute" means positions enter through the
-            embeddings, so that a key can't be moved at all.
+            embeddings, so that a key can't be moved at all; "unknown" that nothing was told of it.
         inv_freq: radians per position, [rotary_dim / 2]; dimensions past rotary_dim are not rotated. Empty for
-            "none" and "absolute".
+            "none", "absolute" and "unknown".
     """
 
     layout: Layout
@@ -49,10 +49,16 @@ def rotate(keys: Tensor, delta: Tensor, rope: LayerRope) -> Tensor:
         Keys of the same shape and dtype. Angles are made in float64, the rotation is done in float32 (float64 for
         float64 keys) and rounded once to the keys' dtype; keys with delta 0 are returned bit for bit.
     Raises:
-        CacheError: for a model with absolute position embeddings, where delta is not 0 everywhere.
+        CacheError: for a model with absolute position embeddings, or a rotation that is unknown, where delta is not 0
+            everywhere.
     """
     if not bool((delta != 0).any()) or rope.layout == "none":
         return keys
+    if rope.layout == "unknown":
+        raise CacheError(
+            "this cache does not say how its keys are turned, so they can't be moved to another position; give "
+            "KVCache.from_dynamic the model"
+        )
     if rope.layout == "absolute":
         raise CacheError(
             "this model adds positions to its embeddings, so cached keys can't be moved to another position"

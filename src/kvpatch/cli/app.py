@@ -140,7 +140,7 @@ def load_all(
 ) -> dict[str | None, Model]:
     """The run's own model, and the further ones that its phases need."""
     from kvpatch.cli.progress import loading
-    from kvpatch.engine.model import load
+    from kvpatch.engine.loading import load
     from kvpatch.run import other_models
 
     names: dict[str | None, str] = {None: model, **other_models(protocol, phases)}

@@ -32,7 +32,7 @@ def check(
     from kvpatch.checks.identities import check as check_model
     from kvpatch.cli.progress import loading
     from kvpatch.cli.tables import print_check
-    from kvpatch.engine.model import load
+    from kvpatch.engine.loading import load
 
     with loading() as report:
         loaded = load(model, device=device, dtype=dtype, progress=report)
@@ -133,7 +133,7 @@ def bank(
     """
     from kvpatch.cli.progress import loading
     from kvpatch.cli.tables import bank_summary, print_bank
-    from kvpatch.engine.model import load
+    from kvpatch.engine.loading import load
     from kvpatch.prompts.bank import load_bank
 
     found = load_bank(name)

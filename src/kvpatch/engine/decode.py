@@ -167,6 +167,8 @@ def refuse_foreign(backbone: Backbone, cache: KVCache) -> None:
         CacheError: for another shape, type, device or identity.
     """
     geometry = backbone.geometry
+    if not cache.model and any(rope.layout == "unknown" for rope in cache.rope):
+        raise CacheError("this cache does not say which model made it; write KVCache.from_dynamic(..., model=model)")
     first = (cache.keys[0].shape[1], cache.keys[0].shape[3]) if cache.keys else None
     if cache.rope != geometry.rope or first != (geometry.kv_heads, geometry.head_dim):
         raise CacheError("this cache was made by another model: its layers, heads or rotations are not this one's")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -14,42 +12,28 @@ from kvpatch.caches.kvcache import PAD, KVCache
 from kvpatch.caches.selection import beside_mask, chosen_layers, slot_mask, told
 from kvpatch.engine.attention import Attention, AttentionRequest, Maps
 from kvpatch.engine.decode import OnStep, decode
+from kvpatch.engine.generated import Generated
 from kvpatch.engine.prefill import labels_of, prefill, prefill_with_attention
 from kvpatch.engine.score import score
 from kvpatch.errors import CacheError, EmptySelection, ModelError, ProtocolError
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.geometry import Geometry
-from kvpatch.models.load import Loaded, load_model
-from kvpatch.models.named import Progress
-from kvpatch.models.scaffold import Scaffold, scaffold_of
-from kvpatch.models.second_opinion import Opinion, second_opinion
-from kvpatch.models.template import EncodedPrompt, encode, has_template, settings_of
+from kvpatch.models.load import Loaded
+from kvpatch.models.scaffold import Messages, Scaffold, scaffold_of
+from kvpatch.models.second_opinion import Opinion
+from kvpatch.models.template import EncodedPrompt, conversation, encode, has_template, settings_of
 from kvpatch.specs import arguments
+from kvpatch.specs.base import Change
 from kvpatch.specs.patch import Patch
 from kvpatch.specs.selectors import SlotQuery
 
+if TYPE_CHECKING:
+    from kvpatch.sweeps.grid import Sweep
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""A prompt as text, or as chat messages."""
 REMEMBERED = 10_000
 """Texts whose tokens a model remembers."""
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What the model wrote.
-
-    Attributes:
-        texts: one a row, without special tokens.
-        token_ids: [batch, new_tokens], end token included; -1 after a row has stopped.
-        logprobs: [batch, new_tokens] of the chosen tokens, under the model's own distribution (temperature 1), natural
-            logarithm; NaN after a row has stopped.
-        stopped: per row "eos" or "length".
-        attention: statistics of every head over the tokens that were fed, where they were asked for.
-    """
-
-    texts: list[str]
-    token_ids: Tensor
-    logprobs: Tensor
-    stopped: tuple[str, ...]
-    attention: Attention | None = None
 
 
 class Model:
@@ -117,31 +101,45 @@ class Model:
         Raises:
             ModelError: where the template does not write the user's words once and unchanged.
         """
-        if not has_template(self.tokenizer):
-            return None
-        key = settings_of(self.tokenizer)
+        return self._scaffold_after(()) if has_template(self.tokenizer) else None
+
+    def _scaffold_after(self, earlier: Messages) -> Scaffold:
+        """The scaffold of the user's words after earlier messages, rendered at the moment of the first prompt."""
+        key = (*settings_of(self.tokenizer), earlier)
         if key not in self._scaffolds:
-            self._scaffolds[key] = scaffold_of(self.tokenizer, self.loaded.name)
+            if len(self._scaffolds) >= REMEMBERED:
+                self._scaffolds.clear()
+            time = self._scaffold_after(()).time if earlier else None
+            self._scaffolds[key] = scaffold_of(self.tokenizer, self.loaded.name, earlier, time)
         return self._scaffolds[key]
 
-    def encode(self, text: str, *, chat: bool | None = None, may_be_empty: bool = False) -> EncodedPrompt:
-        """Tokenise one prompt; see `models.template.encode`. A run asks for its few prompts in every phase, so
-        they are remembered."""
-        if not isinstance(text, str):
+    def encode(self, text: Prompt, *, chat: bool | None = None, may_be_empty: bool = False) -> EncodedPrompt:
+        """Tokenise one prompt, text or chat messages; see `models.template.encode`. A run asks for its few prompts in
+        every phase, so they are remembered."""
+        if isinstance(text, str):
+            earlier: Messages = ()
+        elif isinstance(text, list | tuple) and any(isinstance(message, Mapping) for message in text):
+            earlier, text = conversation(text)
+            if chat is False:
+                raise ProtocolError("chat messages need the model's chat template; leave chat=False out, or give text")
+            chat = True
+        else:
             raise ProtocolError(f"a prompt must be text, got {arguments.shown(text)}")
-        key = (text, chat, may_be_empty, settings_of(self.tokenizer))
+        key = (text, earlier, chat, may_be_empty, settings_of(self.tokenizer))
         if key not in self._encoded:
             if len(self._encoded) >= REMEMBERED:
                 self._encoded.clear()
-            scaffold = None if chat is False else self.scaffold
+            is_chat = chat is not False and has_template(self.tokenizer)
+            scaffold = self._scaffold_after(earlier) if is_chat else None
             self._encoded[key] = encode(self.tokenizer, text, chat=chat, may_be_empty=may_be_empty, scaffold=scaffold)
         return self._encoded[key]
 
-    def prefill(self, prompts: str | Sequence[str | EncodedPrompt], *, chat: bool | None = None) -> KVCache:
+    def prefill(self, prompts: str | Sequence[Prompt | EncodedPrompt], *, chat: bool | None = None) -> KVCache:
         """Run prompts through the model and keep their caches.
 
         Args:
-            prompts: one or more prompts, as text or encoded.
+            prompts: one or more prompts: text, encoded, or lists of chat messages {"role": ..., "content": ...} that
+                end with the user's. The body is the last user's words; all before them belongs to the template.
             chat: True puts text in the model's chat template, False takes it as it is; None is True where there is one.
         Returns:
             `KVCache`, a row a prompt.
@@ -154,14 +152,17 @@ class Model:
     def _encoded_prompts(self, prompts: Any, chat: bool | None) -> list[EncodedPrompt]:
         """One or more prompts, as text or encoded, all encoded."""
         is_one = isinstance(prompts, str | EncodedPrompt | bytes | dict)
-        rows = [prompts] if is_one or not isinstance(arguments.plain(prompts), Iterable) else prompts
+        rows = [prompts] if is_one or not isinstance(arguments.plain(prompts), Iterable) else list(prompts)
+        if rows and all(isinstance(row, Mapping) for row in rows) and not is_one:
+            rows = [rows]  # one conversation
         if chat is not None:
             chat = arguments.switch("chat", chat, error=ProtocolError)
-        encoded = []
+        encoded: list[EncodedPrompt] = []
+        row: Any
         for row in rows:
-            if not isinstance(row, str | EncodedPrompt):
+            if not isinstance(row, str | EncodedPrompt | list | tuple):
                 raise ProtocolError(f"a prompt must be text or an EncodedPrompt, got {arguments.shown(row)}")
-            encoded.append(self.encode(row, chat=chat) if isinstance(row, str) else row)
+            encoded.append(row if isinstance(row, EncodedPrompt) else self.encode(row, chat=chat))
         for prompt in encoded:
             arguments.refuse_foreign_tokens("a prompt's tokens", prompt.token_ids, self.geometry.vocabulary)
         return encoded
@@ -283,6 +284,68 @@ class Model:
             raise CacheError(f"{len(ids)} continuations for a batch of {cache.batch}")
         return score(self.backbone, cache, [[row] for row in ids]).logprobs[:, 0]
 
+    def logits(self, cache: KVCache) -> Tensor:
+        """Logits of the token behind the pending one, [batch, vocabulary], float32. The cache is not changed."""
+        arguments.refuse_other("cache", cache, KVCache)
+        found = score(self.backbone, cache, [[[0]]] * cache.batch, keep_logits=1).logits
+        return cast(Tensor, found)[:, 0]
+
+    def sweep(
+        self,
+        source: KVCache,
+        target: KVCache,
+        over: Mapping[str, Any],
+        metric: Any,
+        patch: Patch | None = None,
+        *,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> Sweep:
+        """Patch the target with the source, cell by cell, and read a metric at the token behind the pending one.
+
+        Each cell is what `Patch(...).apply(source, target, seed=seed)` gives; none of the caches is changed.
+
+        Args:
+            source: batch of 1 or of the target's. target: rows of one length.
+            over: what to go over: "layers", "slots", "kv_heads", "parts", each with several values or "each". One value
+                ("all", 3, "kv") is the same in all cells. Prompts of unequal length are paired as `align` pairs them.
+            metric: `kv.logit_difference(...)` or another of `kvpatch.sweeps.metrics`, or a function of logits, from
+                [rows, vocabulary] to [rows].
+            patch: what else a cell's patch says, such as `strength` or `donor`.
+            progress: True shows a bar; None does in a notebook or a terminal.
+        Raises:
+            CacheError: where caches, layers, slots or KV heads do not fit. ProtocolError: for a metric or an axis that
+                can't be meant.
+        """
+        from kvpatch.sweeps.sweep import sweep
+
+        return sweep(self, source, target, over, metric, patch, {"seed": seed, "progress": progress})
+
+    def intervene(
+        self,
+        change: Change,
+        target: Any,
+        source: Any = None,
+        *,
+        calibration: tuple[Sequence[str], Sequence[str]] | None = None,
+        chat: bool | None = None,
+        seed: int = 0,
+    ) -> KVCache:
+        """Caches of prompts made with any intervention of a protocol: `kv.InPrefill(site="residual", layers=[4])`.
+
+        Args:
+            change: `Patch`, `InPrefill`, `ValueSteering`, `CacheSteering`, `Joined` or `Reshape`, or one of a package.
+            target: prompts that receive, as `prefill` takes them.
+            source: prompts that something is taken from: one, or one for each target.
+            calibration: texts of sources and of targets, for an intervention that is fitted, such as steering.
+        Raises:
+            CacheError, ProtocolError: where something is missing, or does not fit the model or the prompts.
+        """
+        from kvpatch.interventions.from_notebook import intervene
+
+        encoded = [None if prompts is None else self._encoded_prompts(prompts, chat) for prompts in (target, source)]
+        return intervene(self, change, encoded[0] or [], encoded[1], calibration, seed)
+
     def _continuations_of(self, given: object) -> list[list[int]]:
         """The token ids of every continuation."""
         rows = [given] if isinstance(given, str) else arguments.plain(given)
@@ -314,30 +377,3 @@ class Model:
         """Decode rows of token ids, -1 left out, special tokens skipped."""
         rows = [[t for t in row if t != PAD] for row in token_ids.tolist()]
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-
-
-def load(
-    name: str | os.PathLike[str],
-    *,
-    device: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> Model:
-    """Load a model to patch; see `models.load.load_model` for the arguments.
-
-    Raises:
-        ModelError: where it can't be found, read, trusted, or patched correctly.
-    """
-    loaded: Any = load_model(
-        name,
-        device=device,
-        dtype=dtype,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
-    model = Model(loaded)
-    model.opinion = second_opinion(model.backbone, loaded)
-    return model

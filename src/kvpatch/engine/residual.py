@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,3 +76,18 @@ def _hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def growing_rows(backbone: Backbone, added: Mapping[int, int]) -> Generator[Firings, None, None]:
+    """Let a pass that begins with one row grow: so many copies of row 0 join, behind the others, at each layer.
+
+    Until they join, the new rows are what row 0 is, so that what they share is computed once.
+    """
+    firings = Firings(planned=len(added))
+
+    def change(layer: int, hidden: Tensor) -> Tensor:
+        return torch.cat([hidden, hidden[:1].expand(added[layer], -1, -1)])
+
+    with _hooked(backbone, list(added), change, firings):
+        yield firings

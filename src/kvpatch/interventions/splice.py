@@ -82,12 +82,12 @@ def counted_splice(
         refuse_other(side, cache, KVCache)
     if reference is not None:
         refuse_other("reference", reference, KVCache)
-    source = _broadcast(source, target)
+    source = broadcast(source, target)
     seeds = _seeds(seed, target.batch)
     layers = set(chosen_layers(patch.layers, target.layers, may_be_empty=may_be_empty))
     heads = [chosen_heads(patch.kv_heads, k.shape[1], may_be_empty=may_be_empty) for k in target.keys]
     if "k" not in patch.parts:
-        source, reference = _still(source), None if reference is None else _still(reference)
+        source, reference = without_keys(source), None if reference is None else without_keys(reference)
     donor = make_donor(patch.donor, source, seeds, reference)
     layout = plan(patch, donor, target, seeds, may_be_empty=may_be_empty)
     keys, values = [], []
@@ -99,9 +99,9 @@ def counted_splice(
         if is_chosen and "k" in patch.parts:
             landing = layout.positions if patch.rotate else None
             put_k = rotate_to(donor.keys[layer], donor.positions, layout.source, landing, rope)
-            moved = _blend(moved, put_k, is_put, patch.strength)
+            moved = blend(moved, put_k, is_put, patch.strength)
         if is_chosen and "v" in patch.parts:
-            own_v = _blend(own_v, take(donor.values[layer], layout.source), is_put, patch.strength)
+            own_v = blend(own_v, take(donor.values[layer], layout.source), is_put, patch.strength)
         keys.append(moved)
         values.append(own_v)
     mixed = _labelled(patch, donor, target, layout, tuple(keys), tuple(values))
@@ -119,7 +119,7 @@ def _seeds(seed: object, batch: int) -> list[int]:
     return [whole("a seed", one) for one in found]
 
 
-def _still(cache: KVCache) -> KVCache:
+def without_keys(cache: KVCache) -> KVCache:
     """A cache whose keys are not read: where positions are absolute, no key of it is then turned. Others stay."""
     if all(rope.layout != "absolute" for rope in cache.rope):
         return cache
@@ -225,7 +225,8 @@ def _mask(is_put: Tensor, heads: list[int], count: int) -> Tensor:
     return is_put[:, None, :, None] & chosen[None, :, None, None]
 
 
-def _blend(own: Tensor, put: Tensor, is_put: Tensor, strength: float) -> Tensor:
+def blend(own: Tensor, put: Tensor, is_put: Tensor, strength: float) -> Tensor:
+    """`put` in place of `own` where `is_put`, or so much of the way there."""
     if strength == 1:
         return torch.where(is_put, put, own)
     work = torch.promote_types(own.dtype, torch.float32)
@@ -278,7 +279,7 @@ def _row_pieces(donor: KVCache, target: KVCache, row: int, to: list[int], of: li
     )
 
 
-def _broadcast(source: KVCache, target: KVCache) -> KVCache:
+def broadcast(source: KVCache, target: KVCache) -> KVCache:
     """Check that the caches are of one model, and give a source of one row the target's batch size."""
     refuse_unlike(source, target, "source and target")
     if source.batch == target.batch:

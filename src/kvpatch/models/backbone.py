@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from kvpatch.errors import ModelError, ProtocolError
 from kvpatch.models.changes import ModelState, dropout_in_training, is_plain_linear, without_hooks
@@ -156,7 +156,7 @@ class Backbone:
             observer.begin(token_ids, positions)
         return self.run(token_ids, positions.clamp(min=0), slab, step)
 
-    def run(self, token_ids: Tensor, position_ids: Tensor, slab: Slab, step: Step) -> Tensor:
+    def run(self, token_ids: Tensor, position_ids: Tensor, slab: Cache, step: Step) -> Tensor:
         reset_rotaries(self._growing)
         with slab_attention(self.configs, step), fast_products(self.head.weight):
             out = self.decoder(

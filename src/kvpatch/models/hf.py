@@ -22,11 +22,11 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, Cache
+from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpatch.caches.kvcache import PAD
-from kvpatch.errors import ModelError
+from kvpatch.errors import CacheError, ModelError
 
 ATTENTION = "kvpatch_slab"
 
@@ -289,3 +289,61 @@ def slab_attention(configs: list[Any], step: Step) -> Iterator[None]:
         for config, own in zip(configs, before, strict=True):
             config._attn_implementation = own
         del _running.step
+
+
+def dynamic_cache(keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> DynamicCache:
+    """transformers' own cache with a copy of these slots, [batch, kv_heads, slots, head_dim] a layer. It keeps all of
+    them, also where a layer looks back on a window only: the model's masks see to that."""
+    made = DynamicCache()
+    for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
+        made.update(k.clone(), v.clone(), layer)
+    return made
+
+
+def tensors_of_dynamic(dynamic: object) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """A copy of the keys and values that a cache of transformers holds.
+
+    Raises:
+        CacheError: for anything else than such a cache, one that is empty, or one that keeps other things.
+    """
+    if not isinstance(dynamic, Cache) or isinstance(dynamic, Slab):
+        raise CacheError(f"a DynamicCache of transformers is wanted, got a {type(dynamic).__name__}")
+    layers: list[Any] = list(dynamic.layers)
+    held: list[tuple[Any, Any]] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+    if not held or any(not isinstance(tensor, Tensor) or tensor.ndim != 4 for pair in held for tensor in pair):
+        raise CacheError("the DynamicCache holds no keys and values in one of its layers; run the model with it first")
+    return tuple(k.detach().clone() for k, _ in held), tuple(v.detach().clone() for _, v in held)
+
+
+RowChange = Callable[[], tuple[Tensor, Tensor, Tensor]]
+"""Numbers of rows [n], and their keys and values, [n, kv_heads, slots, head_dim]."""
+
+
+class GrowingLayer(SlabLayer):
+    """One layer of a pass whose rows share a cache of one row, [1, kv_heads, slots, head_dim], and grow in number from
+    layer to layer. `change` gives the rows whose slots are others here, and their keys and values."""
+
+    def __init__(self, extent: _Extent, layer: int, keys: Tensor, values: Tensor, change: RowChange | None) -> None:
+        super().__init__(extent, layer)
+        self.keys, self.values, self.change = keys, values, change
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        shape = (key_states.shape[0], -1, -1, -1)
+        keys, values = self.keys.expand(shape), self.values.expand(shape)
+        if self.change is not None:
+            rows, own_keys, own_values = self.change()
+            keys, values = keys.index_copy(0, rows, own_keys), values.index_copy(0, rows, own_values)
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+
+class GrowingCache(Cache):
+    """A cache of one row that a pass with a growing number of rows reads; nothing is written into it."""
+
+    def __init__(
+        self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], new: int, changes: Mapping[int, RowChange]
+    ) -> None:
+        slots = keys[0].shape[2]
+        extent = _Extent(slots + new, start=slots, length=slots + new)
+        pairs = enumerate(zip(keys, values, strict=True))
+        super().__init__(layers=[GrowingLayer(extent, layer, k, v, changes.get(layer)) for layer, (k, v) in pairs])

@@ -52,13 +52,17 @@ file that lacks tensors is refused."""
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model on its device, with its tokenizer and the hashes a run records."""
+    """A model on its device, with its tokenizer and the name that a run records.
+
+    is_held: whether it was in memory already, so that nothing on disk tells what it is.
+    """
 
     hf: PreTrainedModel
     tokenizer: Any
     name: str
     directory: Path | None
     is_converted: bool
+    is_held: bool = False
 
     @property
     def published_name(self) -> str:

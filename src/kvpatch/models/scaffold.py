@@ -27,6 +27,8 @@ _OTHER_TIMES = (datetime(2001, 1, 2, 3, 4, 5, 6), datetime(2037, 11, 28, 21, 48,
 _REPEATS = 16
 """Renderings of the same words at the same moment. A template that tosses a coin gets through once in 32,768 times."""
 _ONE_AT_A_TIME = threading.Lock()
+Messages = tuple[tuple[str, str], ...]
+"""(role, content) of messages."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Scaffold:
         title: what an error calls the template.
         time: the moment at which every prompt is rendered, so that a run that lasts past midnight keeps one scaffold.
         depends_on_clock: whether another moment gives another text.
+        earlier: (role, content) of the messages before the user's words, which stand in `before`.
     """
 
     before: str
@@ -48,6 +51,7 @@ class Scaffold:
     title: str
     time: Any
     depends_on_clock: bool
+    earlier: Messages = ()
 
     @property
     def sha256(self) -> str:
@@ -62,7 +66,7 @@ class Scaffold:
         Raises:
             ModelError: where the template writes these words, or the text around them, otherwise than the scaffold.
         """
-        text = _rendered(tokenizer, self.template, self.title, words, self.time)
+        text = _rendered(tokenizer, self.template, self.title, words, self.time, self.earlier)
         start, end = len(self.before), len(text) - len(self.after)
         if start <= end and text.startswith(self.before) and text.endswith(self.after):
             written = text[start:end]
@@ -76,25 +80,27 @@ class Scaffold:
         raise _refusal(self.title, _change(text, self.before, words, self.after))
 
 
-def scaffold_of(tokenizer: Any, model: str = "") -> Scaffold:
+def scaffold_of(tokenizer: Any, model: str = "", earlier: Messages = (), time: Any = None) -> Scaffold:
     """Learn what the tokenizer's chat template writes around the user's words.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         model: the model's name, for messages; where there is none, the tokenizer's own.
+        earlier: (role, content) of messages that come before the user's words, such as a system's.
+        time: the moment at which it is rendered; now if None.
     Raises:
-        ModelError: where the template can't be rendered, or does not give the user's words once and unchanged, or gives
-            another text each time.
+        ModelError: where the template drops what a system or an earlier user said, can't be rendered, or does not give
+            the user's words once and unchanged, or gives another text each time.
     """
     template = _default_template(tokenizer)
     name = model or getattr(tokenizer, "name_or_path", "")
     title = f"the tokenizer's chat_template, sha256 {str(template_sha256(tokenizer))[:8]}" + (
         f", {name}" if name else ""
     )
-    time = chat_template_utils.datetime.now()
+    moment = chat_template_utils.datetime.now() if time is None else time
 
-    def render(content: Any, at: Any = time) -> str:
-        return _rendered(tokenizer, template, title, content, at)
+    def render(content: Any, at: Any = moment) -> str:
+        return _rendered(tokenizer, template, title, content, at, earlier)
 
     short, long = _stand_ins(template)
     try:
@@ -112,7 +118,10 @@ def scaffold_of(tokenizer: Any, model: str = "") -> Scaffold:
     before, after = text.split(short)
     if (other := render(long)) != before + long + after:
         raise _refusal(title, _change(other, before, long, after))
-    return Scaffold(before, after, template, title, time, _depends_on_clock(render, short, text))
+    for role, content in earlier:
+        if role != "assistant" and content.strip() not in before:
+            raise _refusal(title, f"drops or rewrites the {role}'s words {_shown(content.strip())} before the user's")
+    return Scaffold(before, after, template, title, moment, _depends_on_clock(render, short, text), earlier)
 
 
 def _default_template(tokenizer: Any) -> str:
@@ -185,9 +194,9 @@ def _depends_on_clock(render: Callable[[Any, Any], str], words: str, text: str) 
         return True
 
 
-def _rendered(tokenizer: Any, template: str, title: str, content: Any, time: Any) -> str:
-    """One user's turn, ready for the assistant's, rendered at a given moment."""
-    messages = [{"role": "user", "content": content}]
+def _rendered(tokenizer: Any, template: str, title: str, content: Any, time: Any, earlier: Messages = ()) -> str:
+    """One user's turn and what came before it, ready for the assistant's, rendered at a given moment."""
+    messages = [{"role": role, "content": said} for role, said in (*earlier, ("user", content))]
     try:
         with _clock_stopped(time):
             return tokenizer.apply_chat_template(
@@ -195,7 +204,9 @@ def _rendered(tokenizer: Any, template: str, title: str, content: Any, time: Any
             )
     except Exception as error:  # whatever a program of others may raise
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise _refusal(title, f"can't render a user's turn on its own: {said}") from error
+        roles = ", ".join(role for role, _ in earlier)
+        what = f"messages of {roles}, user" if earlier else "a user's turn on its own"
+        raise _refusal(title, f"can't render {what}: {said}") from error
 
 
 @contextmanager

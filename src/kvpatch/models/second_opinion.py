@@ -239,6 +239,8 @@ def _place(backbone: Backbone, loaded: Loaded) -> tuple[Path, str] | None:
 
 def _identity(loaded: Loaded) -> str | None:
     """What tells a model's weights and code from others': its files, or the hub's commit."""
+    if loaded.is_held:
+        return None  # whoever made it may have changed its weights or its code
     if loaded.directory is None:
         commit = getattr(loaded.hf.config, "_commit_hash", None)
         return f"{loaded.name}@{commit}" if commit else None

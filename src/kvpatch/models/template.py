@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from kvpatch.caches.kvcache import Segment
 from kvpatch.errors import ModelError, ProtocolError
-from kvpatch.models.scaffold import Scaffold, scaffold_of
+from kvpatch.models.scaffold import Messages, Scaffold, scaffold_of
+from kvpatch.specs.arguments import shown
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,28 @@ class EncodedPrompt:
     def body_length(self) -> int:
         """Tokens of the user's words."""
         return sum(segment == Segment.body for segment in self.segments)
+
+
+def conversation(messages: object) -> tuple[Messages, str]:
+    """Chat messages as what comes before the last user's words, and those words.
+
+    Args:
+        messages: a list of {"role": ..., "content": ...}, the last one the user's.
+    Raises:
+        ProtocolError: for anything else.
+    """
+    wanted = 'give a list of {"role": "system" or "user" or "assistant", "content": text} that ends with the user\'s'
+    found: list[tuple[str, str]] = []
+    for message in messages if isinstance(messages, (list, tuple)) else [messages]:
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise ProtocolError(f"a chat message must have a role and a content, got {shown(message)}; {wanted}")
+        if not all(isinstance(part, str) for part in message.values()):
+            raise ProtocolError(f"role and content of a chat message must be text, got {shown(message)}; {wanted}")
+        found.append((message["role"], message["content"]))
+    if not found or found[-1][0] != "user":
+        last = f"the last message is the {found[-1][0]}'s" if found else "there is no message"
+        raise ProtocolError(f"{last}; {wanted}")
+    return tuple(found[:-1]), found[-1][1]
 
 
 def has_template(tokenizer: Any) -> bool:

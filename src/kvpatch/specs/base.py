@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import re
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from inspect import Parameter, Signature
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
@@ -16,8 +18,8 @@ from pydantic import (
     ValidationInfo,
 )
 
-from kvpatch.errors import CacheError
-from kvpatch.specs.arguments import indices_of_slice, real, whole_numbers
+from kvpatch.errors import SpecError
+from kvpatch.specs.arguments import indices_of_slice, real, shown, whole_numbers
 from kvpatch.specs.refusals import refusal_of
 
 
@@ -27,21 +29,77 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Given(Frozen):
+_OF_PYDANTIC = frozenset(dir(Frozen)) - frozenset(dir(object)) - {"__module__", "__dict__", "__annotations__"}
+
+
+class _WithoutPydantic(type(Frozen)):
+    """Leaves out of `dir`, `help` and completion what pydantic gives to every class: hundreds of lines."""
+
+    def __dir__(cls) -> list[str]:
+        return [name for name in super().__dir__() if name not in _OF_PYDANTIC]
+
+
+class Given(Frozen, metaclass=_WithoutPydantic):
     """Base of what a person writes in Python: what is wrong with it is said in one line.
 
+    It prints as it would be written, without what is left at its default.
+
     Raises:
-        CacheError: where it is made of something that can't be meant.
+        SpecError: where it is made of something that can't be meant.
     """
 
-    def __init__(self, **given: Any) -> None:
+    @classmethod
+    def __pydantic_init_subclass__(cls, **settings: Any) -> None:
+        """The signature as a person writes it: pydantic's own spells out every validator."""
+        fields = [
+            Parameter(
+                name,
+                Parameter.KEYWORD_ONLY,
+                default=Parameter.empty if field.is_required() else field.get_default(call_default_factory=True),
+            )
+            for name, field in cls.model_fields.items()
+        ]
+        setattr(cls, "__signature__", Signature(fields))  # noqa: B010
+
+    def __init__(self, *misplaced: Any, **given: Any) -> None:
+        """Take what is written by name, and say in one line what is wrong with it."""
+        kind = type(self)
+        if misplaced:
+            first = next(iter(kind.model_fields))
+            raise SpecError(
+                f"{kind.__name__}: {shown(misplaced[0])} stands without a name; write {first}=... "
+                f"(it has {', '.join(kind.model_fields)})"
+            )
         try:
             super().__init__(**given)
         except ValidationError as error:
-            raise CacheError(refusal_of(error, type(self))) from None
+            raise SpecError(refusal_of(error, kind)) from None
 
     # pydantic then takes it for its own, and a part of a protocol is built as before, with the place of what is wrong.
     __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
+
+    def __dir__(self) -> list[str]:
+        return sorted({*dir(type(self)), *type(self).model_fields})
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if field.is_required() or value != field.get_default(call_default_factory=True):
+                yield name, _written(value)
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def _repr_html_(self) -> str:
+        return f"<code>{html.escape(repr(self))}</code>"
+
+
+def _written(value: Any) -> Any:
+    """Indices that follow one another as the range that they are."""
+    if isinstance(value, list) and len(value) > 2 and all(isinstance(item, int) for item in value):
+        run = range(value[0], value[0] + len(value))
+        return run if value == list(run) else value
+    return value
 
 
 class Change(Given):

@@ -7,10 +7,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from kvpatch.specs.arguments import shown
+from kvpatch.specs.nearest import nearest
 
 
 def sentence(details: Any) -> str:
     """What one of pydantic's error details says, with the value that was wrong."""
+    if details["type"].startswith("bool"):
+        return f"must be True or False, not {shown(details['input'])}"
     message = details["msg"].removeprefix("Value error, ")
     return message if details["type"] == "value_error" else f"{message}, not {shown(details['input'])}"
 
@@ -29,8 +32,11 @@ def refusal_of(error: ValidationError, of: type[BaseModel]) -> str:
     first = max(found, key=weight)
     at = [str(part) for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part.islower())]
     if first["type"] == "extra_forbidden":
-        known = f"; it has {', '.join(of.model_fields)}" if len(at) == 1 else ""
-        return f"{of.__name__}: there is no {'.'.join(at)!r}{known}"
+        if len(at) > 1:
+            return f"{of.__name__}: there is no {'.'.join(at)!r}"
+        near = nearest(at[0], of.model_fields)
+        meant = f"; did you mean {near!r}?" if near else ""
+        return f"{of.__name__}: there is no {at[0]!r}; it has {', '.join(of.model_fields)}{meant}"
     if first["type"] == "missing":
         return f"{of.__name__}: {'.'.join(at)!r} is missing"
     told = sentence(first)

@@ -26,7 +26,8 @@ import torch
 
 import kvpatch
 from kvpatch.checks.identities import check
-from kvpatch.engine.model import Model, load
+from kvpatch.engine.loading import load
+from kvpatch.engine.model import Model
 from kvpatch.files import cache_directory
 from kvpatch.organisms.directories import WEIGHTS, organism_directory
 from kvpatch.organisms.language import BODY

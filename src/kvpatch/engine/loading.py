@@ -1,0 +1,62 @@
+"""`kv.load`: a model by its name, or one that is in memory, ready to be patched."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import torch
+
+from kvpatch.engine.model import Model
+from kvpatch.errors import ModelError
+from kvpatch.models.in_memory import held_model, refuse_as_name
+from kvpatch.models.load import load_model
+from kvpatch.models.named import Progress
+from kvpatch.models.second_opinion import second_opinion
+
+
+def load(
+    name: str | os.PathLike[str] | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Model:
+    """Load a model to patch, or take one that is in memory: `kv.load("smollm2-135m")`, or
+    `kv.load(model=hf_model, tokenizer=tokenizer)`.
+
+    Args:
+        name: a named model, a local directory, a `.gguf` file, or a hub id. See `models.load.load_model` for `device`,
+            `dtype`, `allow_pickle`, `trust_remote_code` and `progress`, which say how it is read.
+        model: a transformers model. It stays the object that it is, on its device and in its type; it is put in
+            evaluation mode.
+        tokenizer: the tokenizer of `model`.
+    Raises:
+        ModelError: where it can't be found, read, trusted, or patched correctly.
+    """
+    if model is not None:
+        if name is not None:
+            raise ModelError("a name and a model in memory are given; give one of the two")
+        if device is not None or dtype is not None:
+            raise ModelError("device and dtype say how a model is read; move one in memory with .to() before")
+        loaded: Any = held_model(model, tokenizer)
+    else:
+        if not isinstance(name, str | os.PathLike):
+            refuse_as_name(name)
+        if tokenizer is not None:
+            raise ModelError("a tokenizer goes with a model in memory; a model that has a name brings its own")
+        loaded = load_model(
+            cast(str, name),
+            device=device,
+            dtype=dtype,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    made = Model(loaded)
+    made.opinion = second_opinion(made.backbone, loaded)
+    return made

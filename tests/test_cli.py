@@ -142,7 +142,7 @@ def test_corrupted_gguf(kvpatch, tmp_path, monkeypatch, content):
 def test_patch_that_does_not_fit_is_found_before_anything_is_spent(
     kvpatch, model_dir, tmp_path, patch, words, monkeypatch
 ):
-    monkeypatch.setattr("kvpatch.run.check", lambda model: pytest.fail("the run has begun"))
+    monkeypatch.setattr("kvpatch.readiness.check", lambda model: pytest.fail("the run has begun"))
     path = write_protocol(tmp_path, **with_patch(patch))
     outcome = kvpatch("run", path, "--model", model_dir, "--out", tmp_path / "out")
     assert_one_line(outcome, "condition X of phase 1", words)

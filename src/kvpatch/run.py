@@ -17,11 +17,7 @@ from typing import Any
 import torch
 
 import kvpatch
-from kvpatch.checks.identities import check
-from kvpatch.checks.noise_floor import noise_floor
 from kvpatch.crash import write_crash
-from kvpatch.engine.backend import fast_of
-from kvpatch.engine.calibration import calibrate
 from kvpatch.engine.loading import load
 from kvpatch.engine.model import Model
 from kvpatch.errors import KvpatchError, ModelError, ProtocolError, StoreError
@@ -38,6 +34,7 @@ from kvpatch.prompts.bank import Bank, load_bank
 from kvpatch.protocols.load import load_protocol
 from kvpatch.protocols.schema import Protocol, calibration_of
 from kvpatch.provenance import model_record, now, record_of
+from kvpatch.readiness import checked, engine_of, floor_of, named
 from kvpatch.readouts.geometry import layer_at
 from kvpatch.readouts.lexicon_files import is_shipped
 from kvpatch.readouts.outside import measure_outside
@@ -52,10 +49,6 @@ from kvpatch.store.validation import newest_validation
 from kvpatch.verdicts.deviations import stated
 from kvpatch.verdicts.outcome import Outcome, outcome_of, stored_protocol, write_verdicts
 from kvpatch.verdicts.procedures import refuse_unknown
-
-WORTH_CALIBRATING = 1500
-"""Trials from which on a run on a processor begins with a calibration of a few seconds."""
-
 
 Models = Mapping[str | None, Model]
 """The run's own model under None, the protocol's further ones by their keys."""
@@ -195,12 +188,12 @@ def _run(protocol: Protocol, models: Models, out: Path, asked: _Asked, listener:
         record = record.model_copy(update=stated(protocol, asked.n, record.phases))
         others = dict(record.other_models)
         unchecked = [None] * (record.check is None) + [key for key, other in others.items() if other.check is None]
-        checks = {key: _checked(models[key], listener) for key in unchecked}
+        checks = {key: checked(models[key], listener) for key in unchecked}
         newest = newest_validation(cache_directory(), kvpatch.__version__)
         validation = None if newest is None else newest.summary()
-        engine = record.engine or {_named(key): _engine(model, plan, key, listener) for key, model in models.items()}
+        engine = record.engine or {named(key): engine_of(model, plan, key, listener) for key, model in models.items()}
         for key, (found, floor) in checks.items():
-            measured = {"check": found, "noise_floor": floor | _floor(models[key], plan, key, engine)}
+            measured = {"check": found, "noise_floor": floor | floor_of(models[key], plan, key, engine)}
             if key is None:
                 record = record.model_copy(update=measured)
             else:
@@ -255,58 +248,6 @@ def _with_readouts(
     return record.model_copy(update={"readout_calibration": found.get(None), "other_models": others})
 
 
-def _checked(model: Model, listener: ProgressListener) -> tuple[list[dict[str, object]], dict[str, object]]:
-    """What the check of a model found, and how far its logits change among others.
-
-    Raises:
-        ModelError: naming the identity that fails.
-    """
-    listener.stage(f"checking that {model.loaded.name} is patched correctly")
-    found = check(model)
-    if bad := [i for i in found if i.holds is False]:
-        raise ModelError(
-            f"{model.loaded.name} fails '{bad[0].identity}': error {bad[0].error:.2g} > {bad[0].bound:.2g}"
-        )
-    noise = next(i for i in found if i.identity.startswith("batched rows"))
-    floor: dict[str, object] = {
-        "logits_relative": noise.error,
-        "how": "largest logit difference alone and among others",
-    }
-    return [i.model_dump() for i in found], floor
-
-
-def _floor(model: Model, plan: Plan, key: str | None, engine: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
-    """A model's noise floor at the batch size and the threads that its trials run with."""
-    batches = [batch for batch in plan.batches if batch.model == key]
-    how = engine.get(_named(key), {})
-    together = max((len(batch.trials) for batch in batches), default=0)
-    threads, before = int(str(how.get("threads", 0))), torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads or before)
-        # Float32 does not depend on the batch's size, so that a few rows tell enough, and cost little.
-        rows = 0 if model.backbone.dtype == torch.float32 else int(str(how.get("rows", 0))) or together
-        return noise_floor(model, rows=rows, temperature=batches[0].generation.temperature if batches else 0.7)
-    finally:
-        torch.set_num_threads(before)
-
-
-def _named(key: str | None) -> str:
-    """What `RunRecord.engine` calls a model: its key, "own" for the run's own."""
-    return key or "own"
-
-
-def _engine(model: Model, plan: Plan, key: str | None, listener: ProgressListener) -> dict[str, object]:
-    """How a model's trials are decoded: what carries out a step, and on a processor threads and rows at a time, found
-    by timing where a run is long enough to gain from it."""
-    fast = fast_of(model.backbone)
-    found: dict[str, object] = {"step": fast.ops, "note": fast.note, "difference": fast.error}
-    if sum(len(batch.trials) for batch in plan.batches if batch.model == key) < WORTH_CALIBRATING:
-        return found
-    listener.stage(f"finding how to run {model.loaded.name} fastest")
-    how = calibrate(model.backbone)
-    return found if how is None else found | asdict(how)
-
-
 def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, listener: ProgressListener) -> RunRecord:
     start, written = time.monotonic(), [0]
     listener.stage("running")
@@ -315,9 +256,9 @@ def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, listen
         written[0] += tokens
         listener.batch(batch, tokens)
 
-    if threads := record.engine.get(_named(None), {}).get("threads"):
+    if threads := record.engine.get(named(None), {}).get("threads"):
         torch.set_num_threads(threads)
-    rows = {key: int(record.engine.get(_named(key), {}).get("rows", 0)) or None for key in models}
+    rows = {key: int(record.engine.get(named(key), {}).get("rows", 0)) or None for key in models}
     # Whatever was imported and read so far stays; the collector need not look through it again and again.
     gc.collect()
     gc.freeze()

@@ -74,7 +74,12 @@ def rows_of(
     rows = []
     counts = ("n_slots_patched", "n_layers_patched", "n_kv_heads_patched")
     for index, of in enumerate(measured):
-        row = {**_identity(batch, index), **_output(of), **_scores(batch, index, of), **forced_readouts(batch, of, rule)}
+        row = {
+            **_identity(batch, index),
+            **_output(of),
+            **_scores(batch, index, of),
+            **forced_readouts(batch, of, rule),
+        }
         row |= {
             "rv_own": of.rv_own,
             "nll_target": of.nll_target,

@@ -141,7 +141,9 @@ def _blocked(h: Hypothesis, m: Measured, around: Circumstances, decided: Mapping
     if weak and not _is_equally_coherent(h, around):
         or_alike = f", or {MOSTLY:.0%} and about equally many under each condition" if texts.protocol.families else ""
         needed = f"where at least {COHERENT_SHARE:.0%} are needed{or_alike}"
-        return Decision("not interpretable", f"Only {_told(weak)} are coherent in phase {h.phase}, {needed}.", "coherence")
+        return Decision(
+            "not interpretable", f"Only {_told(weak)} are coherent in phase {h.phase}, {needed}.", "coherence"
+        )
     return None
 
 

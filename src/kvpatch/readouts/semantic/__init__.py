@@ -140,7 +140,8 @@ def _fresh(words: Sequence[str]) -> list[bool]:
 def embed(texts: Sequence[str], device: torch.device | str = "cpu") -> NDArray[np.float32]:
     """Embeddings of texts, [texts, 384], each of norm 1: the mean over tokens of the model's last hidden states.
 
-    Float32, on a GPU if `device` is one and on the processor otherwise. Texts of one length run together, so that no text is padded and none depends on others.
+    Float32, on a GPU if `device` is one and on the processor otherwise. Texts of one length run together, so that no
+    text is padded and none depends on others.
     """
     import torch
 

@@ -177,7 +177,7 @@ def test_wrong_entry_is_named_with_its_file(tmp_path, change, expected):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("- {id: a, group: [", "bank.yaml: .*line"),
+        ("- {id: a, group: [", "bank.yaml, line 2: not YAML"),
         ("- just words", "bank.yaml, entry 1"),
         ("id: a", "bank.yaml: expected a list"),
         ("", "holds no prompts"),

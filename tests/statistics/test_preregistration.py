@@ -50,7 +50,7 @@ def test_the_block_holds_the_protocol_and_what_is_asked_of_it(tmp_path: Path):
         )
         assert h.get("margin") == (asked[h["id"]].margin and asked[h["id"]].margin.model_dump(exclude_none=True))
     assert set(block["families"]) == {h.family for h in asked.values()}
-    assert block["families"]["nulls"] == {"alphas": [0.05], "hypotheses": 7, "correction": "holm", "passes_to": {}}
+    assert block["families"]["nulls"] == {"alphas": [0.05], "hypotheses": 2, "correction": "holm", "passes_to": {}}
     assert any("further apart" in told or "differ in tokens" in told for told in block["exclusions"])
     assert block["error_statement"].startswith("Over ") and block["calibration"] is None
     text = (tmp_path / "dec7.md").read_text("utf-8")

@@ -47,13 +47,13 @@ def read_yaml(content: bytes | str) -> Any:
     return _built(content, lambda: yaml.load(content, Loader=LOADER))
 
 
-def yaml_nodes(content: bytes | str) -> yaml.Node | None:
-    """The nodes of a text in YAML, each of which knows its line; limited as `read_yaml` is.
+def yaml_nodes(content: bytes | str) -> tuple[yaml.Node | None, Any]:
+    """The nodes of a text in YAML, each of which knows its line, and what the text says; limited as `read_yaml` is.
 
     Raises:
         NotYaml: where it is none, or past a limit.
     """
-    return _built(content, lambda: yaml.compose(content, Loader=LOADER))
+    return _built(content, lambda: (yaml.compose(content, Loader=LOADER), yaml.load(content, Loader=LOADER)))
 
 
 def _built(content: bytes | str, build: Callable[[], Any]) -> Any:

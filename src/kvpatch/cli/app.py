@@ -186,8 +186,9 @@ def _crashed(error: Exception) -> str:
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     place = getattr(error, "crash_report", None) or write_crash(cache_directory(), f"kvpatch {command}", error)
     told = " ".join(quoted_briefly(str(error)).split())[:200]
-    where = f"{place} holds what a bug report needs" if place else "run it again with --debug to see where"
-    return f"an error that kvpatch did not expect, {type(error).__name__}: {told}; {where}, and nothing private"
+    report = f"{place} holds what a bug report needs, and nothing private"
+    where = report if place else "run it again with --debug to see where"
+    return f"an error that kvpatch did not expect, {type(error).__name__}: {told}; {where}"
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def parse_protocol(
     Without a folder, the files that it names are not looked at.
     """
     try:
-        node, written = yaml_nodes(text), read_yaml(text)
+        node, written = yaml_nodes(text)
     except NotYaml as error:
         line = f", line {error.line}" if error.line else ""
         raise ProtocolError(f"{name}{line}: not YAML: {error}") from error

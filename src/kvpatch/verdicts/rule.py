@@ -78,7 +78,8 @@ def decide_all(
     decided: dict[str, Decision] = {}
     for h in decision_order(protocol):
         m = measured[h.id]
-        blocked = _blocked(h, m, around, decided)
+        weak = _incoherent(h, around)
+        blocked = _blocked(h, m, around, decided, weak)
         if blocked is None:
             because = unspecific(protocol, h, around.calibrations, around.explained)
             blocked = None if because is None else Decision("not interpretable", because, "specificity")
@@ -92,7 +93,7 @@ def decide_all(
                 return _by_numbers(protocol, other, p, first)
 
             found = at_worst(h, found, again)
-        if blocked is None and (weak := _incoherent(h, around)):
+        if blocked is None and weak:
             note = f"Only {_told(weak)} are coherent, but about equally many under each condition."
             found = replace(found, because=f"{found.because} {note}")
         decided[h.id] = _with_figures(m, found) if protocol.families else found
@@ -126,8 +127,10 @@ def _measured(m: Measured) -> str:
     return figures(m) if m.differences.n else f"No pair was measured for {m.hypothesis.contrast}"
 
 
-def _blocked(h: Hypothesis, m: Measured, around: Circumstances, decided: Mapping[str, Decision]) -> Decision | None:
-    """The verdict of a hypothesis that may not be interpreted, or None."""
+def _blocked(
+    h: Hypothesis, m: Measured, around: Circumstances, decided: Mapping[str, Decision], weak: Mapping[str, float]
+) -> Decision | None:
+    """The verdict of a hypothesis that may not be interpreted, or None. weak: its incoherent conditions."""
     texts = around.texts
     if texts.is_tautological(h):
         also = f" {BROKEN}" if around.instrument_ok is False else ""
@@ -137,7 +140,6 @@ def _blocked(h: Hypothesis, m: Measured, around: Circumstances, decided: Mapping
     waits = _behind_a_gate(h, texts.protocol, decided) if h.needs is None else _lacks(h, m, texts.protocol, decided)
     if waits is not None:
         return waits
-    weak = _incoherent(h, around)
     if weak and not _is_equally_coherent(h, around):
         or_alike = f", or {MOSTLY:.0%} and about equally many under each condition" if texts.protocol.families else ""
         needed = f"where at least {COHERENT_SHARE:.0%} are needed{or_alike}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -161,6 +161,7 @@ def explained_shares(
     found: dict[str, float] = {}
     if LEVEL not in rows.columns:
         return found
+    levels = {key: _levels(protocol, rows, key, calibration.destroyed) for key, calibration in calibrations.items()}
     for h in protocol.hypotheses:
         key = protocol.phases[h.phase].model
         calibration = calibrations.get(key)
@@ -168,7 +169,7 @@ def explained_shares(
             continue
         for of in specificities_of(calibration, key, ""):
             if of.readout == h.readout and not of.is_specific:
-                share = explained_share(h, of, rows, _levels(protocol, rows, key, of), units[h.phase])
+                share = explained_share(h, of, rows, levels[key], units[h.phase])
                 if share is not None:
                     found[h.id] = share
     return found
@@ -198,13 +199,13 @@ def explained_share(
     return max(share * most / abs(levels[name]) for name, share in beyond.items())
 
 
-def _levels(protocol: Protocol, rows: pd.DataFrame, key: str | None, of: Specificity) -> dict[str, float]:
+def _levels(protocol: Protocol, rows: pd.DataFrame, key: str | None, destroyed: Sequence[str]) -> dict[str, float]:
     """Destroyed condition -> how far it moves the level from the natural target's, in the first phase of the model that
     runs both."""
     natural = [name for name, c in protocol.conditions.items() if c.is_natural and c.into == "target" and not c.text_of]
     found: dict[str, float] = {}
     for phase, settings in protocol.phases.items():
-        names = [name for name in of.destroyed if name not in found]
+        names = [name for name in destroyed if name not in found]
         if settings.model != key or not natural or not names:
             continue
         means = pair_means(rows_of(rows, split="test", phase=phase), [natural[0], *names], LEVEL)

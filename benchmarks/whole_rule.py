@@ -1,7 +1,7 @@
 """Familywise error and power of a protocol's whole rule: prerequisites, families, their graph, coherence and headline.
 
     python benchmarks/whole_rule.py [dec7] [--draws 2000] [--n 20] [--only NAME,...]
-        [--part 1/6] [--processes 2]
+        [--part 1/6] [--processes 2] [--seed 2009]
 
 Each line is one truth. "nothing": the global null. "mode": the sources evoke the mode, and nothing else is true, so
 that most of what waits for it is read. Any other name is a family that is true beside the mode, all else null.
@@ -100,10 +100,10 @@ def truth_named(protocol: Protocol, name: str) -> Assumptions:
     return transfer(protocol) if name == "transfer" else one_family(protocol, name)
 
 
-def simulated(job: tuple[str, str, int | None, int]) -> tuple[str, int | None, SimulatedRule, float]:
-    name, protocol_name, n, draws = job
+def simulated(job: tuple[str, str, int | None, int, int]) -> tuple[str, int | None, SimulatedRule, float]:
+    name, protocol_name, n, draws, seed = job
     protocol, start = load_protocol(protocol_name), time.monotonic()
-    found = simulate_rule(protocol, truth_named(protocol, name), n, draws, SEED + zlib.crc32(name.encode()))
+    found = simulate_rule(protocol, truth_named(protocol, name), n, draws, seed + zlib.crc32(name.encode()))
     return name, n, found, time.monotonic() - start
 
 
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--part", default="1/1")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=SEED)
     given = parser.parse_args()
     protocol = load_protocol(given.protocol)
     known = set(readouts())
@@ -140,7 +141,7 @@ def main() -> None:
     confirmatory = list(dict.fromkeys(h.family for h in protocol.hypotheses if h.confirmatory))
     names = given.only.split(",") if given.only else ["nothing", "mode", *confirmatory, "transfer"]
     jobs = [
-        (name, given.protocol, n, given.draws)
+        (name, given.protocol, n, given.draws, given.seed)
         for name in names
         for n in (POWER_N if name == "transfer" else (given.n,))
     ]

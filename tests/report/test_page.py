@@ -30,7 +30,7 @@ HOSTILE = [
 ALLOWED_TAGS = set(
     "html head meta title style body header p h1 nav a main section h2 h3 h4 h5 ul ol li span strong b bdi code "
     "table thead tbody tr th td data br details summary dl div dt dd figure figcaption script article mark "
-    "pre".split()
+    "pre svg path circle button label input".split()
 )
 
 
@@ -86,7 +86,8 @@ def hostile(trials: pd.DataFrame) -> pd.DataFrame:
 
 def test_sections_come_in_order(run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]) -> None:
     html = render(run, protocol, trials, verdicts, "The answer.")
-    ids = ["answer", "verdicts", "instruments", "effects", "conditions", "texts", "questions", "how", "not-shown"]
+    ids = ["answer", "plan", "attacks", "questions", "texts", "verdicts", "instruments", "effects", "conditions", "how"]
+    ids.append("not-shown")
     places = [html.index(f'<section id="{name}">') for name in ids]
     assert places == sorted(places)
     assert "The answer." in html and len(html.encode()) < 8_000_000
@@ -130,9 +131,9 @@ def test_the_plans_table_comes_right_after_the_answer_with_its_verdicts_and_numb
 ) -> None:
     verdicts = [v for v in verdicts if v["id"] != "was_swap"]  # a row of the plan then has one without a verdict
     html = render(run, protocol, trials, verdicts, "The answer.")
-    table = html[html.index('<div id="plan">') : html.index('<p class="lead">')]
-    between = html[html.index('<p class="headline">') : html.index('<div id="plan">')]
-    assert "<table" not in between and "<h3" not in between
+    table = html[html.index('<section id="plan">') :].split("</section>")[0]
+    between = html[html.index("</section>", html.index('<section id="answer">')) : html.index('<section id="plan">')]
+    assert between.removeprefix("</section>").strip() == ""
     page, given = Page(table), {v["id"]: v for v in verdicts}
     rows = plan_table(protocol, verdicts, {None: "smollm2-135m"})
     assert [row.claim for row in rows] == [row.claim for row in protocol.plan_rows]

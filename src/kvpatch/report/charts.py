@@ -36,13 +36,14 @@ class Drawing:
 
     draw: (tables, rows, *said) -> chart. It reads no table, only which there are. tables: name -> what a layer draws.
     rows: names of the rows to draw, in order; none where it is of one height. said: what else the chart depends on,
-    hashable.
+    hashable. row_height: pixels per row.
     """
 
     draw: Callable[..., AnyChart]
     tables: dict[str, pd.DataFrame]
     rows: list[str]
     said: tuple[Hashable, ...]
+    row_height: int = 24
 
     def packed(self) -> dict:
         """Return what `packed` returns of the chart."""
@@ -51,7 +52,7 @@ class Drawing:
             key: {"name": found["name"], **_columns(self.tables[found["columns"][0]])}
             for key, found in known["datasets"].items()
         }
-        height = _height(len(self.rows)) if self.rows else known["height"]
+        height = _height(len(self.rows), self.row_height) if self.rows else known["height"]
         return {**_with_rows(known, self.rows), "height": height, "datasets": datasets}
 
 
@@ -293,8 +294,8 @@ def dressed(chart: AnyChart, rows: int = 0, height: int | None = None) -> AnyCha
     return chart
 
 
-def _height(rows: int) -> int:
-    return _ROW * rows + (_AXIS if rows == 1 else 0)
+def _height(rows: int, each: int = _ROW) -> int:
+    return each * rows + (_AXIS if rows == 1 else 0)
 
 
 _AXES = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 8, "domain": False}

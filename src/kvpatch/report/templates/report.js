@@ -39,8 +39,14 @@ const save = (content, type, name) => {
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 };
 
-const embed = (box, spec) =>
-  window.vegaEmbed(box, spec, {
+// On a narrow page the names of rows leave room for the marks.
+const fitted = (spec, width) => {
+  const limit = Math.max(90, Math.min(spec.config?.axisY?.labelLimit ?? 230, Math.round(width * 0.42)));
+  return { ...spec, config: { ...spec.config, axisY: { ...spec.config?.axisY, labelLimit: limit } } };
+};
+
+const embed = (box, spec, width = box.clientWidth) =>
+  window.vegaEmbed(box, width ? fitted(spec, width) : spec, {
     mode: "vega-lite",
     renderer: "svg",
     actions: false,
@@ -49,7 +55,7 @@ const embed = (box, spec) =>
 
 // A picture to keep is drawn anew on white, since on the page the colours of text come from its style sheet.
 const picture = async (spec, width, kind) => {
-  const { view } = await embed(document.createElement("div"), { ...spec, width, background: "#ffffff" });
+  const { view } = await embed(document.createElement("div"), { ...spec, width, background: "#ffffff" }, width);
   try {
     if (kind === "svg") return new Blob([await view.toSVG()], { type: "image/svg+xml" });
     const canvas = await view.toCanvas(2);
@@ -109,7 +115,8 @@ const tools = (box, spec, tables) => {
     table.append(...tables.map(tableOf));
     table.dataset.drawn = "yes";
   });
-  box.after(bar, table);
+  bar.append(table);
+  box.after(bar);
 };
 
 const failed = (box) => {
@@ -209,6 +216,35 @@ const leaf = () => {
   fill();
 };
 leaf();
+
+// Verdicts: chips show those that say one word, and a search those whose claim holds a text; groups with a match open.
+const chips = document.getElementById("chips");
+if (chips) {
+  const buttons = [...chips.querySelectorAll("button")];
+  const search = document.getElementById("claim-search");
+  const groups = [...document.querySelectorAll(".group")];
+  const sift = () => {
+    const word = buttons.find((button) => button.getAttribute("aria-pressed") === "true").dataset.word;
+    const text = search.value.trim().toLowerCase();
+    for (const group of groups) {
+      let left = 0;
+      for (const row of group.querySelectorAll("tbody tr")) {
+        row.hidden = text !== "" && !row.textContent.toLowerCase().includes(text);
+        left += !row.hidden;
+      }
+      group.hidden = left === 0 || (word !== "" && group.dataset.word !== word);
+      group.open = !group.hidden && (word !== "" || text !== "");
+    }
+  };
+  for (const button of buttons) {
+    button.addEventListener("click", () => {
+      for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
+      sift();
+    });
+  }
+  search.addEventListener("input", sift);
+  chips.hidden = false;
+}
 
 // On paper everything is unfolded but the data of charts and what was never drawn.
 addEventListener("beforeprint", () => {

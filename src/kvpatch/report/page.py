@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import gzip
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -168,6 +169,8 @@ def _context(
         "how": how,
         "not_shown": sections.not_shown(run, trials, parts, protocol, rows, instruments),
         "gaps": sections.gaps(run, optional),
+        "config": charts.CONFIG,
+        "abouts": {name: condition.about for name, condition in protocol.conditions.items()},
         "trial_count": len(trials),
         "pair_count": trials.loc[trials["pair_id"] != "", "pair_id"].nunique(),
     }
@@ -194,6 +197,7 @@ def _optional_figures(
     models = sections.model_of_phase(run, protocol)
     ran = {effect["phase"] for effect in effects}
     names = {phase: str(model.get("name")) for phase, model in models.items() if phase in ran and model}
+    named = {phase: str(model.get("name") or "a model that is not recorded") for phase, model in models.items()}
     layers = {phase: model.get("layers") for phase, model in models.items()}
     trajectories = [] if watched is None else attention.trajectory_figures(protocol, watched[0])
     return {
@@ -202,10 +206,16 @@ def _optional_figures(
         "maps": maps.map_figures(effects, protocol, layers),
         "dose": dose.dose_figures(trials, protocol),
         "geometry": [*trajectories, *geometry.scatter_figures(trials, protocol, rows)],
-        "attention": [] if watched is None else attention.attention_figures(protocol, *watched),
+        "attention": _attention(protocol, watched),
         "across": across.across_figures(effects, names),
-        "replications": across.replication_rows(rows, protocol, names),
+        "replications": across.replication_rows(rows, protocol, named),
     }
+
+
+def _attention(protocol: Protocol, watched: tuple[pd.DataFrame, pd.DataFrame] | None) -> list:
+    """Return the figures of attention, as one list, or none."""
+    found = None if watched is None else attention.attention_figures(protocol, *watched)
+    return [] if found is None or not found.all else [found]
 
 
 @functools.cache
@@ -255,7 +265,7 @@ def _assets(is_live: bool) -> dict[str, Markup]:
     return {
         "style": Markup(style),
         "script": Markup(script),
-        "library": Markup(library),
+        "library": Markup(base64.b64encode(gzip.compress(library.encode(), 9, mtime=0)).decode()),
         "policy": Markup(allowed),
     }
 

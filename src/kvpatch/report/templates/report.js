@@ -1,5 +1,6 @@
 // Draws the charts, gives each its table and files, and turns the texts into something to leaf through.
 const CHUNK = 500; // rows of a table that are shown at a time
+const breath = () => new Promise((next) => setTimeout(next));
 
 const element = (tag, attributes = {}, ...children) => {
   const made = document.createElement(tag);
@@ -8,14 +9,39 @@ const element = (tag, attributes = {}, ...children) => {
   return made;
 };
 
+// The library of charts is packed, and is unpacked when the first chart is drawn. The page's policy allows it by its hash.
+let library;
+const loaded = () => {
+  library ??= (async () => {
+    const packed = Uint8Array.from(atob(document.getElementById("library").textContent), (c) => c.charCodeAt(0));
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const script = element("script", { type: "module" });
+    script.textContent = await new Response(stream).text();
+    document.head.append(script);
+    while (!window.vegaEmbed) await breath();
+  })();
+  return library;
+};
+
+// What a condition is, and how every chart looks, stands in the page once.
+const shared = JSON.parse(document.getElementById("config").textContent);
+const abouts = JSON.parse(document.getElementById("abouts").textContent);
+const explained = (set) => {
+  const at = set.columns.indexOf("condition");
+  if (at < 0 || set.columns.includes("about")) return set;
+  const add = (row, value) => [...row.slice(0, at + 1), value, ...row.slice(at + 1)];
+  return { ...set, columns: add(set.columns, "about"), rows: set.rows.map((row) => add(row, abouts[row[at]] ?? "")) };
+};
+
 // Data sets come by columns, so that names are not repeated in every row; a name with "_" in front is for drawing only.
 const unpack = (spec) => {
-  const tables = Object.values(spec.datasets ?? {}).filter((set) => !set.name.startsWith("_"));
+  const sets = Object.entries(spec.datasets ?? {}).map(([key, set]) => [key, explained(set)]);
+  const tables = sets.map(([, set]) => set).filter((set) => !set.name.startsWith("_"));
   const datasets = {};
-  for (const [key, set] of Object.entries(spec.datasets ?? {})) {
+  for (const [key, set] of sets) {
     datasets[key] = set.rows.map((row) => Object.fromEntries(row.map((value, i) => [set.columns[i], value])));
   }
-  return { spec: { ...spec, datasets }, tables };
+  return { spec: { config: shared, ...spec, datasets }, tables };
 };
 
 const hidden = new Set(["offset", "order", "row"]);
@@ -132,6 +158,7 @@ const draw = async (script) => {
   try {
     const { spec, tables } = unpack(JSON.parse(script.textContent));
     tools(box, spec, tables);
+    await loaded();
     await embed(box, spec);
     box.dataset.drawn = "yes";
   } catch (error) {
@@ -140,8 +167,7 @@ const draw = async (script) => {
   }
 };
 
-const breath = () => new Promise((next) => setTimeout(next));
-const isFolded = (script) => script.parentElement.closest("details:not([open])") !== null;
+const isFolded = (script) => script.parentElement.closest("details:not([open]), [hidden]") !== null;
 
 // The page says whether it is at rest, so that who prints it, or reads it by a program, can wait for it.
 let rounds = 0;
@@ -160,6 +186,39 @@ const drawAll = async (scripts) => {
 const drawInside = (details) => drawAll([...details.querySelectorAll("script.spec")].filter((s) => !isFolded(s)));
 for (const details of document.querySelectorAll("details:has(script.spec)")) {
   details.addEventListener("toggle", () => details.open && drawInside(details));
+}
+
+// A gallery shows one of its figures; the others wait until they are chosen.
+for (const gallery of document.querySelectorAll(".gallery")) {
+  const figures = [...gallery.querySelectorAll(":scope > figure")];
+  if (figures.length < 2) continue;
+  const names = figures.map((figure) => figure.querySelector(".figure-title").textContent);
+  const select = element("select", {}, ...names.map((name, i) => element("option", { value: i }, name)));
+  const show = () => figures.forEach((figure, i) => (figure.hidden = i !== select.selectedIndex));
+  select.addEventListener("change", () => {
+    show();
+    drawInside(gallery);
+  });
+  gallery.before(element("p", { class: "pick" }, element("label", {}, `${gallery.dataset.label} `, select)));
+  show();
+}
+
+// Everything is unfolded and drawn: for printing all of it, and for programs that look at every chart.
+const unfoldAll = async () => {
+  for (const figure of document.querySelectorAll(".gallery > figure")) figure.hidden = false;
+  for (const details of document.querySelectorAll("details:not(.data)")) details.open = true;
+  await drawAll([...document.querySelectorAll("script.spec")]);
+};
+document.addEventListener("unfold-all", unfoldAll);
+const printAll = document.getElementById("print-all");
+if (printAll) {
+  printAll.hidden = false;
+  printAll.addEventListener("click", async () => {
+    printAll.disabled = true;
+    await unfoldAll();
+    print();
+    printAll.disabled = false;
+  });
 }
 
 // A link into something folded opens it.
@@ -198,7 +257,7 @@ const leaf = () => {
   const fill = () => {
     const names = pairsOf(phases[phase.selectedIndex]).map((p, i, all) => `${i + 1} of ${all.length}: ${p.dataset.pair}`);
     pair.replaceChildren(...names.map((name, i) => element("option", { value: i }, name)));
-    pair.selectedIndex = 0;
+    pair.selectedIndex = Math.floor((names.length - 1) / 2);
     show();
   };
   const step = (by) => () => {

@@ -14,6 +14,7 @@ from markupsafe import escape
 from finished import RUNS, STORED, needing_run, stored_run
 from kvpatch.report.build import report_page
 from kvpatch.report.forest import scale_of
+from kvpatch.report.packing import opened, unpacked
 from kvpatch.report.text import MINUS
 from kvpatch.verdicts import prerequisites as gates
 from kvpatch.verdicts.answer import WHY, answering, floor_checks
@@ -36,7 +37,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder, name = tmp_path_factory.mktemp("equal"), request.param
     store = RUNS[name](folder / name) if name in RUNS else stored_run(name, folder)
     outcome = outcome_of(store)
-    return outcome, report_page(store, outcome)
+    return outcome, opened(report_page(store, outcome))
 
 
 def section(html: str, name: str) -> str:
@@ -64,7 +65,7 @@ def datasets(html: str) -> dict[str, dict[str, list[dict]]]:
     """Chart -> name of a data set -> its rows."""
     out = {}
     for chart, content in re.findall(r'class="spec" data-for="([^"]+)">(.*?)</script>', html):
-        sets = json.loads(content)["datasets"].values()
+        sets = json.loads(unpacked(content))["datasets"].values()
         out[chart] = {s["name"]: [dict(zip(s["columns"], row, strict=True)) for row in s["rows"]] for s in sets}
     return out
 

@@ -12,6 +12,7 @@ import pytest
 from markupsafe import escape
 
 from kvpatch.report.build import write_report
+from kvpatch.report.packing import opened
 from kvpatch.specs.readouts import shown
 from kvpatch.store.directory import Store
 from kvpatch.verdicts.outcome import outcome_of, write_verdicts
@@ -55,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     store = write_run(tmp_path_factory.mktemp("numbers") / "run", n=6, samples=3)
     outcome = outcome_of(store)
     write_verdicts(store, outcome)
-    return store.directory, write_report(store, outcome).read_text("utf-8")
+    return store.directory, opened(write_report(store, outcome).read_text("utf-8"))
 
 
 def test_every_verdict_is_the_one_in_the_file(made: tuple[Path, str]) -> None:

@@ -99,14 +99,14 @@ def conditions_chart(means: pd.DataFrame, title: str, baseline: str | None = Non
 
 def _conditions(tables: dict[str, pd.DataFrame], order: list[str], title: str, says_above: bool) -> AnyChart:
     y = alt.Y("condition:N", title=None, scale=alt.Scale(domain=order))
-    base = alt.Chart(tables["means"])
+    colour, base = _role_colour(), alt.Chart(tables["means"])
 
     def x(field: str) -> alt.X:
         return alt.X(f"{field}:Q", title=title, scale=alt.Scale(zero=False, nice=True, padding=6))
 
     def reach(name: str, low: str, high: str, **style: Any) -> AnyChart:
         known = base.transform_filter(f"isValid(datum.{low}) && isValid(datum.{high})").properties(name=name)
-        return known.mark_rule(**style).encode(x=x(low), x2=alt.X2(f"{high}:Q"))
+        return known.mark_rule(**style).encode(x=x(low), x2=alt.X2(f"{high}:Q"), y=y, color=colour)
 
     layers = [
         reach("_spread", "p10", "p90", strokeWidth=2, opacity=0.35),
@@ -124,18 +124,17 @@ def _conditions(tables: dict[str, pd.DataFrame], order: list[str], title: str, s
         alt.Tooltip("n:Q", title="units"),
     ]
     centre = base.properties(name="means").mark_point(shape="diamond", filled=True, size=80, opacity=1)
-    layers.append(centre.encode(x=x("mean"), tooltip=tips))
+    layers.append(centre.encode(x=x("mean"), y=y, color=colour, tooltip=tips))
     if says_above:
         said = base.transform_filter("isValid(datum.above)").transform_calculate(
             said="format(datum.above, '.0%') + ' above 0'"
         )
         text = said.properties(name="_above").mark_text(align="right", fontSize=10)
-        layers.append(text.encode(x=alt.XValue("width"), text=alt.Text("said:N"), color=alt.value(NEUTRAL)))
-    drawn: list[AnyChart] = [alt.layer(*layers).encode(y=y, color=_role_colour())]
+        layers.append(text.encode(x=alt.XValue("width"), y=y, text=alt.Text("said:N"), color=alt.value(NEUTRAL)))
     if "baseline" in tables:
         dashed = alt.Chart(tables["baseline"], name="_baseline")
-        drawn.insert(0, dashed.mark_rule(strokeDash=[3, 3], strokeWidth=1, color=NEUTRAL).encode(x=x("mean")))
-    return dressed(alt.layer(*drawn), rows=len(order))
+        layers.insert(0, dashed.mark_rule(strokeDash=[3, 3], strokeWidth=1, color=NEUTRAL).encode(x=x("mean")))
+    return dressed(alt.layer(*layers), rows=len(order))
 
 
 def coherence_chart(coherence: pd.DataFrame, line: float = COHERENT_SHARE) -> AnyChart:
@@ -280,7 +279,7 @@ _AXES = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", 
 CONFIG = {
     "font": FONT,
     "autosize": {"type": "fit-x", "contains": "padding"},
-    "view": {"stroke": None},
+    "view": {"continuousWidth": 300, "continuousHeight": 300, "stroke": None},
     "axis": _AXES,
     "axisY": {"ticks": False, "grid": True, "labelPadding": 8, "labelLimit": 230},
     "axisX": {"tickCount": 6, "ticks": False, "grid": True},

@@ -16,8 +16,8 @@ from kvpatch.specs.readout import Readout
 from kvpatch.verdicts.measure import units_of
 from kvpatch.verdicts.pairs import shown_of
 
-APART = 3
-"""Steps that are left free on either side of the points of a dose: the larger, the closer they stand."""
+APART = 1
+"""Steps that are left free on either side of the points of a dose, so that they stand close around its tick."""
 
 
 def dose_figures(trials: pd.DataFrame, protocol: Protocol) -> list[Figure]:

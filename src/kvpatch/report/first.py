@@ -68,7 +68,8 @@ def _figure(scale: str, first: Hypothesis, members: list[dict], beside: list[dic
     chart = forest.forest_chart(frame, forest.axis_of(first), COLOURS, ROW)
     about = "Marked: what the answer rests on. Red: the margin that its test holds it against."
     if beside:
-        about += " Below it, each cache's change from the natural target. Hollow: outputs that are not coherent, or no reading."
+        about += " Below it, each cache's change from the natural target."
+    about += " Hollow: not read, or outputs that are not coherent."
     label = f"{title}: the contrasts that the answer rests on, with their intervals"
     return figure(f"primary-{scale}", title, about, chart, label=label)
 

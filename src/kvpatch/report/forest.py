@@ -70,10 +70,10 @@ def _forest(
     margins: list[charts.AnyChart] = []
     if has_band:
         bar = band.mark_bar(height=14, opacity=0.16, color=charts.LIMIT)
-        margins.append(bar.encode(x=x("margin_low"), x2=alt.X2("margin_high:Q")))
+        margins.append(bar.encode(x=x("margin_low"), x2=alt.X2("margin_high:Q"), y=y))
     for end in ends:
         tick = base.transform_filter(f"isValid(datum.{end})").properties(name=f"_{end}")
-        margins.append(tick.mark_tick(thickness=2, size=16, color=charts.LIMIT).encode(x=x(end)))
+        margins.append(tick.mark_tick(thickness=2, size=16, color=charts.LIMIT).encode(x=x(end), y=y))
     ranges = base.transform_filter("isValid(datum.low) && isValid(datum.high)").properties(name="_intervals")
     tips = [
         alt.Tooltip("name:N"),
@@ -84,14 +84,14 @@ def _forest(
         alt.Tooltip("n:Q"),
     ]
     layers = [
+        zero.encode(x=x("zero")),
         *margins,
-        ranges.mark_rule(strokeWidth=2.5, strokeCap="round").encode(x=x("low"), x2=alt.X2("high:Q"), color=colour),
+        ranges.mark_rule(strokeWidth=2.5, strokeCap="round").encode(x=x("low"), x2=alt.X2("high:Q"), y=y, color=colour),
         base.properties(name="estimates")
         .mark_point(shape="diamond", filled=False, size=70, opacity=1, strokeWidth=1.5)
-        .encode(x=x("estimate"), stroke=colour, fill=colour, fillOpacity=_HOLLOW, tooltip=tips),
+        .encode(x=x("estimate"), y=y, stroke=colour, fill=colour, fillOpacity=_HOLLOW, tooltip=tips),
     ]
-    drawn = alt.layer(zero.encode(x=x("zero")), alt.layer(*layers).encode(y=y))
-    return charts.dressed(drawn, rows=len(order))
+    return charts.dressed(alt.layer(*layers), rows=len(order))
 
 
 def hypothesis_charts(rows: list[dict], protocol: Protocol) -> dict[str, charts.Drawn]:

@@ -181,7 +181,7 @@ def _add_maps(
         has_main = True
         out.maps.append(drawn)
         ranked = charts.ranked_heads_chart(rounded(ranking(heads)), f"difference in {title}")
-        told = f"The {RANKED} heads that differ most in {contrast}, with 95% intervals (Student's t). Filled: it stands out."
+        told = f"The {RANKED} heads that differ most in {contrast}, with 95% intervals. Filled: it stands out."
         out.ranked.append(figure(f"ranked-{phase}-{statistic}", f"Largest: {title}, {contrast}", told, ranked))
     chart = charts.head_means_chart(rounded(head_means(found)), title)
     out.more.append(figure(f"heads-{phase}-{statistic}", f"Heads: {title}", "Mean over pairs.", chart))

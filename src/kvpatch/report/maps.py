@@ -156,7 +156,9 @@ def _where(place: Place, kind: str, layers: int | None) -> str:
 def _map(rows: list[dict], phase: str, kind: str, readout: Readout, layers: int | None) -> Figure:
     depth = f"layer of {layers}" if layers else "share of depth"
     axis = "place in the body, %" if kind in (TOKENS, NEEDED_TOKENS) else depth
-    chart = map_chart(rounded(pd.DataFrame(rows)), axis, f"change of {readout.label.lower()}, {readout.unit or readout.scale}")
+    chart = map_chart(
+        rounded(pd.DataFrame(rows)), axis, f"change of {readout.label.lower()}, {readout.unit or readout.scale}"
+    )
     title = f"{kind[0].upper()}{kind[1:]}: {readout.label}"
     is_lacking = kind in (NEEDED, NEEDED_TOKENS)
     natural = "source" if is_lacking else "target"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import gzip
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from kvpatch.report import (
 )
 from kvpatch.report import head_maps as attention
 from kvpatch.report.library import chart_library
+from kvpatch.report.packing import folded, packed, packed_json
 from kvpatch.store.validation import gate_zero
 from kvpatch.verdicts.answer import Answer, floor_checks
 from kvpatch.verdicts.deviations import deviations, error_statement
@@ -234,6 +234,8 @@ def _environment() -> jinja2.Environment:
         "percent": text.percent,
         "plain": text.plain,
         "script_json": text.script_json,
+        "packed_json": packed_json,
+        "folded": folded,
         "as_float": text.as_float,
     }
     return environment
@@ -265,7 +267,7 @@ def _assets(is_live: bool) -> dict[str, Markup]:
     return {
         "style": Markup(style),
         "script": Markup(script),
-        "library": Markup(base64.b64encode(gzip.compress(library.encode(), 9, mtime=0)).decode()),
+        "library": Markup(packed(library)),
         "policy": Markup(allowed),
     }
 

@@ -21,7 +21,7 @@ Hits = Sequence[Mapping[str, int]]
 Marker = Callable[[str, str, Hits], list[Span]]
 Reader = Callable[[pd.DataFrame], pd.DataFrame]
 MAX_TEXT = 20_000
-PAIRS, PAIRS_LATER = 9, 4
+PAIRS, PAIRS_LATER = 9, 3
 """Pairs of the first phase, and of each later one."""
 MAX_SIDE_BY_SIDE = 6
 _WORD = re.compile(r"\S+")
@@ -153,9 +153,7 @@ def first_text(part: pd.DataFrame, column: str) -> str:
     return texts[0] if texts else ""
 
 
-def shown_text(
-    text: str, source: str, mark: Marker | None, hits: object = None, against: object = None
-) -> Markup:
+def shown_text(text: str, source: str, mark: Marker | None, hits: object = None, against: object = None) -> Markup:
     """Return a text as HTML, marked if a marker is given; cut, and saying so, past `MAX_TEXT` characters.
 
     hits: the scorer's, or anything that is no list where there are none. against: a text that this one is compared

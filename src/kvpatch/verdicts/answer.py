@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import pandas as pd
+from pydantic import Field
 
 from kvpatch.protocols.conditions import NATURAL_SOURCE, NATURAL_TARGET
 from kvpatch.protocols.schema import Protocol
@@ -65,7 +66,7 @@ class Answer(Frozen):
 
     full: str
     short: str
-    numbers: list[str] = []
+    numbers: list[str] = Field(default=[], description="a sentence per readout")
 
 
 def answer(protocol: Protocol, verdicts: Sequence[Verdict], *, is_checked: bool = True) -> Answer:

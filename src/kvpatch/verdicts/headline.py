@@ -12,7 +12,6 @@ from kvpatch.verdicts.procedures import procedure_of
 from kvpatch.verdicts.records import Verdict
 from kvpatch.verdicts.strongest import LEAST_PAIRS, Strongest, rests_text, strongest
 
-
 Names = Callable[[Sequence[Verdict]], str]
 """Says in brackets which verdicts a sentence rests on."""
 
@@ -31,8 +30,9 @@ def headline(protocol: Protocol, verdicts: Sequence[Verdict], *, is_checked: boo
     """Return the report's first sentence.
 
     is_checked: whether it was checked that the model is patched correctly; what the check found is in the verdicts.
-    names: how the verdicts that the sentence rests on are told. The mode is the protocol's ("recursive" gives "recursive mode"). The strongest sentence it can return starts
-    "Information sufficient for recursive-style output can be read from these cache slots".
+    names: how the verdicts that the sentence rests on are told. The mode is the protocol's ("recursive" gives
+    "recursive mode"). The strongest sentence it can return starts "Information sufficient for recursive-style output
+    can be read from these cache slots".
     """
     verdict_of = {v.id: v for v in verdicts}
     asked = [h for h in protocol.hypotheses if h.id in verdict_of and verdict_of[h.id].verdict != "tautological"]

@@ -9,14 +9,31 @@ const element = (tag, attributes = {}, ...children) => {
   return made;
 };
 
-// The library of charts is packed, and is unpacked when the first chart is drawn. The page's policy allows it by its hash.
+// What few readers open is packed, so that the file stays small.
+const unpacked = (script) => {
+  const bytes = Uint8Array.from(atob(script.textContent), (c) => c.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+};
+
+// Tables and texts inside folds come into the page once it is shown, so that they are there to be read and printed.
+let opening;
+const opened = () => {
+  opening ??= (async () => {
+    for (const script of [...document.querySelectorAll("script.folded")]) {
+      const template = document.createElement("template");
+      template.innerHTML = await unpacked(script);
+      script.replaceWith(template.content);
+    }
+  })();
+  return opening;
+};
+
+// The library of charts is unpacked when the first chart is drawn. The page's policy allows it by its hash.
 let library;
 const loaded = () => {
   library ??= (async () => {
-    const packed = Uint8Array.from(atob(document.getElementById("library").textContent), (c) => c.charCodeAt(0));
-    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
     const script = element("script", { type: "module" });
-    script.textContent = await new Response(stream).text();
+    script.textContent = await unpacked(document.getElementById("library"));
     document.head.append(script);
     while (!window.vegaEmbed) await breath();
   })();
@@ -156,7 +173,7 @@ const draw = async (script) => {
   if (box.dataset.drawn) return;
   box.dataset.drawn = "begun";
   try {
-    const { spec, tables } = unpack(JSON.parse(script.textContent));
+    const { spec, tables } = unpack(JSON.parse(await unpacked(script)));
     tools(box, spec, tables);
     await loaded();
     await embed(box, spec);
@@ -205,6 +222,7 @@ for (const gallery of document.querySelectorAll(".gallery")) {
 
 // Everything is unfolded and drawn: for printing all of it, and for programs that look at every chart.
 const unfoldAll = async () => {
+  await opened();
   for (const figure of document.querySelectorAll(".gallery > figure")) figure.hidden = false;
   for (const details of document.querySelectorAll("details:not(.data)")) details.open = true;
   await drawAll([...document.querySelectorAll("script.spec")]);
@@ -338,4 +356,6 @@ if (live) {
 }
 
 await drawAll([...document.querySelectorAll("script.spec")].filter((script) => !isFolded(script)));
+await opened();
+document.documentElement.dataset.opened = "yes";
 if (location.hash) unfold();

@@ -42,7 +42,8 @@ def forest_chart(rows: pd.DataFrame, title: str, colours: dict[str, str], row_he
     zero = pd.DataFrame({"zero": [0.0]})
     ends = tuple(end for end in ("margin_low", "margin_high") if rows[end].notna().any())
     has_band = bool((rows["margin_low"].notna() & rows["margin_high"].notna()).any())
-    said = (title, tuple(colours.items()), ends, has_band)
+    has_intervals = bool((rows["low"].notna() & rows["high"].notna()).any())
+    said = (title, tuple(colours.items()), ends, has_band, has_intervals)
     return charts.Drawing(_forest, {"zero": zero, "rows": rows}, order, said, row_height)
 
 
@@ -56,6 +57,7 @@ def _forest(
     colours: tuple[tuple[str, str], ...],
     ends: tuple[str, ...],
     has_band: bool,
+    has_intervals: bool,
 ) -> charts.AnyChart:
     y = alt.Y("row:N", title=None, scale=alt.Scale(domain=order))
     scale = alt.Scale(domain=[name for name, _ in colours], range=[colour for _, colour in colours])
@@ -83,14 +85,16 @@ def _forest(
         alt.Tooltip("high:Q", format=".4g", title="interval to"),
         alt.Tooltip("n:Q"),
     ]
-    layers = [
+    layers: list[charts.AnyChart] = [
         zero.encode(x=x("zero")),
         *margins,
-        ranges.mark_rule(strokeWidth=2.5, strokeCap="round").encode(x=x("low"), x2=alt.X2("high:Q"), y=y, color=colour),
         base.properties(name="estimates")
         .mark_point(shape="diamond", filled=False, size=70, opacity=1, strokeWidth=1.5)
         .encode(x=x("estimate"), y=y, stroke=colour, fill=colour, fillOpacity=_HOLLOW, tooltip=tips),
     ]
+    if has_intervals:
+        spans = ranges.mark_rule(strokeWidth=2.5, strokeCap="round")
+        layers.insert(-1, spans.encode(x=x("low"), x2=alt.X2("high:Q"), y=y, color=colour))
     return charts.dressed(alt.layer(*layers), rows=len(order))
 
 

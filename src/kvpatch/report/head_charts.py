@@ -92,13 +92,13 @@ def ranked_heads_chart(heads: pd.DataFrame, title: str) -> AnyChart:
     zero = alt.Chart(pd.DataFrame({"zero": [0.0]}), name="_zero").mark_rule(strokeWidth=1, color=NEUTRAL)
     filled = alt.FillOpacityValue(1, condition={"test": "!datum.stands_out", "value": 0})
     point = base.properties(name="heads").mark_point(size=60, opacity=1, stroke=OWN, fill=OWN, strokeWidth=1.5)
-    layers = [
+    layers: list[AnyChart] = [
         zero.encode(x=x("zero")),
-        base.properties(name="_intervals")
-        .mark_rule(strokeWidth=2, color=OWN)
-        .encode(x=x("low"), x2=alt.X2("high:Q"), y=y),
         point.encode(x=x("estimate"), y=y, fillOpacity=filled, tooltip=tips),
     ]
+    if known["low"].notna().any():  # one pair has no interval
+        spans = base.properties(name="_intervals").mark_rule(strokeWidth=2, color=OWN)
+        layers.insert(1, spans.encode(x=x("low"), x2=alt.X2("high:Q"), y=y))
     return _plain(alt.layer(*layers).properties(width="container", height=22 * len(order)))
 
 

@@ -90,7 +90,14 @@ def _forest(
         *margins,
         base.properties(name="estimates")
         .mark_point(shape="diamond", filled=False, size=70, opacity=1, strokeWidth=1.5)
-        .encode(x=x("estimate"), y=y, stroke=colour, fill=colour, fillOpacity=_HOLLOW, tooltip=tips),
+        .encode(
+            x=x("estimate"),
+            y=y,
+            stroke=alt.Stroke("colour:N", scale=scale, legend=None),
+            fill=alt.Fill("colour:N", scale=scale, legend=None),
+            fillOpacity=_HOLLOW,
+            tooltip=tips,
+        ),
     ]
     if has_intervals:
         spans = ranges.mark_rule(strokeWidth=2.5, strokeCap="round")

@@ -104,8 +104,9 @@ def _alike(names: list[str], once: dict[str, dict]) -> list[list[str]]:
     found: dict[tuple[str, ...], list[str]] = {}
     for name in names:
         text, error = once[name].get("text"), once[name].get("error")
-        is_there = isinstance(text, str) and not (isinstance(error, str) and error.strip())
-        found.setdefault((text,) if is_there else (name, ""), []).append(name)
+        failed = isinstance(error, str) and bool(error.strip())
+        key = (text,) if isinstance(text, str) and not failed else (name, "")
+        found.setdefault(key, []).append(name)
     return list(found.values())
 
 
@@ -160,8 +161,10 @@ def shown_text(text: str, source: str, mark: Marker | None, hits: object = None,
     with, so that words it lacks are marked too.
     """
     known = list(hits) if isinstance(hits, list | np.ndarray) else []
-    spans = mark(text[:MAX_TEXT], source, known) if mark is not None else []
-    out = marked(text[:MAX_TEXT], [*spans, *changed_words(text[:MAX_TEXT], against)])
+    spans: list[Span] = []
+    if mark is not None:
+        spans = [*mark(text[:MAX_TEXT], source, known), *changed_words(text[:MAX_TEXT], against)]
+    out = marked(text[:MAX_TEXT], spans)
     if len(text) > MAX_TEXT:
         out += Markup('<span class="cut"> … {} more characters not shown</span>').format(f"{len(text) - MAX_TEXT:,}")
     return out

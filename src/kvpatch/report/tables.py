@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -293,7 +293,7 @@ def example_pairs(trials: pd.DataFrame, protocol: Protocol, k: int = 5) -> Examp
     return Examples(None, _evenly([(p, None) for p in sorted(set(trials["pair_id"]) - {""})], k))
 
 
-def _evenly(ranked: list[tuple[str, float | None]], k: int) -> list[tuple[str, float | None]]:
+def _evenly(ranked: Sequence[tuple[str, float | None]], k: int) -> list[tuple[str, float | None]]:
     """At most k of a list, at evenly spaced places, its ends among them."""
     places = np.unique(np.linspace(0, len(ranked) - 1, min(k, len(ranked))).round().astype(int)) if ranked else []
     return [ranked[place] for place in places]

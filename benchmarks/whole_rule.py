@@ -20,7 +20,7 @@ import math
 import time
 import zlib
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 
 from kvpatch.protocols.load import load_protocol
@@ -150,7 +150,8 @@ def main() -> None:
     print("| true | n | nearest to its bound | over it | any false claim | strongest sentence | time |")
     print("|---|---|---|---|---|---|---|")
     with ProcessPoolExecutor(given.processes) as pool:
-        for name, n, found, seconds in pool.map(simulated, jobs):
+        for done in as_completed([pool.submit(simulated, job) for job in jobs]):
+            name, n, found, seconds = done.result()
             print(told(protocol, name, n, found, seconds), flush=True)
 
 

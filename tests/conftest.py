@@ -20,6 +20,8 @@ install_import_hook(CHECKED, "annotations.checked")
 
 # Tiny models gain nothing from threads, and lose much where several test processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests break the engine on purpose, which an earlier check of the same model would hide.
+os.environ["KVPATCH_CHECK_AGAIN"] = "1"
 # Processes that tests start would compile every module again where bytecode is not kept.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

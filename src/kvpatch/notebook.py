@@ -150,14 +150,14 @@ class Plots:
         self._run = run
 
     def conditions(self, readout: str = MODE, phase: str | None = None) -> AnyChart:
-        """A dot a pair, a line through the dots of one pair, and each condition's mean with its interval."""
+        """Each condition's mean with its interval, over how its pairs spread."""
         from kvpatch.report import charts, tables
 
         protocol = self._run.outcome.protocol
         phase = phase or next(iter(protocol.phases))
         rows = self._tested()
-        points, means = tables.condition_means(rows[rows["phase"] == phase], readout, protocol)
-        drawn = charts.conditions_chart(tables.thinned(points), means, readout, tables.baseline_of(protocol))
+        _, means = tables.condition_means(rows[rows["phase"] == phase], readout, protocol)
+        drawn = charts.conditions_chart(means, readout, tables.baseline_of(protocol))
         return drawn_offline(charts.built(drawn))
 
     def coherence(self, phase: str | None = None) -> AnyChart:

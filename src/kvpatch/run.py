@@ -188,12 +188,14 @@ def _run(protocol: Protocol, models: Models, out: Path, asked: _Asked, listener:
         record = record.model_copy(update=stated(protocol, asked.n, record.phases))
         others = dict(record.other_models)
         unchecked = [None] * (record.check is None) + [key for key, other in others.items() if other.check is None]
-        checks = {key: checked(models[key], listener) for key in unchecked}
+        hardware = record.hardware
+        checks = {key: checked(models[key], records[key], hardware, listener) for key in unchecked}
         newest = newest_validation(cache_directory(), kvpatch.__version__)
         validation = None if newest is None else newest.summary()
         engine = record.engine or {named(key): engine_of(model, plan, key, listener) for key, model in models.items()}
         for key, (found, floor) in checks.items():
-            measured = {"check": found, "noise_floor": floor | floor_of(models[key], plan, key, engine)}
+            more = floor_of(models[key], records[key], hardware, plan, key, engine)
+            measured = {"check": found, "noise_floor": floor | more}
             if key is None:
                 record = record.model_copy(update=measured)
             else:

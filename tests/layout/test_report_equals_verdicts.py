@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from markupsafe import escape
 
 from finished import RUNS, STORED, needing_run, stored_run
 from kvpatch.report.build import report_page
+from kvpatch.report.forest import scale_of
+from kvpatch.report.packing import opened, unpacked
 from kvpatch.report.text import MINUS
 from kvpatch.verdicts import prerequisites as gates
+from kvpatch.verdicts.answer import WHY, answering, floor_checks
 from kvpatch.verdicts.margins import claimed_side
 from kvpatch.verdicts.outcome import Outcome, outcome_of
 from kvpatch.verdicts.pairs import prepare, shown_of
@@ -33,7 +37,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder, name = tmp_path_factory.mktemp("equal"), request.param
     store = RUNS[name](folder / name) if name in RUNS else stored_run(name, folder)
     outcome = outcome_of(store)
-    return outcome, report_page(store, outcome)
+    return outcome, opened(report_page(store, outcome))
 
 
 def section(html: str, name: str) -> str:
@@ -61,7 +65,7 @@ def datasets(html: str) -> dict[str, dict[str, list[dict]]]:
     """Chart -> name of a data set -> its rows."""
     out = {}
     for chart, content in re.findall(r'class="spec" data-for="([^"]+)">(.*?)</script>', html):
-        sets = json.loads(content)["datasets"].values()
+        sets = json.loads(unpacked(content))["datasets"].values()
         out[chart] = {s["name"]: [dict(zip(s["columns"], row, strict=True)) for row in s["rows"]] for s in sets}
     return out
 
@@ -202,20 +206,129 @@ def test_every_role_is_the_one_the_condition_has_in_its_phase(made: tuple[Outcom
 
 def test_every_verdict_is_shown_with_its_word_and_numbers(made: tuple[Outcome, str]) -> None:
     outcome, html = made
-    rows = dict(re.findall(r'<tr id="h-(\w+)">(.*?)</tr>', section(html, "verdicts"), re.S))
-    assert list(rows) == [v.id for v in outcome.verdicts]
+    found = re.findall(r'<tr id="h-(\w+)">(.*?)</tr>', section(html, "verdicts"), re.S)
+    rows = dict(found)
+    assert sorted(name for name, _ in found) == sorted(v.id for v in outcome.verdicts)
     for verdict in outcome.verdicts:
         row = rows[verdict.id]
         assert BADGE.findall(row)[0] == verdict.verdict
         ends = [] if None in (verdict.ci_low, verdict.ci_high) else [verdict.ci_low, verdict.ci_high]
         numbers = [verdict.estimate, *ends]
-        wanted = [(value, number(value)) for value in numbers if value is not None]
-        wanted += [(p, p_value(p)) for p in (verdict.p, verdict.p_adjusted) if p is not None]
-        wanted += [(value, number(value)) for value in (verdict.effect_size, float(verdict.n)) if value is not None]
+        wanted = [(p, p_value(p)) for p in (verdict.p, verdict.p_adjusted) if p is not None]
+        wanted += [
+            (value, number(value)) for value in (verdict.effect_size, *numbers, float(verdict.n)) if value is not None
+        ]
         shown = [(float(value), text.replace(MINUS, "-").replace("&lt;", "<")) for value, text in DATA.findall(row)]
         assert shown == [(pytest.approx(value, rel=1e-9), text) for value, text in wanted]
         if verdict.blocked_by is None and verdict.n:
             assert all(number(value) in verdict.because for value in numbers if value is not None), verdict.because
+        assert str(escape(verdict.because)) in row and str(escape(verdict.claim)) in row
+
+
+def test_verdicts_are_grouped_by_word_and_by_what_blocked_them(made: tuple[Outcome, str]) -> None:
+    outcome, html = made
+    verdicts = {v.id: v for v in outcome.verdicts}
+    parts = section(html, "verdicts").split('<details class="group"')[1:]
+    seen: set[tuple[str, str | None, bool]] = set()
+    for part in parts:
+        head, body = part.split("</summary>", 1)
+        members = [verdicts[name] for name in re.findall(r'<tr id="h-(\w+)">', body)]
+        assert BADGE.findall(head) == list({v.verdict for v in members})
+        assert int(re.findall(r"<strong>(\d+)</strong>", head)[0]) == len(members)
+        measured = {v.n > 0 for v in members if v.verdict != "tautological"}
+        assert len(measured) <= 1
+        if measured == {True}:
+            (blocked,) = {v.blocked_by for v in members}
+            assert (blocked is None) == ('class="quiet"' not in head)
+            assert blocked is None or WHY[blocked] in head
+        key = (members[0].verdict, members[0].blocked_by, measured == {True})
+        assert key not in seen
+        seen.add(key)
+    words = Counter(v.verdict for v in outcome.verdicts)
+    chips = dict(re.findall(r'data-word="([^"]+)"><span aria-hidden="true">.</span> [a-z ]+ (\d+)</button>', html))
+    assert {word: int(count) for word, count in chips.items()} == words
+    item = html[html.index('<a href="#verdicts">') :].split("</li>")[0]
+    signs = re.findall(r'title="(\d+) ([^"]+)">([^<]+)</span>', item)
+    assert {word: (int(count), len(icons)) for count, word, icons in signs} == {w: (n, n) for w, n in words.items()}
+
+
+def test_every_verdict_is_drawn_in_its_line_on_the_scale_of_its_readout(made: tuple[Outcome, str]) -> None:
+    outcome, html = made
+    known = {h.id: h for h in outcome.protocol.hypotheses}
+    rows = dict(re.findall(r'<tr id="h-(\w+)">(.*?)</tr>', section(html, "verdicts"), re.S))
+    scales: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
+    for verdict in outcome.verdicts:
+        pictures = re.findall(r'<svg class="ci (\w+)".*?</svg>', rows[verdict.id])
+        assert len(pictures) == (verdict.estimate is not None)
+        if not pictures:
+            continue
+        row = rows[verdict.id]
+        drawn = [(verdict.estimate, float(re.findall(r'cx="([^"]+)"', row)[0]))]
+        if verdict.ci_low is not None:
+            ((low, high),) = re.findall(r'class="span" d="M([\d.]+) 7H([\d.]+)"', row)
+            drawn += [(verdict.ci_low, float(low)), (verdict.ci_high, float(high))]
+        sides = (-1, 1) if verdict.test == "equivalent" else (claimed_side(outcome.protocol, known[verdict.id]),)
+        limits = [float(at) for at in re.findall(r'class="limit" d="M([\d.]+) ', row)]
+        ends = [] if verdict.margin is None else [side * verdict.margin for side in sides if side is not None]
+        if verdict.margin is not None and verdict.test not in ("attention_differs",):
+            assert len(limits) == len(ends), verdict.id
+            drawn += zip(sorted(ends), sorted(limits), strict=True)
+        scales.setdefault(scale_of(known[verdict.id]), {})[verdict.id] = drawn
+    assert scales
+    for scale, members in scales.items():
+        ends = [abs(value) for drawn in members.values() for value, _ in drawn]
+        reach = max(ends) or 1.0
+        for name, drawn in members.items():
+            for value, at in drawn:
+                assert at == pytest.approx(60 + 56 * value / reach, abs=0.06), (scale, name)
+
+
+def test_the_answer_tells_the_numbers_and_floors_of_the_verdicts(made: tuple[Outcome, str]) -> None:
+    outcome, html = made
+    shown = section(html, "answer")
+    told = outcome.told
+    assert told.full == outcome.answer and f"<bdi>{escape(told.short)}</bdi></h2>" in shown
+    assert re.findall(r'<p class="in-numbers"><bdi>(.*?)</bdi></p>', shown) == [str(escape(s)) for s in told.numbers]
+    rows = prepare(outcome.rows)
+    floors = floor_checks(outcome.protocol, rows)
+    assert [str(escape(floor.told)) in shown for floor in floors] == [True] * len(floors)
+    for floor in floors:
+        part = rows[(rows["split"] == "test") & (rows["phase"] == floor.phase) & ~rows["failed"]]
+        wide = part.pivot_table(index="pair_id", columns="condition", values=floor.readout)[["A", "B"]].dropna()
+        least = 0 if floor.than == "0" else wide["A"]
+        assert (floor.above, floor.n) == (int((wide["B"] > least).sum()), len(wide))
+    for v in answering(outcome.protocol, outcome.verdicts):
+        if v.estimate is not None and v.n:
+            sentence = next(s for s in told.numbers if f"{v.contrast} {number(v.estimate)}" in s)
+            assert v.verdict in sentence and f"n = {v.n}" in sentence
+
+
+def test_the_first_figure_draws_the_verdicts_and_effects_of_what_answers(made: tuple[Outcome, str]) -> None:
+    outcome, html = made
+    sets = {chart: found for chart, found in datasets(html).items() if chart.startswith("primary-")}
+    main = [v for v in answering(outcome.protocol, outcome.verdicts) if v.estimate is not None]
+    by_id, seen = {v.id: v for v in outcome.verdicts}, set[str]()
+    read = {(v.phase, v.readout) for v in main}
+    for found in sets.values():
+        for row in found["estimates"]:
+            if row["name"] in by_id:
+                verdict = by_id[row["name"]]
+                given = (verdict.estimate, verdict.ci_low, verdict.ci_high, verdict.n)
+                seen.add(verdict.id)
+            else:
+                (effect,) = [
+                    e
+                    for e in outcome.effects
+                    if (e.condition, e.natural) == (row["name"], "A")
+                    and (e.phase, e.readout) in read
+                    and e.estimate == pytest.approx(row["estimate"], rel=1e-5)
+                ][:1]
+                given = (effect.estimate, effect.ci_low, effect.ci_high, effect.n)
+                assert row["hollow"] == effect.is_incoherent
+            assert (row["estimate"], row["low"], row["high"], row["n"]) == tuple(
+                None if value is None else pytest.approx(value, rel=1e-5) for value in given
+            )
+    assert {v.id for v in main} <= seen
 
 
 def test_every_row_of_the_plan_is_shown_with_its_word_sentence_and_numbers(made: tuple[Outcome, str]) -> None:
@@ -224,7 +337,7 @@ def test_every_row_of_the_plan_is_shown_with_its_word_sentence_and_numbers(made:
     if not rows:
         assert 'id="plan"' not in html
         return
-    table = html[html.index('<div id="plan">') :].split("</table>")[0]
+    table = section(html, "plan").split("</table>")[0]
     shown = [row for row in table.split("<tr>")[2:] if "rowgroup" not in row]
     assert len(shown) == len(rows)
     for row, part in zip(rows, shown, strict=True):
@@ -236,6 +349,11 @@ def test_every_row_of_the_plan_is_shown_with_its_word_sentence_and_numbers(made:
             if f.estimate is not None
             for value in (f.estimate, *((f.ci_low, f.ci_high) if f.ci_low is not None else ()), f.n, f.p_adjusted)
         ]
+        best = row.telling
+        assert best is None or best in row.findings
+        assert (best is None) == all(f.estimate is None for f in row.findings)
+        if best is not None:
+            numbers += [best.estimate, *((best.ci_low, best.ci_high) if best.ci_low is not None else ()), best.n]
         wanted = [value for value in numbers if value is not None]
         assert [float(value) for value, _ in DATA.findall(part)] == [pytest.approx(v, rel=1e-9) for v in wanted]
 

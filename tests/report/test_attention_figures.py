@@ -104,6 +104,8 @@ def test_trajectory_is_the_mean_of_the_log_over_the_pairs_that_reach_a_token(run
     ragged = tables.trajectories(run[0], "5", "rv_trajectory", window=16)
     assert ragged[ragged["condition"] == "A"]["n"].tolist() == list(range(PAIRS - 1, 1, -1))
     assert svg(charts.trajectory_chart(bands)).count('aria-roledescription="line mark"') == 4
+    beside = svg(charts.trajectory_chart(bands, references=["A", "B"]))
+    assert beside.count('aria-roledescription="line mark"') == 4 + 2 * 3  # both in every small chart but their own
 
 
 def test_every_figure_that_a_run_can_fill_is_drawn(run, protocol: Protocol):
@@ -112,7 +114,10 @@ def test_every_figure_that_a_run_can_fill_is_drawn(run, protocol: Protocol):
         "R_V along the fixed continuation",
         "R_V along the output",
     ]
-    found = {f.title: f for f in tables.attention_figures(protocol, trials, attention)}
+    drawn = tables.attention_figures(protocol, trials, attention)
+    assert [f.id for f in drawn.maps] == [f"heads-6-{name}-C-N1" for name in tables.MAPPED]
+    assert [f.id for f in drawn.ranked] == [f"ranked-6-{name}" for name in tables.MAPPED]
+    found = {f.title: f for f in drawn.all}
     assert "Where attention goes: whose activations" in found
     told = found["Heads: attention on each marked word, C - N1"].about
     assert "layer 1 head 2." in told and "Exploratory" in told
@@ -121,10 +126,21 @@ def test_every_figure_that_a_run_can_fill_is_drawn(run, protocol: Protocol):
     assert [len(d["rows"]) for d in sets if d["name"] == "heads"] == [LAYERS * HEADS]
 
 
+def test_heads_that_stand_out_are_ranked_first_and_then_the_largest(run):
+    heads = head_differences(*run, phase="6", contrast="C - N1", statistic="mass_marked")
+    ranked = tables.ranking(heads)
+    assert len(ranked) == min(tables.RANKED, LAYERS * HEADS)
+    assert (ranked.iloc[0]["layer"], ranked.iloc[0]["head"], bool(ranked.iloc[0]["stands_out"])) == (1, 2, True)
+    rest = ranked.loc[~ranked["stands_out"], "estimate"].abs().tolist()
+    assert rest == sorted(rest, reverse=True)
+    drawn = svg(charts.ranked_heads_chart(ranked, "marked"))
+    assert drawn.count('aria-roledescription="point"') == len(ranked)
+
+
 def test_a_run_without_attention_or_geometry_has_no_figures(run, protocol: Protocol, trials: pd.DataFrame):
     for rows, heads in ((trials, run[1].iloc[:0]), (trials.iloc[:0], run[1])):
         assert tables.trajectory_figures(protocol, rows) == []
-        assert tables.attention_figures(protocol, rows, heads) == []
+        assert tables.attention_figures(protocol, rows, heads).all == []
 
 
 def test_charts_of_nothing_say_so():

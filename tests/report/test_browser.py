@@ -16,12 +16,13 @@ import pytest
 from chromium import HOSTILE, NEEDED, assert_fits, chromium, expect, opened, serious, settled
 from kvpatch.protocols.schema import Protocol
 from kvpatch.report.build import write_report
+from kvpatch.report.packing import unpacked
 from kvpatch.report.page import render
 from kvpatch.verdicts.outcome import outcome_of
 from synthetic import write_run
 
 pytestmark = NEEDED
-UNFOLD = "document.querySelectorAll('details:not(.data)').forEach(d => d.open = true)"
+UNFOLD = "document.dispatchEvent(new Event('unfold-all'))"
 NOT_DRAWN = ".chart:not([data-drawn=yes])"
 MARKS = """charts => charts.map(([id, names]) => names.map((name) => {
     const groups = [...document.querySelectorAll(`[id="${id}"] [class*="_marks"]`)].filter(
@@ -101,15 +102,13 @@ def charts_of(page: Any) -> dict[str, dict[str, list[dict]]]:
     specs = page.eval_on_selector_all("script.spec", "all => all.map(s => [s.dataset.for, s.textContent])")
     out = {}
     for chart, content in specs:
-        sets = json.loads(content)["datasets"].values()
+        sets = json.loads(unpacked(content))["datasets"].values()
         out[chart] = {s["name"]: [dict(zip(s["columns"], row, strict=True)) for row in s["rows"]] for s in sets}
     return out
 
 
 def marks_wanted(chart: str, name: str, rows: list[dict]) -> int:
-    """One mark a row; dose curves have one line a pair and series, trajectories one a condition."""
-    if chart.startswith("dose-") and name == "points":
-        return len({(row["pair"], row["series"]) for row in rows})
+    """One mark a row; trajectories have a line a condition."""
     if chart.startswith("rv_") and name == "lines":
         return len({row["condition"] for row in rows})
     return len(rows)
@@ -132,7 +131,7 @@ def test_print_opens_what_is_folded_and_drawn(seen: Seen) -> None:
 
 def test_every_chart_is_drawn_with_a_mark_for_every_datum(seen: Seen, whole: Path) -> None:
     page = seen.page
-    assert whole.stat().st_size < 8_000_000
+    assert whole.stat().st_size < 3_000_000
     unfolded(page)
     charts = charts_of(page)
     assert len(charts) > 100
@@ -148,10 +147,10 @@ def test_every_chart_is_drawn_with_a_mark_for_every_datum(seen: Seen, whole: Pat
 
 def test_a_chart_gives_its_table_csv_svg_and_png(browser: Any, whole: Path) -> None:
     with opened(browser) as (page, said):
-        page.goto(whole.as_uri())
-        expect(page.locator("#readout-1-mode_llr")).to_have_attribute("data-drawn", "yes")
+        drawn(page, whole)
+        unfolded(page)
         sets = charts_of(page)["readout-1-mode_llr"]
-        rows = sets["points"]
+        rows = sets["means"]
         figure = page.locator("figure:has(#readout-1-mode_llr)")
 
         def saved(label: str) -> bytes:
@@ -159,14 +158,15 @@ def test_a_chart_gives_its_table_csv_svg_and_png(browser: Any, whole: Path) -> N
                 figure.get_by_role("button", name=label).click()
             return Path(waiting.value.path()).read_bytes()
 
-        table = list(csv.DictReader(io.StringIO(saved("CSV of points").decode())))
-        assert [(r["condition"], r["pair"], float(r["value"])) for r in table] == [
-            (r["condition"], r["pair"], r["value"]) for r in rows
+        table = list(csv.DictReader(io.StringIO(saved("CSV").decode())))
+        assert [(r["condition"], float(r["mean"]), float(r["p90"])) for r in table] == [
+            (r["condition"], r["mean"], r["p90"]) for r in rows
         ]
+        assert all(r["about"] for r in table)
         assert b"<svg" in saved("SVG")[:200]
         assert saved("PNG").startswith(b"\x89PNG")
         figure.locator("details.data > summary").click()
-        expect(figure.locator("details.data tbody tr")).to_have_count(len(rows) + len(sets["means"]))
+        expect(figure.locator("details.data tbody tr")).to_have_count(len(rows))
         assert said == []
 
 
@@ -174,8 +174,8 @@ def test_hostile_texts_run_nothing(browser: Any, hostile: Path) -> None:
     with opened(browser) as (page, said):
         drawn(page, hostile)
         unfolded(page)
-        dots = page.locator("#readout-1-mode_llr .points_marks path")
-        expect(dots).to_have_count(len(charts_of(page)["readout-1-mode_llr"]["points"]))
+        dots = page.locator("#readout-1-mode_llr .means_marks path")
+        expect(dots).to_have_count(len(charts_of(page)["readout-1-mode_llr"]["means"]))
         tip, is_shown = page.locator("#vg-tooltip-element"), re.compile(r"\bvisible\b")
         shown = []
         for dot in dots.all()[::6]:
@@ -184,7 +184,7 @@ def test_hostile_texts_run_nothing(browser: Any, hostile: Path) -> None:
             dot.hover(force=True)
             expect(tip).to_have_class(is_shown)
             shown.append(tip.inner_text())
-        assert any("pair-" in text for text in shown)
+        assert any("natural target" in text for text in shown)
         figure = page.locator("figure:has(#readout-1-mode_llr)")
         figure.locator("details.data > summary").click()
         expect(figure.locator("details.data")).to_have_attribute("data-drawn", "yes")
@@ -211,4 +211,26 @@ def test_texts_are_leafed_through_by_keyboard(browser: Any, whole: Path) -> None
         names = page.locator(".pair:visible .outputs").first.locator("h5 b")
         for place, name in enumerate("AB"):
             expect(names.nth(place)).to_have_text(name)
+        assert said == []
+
+
+def test_the_report_with_its_folds_closed_is_at_most_eight_thousand_pixels_tall(browser: Any, whole: Path) -> None:
+    with opened(browser) as (page, _):
+        drawn(page, whole)
+        page.evaluate("document.querySelectorAll('details').forEach((details) => (details.open = false))")
+        assert page.evaluate("document.documentElement.scrollHeight") <= 8000
+
+
+def test_chips_and_search_show_the_verdicts_that_are_asked_for(browser: Any, whole: Path) -> None:
+    with opened(browser) as (page, said):
+        drawn(page, whole)
+        chip = page.locator("#chips button[data-word]:not([data-word=''])").first
+        word = chip.get_attribute("data-word")
+        chip.focus()
+        page.keyboard.press("Enter")
+        expect(chip).to_have_attribute("aria-pressed", "true")
+        expect(page.locator(f".group:not([data-word='{word}']):not([hidden])")).to_have_count(0)
+        expect(page.locator(".group:not([hidden]):not([open])")).to_have_count(0)
+        page.locator("#claim-search").fill("no claim says this")
+        expect(page.locator(".group:not([hidden])")).to_have_count(0)
         assert said == []

@@ -12,6 +12,7 @@ import pytest
 from markupsafe import escape
 
 from kvpatch.report.build import write_report
+from kvpatch.report.packing import opened
 from kvpatch.specs.readouts import shown
 from kvpatch.store.directory import Store
 from kvpatch.verdicts.outcome import outcome_of, write_verdicts
@@ -55,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     store = write_run(tmp_path_factory.mktemp("numbers") / "run", n=6, samples=3)
     outcome = outcome_of(store)
     write_verdicts(store, outcome)
-    return store.directory, write_report(store, outcome).read_text("utf-8")
+    return store.directory, opened(write_report(store, outcome).read_text("utf-8"))
 
 
 def test_every_verdict_is_the_one_in_the_file(made: tuple[Path, str]) -> None:
@@ -63,9 +64,10 @@ def test_every_verdict_is_the_one_in_the_file(made: tuple[Path, str]) -> None:
     verdicts = json.loads((directory / "verdicts.json").read_text())
     section = html[html.index('<section id="verdicts">') : html.index('<section id="instruments">')]
     rows = {row[0]: row[2] for row in Cells(section).rows if row[0]}
-    assert list(rows) == [f"h-{v['id']}" for v in verdicts]
+    assert sorted(map(str, rows)) == sorted(f"h-{v['id']}" for v in verdicts)
+    assert section.count('<tr id="h-') == len(verdicts)
     for verdict in verdicts:
-        keys = ("estimate", "ci_low", "ci_high", "p", "p_adjusted", "effect_size", "n")
+        keys = ("p", "p_adjusted", "effect_size", "estimate", "ci_low", "ci_high", "n")
         ends = (verdict["ci_low"], verdict["ci_high"])
         wanted = [verdict[k] for k in keys if not (k.startswith("ci_") and None in ends)]
         assert rows[f"h-{verdict['id']}"] == [value for value in wanted if value is not None]
@@ -102,7 +104,8 @@ def test_counts_are_what_duckdb_counts(made: tuple[Path, str]) -> None:
 def test_coherence_is_what_duckdb_counts(made: tuple[Path, str]) -> None:
     directory, html = made
     section = html[html.index('<section id="instruments">') : html.index('<section id="effects">')]
-    found = {head: numbers for _, head, numbers in Cells(section.split("</details>")[0]).rows if head}
+    part = section.split('<details class="phase"')[1]
+    found = {head: numbers for _, head, numbers in Cells(part.split("</details>")[0]).rows if head}
     counted = duckdb.sql(
         "select condition, avg(coalesce(coherent, false)::int) from "
         f"'{directory}/trials/*.parquet' where phase = '1' and split = 'test' and error is null group by 1"

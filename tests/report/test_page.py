@@ -11,6 +11,7 @@ import pytest
 
 from kvpatch.protocols.plan_rows import PlanRow
 from kvpatch.protocols.schema import Protocol
+from kvpatch.report.packing import opened, unpacked
 from kvpatch.report.page import render
 from kvpatch.specs.readouts import shown
 from kvpatch.verdicts.plan_table import plan_table
@@ -30,7 +31,7 @@ HOSTILE = [
 ALLOWED_TAGS = set(
     "html head meta title style body header p h1 nav a main section h2 h3 h4 h5 ul ol li span strong b bdi code "
     "table thead tbody tr th td data br details summary dl div dt dd figure figcaption script article mark "
-    "pre".split()
+    "pre svg path circle button label input".split()
 )
 
 
@@ -44,7 +45,7 @@ class Page(HTMLParser):
         self.text: list[str] = []
         self.values: list[float] = []
         self._script: dict[str, str | None] | None = None
-        self.feed(html)
+        self.feed(opened(html))
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -69,13 +70,13 @@ class Page(HTMLParser):
 
     def table(self, chart: str, name: str) -> list[dict]:
         """The rows of a chart's data set."""
-        (spec,) = (json.loads(s) for attrs, s in self.scripts if attrs.get("data-for") == chart)
+        (spec,) = (json.loads(unpacked(s)) for attrs, s in self.scripts if attrs.get("data-for") == chart)
         (found,) = (d for d in spec["datasets"].values() if d["name"] == name)
         return [dict(zip(found["columns"], row, strict=True)) for row in found["rows"]]
 
     @property
     def specs(self) -> list[dict]:
-        return [json.loads(s) for attrs, s in self.scripts if attrs.get("type") == "application/json"]
+        return [json.loads(unpacked(s)) for attrs, s in self.scripts if attrs.get("data-for")]
 
 
 def hostile(trials: pd.DataFrame) -> pd.DataFrame:
@@ -86,10 +87,11 @@ def hostile(trials: pd.DataFrame) -> pd.DataFrame:
 
 def test_sections_come_in_order(run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]) -> None:
     html = render(run, protocol, trials, verdicts, "The answer.")
-    ids = ["answer", "verdicts", "instruments", "effects", "conditions", "texts", "questions", "how", "not-shown"]
+    ids = ["answer", "plan", "attacks", "questions", "texts", "verdicts", "instruments", "effects", "conditions", "how"]
+    ids.append("not-shown")
     places = [html.index(f'<section id="{name}">') for name in ids]
     assert places == sorted(places)
-    assert "The answer." in html and len(html.encode()) < 8_000_000
+    assert "The answer." in html and len(html.encode()) < 3_000_000
 
 
 def test_every_mean_is_the_one_the_frame_gives(
@@ -130,9 +132,9 @@ def test_the_plans_table_comes_right_after_the_answer_with_its_verdicts_and_numb
 ) -> None:
     verdicts = [v for v in verdicts if v["id"] != "was_swap"]  # a row of the plan then has one without a verdict
     html = render(run, protocol, trials, verdicts, "The answer.")
-    table = html[html.index('<div id="plan">') : html.index('<p class="lead">')]
-    between = html[html.index('<p class="headline">') : html.index('<div id="plan">')]
-    assert "<table" not in between and "<h3" not in between
+    table = html[html.index('<section id="plan">') :].split("</section>")[0]
+    between = html[html.index("</section>", html.index('<section id="answer">')) : html.index('<section id="plan">')]
+    assert between.removeprefix("</section>").strip() == ""
     page, given = Page(table), {v["id"]: v for v in verdicts}
     rows = plan_table(protocol, verdicts, {None: "smollm2-135m"})
     assert [row.claim for row in rows] == [row.claim for row in protocol.plan_rows]
@@ -169,12 +171,24 @@ def test_a_protocol_without_a_plan_has_no_table_and_no_questions(
     assert 'id="plan"' not in html and 'id="questions"' not in html and "#questions" not in html
 
 
-def test_charts_hold_one_dot_a_pair(run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]) -> None:
+def test_charts_hold_how_the_pairs_of_every_condition_spread(
+    run: dict, protocol: Protocol, trials: pd.DataFrame, verdicts: list[dict]
+) -> None:
     page = Page(render(run, protocol, trials, verdicts, ""))
+    tested = trials[(trials["split"] == "test") & trials["error"].isna()]
     for readout in shown("report", ()):
-        assert len(page.table(f"readout-1-{readout.name}", "points")) == 226
         means = page.table(f"readout-1-{readout.name}", "means")
         assert [row["condition"] for row in means] == protocol.phases["1"].all_conditions
+        is_floored = tested.get(readout.name, pd.Series([1.0])).min() == 0
+        for row in means:
+            if row["mean"] is None:
+                assert readout.name not in tested
+                continue
+            own = tested.loc[tested["condition"] == row["condition"], readout.name]
+            shares = (0.1, 0.25, 0.5, 0.75, 0.9)
+            wanted = [float(own.quantile(share)) for share in shares]
+            assert [row[f"p{share:.0%}"[:-1]] for share in shares] == pytest.approx(wanted, rel=1e-3)
+            assert row["above"] == (pytest.approx((own > 0).mean(), rel=1e-3) if is_floored else None)
     assert len(page.table("coherence-1", "bars")) == 19
 
 
@@ -219,7 +233,7 @@ def test_hostile_texts_stay_text(
     for i, verdict in enumerate(verdicts):
         verdict["because"] = verdict["claim"] = HOSTILE[i % len(HOSTILE)]
     verdicts.append({"id": HOSTILE[3], "verdict": HOSTILE[2], "claim": HOSTILE[0], "margin": HOSTILE[0]})
-    html = render(run, protocol, hostile(trials), verdicts, HOSTILE[1], marker)
+    html = opened(render(run, protocol, hostile(trials), verdicts, HOSTILE[1], marker))
     page = Page(html)
     assert {tag for tag, _ in page.tags} <= ALLOWED_TAGS
     assert len(page.scripts) == len(calm.scripts)

@@ -106,25 +106,17 @@ def test_outputs_compare_alike_as_lists_and_as_arrays() -> None:
 
 def test_example_pairs_lie_at_evenly_spaced_ranks_of_the_natural_gap(trials: pd.DataFrame, protocol: Protocol) -> None:
     ready = tables.normalised(trials)
-    wide = ready.pivot(index="pair_id", columns="condition", values="recursive_score")
-    gap = (wide["B"] - wide["A"]).sort_values()
-    chosen, by_gap = tables.example_pairs(ready, protocol, k=4)
-    assert by_gap
-    assert [pair for pair, _ in chosen] == [gap.index[i] for i in (0, 4, 7, 11)]
-    assert [value for _, value in chosen] == pytest.approx(gap.iloc[[0, 4, 7, 11]].tolist())
+    for readout, rows in (("mode_llr", ready), ("recursive_score", ready.drop(columns="mode_llr"))):
+        wide = ready.pivot(index="pair_id", columns="condition", values=readout)
+        gap = (wide["B"] - wide["A"]).sort_values()
+        chosen = tables.example_pairs(rows, protocol, k=4)
+        assert chosen.readout is not None and chosen.readout.name == readout
+        assert [pair for pair, _ in chosen.pairs] == [gap.index[i] for i in (0, 4, 7, 11)]
+        assert [value for _, value in chosen.pairs] == pytest.approx(gap.iloc[[0, 4, 7, 11]].tolist())
 
 
 def test_example_pairs_fall_back_on_the_list_of_pairs(trials: pd.DataFrame, protocol: Protocol) -> None:
-    chosen, by_gap = tables.example_pairs(tables.normalised(trials.drop(columns="recursive_score")), protocol, k=2)
-    assert not by_gap
-    assert chosen == [("pair-000", None), ("pair-011", None)]
-
-
-def test_thinning_keeps_pairs_whole_and_the_extremes_among_them() -> None:
-    pair = np.repeat(range(500), 2)
-    points = pd.DataFrame({"condition": ["A", "B"] * 500, "pair": pair, "value": np.arange(1000.0)})
-    kept = tables.thinned(points, limit=100)
-    assert 90 <= len(kept) <= 110
-    assert {0.0, 1.0, 998.0, 999.0} <= set(kept["value"])
-    assert set(kept.groupby("pair").size()) == {2}
-    assert tables.thinned(points, limit=1000) is points
+    rows = tables.normalised(trials.drop(columns=["recursive_score", "mode_llr"]))
+    chosen = tables.example_pairs(rows, protocol, k=2)
+    assert chosen.readout is None
+    assert chosen.pairs == [("pair-000", None), ("pair-011", None)]

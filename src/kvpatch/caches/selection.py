@@ -118,10 +118,9 @@ def layer_indices(layers: Sequence[int] | LayerBand | LayerAt | None, count: int
     if layers is None:
         return list(range(count))
     if isinstance(layers, LayerAt):
-        return [min(math.floor(layers.depth * count + 0.5), count - 1)]
+        return [layers.index(count)]
     if isinstance(layers, LayerBand):
-        low, high = (round(share * count) for share in layers.band)
-        inside = range(low, high)
+        inside = layers.within(count)
         if not inside:
             raise EmptySelection(f"band {list(layers.band)} holds no layer of a model with {count} layers")
         return [layer for layer in range(count) if (layer in inside) != layers.inverse]

@@ -34,7 +34,7 @@ def report_page(store: Store, outcome: Outcome, live: Live | None = None) -> str
             outcome.protocol,
             outcome.rows,
             json.loads(verdicts_json(outcome.verdicts)),
-            outcome.answer,
+            outcome.told,
             mark,
             [effect.model_dump() for effect in outcome.effects],
             with_texts=lambda rows: with_columns(store, rows, TEXTS),

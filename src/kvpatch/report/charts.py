@@ -36,13 +36,14 @@ class Drawing:
 
     draw: (tables, rows, *said) -> chart. It reads no table, only which there are. tables: name -> what a layer draws.
     rows: names of the rows to draw, in order; none where it is of one height. said: what else the chart depends on,
-    hashable.
+    hashable. row_height: pixels per row.
     """
 
     draw: Callable[..., AnyChart]
     tables: dict[str, pd.DataFrame]
     rows: list[str]
     said: tuple[Hashable, ...]
+    row_height: int = 24
 
     def packed(self) -> dict:
         """Return what `packed` returns of the chart."""
@@ -51,7 +52,7 @@ class Drawing:
             key: {"name": found["name"], **_columns(self.tables[found["columns"][0]])}
             for key, found in known["datasets"].items()
         }
-        height = _height(len(self.rows)) if self.rows else known["height"]
+        height = _height(len(self.rows), self.row_height) if self.rows else known["height"]
         return {**_with_rows(known, self.rows), "height": height, "datasets": datasets}
 
 
@@ -75,83 +76,65 @@ def _with_rows(part: Any, rows: list[str]) -> Any:
     return part
 
 
-def conditions_chart(points: pd.DataFrame, means: pd.DataFrame, title: str, baseline: str | None = None) -> Drawn:
-    """Chart one readout: a dot a pair, a line through the dots of one pair, and each condition's mean with interval.
+def conditions_chart(means: pd.DataFrame, title: str, baseline: str | None = None) -> Drawn:
+    """Chart one readout: each condition's mean with its interval, over how its pairs spread.
+
+    A thin bar reaches from the 10th to the 90th percentile of the pairs, a thick one from the 25th to the 75th. A text
+    says how many lie above 0, where that is known.
 
     Args:
-        points: columns `condition`, `pair`, `value`, `role`; one row a pair and condition, no missing values.
-        means: columns `condition`, `about`, `role`, `mean`, `low`, `high`, `n`, in the order to draw; `low`
-            and `high` may be missing.
+        means: columns `condition`, `about`, `role`, `mean`, `low`, `high`, `n`, `p10`, `p25`, `p50`, `p75`, `p90`,
+            `above` (share of the pairs above 0), in the order to draw; all but the mean may be missing.
         title: name of the value axis.
         baseline: condition whose mean is drawn as a dashed line through all rows.
     """
-    means = means[means["mean"].notna()].assign(offset=0.0)
+    means = means[means["mean"].notna()]
     if means.empty:
         return no_data_chart()
     order = means["condition"].tolist()
-    points = points[points["condition"].isin(order)]
-    place = {pair: _spread(i) for i, pair in enumerate(sorted(set(points["pair"])))}
-    points = points.assign(offset=points["pair"].map(place), row=points["condition"].map(order.index))
-    reference = means[means["condition"] == baseline]
-    there = {"baseline": reference[["mean"]], "points": points, "means": means}
+    there = {"baseline": means.loc[means["condition"] == baseline, ["mean"]], "means": means}
     tables = {name: table for name, table in there.items() if not table.empty}
-    return Drawing(_conditions, tables, order, (title,))
+    return Drawing(_conditions, tables, order, (title, bool(means["above"].notna().any())))
 
 
-def _conditions(tables: dict[str, pd.DataFrame], order: list[str], title: str) -> AnyChart:
-    y = alt.Y("condition:N", sort=order, title=None, scale=alt.Scale(domain=order))
-    offset = alt.YOffset("offset:Q", scale=alt.Scale(domain=[-1.6, 1.6]))
-    x_scale = alt.Scale(zero=False, nice=True, padding=6)
-    x_title = alt.X("value:Q", title=title, scale=x_scale)
-    colour = _role_colour()
-    layers: list[AnyChart] = []
-    means = tables["means"]
-    if "baseline" in tables:
-        dashed = alt.Chart(tables["baseline"], name="_baseline").mark_rule(
-            strokeDash=[3, 3], strokeWidth=1, color=NEUTRAL
-        )
-        layers.append(dashed.encode(x=alt.X("mean:Q", title=title, scale=x_scale)))
-    if "points" in tables:
-        layers += _pairs(tables["points"], x_title, y, offset)
-    bars = alt.Chart(means, name="_intervals").mark_rule(strokeWidth=2.5, strokeCap="round")
-    bars = bars.transform_filter("isValid(datum.low) && isValid(datum.high)")
-    layers.append(
-        bars.encode(
-            x=alt.X("low:Q", title=title, scale=x_scale), x2=alt.X2("high:Q"), y=y, yOffset=offset, color=colour
-        )
-    )
-    centre = alt.Chart(means, name="means").mark_point(shape="diamond", filled=True, size=80, opacity=1)
+def _conditions(tables: dict[str, pd.DataFrame], order: list[str], title: str, says_above: bool) -> AnyChart:
+    y = alt.Y("condition:N", title=None, scale=alt.Scale(domain=order))
+    colour, base = _role_colour(), alt.Chart(tables["means"])
+
+    def x(field: str) -> alt.X:
+        return alt.X(f"{field}:Q", title=title, scale=alt.Scale(zero=False, nice=True, padding=6))
+
+    def reach(name: str, low: str, high: str, **style: Any) -> AnyChart:
+        known = base.transform_filter(f"isValid(datum.{low}) && isValid(datum.{high})").properties(name=name)
+        return known.mark_rule(**style).encode(x=x(low), x2=alt.X2(f"{high}:Q"), y=y, color=colour)
+
+    layers = [
+        reach("_spread", "p10", "p90", strokeWidth=2, opacity=0.35),
+        reach("_middle", "p25", "p75", strokeWidth=9, opacity=0.25),
+        reach("_intervals", "low", "high", strokeWidth=2.5, strokeCap="round"),
+    ]
     tips = [
         alt.Tooltip("condition:N"),
         alt.Tooltip("about:N"),
         alt.Tooltip("mean:Q", format=".4g"),
         alt.Tooltip("low:Q", format=".4g", title="interval from"),
         alt.Tooltip("high:Q", format=".4g", title="interval to"),
-        alt.Tooltip("n:Q", title="pairs"),
+        alt.Tooltip("p50:Q", format=".4g", title="median pair"),
+        alt.Tooltip("above:Q", format=".0%", title="pairs above 0"),
+        alt.Tooltip("n:Q", title="units"),
     ]
-    layers.append(
-        centre.encode(x=alt.X("mean:Q", title=title, scale=x_scale), y=y, yOffset=offset, color=colour, tooltip=tips)
-    )
+    centre = base.properties(name="means").mark_point(shape="diamond", filled=True, size=80, opacity=1)
+    layers.append(centre.encode(x=x("mean"), y=y, color=colour, tooltip=tips))
+    if says_above:
+        said = base.transform_filter("isValid(datum.above)").transform_calculate(
+            said="format(datum.above, '.0%') + ' above 0'"
+        )
+        text = said.properties(name="_above").mark_text(align="right", fontSize=10)
+        layers.append(text.encode(x=alt.XValue("width"), y=y, text=alt.Text("said:N"), color=alt.value(NEUTRAL)))
+    if "baseline" in tables:
+        dashed = alt.Chart(tables["baseline"], name="_baseline")
+        layers.insert(0, dashed.mark_rule(strokeDash=[3, 3], strokeWidth=1, color=NEUTRAL).encode(x=x("mean")))
     return dressed(alt.layer(*layers), rows=len(order))
-
-
-def _pairs(points: pd.DataFrame, x: alt.X, y: alt.Y, offset: alt.YOffset) -> list[AnyChart]:
-    """Dots of pairs, and a faint line through the dots of each; pointing at a dot brings its pair's line out."""
-    hover = alt.selection_point(name="pair", fields=["pair"], on="pointerover", clear="pointerout", empty=False)
-    lines = alt.Chart(points, name="_lines").mark_line(strokeWidth=1, color=NEUTRAL)
-    dots = alt.Chart(points, name="points").mark_circle(size=16).add_params(hover)
-    tips = [alt.Tooltip("condition:N"), alt.Tooltip("pair:N"), alt.Tooltip("value:Q", format=".4g")]
-    return [
-        lines.encode(
-            x=x, y=y, yOffset=offset, detail=alt.Detail("pair:N"), order=alt.Order("row:Q"), opacity=_brought_out(0.22)
-        ),
-        dots.encode(x=x, y=y, yOffset=offset, color=_role_colour(), opacity=_brought_out(0.4), tooltip=tips),
-    ]
-
-
-def _brought_out(otherwise: float) -> alt.OpacityValue:
-    """Full opacity for the pair that is pointed at, `otherwise` for the rest."""
-    return alt.OpacityValue(otherwise, condition={"param": "pair", "empty": False, "value": 1})
 
 
 def coherence_chart(coherence: pd.DataFrame, line: float = COHERENT_SHARE) -> AnyChart:
@@ -275,11 +258,6 @@ def _drawn_by(view: dict, found: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def _spread(i: int) -> float:
-    """Place of the i-th dot across its row, -1 to 1: the golden-ratio sequence, the same every time."""
-    return round(2 * ((i * 0.6180339887498949) % 1) - 1, 3)
-
-
 def _role_colour() -> alt.Color:
     scale = alt.Scale(domain=list(ROLE_COLOURS), range=list(ROLE_COLOURS.values()))
     return alt.Color("role:N", scale=scale, legend=None)
@@ -289,19 +267,19 @@ def dressed(chart: AnyChart, rows: int = 0, height: int | None = None) -> AnyCha
     """Return the chart as wide as its place, `rows` rows (or `height` pixels) high, without colours of its own."""
     tall = _height(rows) if height is None else height
     # Set in place: `properties` would copy the whole chart, and nobody else holds it yet.
-    chart.width, chart.height, chart.background, chart.config = "container", tall, "transparent", _CONFIG
+    chart.width, chart.height, chart.background, chart.config = "container", tall, "transparent", CONFIG
     return chart
 
 
-def _height(rows: int) -> int:
-    return _ROW * rows + (_AXIS if rows == 1 else 0)
+def _height(rows: int, each: int = _ROW) -> int:
+    return each * rows + (_AXIS if rows == 1 else 0)
 
 
 _AXES = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 8, "domain": False}
-_CONFIG = {
+CONFIG = {
     "font": FONT,
     "autosize": {"type": "fit-x", "contains": "padding"},
-    "view": {"stroke": None},
+    "view": {"continuousWidth": 300, "continuousHeight": 300, "stroke": None},
     "axis": _AXES,
     "axisY": {"ticks": False, "grid": True, "labelPadding": 8, "labelLimit": 230},
     "axisX": {"tickCount": 6, "ticks": False, "grid": True},

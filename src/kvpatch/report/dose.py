@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import altair as alt
+import numpy as np
 import pandas as pd
 
 from kvpatch.protocols.schema import Phase, Protocol
@@ -14,7 +16,8 @@ from kvpatch.specs.readout import Readout
 from kvpatch.verdicts.measure import units_of
 from kvpatch.verdicts.pairs import shown_of
 
-MAX_LINES = 400
+APART = 1
+"""Steps that are left free on either side of the points of a dose, so that they stand close around its tick."""
 
 
 def dose_figures(trials: pd.DataFrame, protocol: Protocol) -> list[Figure]:
@@ -75,76 +78,68 @@ def _curve(
     points = of_pairs.merge(doses, on="condition")
     if points.empty:
         return None
+    spreads = {key: group.to_numpy() for key, group in points.groupby(["series", "order"])["value"]}
     averaged = tables.unit_means(of_pairs, units).merge(doses, on="condition")
     rows = []
     for (series, order, dose), group in averaged.groupby(["series", "order", "dose"], sort=True):
-        mean, low, high = tables.interval(group["value"])
-        rows.append((series, order, dose, group["condition"].iloc[0], mean, low, high, len(group)))
-    means = pd.DataFrame(rows, columns=["series", "order", "dose", "condition", "mean", "low", "high", "n"])
-    pairs = sorted(set(points["pair"]))
-    shown = set(pairs[:: max(1, -(-len(pairs) * points["series"].nunique() // MAX_LINES))])
-    chart = dose_chart(rounded(points[points["pair"].isin(shown)]), rounded(means), axis, readout.axis_title)
-    note = "" if len(shown) == len(pairs) else f"{len(shown)} of {len(pairs)} pairs are drawn, at even distances."
-    about = "Each pale line is a pair; the strong one the mean over pairs, with its 95% interval (Student's t)."
+        spread = np.quantile(spreads[series, order], list(tables.QUANTILES.values()))
+        head = (series, order, dose, group["condition"].iloc[0])
+        rows.append((*head, *tables.interval(group["value"]), len(group), *map(float, spread)))
+    columns = ["series", "order", "dose", "condition", "mean", "low", "high", "n", *tables.QUANTILES]
+    chart = dose_chart(rounded(pd.DataFrame(rows, columns=columns)), axis, readout.axis_title)
+    about = (
+        "The line joins the means over pairs, with their 95% intervals (Student's t). Pale bars are the pairs: thick "
+        "from the 25th to the 75th percentile, thin from the 10th to the 90th."
+    )
     title = f"{readout.label} by {kind[:-1] if kind == 'levels' else kind}"
-    return figure(f"dose-{phase}-{kind}-{column}", title, about, chart, label=title, note=note)
+    return figure(f"dose-{phase}-{kind}-{column}", title, about, chart, label=title)
 
 
-def dose_chart(points: pd.DataFrame, means: pd.DataFrame, x_title: str, y_title: str) -> charts.AnyChart:
-    """Chart a readout against a dose, a line a pair and a strong one for the mean.
+def dose_chart(means: pd.DataFrame, x_title: str, y_title: str) -> charts.AnyChart:
+    """Chart a readout against a dose: a line through the means of a series, over how its pairs spread.
 
     Args:
-        points: columns `pair`, `dose`, `order`, `series`, `value`.
-        means: columns `series`, `dose`, `order`, `condition`, `mean`, `low`, `high`, `n`.
+        means: columns `series`, `dose`, `order`, `condition`, `mean`, `low`, `high`, `n`, `p10`, `p25`, `p50`, `p75`,
+            `p90`.
         x_title: name of the axis of doses.
         y_title: name of the axis of the readout.
     """
     doses = means.sort_values("order")["dose"].drop_duplicates().tolist()
     names = list(dict.fromkeys(means["series"]))
-    colour = alt.Color("series:N", scale=alt.Scale(domain=names, range=list(charts.SERIES[: len(names)])))
-    x = alt.X("dose:O", sort=doses, title=x_title, axis=alt.Axis(labelAngle=0 if len(doses) < 6 else -30))
+    place: dict[str, Any] = {
+        "x": alt.X("dose:O", sort=doses, title=x_title, axis=alt.Axis(labelAngle=0 if len(doses) < 6 else -30)),
+        "color": alt.Color("series:N", scale=alt.Scale(domain=names, range=list(charts.SERIES[: len(names)]))),
+    }
+    if len(names) > 1:  # side by side around the middle of a dose's band, where its tick stands
+        place["xOffset"] = alt.XOffset("series:N", sort=names, scale=alt.Scale(domain=names, paddingOuter=APART))
 
     def y(field: str) -> alt.Y:
         return alt.Y(f"{field}:Q", title=y_title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
 
-    apart = alt.XOffset(
-        "series:N",
-        sort=names,
-        scale=alt.Scale(domain=names, rangeMin=-5 * (len(names) > 1), rangeMax=5 * (len(names) > 1)),
-    )
-    lines = alt.Chart(points, name="points").mark_line(strokeWidth=1, opacity=0.18)
-    mean = alt.Chart(means)
+    base = alt.Chart(means)
+
+    def reach(name: str, low: str, high: str, **style: Any) -> charts.AnyChart:
+        known = base.transform_filter(f"isValid(datum.{low}) && isValid(datum.{high})").properties(name=name)
+        return known.mark_rule(**style).encode(**place, y=y(low), y2=alt.Y2(f"{high}:Q"))
+
     tips = [
         alt.Tooltip("condition:N"),
         alt.Tooltip("series:N"),
         alt.Tooltip("mean:Q", format=".4g"),
         alt.Tooltip("low:Q", format=".4g", title="interval from"),
         alt.Tooltip("high:Q", format=".4g", title="interval to"),
+        alt.Tooltip("p50:Q", format=".4g", title="median pair"),
         alt.Tooltip("n:Q", title="pairs"),
     ]
-    ranges = mean.transform_filter("isValid(datum.low) && isValid(datum.high)").properties(name="_intervals")
+    line = base.properties(name="_mean_line").mark_line(strokeWidth=2.5)
+    point = base.properties(name="means").mark_point(filled=True, size=70, opacity=1)
     layers = [
-        lines.encode(
-            x=x,
-            xOffset=apart,
-            y=y("value"),
-            detail=[alt.Detail("pair:N"), alt.Detail("series:N")],
-            color=colour,
-            order=alt.Order("order:Q"),
+        reach("_spread", "p10", "p90", strokeWidth=2, opacity=0.35),
+        reach("_middle", "p25", "p75", strokeWidth=9, opacity=0.25),
+        line.encode(
+            **place, y=y("mean"), order=alt.Order("order:Q"), strokeDash=alt.StrokeDash("series:N", legend=None)
         ),
-        mean.properties(name="_mean_line")
-        .mark_line(strokeWidth=2.5)
-        .encode(
-            x=x,
-            xOffset=apart,
-            y=y("mean"),
-            color=colour,
-            order=alt.Order("order:Q"),
-            strokeDash=alt.StrokeDash("series:N", legend=None),
-        ),
-        ranges.mark_rule(strokeWidth=2).encode(x=x, xOffset=apart, y=y("low"), y2=alt.Y2("high:Q"), color=colour),
-        mean.properties(name="means")
-        .mark_point(filled=True, size=70, opacity=1)
-        .encode(x=x, xOffset=apart, y=y("mean"), color=colour, shape=alt.Shape("series:N", legend=None), tooltip=tips),
+        reach("_intervals", "low", "high", strokeWidth=2),
+        point.encode(**place, y=y("mean"), shape=alt.Shape("series:N", legend=None), tooltip=tips),
     ]
     return charts.dressed(alt.layer(*layers), height=260)

@@ -29,8 +29,13 @@ class Figure:
 
 def figure(name: str, title: str, about: str, chart: charts.Drawn | None, *, label: str = "", note: str = "") -> Figure:
     """Return the figure of a chart; `chart` None says that there is no data."""
-    spec = None if chart is None else charts.packed(chart)
+    spec = None if chart is None else without_config(charts.packed(chart))
     return Figure(_identifier(name), title, about, label or title, spec, note)
+
+
+def without_config(spec: dict) -> dict:
+    """Return a specification without the configuration that all charts share; the page's script adds it."""
+    return {key: value for key, value in spec.items() if key != "config"} if spec["config"] == charts.CONFIG else spec
 
 
 def _identifier(name: str) -> str:

@@ -21,17 +21,19 @@ VERDICT_COLOURS = {
     "not interpretable": "#8b919c",
     "tautological": "#9a6fd0",
 }
-_COLUMNS = ["row", "name", "about", "colour", "estimate", "low", "high", "margin_low", "margin_high", "n"]
+COLUMNS = ["row", "name", "about", "colour", "estimate", "low", "high", "margin_low", "margin_high", "n", "hollow"]
 
 
-def forest_chart(rows: pd.DataFrame, title: str, colours: dict[str, str]) -> charts.Drawn:
+def forest_chart(rows: pd.DataFrame, title: str, colours: dict[str, str], row_height: int = 24) -> charts.Drawn:
     """Chart one effect a row with its interval; a band or a tick shows its margin.
 
     Args:
         rows: columns `row` (its label), `name`, `about`, `colour` (a key of `colours`), `estimate`, `low`, `high`,
-            `margin_low`, `margin_high`, `n`, in the order to draw; numbers may be missing.
+            `margin_low`, `margin_high`, `n`, `hollow` (whether the point is drawn hollow), in the order to draw;
+            numbers may be missing.
         title: name of the value axis.
         colours: what `colour` may be, and the colour it is drawn in.
+        row_height: pixels per row.
     """
     rows = rows[rows["estimate"].notna()]
     if rows.empty:
@@ -40,8 +42,12 @@ def forest_chart(rows: pd.DataFrame, title: str, colours: dict[str, str]) -> cha
     zero = pd.DataFrame({"zero": [0.0]})
     ends = tuple(end for end in ("margin_low", "margin_high") if rows[end].notna().any())
     has_band = bool((rows["margin_low"].notna() & rows["margin_high"].notna()).any())
-    said = (title, tuple(colours.items()), ends, has_band)
-    return charts.Drawing(_forest, {"zero": zero, "rows": rows}, order, said)
+    has_intervals = bool((rows["low"].notna() & rows["high"].notna()).any())
+    said = (title, tuple(colours.items()), ends, has_band, has_intervals)
+    return charts.Drawing(_forest, {"zero": zero, "rows": rows}, order, said, row_height)
+
+
+_HOLLOW = alt.FillOpacityValue(1, condition={"test": "datum.hollow", "value": 0})
 
 
 def _forest(
@@ -51,8 +57,9 @@ def _forest(
     colours: tuple[tuple[str, str], ...],
     ends: tuple[str, ...],
     has_band: bool,
+    has_intervals: bool,
 ) -> charts.AnyChart:
-    y = alt.Y("row:N", sort=order, title=None, scale=alt.Scale(domain=order))
+    y = alt.Y("row:N", title=None, scale=alt.Scale(domain=order))
     scale = alt.Scale(domain=[name for name, _ in colours], range=[colour for _, colour in colours])
     colour = alt.Color("colour:N", scale=scale, legend=None)
 
@@ -78,14 +85,23 @@ def _forest(
         alt.Tooltip("high:Q", format=".4g", title="interval to"),
         alt.Tooltip("n:Q"),
     ]
-    layers = [
+    layers: list[charts.AnyChart] = [
         zero.encode(x=x("zero")),
         *margins,
-        ranges.mark_rule(strokeWidth=2.5, strokeCap="round").encode(x=x("low"), x2=alt.X2("high:Q"), y=y, color=colour),
         base.properties(name="estimates")
-        .mark_point(shape="diamond", filled=True, size=80, opacity=1)
-        .encode(x=x("estimate"), y=y, color=colour, tooltip=tips),
+        .mark_point(shape="diamond", filled=False, size=70, opacity=1, strokeWidth=1.5)
+        .encode(
+            x=x("estimate"),
+            y=y,
+            stroke=alt.Stroke("colour:N", scale=scale, legend=None),
+            fill=alt.Fill("colour:N", scale=scale, legend=None),
+            fillOpacity=_HOLLOW,
+            tooltip=tips,
+        ),
     ]
+    if has_intervals:
+        spans = ranges.mark_rule(strokeWidth=2.5, strokeCap="round")
+        layers.insert(-1, spans.encode(x=x("low"), x2=alt.X2("high:Q"), y=y, color=colour))
     return charts.dressed(alt.layer(*layers), rows=len(order))
 
 
@@ -99,17 +115,31 @@ def _by_scale(rows: list[dict], protocol: Protocol) -> dict[tuple[str, str], cha
     """Return a forest plot for each (sentence on the scale, name of the scale) that hypotheses are measured on."""
     known = {h.id: h for h in protocol.hypotheses}
     scales: dict[tuple[str, str], list[dict]] = {}
+    axes: dict[tuple[str, str], str] = {}
     for row in rows:
         h = known.get(row["id"])
         if h is not None and row["estimate"] is not None:
-            scales.setdefault(_scale(h), []).append(_hypothesis_row(row))
-    frames = {key: rounded(pd.DataFrame(members, columns=_COLUMNS)) for key, members in scales.items()}
-    return {key: forest_chart(frame, key[1], VERDICT_COLOURS) for key, frame in frames.items()}
+            scales.setdefault(scale_of(h), []).append(hypothesis_row(row))
+            axes.setdefault(scale_of(h), axis_of(h))
+    frames = {key: rounded(pd.DataFrame(members, columns=COLUMNS)) for key, members in scales.items()}
+    return {key: forest_chart(frame, axes[key], VERDICT_COLOURS) for key, frame in frames.items()}
 
 
-def _scale(h: Hypothesis) -> tuple[str, str]:
+def scale_of(h: Hypothesis) -> tuple[str, str]:
+    """Return (sentence on the scale that a hypothesis is measured on, the scale's name)."""
     words = h.kind.words
     return words.scale, words.axis.format(readout=("log " if h.transform == "log" else "") + h.readout)
+
+
+def axis_of(h: Hypothesis) -> str:
+    """Return the title of a hypothesis' axis: its scale in plain words, with the unit."""
+    known = readouts().get(h.readout)
+    if known is None:
+        return scale_of(h)[1]
+    name = f"log of {known.label}" if h.transform == "log" else known.label
+    said = h.kind.words.axis.format(readout=name)
+    unit = known.unit if h.transform == "none" and h.kind.is_in_unit else ""
+    return f"{said}, {unit}" if unit else said
 
 
 def hypothesis_figures(rows: list[dict], protocol: Protocol) -> list[Figure]:
@@ -121,7 +151,8 @@ def hypothesis_figures(rows: list[dict], protocol: Protocol) -> list[Figure]:
     return out
 
 
-def _hypothesis_row(row: dict) -> dict:
+def hypothesis_row(row: dict) -> dict:
+    """Return what a forest plot draws of a verdict row."""
     low, high = margin_ends(row)
     icon = row["badge"].icon
     return {
@@ -135,6 +166,7 @@ def _hypothesis_row(row: dict) -> dict:
         "margin_low": low,
         "margin_high": high,
         "n": row["n"],
+        "hollow": row["badge"].word == "not interpretable",
     }
 
 
@@ -153,7 +185,7 @@ def effect_charts(effects: list[dict], protocol: Protocol, phase: str) -> dict[s
     out = {}
     for readout in dict.fromkeys(effect["readout"] for effect in effects if effect["phase"] == phase):
         rows = [e for e in effects if (e["phase"], e["readout"]) == (phase, readout)]
-        frame = pd.DataFrame([_effect_row(e, protocol.role(phase, e["condition"])) for e in rows], columns=_COLUMNS)
+        frame = pd.DataFrame([effect_row(e, protocol.role(phase, e["condition"])) for e in rows], columns=COLUMNS)
         out[readout] = forest_chart(rounded(frame), _unit(readout), charts.ROLE_COLOURS)
     return out
 
@@ -175,7 +207,8 @@ def _unit(readout: str) -> str:
     return known[readout].scale if readout in known else readout
 
 
-def _effect_row(effect: dict, role: str) -> dict:
+def effect_row(effect: dict, role: str) -> dict:
+    """Return what a forest plot draws of a condition's effect."""
     return {
         "row": effect["condition"],
         "name": effect["condition"],
@@ -187,4 +220,5 @@ def _effect_row(effect: dict, role: str) -> dict:
         "margin_low": None,
         "margin_high": None,
         "n": effect["n"],
+        "hollow": effect["is_incoherent"],
     }

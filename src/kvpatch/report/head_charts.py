@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import altair as alt
 import pandas as pd
 
-from kvpatch.report.charts import FONT, AnyChart, no_data_chart
+from kvpatch.report.charts import FONT, NEUTRAL, AnyChart, no_data_chart
 
 PARTS = {
     "sinks": "#8b919c",
@@ -17,7 +19,13 @@ PARTS = {
     "generated": "#2f9e8a",
 }
 """Where attention goes, by segment or by origin, in the order of the bars: colour of each."""
-CONDITION_COLOURS = ["#3f7fd6", "#d0573f", "#2f9e8a", "#b9863a", "#8b6fc0", "#8b919c", "#c45f93", "#5d9ec7"]
+REFERENCES = ("#8b919c", "#b8860b")
+"""Colours of the runs that every small chart repeats: the natural target and the natural source."""
+OWN = "#3f7fd6"
+LOW, NONE, HIGH = "#3f7fd6", "#8b919c33", "#d0573f"
+"""Ends and middle of a scale of differences; the middle is all but clear, so that none glares on a dark page."""
+_MARK = "#b8860b"
+_PANEL = 120
 _CELL, _SMALLEST = 18, 6
 _WIDE = 620
 
@@ -36,7 +44,7 @@ def head_map_chart(heads: pd.DataFrame, title: str) -> AnyChart:
     colour = alt.Color(
         "estimate:Q",
         title=title,
-        scale=alt.Scale(scheme="blueorange", domain=[-limit, limit]),
+        scale=alt.Scale(domain=[-limit, 0, limit], range=[LOW, NONE, HIGH], interpolate="rgb"),
         legend=alt.Legend(orient="top", gradientLength=220, titleLimit=400),
     )
     tips = [
@@ -52,13 +60,46 @@ def head_map_chart(heads: pd.DataFrame, title: str) -> AnyChart:
     layers: list[AnyChart] = [cells]
     significant = known[known["is_significant"]]
     if not significant.empty:
-        dots = _grid(significant, name="_significant").mark_circle(size=10, color="#222", opacity=0.75)
+        dots = _grid(significant, name="_significant").mark_circle(size=12, color=_MARK, opacity=0.9)
         layers.append(dots.encode(tooltip=tips))
     out = known[known["stands_out"]]
     if not out.empty:
-        rings = _grid(out, name="_standing_out").mark_point(size=130, color="#222", strokeWidth=2, opacity=1)
+        rings = _grid(out, name="_standing_out").mark_point(size=130, color=_MARK, strokeWidth=2, opacity=1)
         layers.append(rings.encode(tooltip=tips))
     return _dressed(alt.layer(*layers), known)
+
+
+def ranked_heads_chart(heads: pd.DataFrame, title: str) -> AnyChart:
+    """The heads of a map that differ most, the largest first, with their intervals; filled where one stands out.
+
+    Args:
+        heads: what `head_differences` gives, in the order to draw.
+        title: name of the value axis.
+    """
+    known = heads[heads["estimate"].notna()]
+    if known.empty:
+        return no_data_chart()
+    known = known.assign(name=[f"layer {a} head {b}" for a, b in zip(known["layer"], known["head"], strict=True)])
+    order = known["name"].tolist()
+    y = alt.Y("name:N", sort=order, title=None, scale=alt.Scale(domain=order))
+    base = alt.Chart(known)
+
+    def x(field: str) -> alt.X:
+        return alt.X(f"{field}:Q", title=title, scale=alt.Scale(padding=8))
+
+    tips = [alt.Tooltip("name:N"), alt.Tooltip("estimate:Q", format="+.4f", title="difference")]
+    tips += [alt.Tooltip("p_adjusted:Q", format=".2g", title="p, corrected over the map"), alt.Tooltip("n:Q")]
+    zero = alt.Chart(pd.DataFrame({"zero": [0.0]}), name="_zero").mark_rule(strokeWidth=1, color=NEUTRAL)
+    filled = alt.FillOpacityValue(1, condition={"test": "!datum.stands_out", "value": 0})
+    point = base.properties(name="heads").mark_point(size=60, opacity=1, stroke=OWN, fill=OWN, strokeWidth=1.5)
+    layers: list[AnyChart] = [
+        zero.encode(x=x("zero")),
+        point.encode(x=x("estimate"), y=y, fillOpacity=filled, tooltip=tips),
+    ]
+    if known["low"].notna().any():  # one pair has no interval
+        spans = base.properties(name="_intervals").mark_rule(strokeWidth=2, color=OWN)
+        layers.insert(1, spans.encode(x=x("low"), x2=alt.X2("high:Q"), y=y))
+    return _plain(alt.layer(*layers).properties(width="container", height=22 * len(order)))
 
 
 def head_means_chart(heads: pd.DataFrame, title: str) -> AnyChart:
@@ -119,34 +160,50 @@ def attention_shares_chart(shares: pd.DataFrame) -> AnyChart:
     return _plain(bars)
 
 
-def trajectory_chart(bands: pd.DataFrame, title: str = "R_V") -> AnyChart:
-    """Lines of R_V along the output, with a band of its interval over pairs.
+def trajectory_chart(bands: pd.DataFrame, title: str = "R_V", references: Sequence[str] = ()) -> AnyChart:
+    """R_V along the output, a small chart per condition: its line, with a band of its interval over pairs.
 
     Args:
         bands: columns condition, token, mean, low, high, n; in the order of conditions to draw.
+        title: name of the value axis.
+        references: conditions whose lines are drawn in every small chart, to compare with: at most as many as
+            `REFERENCES` has colours.
     """
     known = bands[bands["mean"].notna()]
     if known.empty:
         return no_data_chart()
     order = list(dict.fromkeys(known["condition"]))
+    beside = [name for name in references if name in order][: len(REFERENCES)]
+    drawn = [known.assign(panel=known["condition"])]
+    for name in beside:
+        own = known.loc[known["condition"] == name, ["condition", "token", "mean"]]
+        drawn += [own.assign(panel=other, is_reference=True) for other in order if other != name]
+    rows = pd.concat(drawn, ignore_index=True)
+    rows["is_reference"] = rows["is_reference"].notna() if beside else False
+    others = [name for name in order if name not in beside]
     colour = alt.Color(
         "condition:N",
         title=None,
-        sort=order,
-        scale=alt.Scale(domain=order, range=[CONDITION_COLOURS[i % len(CONDITION_COLOURS)] for i in range(len(order))]),
-        legend=alt.Legend(orient="top"),
+        scale=alt.Scale(domain=[*beside, *others], range=[*REFERENCES[: len(beside)], *[OWN] * len(others)]),
+        legend=alt.Legend(orient="top", values=beside) if beside else None,
     )
-    x = alt.X("token:Q", title="last token of the window", axis=alt.Axis(tickMinStep=1))
+    x = alt.X("token:Q", title="last token of the window", axis=alt.Axis(tickMinStep=1, tickCount=4))
     scale = alt.Scale(zero=False)
     tips = [alt.Tooltip("condition:N"), alt.Tooltip("token:Q")]
     tips += [alt.Tooltip("mean:Q", format=".3f"), alt.Tooltip("n:Q")]
-    area = alt.Chart(known[known["low"].notna()], name="_bands").mark_area(opacity=0.18)
-    line = alt.Chart(known, name="lines").mark_line(strokeWidth=2)
+    y = alt.Y("mean:Q", title=title, scale=scale, axis=alt.Axis(tickCount=4))
+    base = alt.Chart(rows)
+    own = base.transform_filter("!datum.is_reference")
+    area = own.transform_filter("isValid(datum.low)").properties(name="_bands").mark_area(opacity=0.18)
     layered = alt.layer(
         area.encode(x=x, y=alt.Y("low:Q", title=title, scale=scale), y2=alt.Y2("high:Q"), color=colour),
-        line.encode(x=x, y=alt.Y("mean:Q", title=title, scale=scale), color=colour, tooltip=tips),
-    )
-    return _plain(layered.properties(width="container", height=240))
+        base.transform_filter("datum.is_reference")
+        .properties(name="_references")
+        .mark_line(strokeWidth=1, opacity=0.8)
+        .encode(x=x, y=y, color=colour),
+        own.properties(name="lines").mark_line(strokeWidth=2).encode(x=x, y=y, color=colour, tooltip=tips),
+    ).properties(width=_PANEL, height=100)
+    return _plain(layered.facet(facet=alt.Facet("panel:N", title=None, sort=order), columns=3))
 
 
 def _grid(heads: pd.DataFrame, name: str) -> alt.Chart:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy import stats
 from kvpatch.protocols.schema import Phase, Protocol
 from kvpatch.report import head_charts as charts
 from kvpatch.report.figure import Figure, figure, rounded
-from kvpatch.report.tables import normalised, values
+from kvpatch.report.tables import natural_run, normalised, values
 from kvpatch.verdicts.head_contrasts import head_means, head_values, heads_standing_out, map_of
 
 MAPPED = {
@@ -42,7 +43,25 @@ ATTENTION_PARTS = {
     },
 }
 """Parts of where attention goes -> the trial column of each; the parts of either way add to 1."""
+COMPARED = " Every small chart repeats the natural runs."
+RANKED = 10
+"""Heads that a ranking names."""
 CONTRASTS = ("C - N1", "C - N1y", "M1 - M1n", "C - A", "B - A")
+
+
+@dataclass
+class AttentionFigures:
+    """Charts of attention. maps: one per statistic, of the first contrast. ranked: the heads that differ most in each.
+    more: where attention goes, the other contrasts, and the statistics themselves."""
+
+    maps: list[Figure] = field(default_factory=list)
+    ranked: list[Figure] = field(default_factory=list)
+    more: list[Figure] = field(default_factory=list)
+
+    @property
+    def all(self) -> list[Figure]:
+        """Every figure."""
+        return [*self.maps, *self.ranked, *self.more]
 
 
 def attention_shares(trials: pd.DataFrame, phase: str, by: Literal["segment", "origin"] = "origin") -> pd.DataFrame:
@@ -105,19 +124,24 @@ def trajectory_figures(protocol: Protocol, trials: pd.DataFrame) -> list[Figure]
         ):
             found = trajectories(trials, phase, column, window)
             if not found.empty:
-                out.append(figure(f"{column}-{phase}", title, told, charts.trajectory_chart(rounded(found))))
+                natural = [name for s in ("target", "source") if (name := natural_run(protocol, s)) is not None]
+                chart = charts.trajectory_chart(rounded(found, 4), references=natural)
+                out.append(figure(f"{column}-{phase}", title, told + COMPARED, chart))
     return out
 
 
-def attention_figures(protocol: Protocol, trials: pd.DataFrame, attention: pd.DataFrame) -> list[Figure]:
+def attention_figures(protocol: Protocol, trials: pd.DataFrame, attention: pd.DataFrame) -> AttentionFigures:
     """Charts of attention, for every phase that watches it.
 
     trials: rows of trials/*.parquet. attention: rows of attention/*.parquet, none where no phase asked.
     """
-    if attention.empty:
-        return []
-    phases = _phases(protocol, trials, lambda p: p.watched is not None)
-    return [drawn for phase in phases for drawn in _attention_figures(trials, attention, phase)]
+    out = AttentionFigures()
+    if not attention.empty:
+        for phase in _phases(protocol, trials, lambda p: p.watched is not None):
+            _add_shares(out, trials, phase)
+            for statistic, title in MAPPED.items():
+                _add_maps(out, trials, attention, phase, statistic, title)
+    return out
 
 
 def _phases(protocol: Protocol, trials: pd.DataFrame, asks: Callable[[Phase], bool]) -> list[str]:
@@ -125,29 +149,49 @@ def _phases(protocol: Protocol, trials: pd.DataFrame, asks: Callable[[Phase], bo
     return [name for name, phase in protocol.phases.items() if name in present and asks(phase)]
 
 
-def _attention_figures(trials: pd.DataFrame, attention: pd.DataFrame, phase: str) -> list[Figure]:
-    out = []
+def _add_shares(out: AttentionFigures, trials: pd.DataFrame, phase: str) -> None:
     told = "Mean over all heads while every condition reads the same continuation."
     for by, title, shares in (
         ("origin", "whose activations", attention_shares(trials, phase, "origin")),
         ("segment", "which part of the prompt", attention_shares(trials, phase, "segment")),
     ):
         if not shares.empty:
-            name = f"Where attention goes: {title}"
-            out.append(figure(f"attention-{phase}-{by}", name, told, charts.attention_shares_chart(rounded(shares))))
-    for statistic, title in MAPPED.items():
-        found = head_values(trials, attention, phase=phase, statistic=statistic)
-        if not found or all(table.isna().all(axis=None) for table in found.values()):
+            name, chart = f"Where attention goes: {title}", charts.attention_shares_chart(rounded(shares))
+            out.more.append(figure(f"attention-{phase}-{by}", name, told, chart))
+
+
+def _add_maps(
+    out: AttentionFigures, trials: pd.DataFrame, attention: pd.DataFrame, phase: str, statistic: str, title: str
+) -> None:
+    """Add a statistic's figures: the map and the ranking of the first contrast that can be had, and the rest."""
+    found = head_values(trials, attention, phase=phase, statistic=statistic)
+    if not found or all(table.isna().all(axis=None) for table in found.values()):
+        return
+    has_main = False
+    for contrast in CONTRASTS:
+        heads = map_of(found, trials, phase=phase, contrast=contrast)
+        if heads.empty:
             continue
-        chart = charts.head_means_chart(rounded(head_means(found)), title)
-        out.append(figure(f"heads-{phase}-{statistic}", f"Heads: {title}", "Mean over pairs.", chart))
-        for contrast in CONTRASTS:
-            heads = map_of(found, trials, phase=phase, contrast=contrast)
-            if not heads.empty:
-                chart = charts.head_map_chart(rounded(heads), f"{title}, {contrast}")
-                name = f"heads-{phase}-{statistic}-{contrast.replace(' ', '')}"
-                out.append(figure(name, f"Heads: {title}, {contrast}", _told(heads), chart))
-    return out
+        name = f"heads-{phase}-{statistic}-{contrast.replace(' ', '')}"
+        chart = charts.head_map_chart(rounded(heads), f"{title}, {contrast}")
+        drawn = figure(name, f"Heads: {title}, {contrast}", _told(heads), chart)
+        if has_main:
+            out.more.append(drawn)
+            continue
+        has_main = True
+        out.maps.append(drawn)
+        ranked = charts.ranked_heads_chart(rounded(ranking(heads)), f"difference in {title}")
+        told = f"The {RANKED} heads that differ most in {contrast}, with 95% intervals. Filled: it stands out."
+        out.ranked.append(figure(f"ranked-{phase}-{statistic}", f"Largest: {title}, {contrast}", told, ranked))
+    chart = charts.head_means_chart(rounded(head_means(found)), title)
+    out.more.append(figure(f"heads-{phase}-{statistic}", f"Heads: {title}", "Mean over pairs.", chart))
+
+
+def ranking(heads: pd.DataFrame) -> pd.DataFrame:
+    """The heads of a map that differ most, those that stand out first, the largest first."""
+    known = heads[heads["estimate"].notna()]
+    ordered = known.assign(size=known["estimate"].abs()).sort_values(["stands_out", "size"], ascending=False)
+    return ordered.drop(columns="size").head(RANKED)
 
 
 def _told(heads: pd.DataFrame) -> str:

@@ -118,6 +118,7 @@ def _row(name: str, verdict: dict | None, hypothesis: Hypothesis | None) -> dict
         "is_exploratory": confirmatory is False,
         "compares_texts": entry.get("evidence") == "text" and entry.get("verdict") != "tautological",
         "is_tautological": entry.get("verdict") == "tautological",
+        "blocked_by": entry.get("blocked_by"),
         "because": entry.get("because") or ("" if verdict else "The run's verdicts do not name this hypothesis."),
         "margin": margin_text(told("margin")),
         "margin_size": as_float(entry.get("margin")),

@@ -33,6 +33,7 @@ MAPS = {
 }
 """Map -> what its conditions do."""
 AGAINST_FOREIGN = "read it against the foreign cache's"
+WITHOUT_PARTNER = "no foreign cache was put in alike, so that what any splice does is part of it"
 
 
 GIVERS = {
@@ -126,8 +127,8 @@ def _segments(
         out.append(
             {
                 "condition": effect["condition"],
-                "about": effect["about"],
                 "series": place.series,
+                "where": _where(place, kind, layers),
                 "start": start,
                 "end": end,
                 "middle": (start + end) / 2,
@@ -140,14 +141,31 @@ def _segments(
     return out
 
 
+def _where(place: Place, kind: str, layers: int | None) -> str:
+    """Return where a part lies in words of the model: "layers 18 to 23 of 24", "25 to 75% of the body"."""
+    if kind in (TOKENS, NEEDED_TOKENS):
+        return f"{place.start:.0%} to {place.end:.0%} of the body"
+    if not layers:
+        return f"{place.start:.0%} to {place.end:.0%} of depth"
+    if place.end == place.start:
+        return f"layer {LayerAt(depth=place.start).index(layers)} of {layers}"
+    found = LayerBand(band=(place.start, place.end)).within(layers)
+    return f"layers {found[0]} to {found[-1]} of {layers}" if found else f"no layer of {layers}"
+
+
 def _map(rows: list[dict], phase: str, kind: str, readout: Readout, layers: int | None) -> Figure:
     depth = f"layer of {layers}" if layers else "share of depth"
     axis = "place in the body, %" if kind in (TOKENS, NEEDED_TOKENS) else depth
-    chart = map_chart(rounded(pd.DataFrame(rows)), axis, f"change of {readout.name}")
+    chart = map_chart(
+        rounded(pd.DataFrame(rows)), axis, f"change of {readout.label.lower()}, {readout.unit or readout.scale}"
+    )
     title = f"{kind[0].upper()}{kind[1:]}: {readout.label}"
     is_lacking = kind in (NEEDED, NEEDED_TOKENS)
     natural = "source" if is_lacking else "target"
-    read = "read one part against another, since any splice does damage" if is_lacking else AGAINST_FOREIGN
+    series = {row["series"] for row in rows}
+    read = AGAINST_FOREIGN if series - {GIVERS["source"]} else WITHOUT_PARTNER
+    if is_lacking:
+        read = "read one part against another, since any splice does damage"
     about = f"{MAPS[kind]} Height: change from the natural {natural}, with its 95% interval; {read}."
     return figure(f"map-{phase}-{kind}-{readout.name}", title, about, chart, label=title)
 
@@ -156,7 +174,7 @@ def map_chart(rows: pd.DataFrame, x_title: str, y_title: str) -> charts.AnyChart
     """Chart one bar a condition, from where to where its patch reaches, at the height of its effect.
 
     Args:
-        rows: columns `condition`, `about`, `series`, `start`, `end`, `middle`, `mean`, `low`, `high`, `n`.
+        rows: columns `condition`, `series`, `where` (in words), `start`, `end`, `middle`, `mean`, `low`, `high`, `n`.
         x_title: name of the axis of places.
         y_title: name of the axis of effects.
     """
@@ -175,6 +193,7 @@ def map_chart(rows: pd.DataFrame, x_title: str, y_title: str) -> charts.AnyChart
     tips = [
         alt.Tooltip("condition:N"),
         alt.Tooltip("about:N"),
+        alt.Tooltip("where:N", title="put in"),
         alt.Tooltip("mean:Q", format=".4g"),
         alt.Tooltip("low:Q", format=".4g", title="interval from"),
         alt.Tooltip("high:Q", format=".4g", title="interval to"),

@@ -23,6 +23,7 @@ from kvpatch.report import (
     across,
     charts,
     dose,
+    first,
     forest,
     geometry,
     judgements,
@@ -33,10 +34,13 @@ from kvpatch.report import (
     sections,
     tables,
     text,
+    verdict_list,
 )
 from kvpatch.report import head_maps as attention
 from kvpatch.report.library import chart_library
+from kvpatch.report.packing import folded, packed, packed_json
 from kvpatch.store.validation import gate_zero
+from kvpatch.verdicts.answer import Answer, floor_checks
 from kvpatch.verdicts.deviations import deviations, error_statement
 
 
@@ -51,21 +55,23 @@ class Live:
 
 SECTIONS = {
     "answer": "Answer",
-    "verdicts": "Verdicts",
-    "instruments": "Prerequisites and instruments",
-    "effects": "Effects",
-    "conditions": "Conditions",
+    "plan": "The plan",
+    "attacks": "Where to attack it",
+    "questions": "Questions",
+    "texts": "Texts",
     "maps": "Layers and tokens",
     "dose": "Dose",
     "geometry": "R_V",
     "attention": "Attention",
     "models": "Models",
-    "texts": "Texts",
-    "questions": "Questions",
+    "verdicts": "Verdicts",
+    "instruments": "Instruments",
+    "effects": "Effects",
+    "conditions": "Conditions",
     "how": "How it was run",
     "not-shown": "What was not shown",
 }
-"""Sections in order; `maps` to `models`, and `questions`, are there only where there is something to show."""
+"""Sections in order; `plan`, `questions`, and `maps` to `models` are there only where there is something to show."""
 
 
 def render(
@@ -73,7 +79,7 @@ def render(
     protocol: Protocol,
     trials: pd.DataFrame,
     verdicts: list[dict],
-    headline: str,
+    headline: str | Answer,
     mark: samples.Marker | None = None,
     effects: list[dict] | None = None,
     with_texts: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
@@ -88,7 +94,7 @@ def render(
         trials: one row per trial (`store.columns.TRIAL_COLUMNS`); only rows of the test split are reported;
             columns may be missing, and the table may be empty.
         verdicts: the content of verdicts.json.
-        headline: the one-sentence answer.
+        headline: the answer, or its one sentence alone.
         mark: (output text, source text, hits) -> spans (start, end, kind) to mark; kind is "hit" or "copied".
         effects: every condition's differences from its natural run (`statistics.effects.Effect`), or None.
         with_texts: adds `text`, `source_text` and `target_text` to the few rows that are shown; None where the
@@ -101,7 +107,8 @@ def render(
     """
     with charts.unchecked():
         prepared = tables.normalised(trials)
-        context = _context(run, protocol, prepared, verdicts, headline, effects or [], watched)
+        told = headline if isinstance(headline, Answer) else Answer(full=headline, short=headline)
+        context = _context(run, protocol, prepared, verdicts, told, effects or [], watched)
         context["samples"] = samples.samples(sections.by_phase(prepared, protocol), protocol, mark, with_texts)
     context["live"] = live
     return _environment().get_template("report.html.j2").render(context | _assets(live is not None))
@@ -112,7 +119,7 @@ def _context(
     protocol: Protocol,
     trials: pd.DataFrame,
     verdicts: list[dict],
-    headline: str,
+    told: Answer,
     effects: list[dict],
     watched: tuple[pd.DataFrame, pd.DataFrame] | None,
 ) -> dict[str, Any]:
@@ -125,18 +132,22 @@ def _context(
     shown["models"] = optional["across"] or optional["replications"]
     planned = plan.plan_rows(verdicts, rows, protocol, sections.model_of_phase(run, protocol))
     asked = [row for row in planned if row["kind"] == "question"]
-    shown["questions"] = asked
+    shown["questions"], shown["plan"] = asked, planned
     names = [name for name in SECTIONS if shown[name]]
     how = sections.how_it_was_run(run, trials, protocol)
     most = max((part["pair_id"].nunique() for _, _, part in parts), default=0)
     return {
         "sections": [{"id": name, "name": SECTIONS[name]} for name in names],
-        "number_of": {name: place for place, name in enumerate(names, 1)},
+        "signs": _signs(rows, planned, strip),
         "model_names": [m["name"] for m in instruments["models"] if m["name"]],
         "is_finished": bool(run.get("finished")),
         "protocol": protocol,
-        "headline": headline,
+        "told": told,
+        "floors": floor_checks(protocol, trials),
         "rows": rows,
+        "groups": verdict_list.groups(rows),
+        "counts": verdict_list.counts(rows),
+        "lines": verdict_list.drawn(rows, protocol),
         "primary": [row for row in judgements.rests_on(rows, protocol) if row["badge"].word != "tautological"],
         "plan": plan.by_kind(planned),
         "badges": judgements.BADGES.values(),
@@ -158,8 +169,19 @@ def _context(
         "how": how,
         "not_shown": sections.not_shown(run, trials, parts, protocol, rows, instruments),
         "gaps": sections.gaps(run, optional),
+        "config": charts.CONFIG,
+        "abouts": {name: condition.about for name, condition in protocol.conditions.items()},
         "trial_count": len(trials),
         "pair_count": trials.loc[trials["pair_id"] != "", "pair_id"].nunique(),
+    }
+
+
+def _signs(rows: list[dict], planned: list[dict], strip: list[dict]) -> dict[str, list[tuple[judgements.Badge, int]]]:
+    """Return what stands beside a section's name in the contents: how often each badge stands in the section."""
+    questions = [row for row in planned if row["kind"] == "question"]
+    return {
+        name: verdict_list.counts(found)
+        for name, found in (("plan", planned), ("questions", questions), ("verdicts", rows), ("instruments", strip))
     }
 
 
@@ -175,17 +197,25 @@ def _optional_figures(
     models = sections.model_of_phase(run, protocol)
     ran = {effect["phase"] for effect in effects}
     names = {phase: str(model.get("name")) for phase, model in models.items() if phase in ran and model}
+    named = {phase: str(model.get("name") or "a model that is not recorded") for phase, model in models.items()}
     layers = {phase: model.get("layers") for phase, model in models.items()}
     trajectories = [] if watched is None else attention.trajectory_figures(protocol, watched[0])
     return {
+        "first": first.answer_figures(rows, effects, protocol),
         "forest": forest.hypothesis_figures(rows, protocol),
         "maps": maps.map_figures(effects, protocol, layers),
         "dose": dose.dose_figures(trials, protocol),
         "geometry": [*trajectories, *geometry.scatter_figures(trials, protocol, rows)],
-        "attention": [] if watched is None else attention.attention_figures(protocol, *watched),
+        "attention": _attention(protocol, watched),
         "across": across.across_figures(effects, names),
-        "replications": across.replication_rows(rows, protocol, names),
+        "replications": across.replication_rows(rows, protocol, named),
     }
+
+
+def _attention(protocol: Protocol, watched: tuple[pd.DataFrame, pd.DataFrame] | None) -> list:
+    """Return the figures of attention, as one list, or none."""
+    found = None if watched is None else attention.attention_figures(protocol, *watched)
+    return [] if found is None or not found.all else [found]
 
 
 @functools.cache
@@ -204,6 +234,8 @@ def _environment() -> jinja2.Environment:
         "percent": text.percent,
         "plain": text.plain,
         "script_json": text.script_json,
+        "packed_json": packed_json,
+        "folded": folded,
         "as_float": text.as_float,
     }
     return environment
@@ -235,7 +267,7 @@ def _assets(is_live: bool) -> dict[str, Markup]:
     return {
         "style": Markup(style),
         "script": Markup(script),
-        "library": Markup(library),
+        "library": Markup(packed(library)),
         "policy": Markup(allowed),
     }
 

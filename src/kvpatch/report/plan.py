@@ -47,7 +47,8 @@ def _row(row: AnsweredRow, known: Mapping[str, dict]) -> dict:
         {**f.model_dump(), "badge": badge(None if f.verdict == "no verdict" else f.verdict), "row": known[f.id]}
         for f in row.findings
     ]
-    return {**row.model_dump(), "badge": ROW_BADGES[row.verdict], "findings": findings}
+    telling = None if row.telling is None else row.telling.model_dump()
+    return {**row.model_dump(), "badge": ROW_BADGES[row.verdict], "findings": findings, "telling": telling}
 
 
 def by_kind(rows: list[dict]) -> list[dict]:

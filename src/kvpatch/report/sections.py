@@ -19,8 +19,6 @@ from kvpatch.verdicts.pairs import shown_of
 from kvpatch.verdicts.specificity import Specificity
 
 FEW_PAIRS = 50
-MAIN_READOUTS = 5
-"""How many of the readouts that the report shows, from the first, are shown unfolded."""
 # The smallest paired effect (dz) that a test at alpha .001 sees with 90% power; see docs/statistics.md.
 VISIBLE_DZ = ((20, 1.20), (50, 0.69), (100, 0.47))
 
@@ -67,7 +65,7 @@ def instruments(run: dict, trials: pd.DataFrame, parts: Parts, protocol: Protoco
     phases = []
     for phase, question, part in parts:
         coherence = tables.coherence(part, protocol)
-        chart = charts.coherence_chart(coherence) if coherence["share"].notna().any() else None
+        chart = charts.coherence_chart(coherence.drop(columns="about")) if coherence["share"].notna().any() else None
         about = "Share of coherent outputs. Dashed: the 90% a condition needs."
         drawn = figure(
             f"coherence-{phase}", f"Coherence, phase {phase}", about, chart, label="Coherent outputs by condition"
@@ -162,18 +160,12 @@ def readout_figures(parts: Parts, protocol: Protocol, specific: list[Specificity
         figures, means_of, units = [], [], units_of(protocol, part)
         readouts = shown_of("report", part)
         for readout in readouts:
-            points, means = tables.condition_means(part, readout.name, protocol, units)
-            shown = tables.thinned(points)
+            _, means = tables.condition_means(part, readout.name, protocol, units)
             chart = None
-            if len(points):
-                chart = charts.conditions_chart(rounded(shown), rounded(means), readout.axis_title, baseline)
-            drawn, there = shown["pair"].nunique(), points["pair"].nunique()
-            note = (
-                ""
-                if drawn == there
-                else f"{drawn} of {there} pairs are drawn: those at evenly spaced ranks of their mean."
-            )
-            note = " ".join(filter(None, (note, specificity.said_of(specific, protocol, phase, readout.name))))
+            if means["mean"].notna().any():
+                drawn = rounded(means.drop(columns="about"), 4)
+                chart = charts.conditions_chart(drawn, readout.axis_title, baseline)
+            note = specificity.said_of(specific, protocol, phase, readout.name)
             label = f"{readout.label} by condition; the numbers are in the table of means"
             name = f"readout-{phase}-{readout.name}"
             figures.append(figure(name, readout.label, readout.said, chart, label=label, note=note))
@@ -183,9 +175,8 @@ def readout_figures(parts: Parts, protocol: Protocol, specific: list[Specificity
             {"name": n, "about": tables.about(protocol, n), "role": tables.role(protocol, phase, n)} for n in names
         ]
         cells = {n: [means.loc[n].to_dict() for means in means_of] for n in names}
-        row = {"phase": phase, "question": question, "figures": figures[:MAIN_READOUTS]}
-        row |= {"more": figures[MAIN_READOUTS:], "readouts": readouts, "conditions": conditions, "cells": cells}
-        out.append({**row, "pairs": part["pair_id"].nunique()})
+        row = {"phase": phase, "question": question, "figures": figures, "readouts": readouts}
+        out.append({**row, "conditions": conditions, "cells": cells, "pairs": part["pair_id"].nunique()})
     return out
 
 
@@ -282,7 +273,8 @@ def how_it_was_run(run: dict, trials: pd.DataFrame, protocol: Protocol) -> dict:
         ],
     }
     dumped = protocol.model_dump(mode="json", by_alias=True)
-    text = yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True, width=110)
+    written = protocol.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=110)
     return {
         "groups": groups,
         "protocol_text": text,

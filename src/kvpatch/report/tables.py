@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,14 @@ from scipy import special
 
 from kvpatch.protocols.conditions import Condition
 from kvpatch.protocols.schema import Protocol
-from kvpatch.specs.readouts import SCORE
+from kvpatch.specs.readout import Readout
+from kvpatch.specs.readouts import MODE, SCORE, readouts
 from kvpatch.verdicts import pairs
 from kvpatch.verdicts import prerequisites as gates
 from kvpatch.verdicts.measure import units_of
 
-MAX_DOTS = 1500
+QUANTILES = {"p10": 0.1, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9}
+"""Columns that say how a condition's pairs spread, and the share of them that lies below each."""
 
 
 def normalised(trials: pd.DataFrame) -> pd.DataFrame:
@@ -100,29 +103,25 @@ def condition_means(
 
     trials: of one phase. Points have `condition`, `pair`, `value`, `role`; means have `condition`, `about`, `role`,
     `mean`, `low`, `high`, `n`, in the protocol's order; a condition that ran but has no value has a row of missing
-    values. Means are over pairs, those that share a prompt averaged first. units: `units_of` these trials, where the
-    caller has it already.
+    values. Means are over pairs, those that share a prompt averaged first. Means also have `QUANTILES` over pairs, and
+    `above`, the share of pairs above 0, of a readout that never lies below 0 and is 0 somewhere. units: `units_of`
+    these trials, where the caller has it already.
     """
     phase, points = phase_of(trials), pair_means(trials, column)
     averaged = unit_means(points, units_of(protocol, trials) if units is None else units)
     samples = {str(name): group.to_numpy() for name, group in averaged.groupby("condition")["value"]}
+    of_pairs = {str(name): group.to_numpy() for name, group in points.groupby("condition")["value"]}
+    is_floored = len(points) > 0 and float(points["value"].min()) == 0
     rows = []
     for name in conditions_of(trials, protocol):
-        sample = samples.get(name, np.array([]))
-        rows.append((name, about(protocol, name), role(protocol, phase, name), *interval(sample), len(sample)))
-    means = pd.DataFrame(rows, columns=["condition", "about", "role", "mean", "low", "high", "n"])
+        sample, drawn = samples.get(name, np.array([])), of_pairs.get(name, np.array([]))
+        spread = np.quantile(drawn, list(QUANTILES.values())) if len(drawn) else [math.nan] * len(QUANTILES)
+        above = float((drawn > 0).mean()) if is_floored and len(drawn) else math.nan
+        head = (name, about(protocol, name), role(protocol, phase, name))
+        rows.append((*head, *interval(sample), len(sample), *map(float, spread), above))
+    columns = ["condition", "about", "role", "mean", "low", "high", "n", *QUANTILES, "above"]
+    means = pd.DataFrame(rows, columns=columns)
     return points.assign(role=[role(protocol, phase, c) for c in points["condition"]]), means
-
-
-def thinned(points: pd.DataFrame, limit: int = MAX_DOTS) -> pd.DataFrame:
-    """Return at most about `limit` points, pairs left whole: those at evenly spaced ranks of their mean, with the
-    extremes."""
-    if len(points) <= limit:
-        return points
-    ranked = points.groupby("pair")["value"].mean().sort_values(kind="stable").index
-    wanted = max(2, round(len(ranked) * limit / len(points)))
-    ranks = np.unique(np.linspace(0, len(ranked) - 1, wanted).round().astype(int))
-    return points[points["pair"].isin(set(ranked[ranks]))].reset_index(drop=True)
 
 
 def conditions_of(trials: pd.DataFrame, protocol: Protocol) -> list[str]:
@@ -267,22 +266,34 @@ def unchanged_caches(trials: pd.DataFrame) -> tuple[int, int]:
     return int((both["cache_checksum_before"] == both["cache_checksum_after"]).sum()), len(both)
 
 
-def example_pairs(trials: pd.DataFrame, protocol: Protocol, k: int = 5) -> tuple[list[tuple[str, float | None]], bool]:
-    """Return up to k (pair, its source minus target mode score), and whether that difference chose them.
+@dataclass(frozen=True)
+class Examples:
+    """Pairs to show. readout: the one whose natural gap ranked them, None where no gap could be had. pairs: (pair, its
+    gap in that readout)."""
 
-    The pairs are those at evenly spaced ranks of the difference, smallest first; where it can't be had, at
-    evenly spaced places of the list of pairs.
+    readout: Readout | None
+    pairs: list[tuple[str, float | None]]
+
+
+def example_pairs(trials: pd.DataFrame, protocol: Protocol, k: int = 5) -> Examples:
+    """Return up to k pairs at evenly spaced ranks of their natural gap, smallest first.
+
+    The gap is that of the source's natural run over the target's in the mode's readout that needs no sampling, in which
+    few pairs are tied; in the mode score where that one was not measured. Where neither can be had the pairs are those
+    at evenly spaced places of the list.
     """
-    table = pair_means(trials, SCORE).pivot(index="pair", columns="condition", values="value")
     source, target = natural_run(protocol, "source"), natural_run(protocol, "target")
-    ranked: list[tuple[str, float | None]] = []
-    if source in table and target in table:
-        gap = (table[source] - table[target]).dropna()
-        ranked = sorted(((str(p), float(v)) for p, v in gap.items()), key=lambda item: (item[1], item[0]))
-    by_gap = bool(ranked)
-    if not by_gap:
-        ranked = [(p, None) for p in sorted(set(trials["pair_id"]) - {""})]
-    if not ranked:
-        return [], by_gap
-    ranks = np.unique(np.linspace(0, len(ranked) - 1, min(k, len(ranked))).round().astype(int))
-    return [ranked[i] for i in ranks], by_gap
+    for name in (MODE, SCORE):
+        table = pair_means(trials, name).pivot(index="pair", columns="condition", values="value")
+        if source in table and target in table:
+            gap = (table[source] - table[target]).dropna()
+            ranked = sorted(((str(p), float(v)) for p, v in gap.items()), key=lambda item: (item[1], item[0]))
+            if ranked:
+                return Examples(readouts()[name], _evenly(ranked, k))
+    return Examples(None, _evenly([(p, None) for p in sorted(set(trials["pair_id"]) - {""})], k))
+
+
+def _evenly(ranked: Sequence[tuple[str, float | None]], k: int) -> list[tuple[str, float | None]]:
+    """At most k of a list, at evenly spaced places, its ends among them."""
+    places = np.unique(np.linspace(0, len(ranked) - 1, min(k, len(ranked))).round().astype(int)) if ranked else []
+    return [ranked[place] for place in places]

@@ -14,7 +14,11 @@ from kvpatch.errors import visible
 from kvpatch.verdicts import wording
 
 Span = tuple[int, int, str]
-MARK_KINDS = ("hit", "copied")
+MARK_KINDS = {
+    "hit": "hit of the mode",
+    "copied": "copied from the source",
+    "changed": "not in the text it is compared with",
+}
 NOT_RECORDED = "not recorded"
 DASH, MINUS = "\u2013", "\u2212"
 
@@ -25,7 +29,7 @@ def marked(text: str, spans: Iterable[Span] = ()) -> Markup:
     Args:
         text: any string; it is escaped.
         spans: (start, end, kind) as character offsets into `text`, in any order; they may overlap. Parts
-            outside the text and kinds other than "hit" and "copied" are left out.
+            outside the text and kinds that are not in `MARK_KINDS` are left out.
     """
     usable = [
         (max(0, start), min(len(text), end), kind)
@@ -38,7 +42,7 @@ def marked(text: str, spans: Iterable[Span] = ()) -> Markup:
         kinds = [k for k in MARK_KINDS if any(s <= left and right <= e and kind == k for s, e, kind in usable)]
         piece = str(escape(visible(text[left:right])))
         if kinds:
-            label = " and ".join({"hit": "hit of the mode", "copied": "copied from the source"}[k] for k in kinds)
+            label = " and ".join(MARK_KINDS[k] for k in kinds)
             piece = f'<mark class="{" ".join(kinds)}" title="{label}">{piece}</mark>'
         out.append(piece)
     return Markup("".join(out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -39,12 +40,21 @@ class LayerAt(Given):
 
     depth: float = Field(ge=0, le=1)
 
+    def index(self, count: int) -> int:
+        """The layer it means in a model of `count` layers."""
+        return min(math.floor(self.depth * count + 0.5), count - 1)
+
 
 class LayerBand(Given):
     """Layers by depth: `[low, high)` as fractions of the number of layers, so that it fits any model."""
 
     band: tuple[float, float]
     inverse: bool = Field(default=False, description="True: every layer but the band")
+
+    def within(self, count: int) -> range:
+        """The layers of the band itself in a model of `count` layers, rounded to whole ones; it may be empty."""
+        low, high = (round(share * count) for share in self.band)
+        return range(low, high)
 
     @model_validator(mode="after")
     def _ordered(self) -> LayerBand:

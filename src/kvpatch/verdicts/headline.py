@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 from kvpatch.protocols.schema import Protocol
 from kvpatch.specs.test_kinds import AGAINST, kind_named
@@ -11,13 +12,27 @@ from kvpatch.verdicts.procedures import procedure_of
 from kvpatch.verdicts.records import Verdict
 from kvpatch.verdicts.strongest import LEAST_PAIRS, Strongest, rests_text, strongest
 
+Names = Callable[[Sequence[Verdict]], str]
+"""Says in brackets which verdicts a sentence rests on."""
 
-def headline(protocol: Protocol, verdicts: Sequence[Verdict], *, is_checked: bool = True) -> str:
+
+def by_id(verdicts: Sequence[Verdict]) -> str:
+    """Name each verdict by the id of its hypothesis: "transfer: supported, part: inconclusive"."""
+    return ", ".join(f"{v.id}: {v.verdict}" for v in verdicts)
+
+
+def by_word(verdicts: Sequence[Verdict]) -> str:
+    """Count the verdicts word by word, for readers who don't know the ids: "2 contradicted, 1 supported"."""
+    return ", ".join(f"{count} {word}" for word, count in Counter(v.verdict for v in verdicts).items())
+
+
+def headline(protocol: Protocol, verdicts: Sequence[Verdict], *, is_checked: bool = True, names: Names = by_id) -> str:
     """Return the report's first sentence.
 
-    is_checked: whether it was checked that the model is patched correctly; what the check found is in the verdicts. The
-    mode is the protocol's ("recursive" gives "recursive mode"). The strongest sentence it can return starts
-    "Information sufficient for recursive-style output can be read from these cache slots".
+    is_checked: whether it was checked that the model is patched correctly; what the check found is in the verdicts.
+    names: how the verdicts that the sentence rests on are told. The mode is the protocol's ("recursive" gives
+    "recursive mode"). The strongest sentence it can return starts "Information sufficient for recursive-style output
+    can be read from these cache slots".
     """
     verdict_of = {v.id: v for v in verdicts}
     asked = [h for h in protocol.hypotheses if h.id in verdict_of and verdict_of[h.id].verdict != "tautological"]
@@ -27,20 +42,22 @@ def headline(protocol: Protocol, verdicts: Sequence[Verdict], *, is_checked: boo
         return f"The instrument check failed on this model, so this run says nothing about {_mode(protocol)}."
     checks = [verdict_of[h.id] for h in manipulation_checks(asked)]
     if any(v.verdict not in PASSED for v in checks if not _has_needs(protocol, v)):
-        return _no_mode(protocol, checks)
+        return _no_mode(protocol, checks, names)
     main = [verdict_of[h.id] for h in primary(asked)]
     if not main:
-        return _without_primary(protocol, [verdict_of[h.id] for h in asked])
+        return _without_primary(protocol, [verdict_of[h.id] for h in asked], names)
     unread = [v for v in main if v.blocked_by is not None and _has_needs(protocol, v)]
     if unread and all(v.blocked_by == "prerequisite" for v in main):
-        return _no_mode(protocol, checks)
+        return _no_mode(protocol, checks, names)
     read = [v for v in main if v not in unread]
     controls = [verdict_of[h.id] for h in nulls(protocol.hypotheses) if h.id in verdict_of]
     basis = strongest(protocol, main, verdict_of)
     if not is_checked:
         basis = Strongest([], basis.moved, "that the model is patched correctly was not checked")
-    told = _unread(unread, verdict_of) if read else ""
-    return _strongest(protocol, main, basis, controls) or _transfer(protocol, read or main, told, basis, controls)
+    told = _unread(unread, verdict_of, names) if read else ""
+    return _strongest(protocol, main, basis, _controls(controls), names) or _transfer(
+        protocol, read or main, told, basis, _controls(controls), names
+    )
 
 
 def is_strongest(protocol: Protocol, verdicts: Sequence[Verdict]) -> bool:
@@ -49,17 +66,17 @@ def is_strongest(protocol: Protocol, verdicts: Sequence[Verdict]) -> bool:
 
 
 def _strongest(
-    protocol: Protocol, main: Sequence[Verdict], basis: Strongest, controls: Sequence[Verdict]
+    protocol: Protocol, main: Sequence[Verdict], basis: Strongest, controls: str, names: Names
 ) -> str | None:
     """The strongest sentence, where verdicts allow it. Others of a protocol without families must have been read."""
     if not basis.rests_on or (not protocol.families and any(v.blocked_by is not None for v in main)):
         return None
     rests = "; ".join(rests_text(protocol, v) for v in basis.rests_on)
     others = [v for v in main if v.verdict not in PASSED]
-    open_ones = f"; beside it {_named(others)}" if others else ""
+    open_ones = f"; beside it {names(others)}" if others else ""
     return (
         f"Information sufficient for {_style(protocol)} can be read from these cache slots ({rests})"
-        f"{_controls(controls)}{open_ones}."
+        f"{controls}{open_ones}."
     )
 
 
@@ -75,14 +92,10 @@ def _style(protocol: Protocol) -> str:
     return f"{protocol.mode_name}-style output"
 
 
-def _named(verdicts: Sequence[Verdict]) -> str:
-    return ", ".join(f"{v.id}: {v.verdict}" for v in verdicts)
-
-
-def _no_mode(protocol: Protocol, first: Sequence[Verdict]) -> str:
+def _no_mode(protocol: Protocol, first: Sequence[Verdict], names: Names) -> str:
     mode = _mode(protocol)
     failed = [v for v in first if v.verdict not in PASSED]
-    told = _named(failed)
+    told = names(failed)
     if all(v.n == 0 for v in failed):
         return f"Whether this model shows {mode} was not measured ({told}), so nothing about its transfer can be said."
     end = f"({told}), so nothing about transfer was or could be shown"
@@ -108,23 +121,26 @@ _UNREAD = {
 }
 
 
-def _unread(verdicts: Sequence[Verdict], verdict_of: Mapping[str, Verdict]) -> str:
+def _unread(verdicts: Sequence[Verdict], verdict_of: Mapping[str, Verdict], names: Names) -> str:
     """Which primary hypotheses could not be read, and for want of what; "" where all could."""
     if not verdicts:
         return ""
     needed = dict.fromkeys(name for v in verdicts for name in v.needs)
     lacks = [verdict_of[name] for name in needed if not has_passed(verdict_of[name].verdict)]
     others = dict.fromkeys(_UNREAD[v.blocked_by] for v in verdicts if v.blocked_by in _UNREAD)
+    if names is not by_id:
+        lacking = [f"what it needs: {names(lacks)}"] if lacks else []
+        return f"; {len(verdicts)} more can't be read ({', '.join([*lacking, *others])})"
     why = ", ".join([f"{v.id}: {v.verdict}" for v in lacks] + list(others))
     return f"; {', '.join(v.id for v in verdicts)} can't be read ({why})"
 
 
 def _transfer(
-    protocol: Protocol, primary: Sequence[Verdict], unread: str, basis: Strongest, controls: Sequence[Verdict]
+    protocol: Protocol, primary: Sequence[Verdict], unread: str, basis: Strongest, controls: str, names: Names
 ) -> str:
     """What primary hypotheses say that could be read, short of the strongest sentence. unread: what is said of the
-    others, each of which names its prerequisites."""
-    mode, told = _mode(protocol), _named(primary)
+    others, each of which names its prerequisites. controls: what is said of control caches."""
+    mode, told = _mode(protocol), names(primary)
     passed = [v for v in primary if v.verdict in PASSED]
     moved, lacks = basis.moved, f" ({basis.lacks})" if basis.lacks else ""
     if len(passed) == len(primary) and not moved:
@@ -138,10 +154,7 @@ def _transfer(
     if len(passed) == len(primary):
         readable = " and ".join(dict.fromkeys(v.readout for v in moved))
         rests = "; ".join(rests_text(protocol, v, names_readout=False) for v in moved)
-        return (
-            f"In {readable} alone, {mode} was seen to move with the cache ({rests}){_controls(controls)}"
-            f"{unread or lacks}."
-        )
+        return f"In {readable} alone, {mode} was seen to move with the cache ({rests}){controls}{unread or lacks}."
     blocked = [v for v in primary if v.blocked_by == "coherence"]
     if blocked:
         return (
@@ -167,14 +180,14 @@ def _controls(inert: Sequence[Verdict]) -> str:
     return f"; {len(open_ones)} of {len(inert)} control caches were not shown to leave the target as it is"
 
 
-def _without_primary(protocol: Protocol, asked: Sequence[Verdict]) -> str:
+def _without_primary(protocol: Protocol, asked: Sequence[Verdict], names: Names) -> str:
     if not asked:
         return (
             f'Every contrast of "{protocol.title}" is true by construction, so this run is no evidence on'
             f" where {_mode(protocol)} is."
         )
     held = sum(v.verdict in PASSED for v in asked)
-    return f'Of the {len(asked)} hypotheses of "{protocol.title}", {held} held ({_named(asked)}).'
+    return f'Of the {len(asked)} hypotheses of "{protocol.title}", {held} held ({names(asked)}).'
 
 
 def few_pairs(verdicts: Sequence[Verdict]) -> str | None:

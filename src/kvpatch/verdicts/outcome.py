@@ -17,6 +17,7 @@ from kvpatch.store.columns import TRIAL_COLUMNS
 from kvpatch.store.directory import Store
 from kvpatch.store.readout_calibration import ReadoutCalibration
 from kvpatch.store.record import RunRecord, dumped_sha256
+from kvpatch.verdicts.answer import Answer, answer
 from kvpatch.verdicts.chosen_heads import heads_column, with_heads
 from kvpatch.verdicts.decide import Verdict, headline, verdicts, verdicts_json
 from kvpatch.verdicts.effects import Effect, effects
@@ -112,6 +113,11 @@ class Outcome:
     def answer(self) -> str:
         """The one-sentence answer."""
         return headline(self.protocol, self.verdicts, is_checked=self.record.check is not None)
+
+    @property
+    def told(self) -> Answer:
+        """The answer in words and numbers, for a page."""
+        return answer(self.protocol, self.verdicts, is_checked=self.record.check is not None)
 
     @cached_property
     def plan_table(self) -> list[AnsweredRow]:

@@ -82,6 +82,18 @@ class AnsweredRow(Frozen):
     answer: str
     unknown: str | None
 
+    @property
+    def telling(self) -> Finding | None:
+        """The finding whose number stands for the row: the first that makes its verdict what it is, else the first
+        that was measured; None where nothing was."""
+        measured = [f for f in self.findings if f.estimate is not None]
+        deciding: dict[str, Status] = {"contradicted": "contradicted", "supported": "passed", "equivalent": "passed"}
+        wanted = deciding.get(self.verdict)
+        speaking = [f for f in measured if not f.is_rival and f.status == wanted]
+        if self.verdict == "contradicted":
+            speaking += [f for f in measured if f.is_rival and f.status == "passed"]
+        return next(iter([*speaking, *measured]), None)
+
 
 def plan_table(protocol: Protocol, entries: Iterable[Entry], models: Mapping[str | None, str]) -> list[AnsweredRow]:
     """Answer every row of the protocol's plan from the entries of verdicts.json.

@@ -1,5 +1,6 @@
 // Draws the charts, gives each its table and files, and turns the texts into something to leaf through.
 const CHUNK = 500; // rows of a table that are shown at a time
+const breath = () => new Promise((next) => setTimeout(next));
 
 const element = (tag, attributes = {}, ...children) => {
   const made = document.createElement(tag);
@@ -8,14 +9,56 @@ const element = (tag, attributes = {}, ...children) => {
   return made;
 };
 
+// What few readers open is packed, so that the file stays small.
+const unpacked = (script) => {
+  const bytes = Uint8Array.from(atob(script.textContent), (c) => c.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+};
+
+// Tables and texts inside folds come into the page once it is shown, so that they are there to be read and printed.
+let opening;
+const opened = () => {
+  opening ??= (async () => {
+    for (const script of [...document.querySelectorAll("script.folded")]) {
+      const template = document.createElement("template");
+      template.innerHTML = await unpacked(script);
+      script.replaceWith(template.content);
+    }
+  })();
+  return opening;
+};
+
+// The library of charts is unpacked when the first chart is drawn. The page's policy allows it by its hash.
+let library;
+const loaded = () => {
+  library ??= (async () => {
+    const script = element("script", { type: "module" });
+    script.textContent = await unpacked(document.getElementById("library"));
+    document.head.append(script);
+    while (!window.vegaEmbed) await breath();
+  })();
+  return library;
+};
+
+// What a condition is, and how every chart looks, stands in the page once.
+const shared = JSON.parse(document.getElementById("config").textContent);
+const abouts = JSON.parse(document.getElementById("abouts").textContent);
+const explained = (set) => {
+  const at = set.columns.indexOf("condition");
+  if (at < 0 || set.columns.includes("about")) return set;
+  const add = (row, value) => [...row.slice(0, at + 1), value, ...row.slice(at + 1)];
+  return { ...set, columns: add(set.columns, "about"), rows: set.rows.map((row) => add(row, abouts[row[at]] ?? "")) };
+};
+
 // Data sets come by columns, so that names are not repeated in every row; a name with "_" in front is for drawing only.
 const unpack = (spec) => {
-  const tables = Object.values(spec.datasets ?? {}).filter((set) => !set.name.startsWith("_"));
+  const sets = Object.entries(spec.datasets ?? {}).map(([key, set]) => [key, explained(set)]);
+  const tables = sets.map(([, set]) => set).filter((set) => !set.name.startsWith("_"));
   const datasets = {};
-  for (const [key, set] of Object.entries(spec.datasets ?? {})) {
+  for (const [key, set] of sets) {
     datasets[key] = set.rows.map((row) => Object.fromEntries(row.map((value, i) => [set.columns[i], value])));
   }
-  return { spec: { ...spec, datasets }, tables };
+  return { spec: { config: shared, ...spec, datasets }, tables };
 };
 
 const hidden = new Set(["offset", "order", "row"]);
@@ -39,8 +82,14 @@ const save = (content, type, name) => {
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 };
 
-const embed = (box, spec) =>
-  window.vegaEmbed(box, spec, {
+// On a narrow page the names of rows leave room for the marks.
+const fitted = (spec, width) => {
+  const limit = Math.max(90, Math.min(spec.config?.axisY?.labelLimit ?? 230, Math.round(width * 0.42)));
+  return { ...spec, config: { ...spec.config, axisY: { ...spec.config?.axisY, labelLimit: limit } } };
+};
+
+const embed = (box, spec, width = box.clientWidth) =>
+  window.vegaEmbed(box, width ? fitted(spec, width) : spec, {
     mode: "vega-lite",
     renderer: "svg",
     actions: false,
@@ -49,7 +98,7 @@ const embed = (box, spec) =>
 
 // A picture to keep is drawn anew on white, since on the page the colours of text come from its style sheet.
 const picture = async (spec, width, kind) => {
-  const { view } = await embed(document.createElement("div"), { ...spec, width, background: "#ffffff" });
+  const { view } = await embed(document.createElement("div"), { ...spec, width, background: "#ffffff" }, width);
   try {
     if (kind === "svg") return new Blob([await view.toSVG()], { type: "image/svg+xml" });
     const canvas = await view.toCanvas(2);
@@ -109,7 +158,8 @@ const tools = (box, spec, tables) => {
     table.append(...tables.map(tableOf));
     table.dataset.drawn = "yes";
   });
-  box.after(bar, table);
+  bar.append(table);
+  box.after(bar);
 };
 
 const failed = (box) => {
@@ -123,8 +173,9 @@ const draw = async (script) => {
   if (box.dataset.drawn) return;
   box.dataset.drawn = "begun";
   try {
-    const { spec, tables } = unpack(JSON.parse(script.textContent));
+    const { spec, tables } = unpack(JSON.parse(await unpacked(script)));
     tools(box, spec, tables);
+    await loaded();
     await embed(box, spec);
     box.dataset.drawn = "yes";
   } catch (error) {
@@ -133,8 +184,7 @@ const draw = async (script) => {
   }
 };
 
-const breath = () => new Promise((next) => setTimeout(next));
-const isFolded = (script) => script.parentElement.closest("details:not([open])") !== null;
+const isFolded = (script) => script.parentElement.closest("details:not([open]), [hidden]") !== null;
 
 // The page says whether it is at rest, so that who prints it, or reads it by a program, can wait for it.
 let rounds = 0;
@@ -153,6 +203,40 @@ const drawAll = async (scripts) => {
 const drawInside = (details) => drawAll([...details.querySelectorAll("script.spec")].filter((s) => !isFolded(s)));
 for (const details of document.querySelectorAll("details:has(script.spec)")) {
   details.addEventListener("toggle", () => details.open && drawInside(details));
+}
+
+// A gallery shows one of its figures; the others wait until they are chosen.
+for (const gallery of document.querySelectorAll(".gallery")) {
+  const figures = [...gallery.querySelectorAll(":scope > figure")];
+  if (figures.length < 2) continue;
+  const names = figures.map((figure) => figure.querySelector(".figure-title").textContent);
+  const select = element("select", {}, ...names.map((name, i) => element("option", { value: i }, name)));
+  const show = () => figures.forEach((figure, i) => (figure.hidden = i !== select.selectedIndex));
+  select.addEventListener("change", () => {
+    show();
+    drawInside(gallery);
+  });
+  gallery.before(element("p", { class: "pick" }, element("label", {}, `${gallery.dataset.label} `, select)));
+  show();
+}
+
+// Everything is unfolded and drawn: for printing all of it, and for programs that look at every chart.
+const unfoldAll = async () => {
+  await opened();
+  for (const figure of document.querySelectorAll(".gallery > figure")) figure.hidden = false;
+  for (const details of document.querySelectorAll("details:not(.data)")) details.open = true;
+  await drawAll([...document.querySelectorAll("script.spec")]);
+};
+document.addEventListener("unfold-all", unfoldAll);
+const printAll = document.getElementById("print-all");
+if (printAll) {
+  printAll.hidden = false;
+  printAll.addEventListener("click", async () => {
+    printAll.disabled = true;
+    await unfoldAll();
+    print();
+    printAll.disabled = false;
+  });
 }
 
 // A link into something folded opens it.
@@ -191,7 +275,7 @@ const leaf = () => {
   const fill = () => {
     const names = pairsOf(phases[phase.selectedIndex]).map((p, i, all) => `${i + 1} of ${all.length}: ${p.dataset.pair}`);
     pair.replaceChildren(...names.map((name, i) => element("option", { value: i }, name)));
-    pair.selectedIndex = 0;
+    pair.selectedIndex = Math.floor((names.length - 1) / 2);
     show();
   };
   const step = (by) => () => {
@@ -209,6 +293,35 @@ const leaf = () => {
   fill();
 };
 leaf();
+
+// Verdicts: chips show those that say one word, and a search those whose claim holds a text; groups with a match open.
+const chips = document.getElementById("chips");
+if (chips) {
+  const buttons = [...chips.querySelectorAll("button")];
+  const search = document.getElementById("claim-search");
+  const groups = [...document.querySelectorAll(".group")];
+  const sift = () => {
+    const word = buttons.find((button) => button.getAttribute("aria-pressed") === "true").dataset.word;
+    const text = search.value.trim().toLowerCase();
+    for (const group of groups) {
+      let left = 0;
+      for (const row of group.querySelectorAll("tbody tr")) {
+        row.hidden = text !== "" && !row.textContent.toLowerCase().includes(text);
+        left += !row.hidden;
+      }
+      group.hidden = left === 0 || (word !== "" && group.dataset.word !== word);
+      group.open = !group.hidden && (word !== "" || text !== "");
+    }
+  };
+  for (const button of buttons) {
+    button.addEventListener("click", () => {
+      for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
+      sift();
+    });
+  }
+  search.addEventListener("input", sift);
+  chips.hidden = false;
+}
 
 // On paper everything is unfolded but the data of charts and what was never drawn.
 addEventListener("beforeprint", () => {
@@ -243,4 +356,6 @@ if (live) {
 }
 
 await drawAll([...document.querySelectorAll("script.spec")].filter((script) => !isFolded(script)));
+await opened();
+document.documentElement.dataset.opened = "yes";
 if (location.hash) unfold();

@@ -29,6 +29,7 @@ from kvpatch.errors import ModelError
 from kvpatch.files import cache_directory, read_json, write_whole
 from kvpatch.planning.listener import ProgressListener
 from kvpatch.planning.plan import Plan
+from kvpatch.protocols.schema import Generation
 from kvpatch.store.record import ModelRecord
 from kvpatch.store.validation import code_sha256
 
@@ -86,17 +87,21 @@ def floor_of(
     threads = int(str(how.get("threads", 0))) or before
     # Float32 does not depend on the batch's size, so that a few rows tell enough, and cost little.
     rows = 0 if model.backbone.dtype == torch.float32 else int(str(how.get("rows", 0))) or together
-    temperature = batches[0].generation.temperature if batches else 0.7
+    generation = batches[0].generation if batches else Generation()
+    asked: dict[str, Any] = {
+        "rows": rows,
+        "temperature": generation.temperature,
+        "new_tokens": generation.max_new_tokens,
+    }
 
     def measure() -> dict[str, Any]:
         try:
             torch.set_num_threads(threads)
-            return noise_floor(model, rows=rows, temperature=temperature)
+            return noise_floor(model, **asked)
         finally:
             torch.set_num_threads(before)
 
-    asked = {"rows": rows, "temperature": temperature, "threads": threads}
-    found = _kept("noise_floor", model, record, hardware, asked, measure)
+    found = _kept("noise_floor", model, record, hardware, asked | {"threads": threads}, measure)
     return {name: value for name, value in found.items() if name != "measured"}
 
 

@@ -46,13 +46,19 @@ class _Seen:
 
 
 def noise_floor(
-    model: Model, *, rows: int = FEWEST_ROWS, temperature: float = 0.7, other_threads: int | None = None
+    model: Model,
+    *,
+    rows: int = FEWEST_ROWS,
+    temperature: float = 0.7,
+    new_tokens: int | None = None,
+    other_threads: int | None = None,
 ) -> dict[str, Any]:
     """Compute the same trials in other ways.
 
     Args:
         rows: how many trials the run computes together; its threads are those that torch uses now.
         temperature: of the run.
+        new_tokens: tokens that the run writes; `NEW_TOKENS` are looked at where it writes more, or where not given.
         other_threads: the other number of threads on a processor; one less where not given.
     Returns:
         For rows in another order ("other_mates"), in two batches of half the size ("other_batch_shape"), and on a
@@ -63,16 +69,17 @@ def noise_floor(
     count = min(MOST_ROWS, max(FEWEST_ROWS, rows))
     prompts = [model.encode(f"{_TEXTS[i % 2]} {'Go on. ' * (i % 3)}{i if i > 1 else ''}") for i in range(count)]
     order, half = list(range(count)), count // 2
-    base = _seen(model, prompts, order, None, temperature)
+    length = min(NEW_TOKENS, new_tokens or NEW_TOKENS)
+    base = _seen(model, prompts, order, None, temperature, length)
     given = [text[:FORCED] for text in base.texts]
 
     def again(*batches: Sequence[int]) -> _Seen:
-        parts = [_seen(model, prompts, list(batch), given, temperature) for batch in batches]
+        parts = [_seen(model, prompts, list(batch), given, temperature, length) for batch in batches]
         return _in_order([i for batch in batches for i in batch], parts)
 
     first = again(order)
     others = {"other_mates": again(order[::-1]), "other_batch_shape": again(order[:half], order[half:])}
-    found: dict[str, Any] = {"rows": count, "new_tokens": NEW_TOKENS}
+    found: dict[str, Any] = {"rows": count, "new_tokens": length}
     before = torch.get_num_threads()
     # With one thread float32 is left out unless asked for: its sums do not depend on threads
     # (docs/decisions/009-products.md), and a second thread on a busy machine costs more than all the rest.
@@ -101,11 +108,12 @@ def _seen(
     rows: list[int],
     given: Sequence[list[int]] | None,
     temperature: float,
+    new_tokens: int,
 ) -> _Seen:
     """Prefill, decode and force some of the prompts as one batch. given: the text to force on each prompt; where None,
     what the rows write now."""
     cache = prefill(model.backbone, [prompts[i] for i in rows])
-    written = decode(model.backbone, cache, max_new_tokens=NEW_TOKENS, temperature=temperature, seeds=rows)
+    written = decode(model.backbone, cache, max_new_tokens=new_tokens, temperature=temperature, seeds=rows)
     texts = [ids[:length] for ids, length in zip(written.token_ids.tolist(), written.lengths, strict=True)]
     wanted = [[texts[at][:FORCED] if given is None else given[i]] for at, i in enumerate(rows)]
     forced, random = (

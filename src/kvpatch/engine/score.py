@@ -185,12 +185,14 @@ def _score_rows(
     if capture is not None:
         capture.only(branches <= 1)
     hidden = backbone.forward(tokens, positions, slab, None if one_each else branches, edits, capture).flatten(0, 1)
-    read_at, write_at = (torch.from_numpy(np.concatenate(at)).to(device) for at in (made.read_at, made.write_at))
+    # The pending token predicts the first token of every branch, so its logits are made once.
+    states_at, of = np.unique(np.concatenate(made.read_at), return_inverse=True)
+    states_at, of, write_at = (torch.from_numpy(at).to(device) for at in (states_at, of, np.concatenate(made.write_at)))
     wanted = torch.tensor(made.wanted, device=device)
     if scores.entropies is None:
-        scores.logprobs.view(-1)[write_at] = backbone.token_logprobs(hidden[read_at], wanted)
+        scores.logprobs.view(-1)[write_at] = backbone.token_logprobs(hidden[states_at], wanted, of)
     else:
-        found, entropies = backbone.token_logprobs_and_entropies(hidden[read_at], wanted)
+        found, entropies = backbone.token_logprobs_and_entropies(hidden[states_at], wanted, of)
         scores.logprobs.view(-1)[write_at], scores.entropies.view(-1)[write_at] = found, entropies
     at = torch.tensor(rows, device=device)
     first = max(len(continuations[row][0]) for row in rows)

@@ -169,31 +169,37 @@ class Backbone:
         with fast_products(self.head.weight):
             return self.scaled(self.head(hidden).float())
 
-    def token_logprobs(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Log-probability of one token at each hidden state, chunked over the vocabulary.
+    def token_logprobs(self, hidden: Tensor, token_ids: Tensor, of: Tensor | None = None) -> Tensor:
+        """Log-probability of tokens at hidden states, chunked over the vocabulary.
 
         Args:
-            hidden: [n, width].
+            hidden: [states, width].
             token_ids: [n].
+            of: [n], the state that each token is read from; token i from state i where not given.
         Returns:
             [n], float32, natural logarithm.
         """
-        return self._read_tokens(hidden, token_ids, with_entropies=False)[0]
+        return self._read_tokens(hidden, token_ids, of, with_entropies=False)[0]
 
-    def token_logprobs_and_entropies(self, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def token_logprobs_and_entropies(
+        self, hidden: Tensor, token_ids: Tensor, of: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The same, and the entropy of the distribution that each token was read from, of one product with the head.
 
         Returns:
             [n] and [n], float32, nats.
         """
-        return self._read_tokens(hidden, token_ids, with_entropies=True)
+        return self._read_tokens(hidden, token_ids, of, with_entropies=True)
 
-    def _read_tokens(self, hidden: Tensor, token_ids: Tensor, *, with_entropies: bool) -> tuple[Tensor, Tensor]:
+    def _read_tokens(
+        self, hidden: Tensor, token_ids: Tensor, of: Tensor | None, *, with_entropies: bool
+    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies; what is returned for entropies that are not asked for means nothing."""
+        of = torch.arange(len(token_ids), device=hidden.device) if of is None else of
         if not is_plain_linear(self.head):  # somebody's head, or hooks on it: ask it for all it gives
             parts = [self.logits(part[:, None])[:, 0].float().log_softmax(dim=-1) for part in hidden.split(256)]
             found = torch.cat(parts)
-            return found.gather(1, token_ids[:, None])[:, 0], -(found.exp() * found).sum(dim=-1)
+            return found[of, token_ids], -(found.exp() * found).sum(dim=-1)[of]
         weight, bias = self.head.weight, self.head.bias
         total = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
         mean = torch.zeros_like(total)  # of the logits, weighted by the probabilities so far
@@ -207,10 +213,10 @@ class Backbone:
                     of_chunk = (logits.softmax(dim=-1) * logits).sum(dim=-1)
                     mean = mean * (total - both).exp() + of_chunk * (own - both).exp()
                 total = both
-        chosen = (hidden * weight[token_ids]).sum(dim=-1)
+        chosen = (hidden[of] * weight[token_ids]).sum(dim=-1)
         if bias is not None:
             chosen = chosen + bias[token_ids]
-        return self.scaled(chosen.float()) - total, total - mean
+        return self.scaled(chosen.float()) - total[of], (total - mean)[of]
 
     @property
     def logit_scaling(self) -> tuple[float, float | None]:

@@ -4,9 +4,9 @@
 
 A run of a tiny model, and the commands that write beside it, are carried out once to count the calls that write below
 their folder: opening, writing, flushing, closing, renaming, deleting, locking, making directories. Then each of these
-fails once with each error. Wanted is one line and exit code 2 (or, where the file was none that the run needs, an end as
-if nothing had been); then the same command again, which must leave every file as the undisturbed run has it and no other.
-Needs a C compiler and Linux. The whole takes about 25 minutes on one core.
+fails once with each error. Wanted is one line and exit code 2, or, where the run does not need the file, an end as if
+nothing had been. Then the same command is given again, which must leave every file as the undisturbed run has it and no
+other. Needs a C compiler and Linux. The whole takes about 25 minutes on one core.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
+import math
 import os
 import shutil
 import subprocess
@@ -137,12 +138,13 @@ class Faults:
     """Tries faults, and counts what came of them."""
 
     def __init__(self, folder: Path, show: int, is_lasting: bool) -> None:
-        from forked import Small
+        from forked import Small, remember_pages
 
         self.show, self.is_lasting = show, is_lasting
         self.counts: dict[tuple[str, str], Counter[str]] = {}
         self.said = folder / "said"
         self.said.mkdir()
+        remember_pages()
         self.small = Small(folder)
         self.shim = Shim(folder / "disk")
         os.environ["KVPATCH_CACHE"] = str(self.shim.folder / "cache")
@@ -203,9 +205,8 @@ class Faults:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--errors", nargs="+", default=list(ERRORS), choices=ERRORS)
-    parser.add_argument(
-        "--every", type=int, default=1, help="try every so many of the points, a different one per error"
-    )
+    parser.add_argument("--every", type=int, default=1, help="try every so many of the points")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
     parser.add_argument("--scenes", nargs="+", help="of run, 'run, resumed', verdicts, report, 'report -o', repair")
     parser.add_argument("--lasting", action="store_true", help="every later call fails too")
     parser.add_argument("--show", type=int, default=5, help="examples of each that went wrong")
@@ -214,14 +215,20 @@ def main() -> None:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         faults = Faults(Path(name), options.show, options.lasting)
-        for scene in scenes(faults.small):
-            if options.scenes and scene.name not in options.scenes:
-                continue
-            points = faults.points(scene)
-            print(f"{scene.name}: {points} calls that write", flush=True)
-            for place, error in enumerate(options.errors):
-                for point in range(place % options.every, points, options.every):
-                    faults.fault(scene, point, error)
+        chosen = [s for s in scenes(faults.small) if options.scenes is None or s.name in options.scenes]
+        points = {scene.name: faults.points(scene) for scene in chosen}
+        for scene, count in points.items():
+            print(f"{scene}: {count} calls that write", flush=True)
+        # In each round every point fails with another error, so that a part of the rounds still tries every point.
+        tries = [(r, s, p) for r in range(len(options.errors)) for s in chosen for p in range(points[s.name])]
+        tries = tries[:: options.every]
+        for number, (round_, scene, point) in enumerate(tries):
+            if time.monotonic() - start > 60 * options.minutes:
+                print(f"stopped after {number} of {len(tries)}")
+                break
+            faults.fault(scene, point, options.errors[(point + round_) % len(options.errors)])
+            if number % 100 == 99:
+                print(f"{number + 1} of {len(tries)} tried, {time.monotonic() - start:.0f} s", flush=True)
     faults.print()
     print(f"{time.monotonic() - start:.0f} s")
     shutil.rmtree(os.environ["KVPATCH_FAULTS"])

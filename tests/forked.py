@@ -1,7 +1,7 @@
-"""Commands of kvpatch in forked children of one process that has loaded everything, so that each takes a second or less.
+"""Commands of kvpatch in forked children of one process that has loaded everything: each takes a second or less.
 
-A child is a whole process: it can be killed, and what fails in it is gone with it. Its model is the parent's, and what is
-asked of that model before its first trial, which writes nothing, is answered as the parent answered it.
+A child is a whole process: it can be killed, and what fails in it is gone with it. Its model is the parent's, and what
+is asked of that model before its first trial, which writes nothing, is answered as the parent answered it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ os.environ.pop("KVPATCH_DEBUG", None)
 
 import kvpatch.cli.progress  # everything is imported before the first child is made
 import kvpatch.engine.loading
+import kvpatch.report.build
 import kvpatch.run
 from kvpatch.cli import main as cli
 from kvpatch.report.library import chart_library
@@ -138,6 +139,11 @@ def remember_models() -> None:
     chart_library()
 
 
+def remember_pages() -> None:
+    """Remember the first report that is made; for what asks of reports only that they are written."""
+    kvpatch.report.build.report_page = _once(kvpatch.report.build.report_page, lambda *_, **__: None)
+
+
 def _once(function: Callable[..., Any], key_of: Callable[..., Any]) -> Callable[..., Any]:
     known: dict[Any, Any] = {}
 
@@ -160,8 +166,13 @@ class Small:
     def __init__(self, folder: Path) -> None:
         self.folder, self.whole = folder, folder / "whole"
         os.environ["KVPATCH_CACHE"] = str(folder / "cache")
-        watched = {"question": "?", "n": 2, "conditions": list(CONDITIONS), "attention": {}}
-        self.protocol = write_protocol(folder, phases={"1": watched})
+        watched = {"question": "?", "n": 2, "conditions": list(CONDITIONS), "attention": True}
+        self.protocol = write_protocol(
+            folder,
+            phases={"1": watched},
+            generation={"max_new_tokens": 5, "temperature": 0.7},
+            readouts={"r_v": {"window": 4}, "forced_tokens": 6, "likelihood_tokens": 4, "js_positions": 2},
+        )
         self.model = tiny_model_dir("llama", folder)
         remember_models()
         self._in_parent(self.whole)

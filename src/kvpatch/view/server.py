@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from kvpatch.errors import KvpatchError, StoreError
+from kvpatch.errors import KvpatchError, StoreError, all_visible
 from kvpatch.report import charts, page, text
 from kvpatch.report.build import mark, report_page
 from kvpatch.report.library import chart_library
@@ -231,9 +231,10 @@ def _status(run: LiveRun) -> dict[str, Any]:
     )
     for row in newest:
         row |= {name: text.number(row[name]) for name in readouts}
+        row |= {name: all_visible(row[name]) for name in ("phase", "condition", "pair_id", "text", "error")}
     shown = {"speed": speed(progress), "left_text": duration(progress.left), "newest_text": clock(progress.newest)}
-    known = {"run": run.key, "version": run.version, "trouble": run.trouble}
-    return {**known, **progress.to_dict(), **shown, "newest_trials": newest, "newest_readouts": readouts}
+    known = {"run": run.key, "version": run.version, "trouble": all_visible(run.trouble)}
+    return {**known, **all_visible(progress.to_dict()), **shown, "newest_trials": newest, "newest_readouts": readouts}
 
 
 def _estimates(run: LiveRun) -> list[dict[str, Any]]:
@@ -252,7 +253,7 @@ def _estimates(run: LiveRun) -> list[dict[str, Any]]:
             title = "r" if found["is_correlation"] else unit
             path = found.pop("path")
             found["chart"] = charts.packed(estimates.narrowing_chart(path, title, found["counts"])) if path else None
-    return out
+    return all_visible(out)
 
 
 async def _as_text(_: Request, error: Exception) -> Response:

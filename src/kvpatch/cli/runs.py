@@ -212,7 +212,8 @@ def verdicts(
     is_registered = registered is None or _held_against(registered, store)
     outcome = outcome_of(store, is_exploratory=exploratory, protocol=other)
     if not exploratory:
-        write_verdicts(store, outcome)
+        if told := write_verdicts(store, outcome):
+            say(f"warning: {told}", err=True)
     if as_json:
         say_json(canonical_json(outcome.plan_table if only_plan else outcome.verdicts))
     else:

@@ -105,6 +105,7 @@ def begun(words: Sequence[object], folder: Path, prepare: Callable[[], None] | N
         if prepare is not None:
             prepare()
         code = _code_of(cli.main)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command has ended
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()

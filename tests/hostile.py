@@ -82,7 +82,8 @@ HOSTILE = [
 assert len(HOSTILE) == 60
 FREE = ("title", "question", "about", "claim", "expected")
 """Keys of a protocol whose text is free."""
-TEXTS = ("text", "source_text", "target_text", "error", "pair_id", "source_id", "target_id", "stopped")
+TEXTS = ("text", "source_text", "target_text", "error", "stopped")
+NAMES = ("pair_id", "source_id", "target_id")
 
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f]")
@@ -107,14 +108,14 @@ def write_hostile_run(directory: Path) -> Store:
     store, parts = Store(directory), list(run_parts(protocol, 8, 1, 2, phases=["1", "4"]))
     planned: dict[str, int] = {}
     model = model_record(HOSTILE[0] + HOSTILE[41], HOSTILE[5], 30, 3)
-    pairs: dict[str, str] = {}
+    names: dict[str, str] = {}
     with store.locked():
         for name, rows in parts:
             for row in rows:
-                told = {key: next(turns) for key in TEXTS if key != "pair_id"}
-                # Texts of all conditions of a pair stand under one name; failed trials have no readouts.
-                told["error"] = told["error"] if row["error"] else None
-                told["pair_id"] = pairs.setdefault(row["pair_id"], f"{len(pairs)} {next(turns)[:200]}")
+                told = {key: next(turns) for key in TEXTS}
+                told["error"] = told["error"] if row["error"] else None  # failed trials have no readouts
+                # What was one name stays one, so that pairs stay pairs.
+                told |= {key: names.setdefault(row[key], f"{len(names)} {next(turns)[:200]}") for key in NAMES}
                 row |= told
                 planned[row["phase"]] = planned.get(row["phase"], 0) + 1
             store.append(name, rows)

@@ -32,7 +32,7 @@ from kvpatch.verdicts.chosen_heads import with_heads
 from kvpatch.verdicts.outcome import light_rows, outcome_of
 from kvpatch.view import estimates, query, trial
 from kvpatch.view.guard import Guard
-from kvpatch.view.runs import LiveRun, Progress, Runs, dumps
+from kvpatch.view.runs import LiveRun, Progress, Runs, State, dumps
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at the run directories."""
@@ -46,7 +46,7 @@ class _Made:
     """What was made of one version of a run, so that it is made once; `lock` keeps two from making it at a time."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    version: int = -1
+    version: tuple[int, State] | None = None
     value: Any = None
 
 
@@ -104,10 +104,10 @@ class View:
         return HTMLResponse(self._pages.get_template(name).render(shared | values))
 
     def _made_of(self, run: LiveRun, what: str, make: Any) -> Any:
-        """What `make` gives for the run as it now stands; made once a version, by one thread at a time."""
+        """What `make` gives for the run as it now stands; made once a version and state, by one thread at a time."""
         made = self._made.setdefault((run.key, what), _Made())
         with made.lock:
-            version = run.version
+            version = run.version, run.state()
             if made.version != version:
                 made.value, made.version = make(), version
             return made.value
@@ -135,7 +135,8 @@ class View:
             while not self.is_stopping() and not await request.is_disconnected():
                 for key, run in list(self.runs.by_key.items()):
                     if only is None or key == only:
-                        data = dumps(await run_in_threadpool(_status, run))
+                        made = functools.partial(_status, run)
+                        data = await run_in_threadpool(self._made_of, run, "status", made)
                         if said.get(key) != data:
                             said[key], silent = data, 0.0
                             yield f"event: status\ndata: {data}\n\n"
@@ -221,7 +222,8 @@ class _Asked(dict[str, str]):
         return ""
 
 
-def _status(run: LiveRun) -> dict[str, Any]:
+def _status(run: LiveRun) -> str:
+    """What a stream of events says of a run, as JSON. All streams share it: it is asked for by each, once a second."""
     progress = run.progress()
     readouts = [readout.name for readout in query.shown_in("newest", run)]
     columns = ", ".join(f'"{name}"' for name in readouts)
@@ -234,7 +236,8 @@ def _status(run: LiveRun) -> dict[str, Any]:
         row |= {name: all_visible(row[name]) for name in ("phase", "condition", "pair_id", "text", "error")}
     shown = {"speed": speed(progress), "left_text": duration(progress.left), "newest_text": clock(progress.newest)}
     known = {"run": run.key, "version": run.version, "trouble": all_visible(run.trouble)}
-    return {**known, **all_visible(progress.to_dict()), **shown, "newest_trials": newest, "newest_readouts": readouts}
+    progressed = all_visible(progress.to_dict())
+    return dumps({**known, **progressed, **shown, "newest_trials": newest, "newest_readouts": readouts})
 
 
 def _estimates(run: LiveRun) -> list[dict[str, Any]]:

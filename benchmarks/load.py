@@ -2,10 +2,11 @@
 
     python benchmarks/load.py [--trials 200000] [--clients 100] [--streams 50] [--minutes 10]
 
-The trials are synthetic and stored as a run stores them. `kvpatch view` serves them on the loopback interface from a process
-of its own. A client asks for a page or a query, reads the answer, waits up to two seconds and goes on. Printed are answers
-by kind with their median and slowest time, errors, the server's memory before, at most and after, and the share of a core
-that the idle streams cost. Needs no model. The memory before is that after every kind of page was made once.
+The trials are synthetic and stored as a run stores them. `kvpatch view` serves them on the loopback interface from a
+process of its own. A client asks for a page or a query, reads the answer, waits up to two seconds and goes on. Printed
+are answers by kind with their median and slowest time, errors, the server's memory before, at most and after, and the
+share of a core that the idle streams cost. Needs no model. The memory before is that after every kind of page was made
+once.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from synthetic import dec7, record_of, run_parts
 
 PHASES = ["1", "4"]
 WORDS = ("itself", "attention", "bread", '"turns back"', "nowhere", "awareness")
+SHARES = {"home": 2, "run": 3, "trials": 4, "search": 3, "trial": 4, "estimates": 2, "report": 1}
+"""What is asked for, and how often beside one another."""
 GROWTH = 1.2
 """Most that the server's memory may grow."""
 IDLE = 0.05
@@ -79,9 +82,7 @@ class Clients:
     def path(self) -> tuple[str, str]:
         """(kind, path) of something that a person would ask for."""
         rng = self.rng
-        kind = rng.choices(["home", "run", "trials", "search", "trial", "estimates", "report"], [2, 3, 4, 3, 4, 2, 1])[
-            0
-        ]
+        kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
         filters = f"page={rng.randint(1, 4000)}&condition={rng.choice('ABC')}&sort=-recursive_score"
         return kind, {
             "home": "/",
@@ -135,9 +136,8 @@ async def measured(server: psutil.Process, clients: Clients, options: argparse.N
     for kind, path in {clients.path() for _ in range(300)} | {("report", "/run/run/report")}:
         if not clients.seconds[kind]:
             await clients.ask(kind, path)
-    print(
-        "first answers: " + ", ".join(f"{kind} {times[0]:.1f} s" for kind, times in clients.seconds.items()), flush=True
-    )
+    first = ", ".join(f"{kind} {times[0]:.1f} s" for kind, times in clients.seconds.items())
+    print(f"first answers: {first}", flush=True)
     await asyncio.sleep(2)
     clients.seconds.clear()
 

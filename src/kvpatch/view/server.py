@@ -34,6 +34,7 @@ from kvpatch.view import estimates, query, trial
 from kvpatch.view.guard import Guard
 from kvpatch.view.runs import LiveRun, Progress, Runs, State, dumps
 
+STATUS = "status"
 LOOK_EVERY = 1.0
 """Seconds between two looks at the run directories."""
 NOT_FINAL = "Not final: looking is not testing. Estimates and intervals change until the last trial is stored."
@@ -46,7 +47,7 @@ class _Made:
     """What was made of one version of a run, so that it is made once; `lock` keeps two from making it at a time."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    version: tuple[int, State] | None = None
+    version: tuple[int, State | None] | None = None
     value: Any = None
 
 
@@ -104,10 +105,11 @@ class View:
         return HTMLResponse(self._pages.get_template(name).render(shared | values))
 
     def _made_of(self, run: LiveRun, what: str, make: Any) -> Any:
-        """What `make` gives for the run as it now stands; made once a version and state, by one thread at a time."""
+        """What `make` gives for the run as it now stands; made once a version, by one thread at a time. What is said of
+        the run's state is made anew when that changes, which no new part tells of."""
         made = self._made.setdefault((run.key, what), _Made())
         with made.lock:
-            version = run.version, run.state()
+            version = run.version, run.state() if what == STATUS else None
             if made.version != version:
                 made.value, made.version = make(), version
             return made.value
@@ -136,7 +138,7 @@ class View:
                 for key, run in list(self.runs.by_key.items()):
                     if only is None or key == only:
                         made = functools.partial(_status, run)
-                        data = await run_in_threadpool(self._made_of, run, "status", made)
+                        data = await run_in_threadpool(self._made_of, run, STATUS, made)
                         if said.get(key) != data:
                             said[key], silent = data, 0.0
                             yield f"event: status\ndata: {data}\n\n"

@@ -32,7 +32,7 @@ from small import write_protocol
 from tiny import tiny_model_dir
 
 CONDITIONS = ("A", "B", "C", "N1")
-LONGEST = 60.0
+LONGEST = 600.0
 """Seconds after which a child hangs."""
 
 

@@ -137,3 +137,11 @@ def test_what_is_left_while_a_model_is_made_is_taken_away_after_it(tmp_path):
     with part_of(home):
         (tmp_path / ".part-model-v1-late").mkdir()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_download_says_and_how_it_ends_is_told():
+    assert named._ended([sys.executable, "-c", "print('said')"], {}) == (0, "said\n")
+    assert named._ended([sys.executable, "-c", "import os; os._exit(int(os.environ['CODE']))"], {"CODE": "7"}) == (
+        7,
+        "",
+    )

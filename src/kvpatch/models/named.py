@@ -258,19 +258,22 @@ def _download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
 
 
 _WITH_PARENT = """
-import subprocess, sys, threading
+import os, subprocess, sys, threading
 child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
 def end():
-    sys.stdin.buffer.read()
+    os.read(0, 1)
     child.kill()
 threading.Thread(target=end, daemon=True).start()
+code = 1
 try:
-    sys.exit(child.wait())
+    code = abs(child.wait())
 finally:
     child.kill()
+    os._exit(code)
 """
 """Runs a command that ends with whoever started it: its standard input closes when they are no more, however they end.
-Without it pip would go on to download, and write into a folder that was taken away."""
+Without it pip would go on to download, and write into a folder that was taken away. It leaves without the interpreter's
+shutdown, which a thread that reads would disturb."""
 
 
 def _ended(command: list[str], settings: dict[str, str]) -> tuple[int, str]:

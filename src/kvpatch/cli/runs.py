@@ -31,6 +31,7 @@ from kvpatch.cli.app import (
 )
 from kvpatch.cli.console import say, say_json
 from kvpatch.errors import KvpatchError
+from kvpatch.files import is_directory
 
 if TYPE_CHECKING:
     from kvpatch.store.directory import Store
@@ -371,7 +372,7 @@ def view(
     Example: kvpatch view results
     """
     for directory in directories:
-        if not directory.is_dir():
+        if not is_directory(directory):
             raise KvpatchError(f"{directory} is not a directory")
     from kvpatch.view.server import new_token, serve
 

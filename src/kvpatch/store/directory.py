@@ -111,7 +111,7 @@ class Store:
             StoreError: where it can't be written.
         """
         existing = self.directory
-        while not existing.exists() and existing != existing.parent:
+        while not os.path.exists(existing) and existing != existing.parent:  # which a name that is too long does not
             existing = existing.parent
         if not existing.is_dir():
             raise StoreError(f"{self.directory} can't be written: {existing} is a file")
@@ -145,7 +145,7 @@ class Store:
 
     def has_record(self) -> bool:
         """Whether a run was started here."""
-        return (self.directory / "run.json").exists()
+        return os.path.exists(self.directory / "run.json")
 
     def write_record(self, record: RunRecord) -> None:
         """Write run.json."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,6 +63,20 @@ def opened(browser: Any, width: int = 1280, scheme: str = "light", offline: bool
     page.on("pageerror", lambda error: said.append(str(error)))
     yield page, said
     context.close()
+
+
+@contextmanager
+def served(directory: Path) -> Iterator[str]:
+    """Where `kvpatch view` serves a directory, token included."""
+    command = [sys.executable, "-m", "kvpatch", "view", str(directory)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            said = server.stdout.readline()  # comes when it answers, however long that takes
+            assert said.startswith("view: http://127.0.0.1:")
+            yield said.removeprefix("view: ").strip().rstrip("/")
+        finally:
+            server.terminate()
 
 
 def settled(page: Any, expression: str, wanted: Any, argument: Any = None) -> Any:

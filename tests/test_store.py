@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from kvpatch import files as shared_files
 from kvpatch.errors import StoreError
 from kvpatch.store import directory as store_room
 from kvpatch.store.columns import ATTENTION_COLUMNS, ATTENTION_SCHEMA, TRIAL_COLUMNS, TRIAL_SCHEMA
@@ -240,14 +241,14 @@ class Killed(BaseException):
 
 def test_data_is_written_before_the_index(store, monkeypatch):
     """Killed between the two, the part is not counted; the next run writes it again."""
-    atomically = store_room._atomically
+    write_whole = store_room.write_whole
 
-    def killed_at_the_index(path, data):
+    def killed_at_the_index(path, data, **settings):
         if path.name == "parts.jsonl":
             raise Killed
-        atomically(path, data)
+        write_whole(path, data, **settings)
 
-    monkeypatch.setattr(store_room, "_atomically", killed_at_the_index)
+    monkeypatch.setattr(store_room, "write_whole", killed_at_the_index)
     with pytest.raises(Killed):
         store.append("third", [row(8)])
     monkeypatch.undo()
@@ -279,18 +280,20 @@ def test_part_killed_while_it_is_moved_into_place_is_not_counted(store, monkeypa
 
 
 def test_leftovers_of_a_killed_write_are_in_nobody_s_way(store):
-    (store.trials / ".third.parquet.tmp").write_bytes(b"PAR1 half")
-    (store.directory / ".parts.jsonl.tmp").write_text('{"part": "th')
+    for number in ("", "0a1b2c3d."):  # as an older version named it, and as this one does
+        (store.trials / f".third.parquet.{number}tmp").write_bytes(b"PAR1 half")
+        (store.directory / f".parts.jsonl.{number}tmp").write_text('{"part": "th')
     assert ids(store) == [f"id-{i}" for i in range(4)]
     store.append("third", [row(8)])
     assert store.done() == {"first", "second", "third"}
+    assert not [name for name in files(store) if name.endswith("tmp")]
 
 
 def test_directory_of_a_run_killed_while_it_wrote_its_record_is_taken_up_again(tmp_path):
     directory = tmp_path / "run"
     directory.mkdir()
     (directory / ".lock").touch()
-    (directory / ".run.json.tmp").write_text('{"kvpatch_ver')
+    (directory / ".run.json.0a1b2c3d.tmp").write_text('{"kvpatch_ver')
     with Store(directory).locked():
         Store(directory).write_record(RECORD)
     assert Store(directory).read_record() == RECORD
@@ -389,7 +392,7 @@ def failing_writes(monkeypatch: pytest.MonkeyPatch, code: int) -> Iterator[None]
         return open(path, mode, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(store_room, "open", refusing, raising=False)
+        patched.setattr(shared_files, "open", refusing, raising=False)
         yield
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 EXTRA_OF = {
     "torch": "run",
@@ -24,9 +26,15 @@ EXTRA_OF = {
 """Which extra of kvpatch brings a package that the base install does without (pyproject.toml)."""
 
 
-_BIDI = {
+_NAMED = {
+    # What turns the direction of a line.
+    0x061C: "ALM", 0x200E: "LRM", 0x200F: "RLM",
     0x202A: "LRE", 0x202B: "RLE", 0x202C: "PDF", 0x202D: "LRO", 0x202E: "RLO",
     0x2066: "LRI", 0x2067: "RLI", 0x2068: "FSI", 0x2069: "PDI",
+    # What has no width, so that two words may look the same. The joiners of scripts and of emoji stay.
+    0x00AD: "SHY", 0x180E: "MVS", 0x200B: "ZWSP", 0x2060: "WJ", 0xFEFF: "BOM",
+    **{code: f"U+{code:04X}" for code in (*range(0x2061, 0x2066), *range(0x206A, 0x2070), *range(0xFFF9, 0xFFFC))},
+    **{code: f"U+{code:04X}" for code in (0xE0001, *range(0xE0020, 0xE0080))},
 }  # fmt: skip
 _VISIBLE: dict[int, str] = {
     **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
@@ -34,23 +42,41 @@ _VISIBLE: dict[int, str] = {
     **dict.fromkeys(range(0x80, 0xA0), "\u2426"),
     0x2028: "\u2424",
     0x2029: "\u2424",
-    **{code: f"\u27e8{name}\u27e9" for code, name in _BIDI.items()},
+    **{code: f"\u27e8{name}\u27e9" for code, name in _NAMED.items()},
     **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),
     0xFFFE: "\ufffd",
     0xFFFF: "\ufffd",
 }
+HIDING = re.compile("[" + "".join(map(chr, (code for code in _VISIBLE if code >= 0x7F))) + "]")
+"""A character that JSON leaves as it is, and that `visible` shows as a symbol."""
 
 
 def visible(value: str) -> str:
     """Return the text with every character that would hide, reorder or break something shown as a symbol.
 
-    Controls become their pictures (U+2400 block), bidirectional embeddings, overrides and isolates their
-    names in angle brackets, lone surrogates U+FFFD. Newline and tab stay.
+    Controls become their pictures (U+2400 block); marks, embeddings, overrides and isolates of direction, and spaces
+    and marks without width, their names in angle brackets; lone surrogates U+FFFD. Newline and tab stay.
 
-    >>> visible("a\\x00b\\u202ec")
-    'a␀b⟨RLO⟩c'
+    >>> visible("a\\x00b\\u202ec\\u200f")
+    'a␀b⟨RLO⟩c⟨RLM⟩'
     """
     return value.translate(_VISIBLE)
+
+
+def all_visible(value: Any) -> Any:
+    """The same of every string in plain data: dictionaries, their keys among them, lists and what they hold."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, dict):
+        return {all_visible(key): all_visible(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [all_visible(inner) for inner in value]
+    return value
+
+
+def as_html(value: str) -> str:
+    """A text to stand in a page, visible and escaped."""
+    return html.escape(visible(value))
 
 
 MOST_QUOTED = 200

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -128,18 +129,70 @@ def read_json(path: Path) -> Any:
         raise ValueError("it is too deeply nested") from None
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, *, is_flushed: bool = False) -> None:
     """Write a file so that another process sees all of it or what was there before; make its directory where needed.
 
-    It is not flushed to the disk: what is kept here can be made again.
+    It is written beside its place, under a name of its own that is locked meanwhile, and moved there. What a killed
+    process left beside the same place is taken away.
+
+    is_flushed: whether file and name are on the disk when this returns. What is kept in a cache can be made again.
+
+    Raises:
+        OSError: where it can't be written; what was there before stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    _clear_leftovers(path)
+    part = path
     try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        part, handle = _begun_beside(path)
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            if is_flushed:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+    except BaseException:
+        if part != path:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+        raise
+    if is_flushed:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def is_beside(name: str, of: str = "") -> bool:
+    """Whether a file of a directory is one that `write_whole` had not moved into its place, whose name is `of`."""
+    return name.startswith(f".{of}") and name.endswith(".tmp")
+
+
+def _begun_beside(path: Path) -> tuple[Path, int]:
+    """A new file beside a place, and a handle to write it, which holds its lock where there are locks."""
+    for _ in range(100):
+        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another process took it for a leftover before its lock was held
+            os.close(handle)
+            continue
+        except OSError:  # no locks here: nobody takes it away
+            pass
+        return part, handle
+    raise OSError(errno.EBUSY, f"{path} is written by many processes at once")
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Take away what was written beside a place by processes that are no more; their locks are gone with them."""
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        for name in [entry.name for entry in entries if is_beside(entry.name, f"{path.name}.")]:
+            left = path.with_name(name)
+            with suppress(OSError), open(os.open(left, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
 
 
 def cache_directory() -> Path:

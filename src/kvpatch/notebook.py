@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Callable
 from functools import cached_property
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import pandas as pd
 
-from kvpatch.errors import ProtocolError, StoreError
+from kvpatch.errors import ProtocolError, StoreError, as_html
 from kvpatch.offline import drawn_offline
 from kvpatch.report.build import watched_rows
 from kvpatch.specs.readouts import MODE
@@ -123,12 +122,12 @@ class Run:
         try:
             outcome = self.outcome
         except StoreError as error:
-            return f"<p><b>{html.escape(repr(self))}</b><br>{html.escape(str(error))}</p>"
+            return f"<p><b>{as_html(repr(self))}</b><br>{as_html(str(error))}</p>"
         from kvpatch.report.text import number
 
         rows = "".join(
-            f"<tr><td><b>{html.escape(v.verdict)}</b></td><td>{html.escape(v.id)}</td><td>{html.escape(v.contrast)}</td>"
-            f"<td>{html.escape(v.readout)}</td><td>{number(v.estimate)}</td>"
+            f"<tr><td><b>{as_html(v.verdict)}</b></td><td>{as_html(v.id)}</td><td>{as_html(v.contrast)}</td>"
+            f"<td>{as_html(v.readout)}</td><td>{number(v.estimate)}</td>"
             f"<td>{number(v.ci_low)} to {number(v.ci_high)}</td><td>{v.n}</td></tr>"
             for v in outcome.verdicts
         )
@@ -136,7 +135,7 @@ class Run:
             f"<th>{name}</th>" for name in ("verdict", "hypothesis", "contrast", "readout", "estimate", "interval", "n")
         )
         return (
-            f"<p>{html.escape(repr(self))}</p><p><b>{html.escape(outcome.answer)}</b></p>"
+            f"<p>{as_html(repr(self))}</p><p><b>{as_html(outcome.answer)}</b></p>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
         )
 

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import altair as alt
 import vl_convert
 
+from kvpatch.errors import all_visible
+
 Chart = TypeVar("Chart")
 
 
@@ -30,9 +32,9 @@ def drawn_offline(chart: Chart) -> Chart:
 
 
 def as_svg(chart: Any) -> str:
-    """A chart as SVG, whatever the number of its data."""
+    """A chart as SVG, whatever the number of its data; every character of its texts can be seen."""
     with alt.data_transformers.enable("default", max_rows=None):
-        return vl_convert.vegalite_to_svg(chart.to_dict())
+        return vl_convert.vegalite_to_svg(all_visible(chart.to_dict()))
 
 
 def is_watched() -> bool:

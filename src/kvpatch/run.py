@@ -63,6 +63,7 @@ def plan_for(
         ProtocolError: where the protocol can't run on one of these models, or on this bank.
     """
     records = {key: model_record(model) for key, model in models.items()}
+    _refuse_one_name_for_two(records)
     readouts = protocol.readouts
     room = max(protocol.generation.max_new_tokens, readouts.forced_tokens, readouts.likelihood_tokens)
     encoders = {
@@ -97,6 +98,21 @@ def plan_for(
         own = plan.model_copy(update={"batches": [batch for batch in plan.batches if batch.model == key]})
         refuse_misfits(own, model.geometry, encoders[key], model.continuation_ids, room)
     return plan, records
+
+
+def _refuse_one_name_for_two(records: Mapping[str | None, ModelRecord]) -> None:
+    """Trials name their model as its record does; of a local model that is the last part of its path.
+
+    Raises:
+        ProtocolError: where two models that differ would have one name.
+    """
+    known: dict[str, ModelRecord] = {}
+    for record in records.values():
+        if known.setdefault(record.name, record) != record:
+            raise ProtocolError(
+                f"two models of this run are called {record.name!r}, by which its trials would name both; rename one "
+                "of their directories"
+            )
 
 
 def _try_out(scorer: Scorer, bank: Bank, ids_of: Callable[[str], list[int]]) -> None:
@@ -207,7 +223,8 @@ def _run(protocol: Protocol, models: Models, out: Path, asked: _Asked, listener:
         record = _execute(plan, models, store, record, listener)
         listener.stage("deciding and writing the report")
         outcome = replace(outcome_of(store), record=record)
-        write_verdicts(store, outcome)
+        if told := write_verdicts(store, outcome):
+            listener.stage(told)
         store.write_record(record)
         write_report(store, outcome)
     return outcome

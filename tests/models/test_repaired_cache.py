@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kvpatch.errors import ModelError
@@ -104,3 +109,39 @@ def test_damaged_named_model_is_refused_with_the_command_that_replaces_it(tmp_pa
     assert pull(NAME, again=True) == where
     assert (where / "model.safetensors").read_bytes() == whole
     refuse_changed(where)
+
+
+PARENT = """
+import sys
+from kvpatch.models.named import _ended
+_ended([sys.executable, "-c", "import os, time; print(os.getpid(), file=open(os.sys.argv[1], 'w')); time.sleep(600)",
+        sys.argv[1]], {})
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_what_downloads_ends_with_the_process_that_wants_it(tmp_path, how):
+    told = tmp_path / "pid"
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(told)], stderr=subprocess.DEVNULL) as parent:
+        deadline = time.monotonic() + 60
+        while not told.exists() or not told.read_text().strip():
+            assert time.monotonic() < deadline and parent.poll() is None
+            time.sleep(0.02)
+        child = psutil.Process(int(told.read_text()))
+        parent.send_signal(how)
+    child.wait(timeout=60)
+
+
+def test_what_is_left_while_a_model_is_made_is_taken_away_after_it(tmp_path):
+    home = tmp_path / "model-v1"
+    with part_of(home):
+        (tmp_path / ".part-model-v1-late").mkdir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_download_says_and_how_it_ends_is_told():
+    assert named._ended([sys.executable, "-c", "print('said')"], {}) == (0, "said\n")
+    assert named._ended([sys.executable, "-c", "import os; os._exit(int(os.environ['CODE']))"], {"CODE": "7"}) == (
+        7,
+        "",
+    )

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvpatch.cli import app
+from kvpatch.cli.main import main
 from kvpatch.errors import ProtocolError, StoreError
 from kvpatch.protocols.load import load_protocol
 from kvpatch.store import directory as store_module
@@ -128,3 +129,15 @@ def test_status_is_shown_on_a_terminal_and_in_a_locale_that_nobody_knows(tmp_pat
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"trials done" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["status"], ["repair"], ["verdicts"], ["report"], ["effects"], ["view"]])
+@pytest.mark.parametrize("name", ["x" * 5_000, "a" * 300, "b/" * 3_000])
+def test_name_that_is_too_long_for_the_system_is_one_line(words, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kvpatch", *words, name])
+    monkeypatch.setenv("KVPATCH_DEBUG", "")
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(StoreError, match="can't be written"), Store(name).locked():
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from kvpatch.store.directory import Store
+from kvpatch.view.server import STATUS, View
 
 
 def test_estimates_come_with_their_charts_and_no_verdict(client: TestClient) -> None:
@@ -39,3 +41,15 @@ def test_the_live_report_says_that_it_is_not_final_until_it_is(client: TestClien
 def test_the_trials_page_keeps_what_was_asked(client: TestClient, asked: str) -> None:
     html = client.get(f"/a-token/run/first/trials{asked}").text
     assert "<script>" not in html.replace('<script src="', "")
+
+
+def test_streams_share_what_is_said_of_a_run_until_it_changes(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    view, made = View([directory]), []
+    view.runs.refresh()
+    (run,) = view.runs.by_key.values()
+    say = functools.partial(view._made_of, run, STATUS, lambda: made.append(run.progress().state) or made[-1])
+    assert [say() for _ in range(50)] == ["finished"] * 50
+    asked = len(made)
+    assert asked <= 2
+    monkeypatch.setattr("kvpatch.view.runs.is_held", lambda _: True)  # a process takes the run up
+    assert [say(), say()] == ["running"] * 2 and len(made) == asked + 1

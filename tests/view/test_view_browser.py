@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from chromium import HOSTILE, NEEDED, assert_fits, chromium, eventually, expect, opened, serious
+from chromium import HOSTILE, NEEDED, assert_fits, chromium, eventually, expect, opened, serious, served
 from kvpatch.store.directory import Store
 from synthetic import dec7, record_of, run_parts, write_run
 
@@ -41,15 +41,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(home: Path) -> Iterator[str]:
     """Where `kvpatch view` serves it, token included."""
-    command = [sys.executable, "-m", "kvpatch", "view", str(home)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        try:
-            said = server.stdout.readline()  # comes when it answers, however long that takes
-            assert said.startswith("view: http://127.0.0.1:")
-            yield said.removeprefix("view: ").strip().rstrip("/")
-        finally:
-            server.terminate()
+    with served(home) as where:
+        yield where
 
 
 def test_runs_stand_side_by_side(browser: Any, address: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 
 from torch import Tensor
+
+from kvpatch import errors
+from kvpatch.errors import as_html
 
 MOST_ROWS, MOST_SLOTS = 4, 60
 _COLOURS = ("#e8e8e8", "#dbe7f6", "#fdf0cd", "#e3f1e0")
@@ -29,13 +31,13 @@ def cache_as_html(title: str, pieces: Sequence[Sequence[str]], segments: Sequenc
     """The shape of a cache, and the tokens of its first rows, coloured by segment."""
     rows = [_row(row, codes) for row, codes in zip(pieces[:MOST_ROWS], segments[:MOST_ROWS], strict=True)]
     more = f"<p>and {len(pieces) - MOST_ROWS} more rows</p>" if len(pieces) > MOST_ROWS else ""
-    return f"<p><code>{html.escape(title)}</code></p>{''.join(rows)}{more}"
+    return f"<p><code>{as_html(title)}</code></p>{''.join(rows)}{more}"
 
 
 def _row(pieces: Sequence[str], segments: Sequence[int]) -> str:
     shown = "".join(
         f'<span style="background:{_COLOURS[code % len(_COLOURS)]};color:#222;margin-right:1px" title="slot {slot}">'
-        f"{html.escape(visible(piece))}</span>"
+        f"{as_html(visible(piece))}</span>"
         for slot, (piece, code) in enumerate(zip(pieces[:MOST_SLOTS], segments[:MOST_SLOTS], strict=True))
     )
     more = f" and {len(pieces) - MOST_SLOTS} more" if len(pieces) > MOST_SLOTS else ""
@@ -44,4 +46,4 @@ def _row(pieces: Sequence[str], segments: Sequence[int]) -> str:
 
 def visible(piece: str) -> str:
     """A token's text on one line."""
-    return piece.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·") or "∅"
+    return errors.visible(piece).replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·") or "∅"

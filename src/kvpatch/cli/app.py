@@ -33,6 +33,9 @@ app = typer.Typer(
 )
 
 
+STOPPED = "kvpatch: stopped; what was stored is kept, and the same command goes on from there\n"
+
+
 def _print_version(is_asked: bool) -> None:
     if is_asked:
         say(f"kvpatch {kvpatch.__version__}")
@@ -209,8 +212,11 @@ def one_line_errors() -> Iterator[None]:
             raise
         sys.stderr.write(f"kvpatch: {_crashed(error)}\n")
         sys.exit(70)
+    except KeyboardInterrupt:  # before typer looks for it
+        sys.stderr.write(STOPPED)
+        sys.exit(130)
     except SystemExit as stop:
         # typer turns Ctrl-C into this exit code.
         if stop.code == 130:
-            sys.stderr.write("kvpatch: stopped; what was stored is kept, and the same command goes on from there\n")
+            sys.stderr.write(STOPPED)
         raise

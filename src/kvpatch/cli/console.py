@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from typing import Any
 
@@ -11,9 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from kvpatch.errors import visible
-
-_UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u200e\u200f\u061c\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+from kvpatch.errors import HIDING, visible
 
 
 class PlainConsole(Console):
@@ -40,7 +37,7 @@ def say(text: str, *, err: bool = False) -> None:
 
 def say_json(text: str) -> None:
     """Print JSON that holds letters as they are, with whatever would change the terminal escaped; it means the same."""
-    typer.echo(_UNSAFE_IN_JSON.sub(lambda found: json.dumps(found[0])[1:-1], text), nl=False)
+    typer.echo(HIDING.sub(lambda found: json.dumps(found[0])[1:-1], text), nl=False)
 
 
 def bear_any_locale() -> None:

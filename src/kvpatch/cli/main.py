@@ -18,6 +18,6 @@ def main() -> None:
     if "--debug" in sys.argv:
         sys.argv.remove("--debug")
         os.environ["KVPATCH_DEBUG"] = "1"
-    bear_any_locale()
     with one_line_errors():
+        bear_any_locale()
         app()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -44,7 +45,7 @@ def preregister(
 
     chosen = load_protocol(protocol, needs_files=True, may_leave=allow_outside)
     chosen_phases(chosen, phase_names(phases), n)
-    if out.exists():
+    if os.path.exists(out):
         raise KvpatchError(f"{out} is there already, and a pre-registration is not written over; give another --out")
     figures = None
     if calibration is not None:

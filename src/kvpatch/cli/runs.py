@@ -31,6 +31,7 @@ from kvpatch.cli.app import (
 )
 from kvpatch.cli.console import say, say_json
 from kvpatch.errors import KvpatchError
+from kvpatch.files import is_directory
 
 if TYPE_CHECKING:
     from kvpatch.store.directory import Store
@@ -212,7 +213,8 @@ def verdicts(
     is_registered = registered is None or _held_against(registered, store)
     outcome = outcome_of(store, is_exploratory=exploratory, protocol=other)
     if not exploratory:
-        write_verdicts(store, outcome)
+        if told := write_verdicts(store, outcome):
+            say(f"warning: {told}", err=True)
     if as_json:
         say_json(canonical_json(outcome.plan_table if only_plan else outcome.verdicts))
     else:
@@ -370,7 +372,7 @@ def view(
     Example: kvpatch view results
     """
     for directory in directories:
-        if not directory.is_dir():
+        if not is_directory(directory):
             raise KvpatchError(f"{directory} is not a directory")
     from kvpatch.view.server import new_token, serve
 

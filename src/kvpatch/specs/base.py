@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from pydantic import (
     ValidationInfo,
 )
 
-from kvpatch.errors import SpecError
+from kvpatch.errors import SpecError, as_html
 from kvpatch.specs.arguments import indices_of_slice, real, shown, whole_numbers
 from kvpatch.specs.refusals import refusal_of
 
@@ -91,7 +90,7 @@ class Given(Frozen, metaclass=_WithoutPydantic):
         return repr(self)
 
     def _repr_html_(self) -> str:
-        return f"<code>{html.escape(repr(self))}</code>"
+        return f"<code>{as_html(repr(self))}</code>"
 
 
 def _written(value: Any) -> Any:

@@ -21,9 +21,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import secrets
+import tempfile
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from kvpatch.errors import StoreError
-from kvpatch.files import MOST_JSON, Taken, bytes_within, held
+from kvpatch.files import MOST_JSON, Taken, bytes_within, held, is_beside, write_whole
 from kvpatch.store.columns import (
     ATTENTION_COLUMNS,
     ATTENTION_SCHEMA,
@@ -58,7 +58,6 @@ OURS = {
     "report.html",
     SET_ASIDE,
     "crash.txt",
-    ".run.json.tmp",
 }
 """What a run directory may hold beside run.json, which a killed process or a repair may have left without it."""
 
@@ -95,7 +94,7 @@ class Store:
             lock.__exit__(None, None, None)
 
     def _is_ours(self) -> bool:
-        names = {p.name for p in self.directory.iterdir()}
+        names = {p.name for p in self.directory.iterdir() if not is_beside(p.name)}
         return "run.json" in names or not names - OURS
 
     def _refuse_links(self) -> None:
@@ -112,20 +111,20 @@ class Store:
             StoreError: where it can't be written.
         """
         existing = self.directory
-        while not existing.exists() and existing != existing.parent:
+        while not os.path.exists(existing) and existing != existing.parent:  # which a name that is too long does not
             existing = existing.parent
         if not existing.is_dir():
             raise StoreError(f"{self.directory} can't be written: {existing} is a file")
-        probe = existing / f".kvpatch-{secrets.token_hex(8)}.tmp"
         try:
-            _write_new(probe, bytes(PROBE))
+            # It has no name, so that nothing is left of it, even where this process is killed.
+            with tempfile.TemporaryFile(dir=existing, prefix=".kvpatch-", suffix=".tmp") as probe:
+                probe.write(bytes(PROBE))
+                probe.flush()
+                os.fsync(probe.fileno())
         except OSError as error:
             is_read_only = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
             why = f"{existing} is read-only" if is_read_only else error.strerror or str(error)
             raise StoreError(f"{self.directory} can't be written: {why}") from error
-        finally:
-            with suppress(OSError):
-                probe.unlink(missing_ok=True)
 
     def read_record(self) -> RunRecord:
         """run.json.
@@ -146,7 +145,7 @@ class Store:
 
     def has_record(self) -> bool:
         """Whether a run was started here."""
-        return (self.directory / "run.json").exists()
+        return os.path.exists(self.directory / "run.json")
 
     def write_record(self, record: RunRecord) -> None:
         """Write run.json."""
@@ -160,7 +159,7 @@ class Store:
         """
         path = self.directory / name
         with explained(self.directory):
-            _atomically(path, text.encode("utf-8"))
+            _stored(path, text.encode("utf-8"))
         return path
 
     def append(self, name: str, rows: Iterable[dict[str, Any]], attention: pa.Table | None = None) -> None:
@@ -178,9 +177,9 @@ class Store:
                 sha256 = hashlib.sha256(of_heads).hexdigest()
                 part = part.model_copy(update={"attention_sha256": sha256, "attention_rows": len(attention)})
                 self.attention.mkdir(exist_ok=True)
-                _atomically(self.attention / part.part, of_heads)
+                _stored(self.attention / part.part, of_heads)
             self.trials.mkdir(exist_ok=True)
-            _atomically(self.trials / part.part, data)
+            _stored(self.trials / part.part, data)
             kept = [other for other in self.parts() if other.part != part.part]
             self.write_index([*kept, part])
 
@@ -190,7 +189,7 @@ class Store:
         Raises:
             OSError: where it can't be written; what was there before stays.
         """
-        _atomically(self.index, b"".join(part.line() for part in parts))
+        _stored(self.index, b"".join(part.line() for part in parts))
 
     def parts(self) -> list[Part]:
         """What parts.jsonl names; see `parts.read_index`.
@@ -307,31 +306,11 @@ def _parquet(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _atomically(path: Path, data: bytes) -> None:
-    """Write beside the place, flush to the disk, move there; a failure leaves what was there before."""
-    part = path.with_name(f".{path.name}.tmp")
+def _stored(path: Path, data: bytes) -> None:
+    """Write a file of the run, flushed to the disk; a failure leaves what was there before."""
     if path.parent.is_symlink():
         raise StoreError(f"{path.parent} is a symbolic link, and a run is not written through one; delete the link")
-    try:
-        part.unlink(missing_ok=True)  # of a killed process
-        _write_new(part, data)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _write_new(path: Path, data: bytes) -> None:
-    """Write a file that is not there yet, not even as a symbolic link, and flush it to the disk."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(path, data, is_flushed=True)
 
 
 def _first_reason(error: Exception) -> str:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kvpatch.errors import StoreError
-from kvpatch.files import read_json
+from kvpatch.files import is_file, read_json
 from kvpatch.specs.base import Frozen
 from kvpatch.store.directory import SET_ASIDE, Store, explained
 from kvpatch.store.parts import Part, entries
@@ -63,7 +63,7 @@ def repair(store: Store) -> Repair:
     Raises:
         StoreError: where the directory is no run's, is in use, or can't be written.
     """
-    if not (os.path.lexists(store.directory / "run.json") or store.index.exists()):
+    if not (os.path.lexists(store.directory / "run.json") or is_file(store.index)):
         raise StoreError(f"{store.directory} is not a run directory: it has no run.json")
     with store.locked():
         record = _record(store)
@@ -72,7 +72,7 @@ def repair(store: Store) -> Repair:
             if record is None and os.path.lexists(store.directory / "run.json"):
                 _set_aside(store, "run.json", taken, "it can't be read, or its protocol was changed after the run")
             kept, dropped, bad = _sorted_out(store)
-            is_torn = store.index.exists() and bool(bad or dropped)
+            is_torn = is_file(store.index) and bool(bad or dropped)
             if is_torn:
                 _set_aside(store, "parts.jsonl", taken, "it named parts that are not as they were stored", is_copy=True)
                 store.write_index(kept)

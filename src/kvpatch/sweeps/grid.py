@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvpatch.caches.kvcache import KVCache
-from kvpatch.errors import missing_extra
+from kvpatch.errors import as_html, missing_extra
 from kvpatch.sweeps.axes import Plan, token_labels
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Sweep:
     def _repr_html_(self) -> str:
         at = self.data.isel(self.data.argmax(...))  # pyright: ignore[reportArgumentType]
         place = ", ".join(f"{name} {at.coords[name].item()}" for name in self.data.dims)
-        return f"<p><code>{html.escape(repr(self))}</code></p><p>highest at {html.escape(place)}</p>"
+        return f"<p><code>{as_html(repr(self))}</code></p><p>highest at {as_html(place)}</p>"
 
 
 def labelled(plan: Plan, rows: Sequence[Sequence[float]], source: KVCache, target: KVCache) -> xr.DataArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from kvpatch.errors import ProtocolError
+from kvpatch.files import MOST_JSON, bytes_within
 from kvpatch.protocols.schema import Protocol
 from kvpatch.store.columns import TRIAL_COLUMNS
 from kvpatch.store.directory import Store
@@ -198,11 +200,32 @@ def _needed(protocol: Protocol) -> list[str]:
     return list(dict.fromkeys([*keys, *read, *map(heads_column, read)]))
 
 
-def write_verdicts(store: Store, outcome: Outcome) -> None:
-    """Store verdicts.json, where it does not say the same already."""
+def write_verdicts(store: Store, outcome: Outcome) -> str | None:
+    """Store verdicts.json, where it does not say the same already; returns what to tell of one that said otherwise."""
     text, path = verdicts_json(outcome.verdicts), store.directory / "verdicts.json"
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        store.write_text("verdicts.json", text)
+    try:
+        before = bytes_within(path, MOST_JSON).decode(errors="replace")
+    except FileNotFoundError:
+        before = None
+    except OSError:
+        before = ""
+    if before == text:
+        return None
+    store.write_text("verdicts.json", text)
+    return None if before is None else f"verdicts.json {_change(before, text)}; it was written anew from the trials"
+
+
+def _change(before: str, now: str) -> str:
+    """What verdicts.json said otherwise than it does now."""
+    try:
+        old, new = ({entry["id"]: entry for entry in json.loads(content)} for content in (before, now))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return "could not be read"
+    differ = [name for name in {**new, **old} if new.get(name) != old.get(name)]
+    if not differ:
+        return "had another layout"
+    more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+    return f"said otherwise of {', '.join(map(str, differ[:3]))}{more}"
 
 
 def phase_effects(store: Store, phase: str | None = None) -> list[Effect]:

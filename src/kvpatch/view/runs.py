@@ -84,6 +84,7 @@ class LiveRun:
         empty = pa.table({name: pa.array([], kind) for name, kind in self.columns.items()})
         self._put("create table trials as select 0::bigint as place, '' as part, * from arriving limit 0", empty)
         self.version = 0
+        self._counted = (0, 1)
 
     @property
     def record(self) -> RunRecord | None:
@@ -217,6 +218,7 @@ class LiveRun:
         ]
         total, stored = sum(planned.values()), sum(row["done"] for row in counts)
         state = self._state(stored, total)
+        self._counted = stored, total
         trials, tokens, newest = self._speed()
         is_going = state == "running" and trials
         return Progress(
@@ -230,6 +232,10 @@ class LiveRun:
             left=(total - stored) / trials if is_going and trials else None,
             newest=newest,
         )
+
+    def state(self) -> State:
+        """Whether a process is at the run, as `progress` last counted its trials; costs no query."""
+        return self._state(*self._counted)
 
     def _state(self, done: int, planned: int) -> State:
         if self.record is None:

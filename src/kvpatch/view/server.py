@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from kvpatch.errors import KvpatchError, StoreError
+from kvpatch.errors import KvpatchError, StoreError, all_visible
 from kvpatch.report import charts, page, text
 from kvpatch.report.build import mark, report_page
 from kvpatch.report.library import chart_library
@@ -32,8 +32,9 @@ from kvpatch.verdicts.chosen_heads import with_heads
 from kvpatch.verdicts.outcome import light_rows, outcome_of
 from kvpatch.view import estimates, query, trial
 from kvpatch.view.guard import Guard
-from kvpatch.view.runs import LiveRun, Progress, Runs, dumps
+from kvpatch.view.runs import LiveRun, Progress, Runs, State, dumps
 
+STATUS = "status"
 LOOK_EVERY = 1.0
 """Seconds between two looks at the run directories."""
 NOT_FINAL = "Not final: looking is not testing. Estimates and intervals change until the last trial is stored."
@@ -46,7 +47,7 @@ class _Made:
     """What was made of one version of a run, so that it is made once; `lock` keeps two from making it at a time."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    version: int = -1
+    version: tuple[int, State | None] | None = None
     value: Any = None
 
 
@@ -104,10 +105,11 @@ class View:
         return HTMLResponse(self._pages.get_template(name).render(shared | values))
 
     def _made_of(self, run: LiveRun, what: str, make: Any) -> Any:
-        """What `make` gives for the run as it now stands; made once a version, by one thread at a time."""
+        """What `make` gives for the run as it now stands; made once a version, by one thread at a time. What is said of
+        the run's state is made anew when that changes, which no new part tells of."""
         made = self._made.setdefault((run.key, what), _Made())
         with made.lock:
-            version = run.version
+            version = run.version, run.state() if what == STATUS else None
             if made.version != version:
                 made.value, made.version = make(), version
             return made.value
@@ -135,7 +137,8 @@ class View:
             while not self.is_stopping() and not await request.is_disconnected():
                 for key, run in list(self.runs.by_key.items()):
                     if only is None or key == only:
-                        data = dumps(await run_in_threadpool(_status, run))
+                        made = functools.partial(_status, run)
+                        data = await run_in_threadpool(self._made_of, run, STATUS, made)
                         if said.get(key) != data:
                             said[key], silent = data, 0.0
                             yield f"event: status\ndata: {data}\n\n"
@@ -221,7 +224,8 @@ class _Asked(dict[str, str]):
         return ""
 
 
-def _status(run: LiveRun) -> dict[str, Any]:
+def _status(run: LiveRun) -> str:
+    """What a stream of events says of a run, as JSON. All streams share it: it is asked for by each, once a second."""
     progress = run.progress()
     readouts = [readout.name for readout in query.shown_in("newest", run)]
     columns = ", ".join(f'"{name}"' for name in readouts)
@@ -231,9 +235,11 @@ def _status(run: LiveRun) -> dict[str, Any]:
     )
     for row in newest:
         row |= {name: text.number(row[name]) for name in readouts}
+        row |= {name: all_visible(row[name]) for name in ("phase", "condition", "pair_id", "text", "error")}
     shown = {"speed": speed(progress), "left_text": duration(progress.left), "newest_text": clock(progress.newest)}
-    known = {"run": run.key, "version": run.version, "trouble": run.trouble}
-    return {**known, **progress.to_dict(), **shown, "newest_trials": newest, "newest_readouts": readouts}
+    known = {"run": run.key, "version": run.version, "trouble": all_visible(run.trouble)}
+    progressed = all_visible(progress.to_dict())
+    return dumps({**known, **progressed, **shown, "newest_trials": newest, "newest_readouts": readouts})
 
 
 def _estimates(run: LiveRun) -> list[dict[str, Any]]:
@@ -252,7 +258,7 @@ def _estimates(run: LiveRun) -> list[dict[str, Any]]:
             title = "r" if found["is_correlation"] else unit
             path = found.pop("path")
             found["chart"] = charts.packed(estimates.narrowing_chart(path, title, found["counts"])) if path else None
-    return out
+    return all_visible(out)
 
 
 async def _as_text(_: Request, error: Exception) -> Response:

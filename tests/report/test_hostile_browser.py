@@ -1,0 +1,90 @@
+"""A run whose every text is hostile, in report, view and notebook: nothing runs, nothing hides, no page grows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvpatch as kv
+from chromium import NEEDED, assert_fits, chromium, expect, opened, served
+from hostile import hidden, write_hostile_run
+from kvpatch.report.build import write_report
+from kvpatch.verdicts.outcome import outcome_of
+
+pytestmark = NEEDED
+READ = """() => {
+    const out = [];
+    const walk = document.createTreeWalker(document.documentElement, NodeFilter.SHOW_ELEMENT | NodeFilter.SHOW_TEXT);
+    for (let node = walk.nextNode(); node; node = walk.nextNode()) {
+        if (node.nodeType === Node.TEXT_NODE) {
+            if (!['SCRIPT', 'STYLE'].includes(node.parentElement.tagName)) out.push(node.data);
+        } else for (const attribute of node.attributes) out.push(`${attribute.name}=${attribute.value}`);
+    }
+    return out;
+}"""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hostile_run(tmp_path_factory.mktemp("hostile") / "run").directory
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as opened_one:
+        yield opened_one
+
+
+def assert_harmless(page: Any, said: list[str], width: int) -> None:
+    """Nothing ran, was loaded, moved or hid, and the page is no wider than its window."""
+    assert page.evaluate("window.ran") is None
+    assert page.locator("main img, main iframe, main input[onfocus], main svg[onload], main math").count() == 0
+    read = page.evaluate(READ)
+    assert hidden(read) == []
+    assert [text for text in read if re.match(r"(on\\w+|href=\s*(javascript|data:text))", text, re.IGNORECASE)] == []
+    assert_fits(page, width)
+    assert said == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_report_is_harmless(browser: Any, directory: Path, width: int) -> None:
+    store = kv.Run(directory).store
+    path = write_report(store, outcome_of(store))
+    with opened(browser, width) as (page, said):
+        page.goto(path.as_uri())
+        expect(page.locator("html")).to_have_attribute("data-charts", "done")
+        page.evaluate("document.querySelectorAll('details:not(.data)').forEach(d => d.open = true)")
+        expect(page.locator(".chart:not([data-drawn=yes])")).to_have_count(0)
+        assert_harmless(page, said, width)
+
+
+def test_view_is_harmless(browser: Any, directory: Path) -> None:
+    with served(directory) as address, opened(browser, offline=False) as (page, said):
+        for where in ("", "run/run/", "run/run/trials", "run/run/trials?q=<script>&pair_id=%E2%80%AEx"):
+            page.goto(f"{address}/{where}")
+            if where == "run/run/":
+                expect(page.locator("#newest tbody tr").first).to_be_visible()
+                expect(page.locator("#estimates")).to_have_attribute("data-drawn", "yes")
+            if where == "":
+                expect(page.locator("#beside")).to_have_attribute("data-drawn", "yes")
+            assert_harmless(page, said, 1280)
+        page.goto(f"{address}/run/run/trials")
+        page.locator("table.trials tbody a").first.click()
+        expect(page.locator("text=Every number").first).to_be_visible()
+        assert_harmless(page, said, 1280)
+
+
+def test_notebook_is_harmless(browser: Any, directory: Path) -> None:
+    run = kv.Run(directory)
+    charts = [run.plot.conditions()._repr_mimebundle_()["image/svg+xml"]]
+    charts += [chart._repr_mimebundle_()["image/svg+xml"] for chart in (run.plot.forest(), run.plot.effects())]
+    with opened(browser) as (page, said):
+        page.set_content(f"<main>{run._repr_html_()}{''.join(charts)}</main>")
+        assert page.locator("main svg").count() == len(charts)
+        assert page.evaluate("window.ran") is None and hidden(page.evaluate(READ)) == []
+        assert page.locator("main img, main script, main iframe, main a[href^=javascript]").count() == 0
+        assert said == []

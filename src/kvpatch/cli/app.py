@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -169,6 +170,13 @@ def show(summary: Any, as_json: bool, pretty: Callable[[], None]) -> None:
         say_json(json.dumps(summary, indent=1) + "\n")
     else:
         pretty()
+
+
+def usual_directory(protocol: Protocol, model: str) -> Path:
+    """Where a run goes that is given no directory: the same command resumes it."""
+    of_model = re.sub(r"[^\w.-]+", "-", model.rstrip("/\\").replace("\\", "/").rpartition("/")[2]).strip("-.") or "model"
+    of_protocol = re.sub(r"[^\w.-]+", "-", protocol.protocol).strip("-.") or "protocol"
+    return Path("runs") / f"{of_protocol}-{of_model}"
 
 
 def refuse_unwritable(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +25,7 @@ from kvpatch.cli.app import (
     refuse_code,
     refuse_unwritable,
     show,
+    usual_directory,
     warn_of_clocks,
     warn_of_deviations,
     warn_of_missing_meaning,
@@ -40,7 +42,13 @@ if TYPE_CHECKING:
 def run(
     protocol: Annotated[str, typer.Argument(help="The name of a shipped protocol, such as dec7, or a YAML file.")],
     model: ModelName,
-    out: Annotated[Path, typer.Option(help="The run directory. A run that is already there is resumed.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The run directory. A run that is already there is resumed. Default: runs/PROTOCOL-MODEL.",
+            show_default=False,
+        ),
+    ] = None,
     n: Annotated[
         int | None, typer.Option(help="Pairs per condition. Default: the number that each phase names.")
     ] = None,
@@ -61,13 +69,16 @@ def run(
     """
     if on != "local":
         raise KvpatchError(f"no executor {on!r}: there is 'local'")
+    from kvpatch.planning.plan import chosen_phases
     from kvpatch.protocols.load import load_protocol
+    from kvpatch.protocols.names import Planned
 
-    chosen = load_protocol(protocol, needs_files=True, may_leave=allow_outside)
+    planned = Planned(n, phase_names(phases))
+    chosen = load_protocol(protocol, needs_files=True, may_leave=allow_outside, planned=planned)
     refuse_code(chosen, allow_code)
+    out = out or usual_directory(chosen, model)
     refuse_unwritable(out)
-    warn_of_too_few(chosen, n, phase_names(phases))
-    warn_of_missing_meaning(chosen)
+    chosen_phases(chosen, phase_names(phases), n)
     from kvpatch.cli.progress import run_progress
     from kvpatch.run import run as run_protocol
 
@@ -81,8 +92,16 @@ def run(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
-    warn_of_clocks(loaded)
-    with run_progress() as listener:
+
+    def begin() -> None:
+        """Said once nothing can be refused any more, and before anything is computed."""
+        say(f"run directory: {out}; watch it: kvpatch view {shlex.quote(str(out))}")
+        sys.stdout.flush()
+        warn_of_too_few(chosen, n, phase_names(phases))
+        warn_of_missing_meaning(chosen)
+        warn_of_clocks(loaded)
+
+    with run_progress(begin) as listener:
         outcome = run_protocol(
             chosen, loaded, out, seed=seed, n=n, phases=phase_names(phases), command=sys.argv, listener=listener
         )
@@ -130,8 +149,10 @@ def plan(
     Example: kvpatch plan dec7 --model smollm2-135m
     """
     from kvpatch.protocols.load import load_protocol
+    from kvpatch.protocols.names import Planned
 
-    chosen = load_protocol(protocol, needs_files=True, may_leave=allow_outside)
+    planned = Planned(n, phase_names(phases))
+    chosen = load_protocol(protocol, needs_files=True, may_leave=allow_outside, planned=planned)
     refuse_code(chosen, allow_code)
     warn_of_deviations(chosen)
     warn_of_too_few(chosen, n, phase_names(phases))

@@ -241,6 +241,7 @@ class _Planner:
             raise ProtocolError(
                 f"phase {name} wants n={wanted}, and bank {self.bank.name!r} gives {len(fitting)} pairs for this model "
                 f"({len(self.formed.pairs)} less {len(self.held_out)} held out for calibration{without})"
+                f"{_told_of_dropped(self.formed, self.protocol.pairing.max_length_difference)}"
             )
         return fitting, [], passed
 
@@ -364,6 +365,24 @@ class _Planner:
             sample=sample,
             seed=seed,
         )
+
+
+def _told_of_dropped(formed: Pairs, share: float) -> str:
+    """How many pairs were not formed, and why."""
+    if not formed.dropped:
+        return ""
+    counts: dict[str, int] = {}
+    for line in formed.dropped:
+        reason = line.partition(": ")[2]
+        if reason.endswith(" tokens"):
+            reason = f"for prompts that differ by more than {share:.0%} in tokens (pairing: max_length_difference)"
+        elif "foreign partner" in reason:
+            reason = "for a foreign partner of another length (pairing: max_partner_difference)"
+        else:
+            reason = f"since {reason}"
+        counts[reason] = counts.get(reason, 0) + 1
+    listed = "; ".join(f"{count} {reason}" for reason, count in counts.items())
+    return f"; of {len(formed.pairs) + len(formed.dropped)} possible pairs {len(formed.dropped)} were dropped: {listed}"
 
 
 def _hashed(content: dict[str, Any]) -> str:

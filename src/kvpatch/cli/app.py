@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import kvpatch
-from kvpatch.cli.console import say, say_json
+from kvpatch.cli.console import print_briefly, say, say_json
 from kvpatch.errors import KvpatchError, ProtocolMistakes, missing_extra, quoted_briefly
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def options(
 
 ModelName = Annotated[str, typer.Option("--model", help="A named model, a hub id, a directory or a .gguf file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+All = Annotated[bool, typer.Option("--all", help="Print everything, also where that takes more than 40 lines.")]
 Directory = Annotated[Path, typer.Argument(help="A run directory.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")]
 Dtype = Annotated[
@@ -165,11 +166,12 @@ def phase_names(phases: str | None) -> list[str] | None:
     return names
 
 
-def show(summary: Any, as_json: bool, pretty: Callable[[], None]) -> None:
+def show(summary: Any, as_json: bool, pretty: Callable[[], None], is_all: bool = False) -> None:
+    """Print a summary as JSON or for a person; more than 40 lines of the latter only where they are asked for."""
     if as_json:
         say_json(json.dumps(summary, indent=1) + "\n")
     else:
-        pretty()
+        print_briefly(pretty, is_all)
 
 
 def usual_directory(protocol: Protocol, model: str) -> Path:
@@ -220,5 +222,14 @@ def one_line_errors() -> Iterator[None]:
     except SystemExit as stop:
         # typer turns Ctrl-C into this exit code.
         if stop.code == 130:
-            sys.stderr.write("kvpatch: stopped; what was stored is kept, and the same command goes on from there\n")
+            _say_stopped()
         raise
+    except KeyboardInterrupt:
+        _say_stopped()
+        sys.exit(130)
+
+
+def _say_stopped() -> None:
+    is_run = next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "run"
+    rest = "; what was stored is kept, and the same command goes on from there" if is_run else ""
+    sys.stderr.write(f"kvpatch: stopped{rest}\n")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvpatch.cli.app import (
+    All,
     AllowCode,
     AllowOutside,
     Device,
@@ -31,7 +32,7 @@ from kvpatch.cli.app import (
     warn_of_missing_meaning,
     warn_of_too_few,
 )
-from kvpatch.cli.console import say, say_json
+from kvpatch.cli.console import MOST_LINES, print_briefly, printed, say, say_json
 from kvpatch.errors import KvpatchError
 
 if TYPE_CHECKING:
@@ -105,22 +106,21 @@ def run(
         outcome = run_protocol(
             chosen, loaded, out, seed=seed, n=n, phases=phase_names(phases), command=sys.argv, listener=listener
         )
-    from kvpatch.cli.plan_table import print_plan_table
+    from kvpatch.cli.brief_verdicts import print_brief_verdicts
     from kvpatch.cli.tables import print_effects
     from kvpatch.verdicts.headline import few_pairs
 
     # The table of one phase is looked at; those of ten scroll away.
+    room = MOST_LINES - 6
     if len({effect.phase for effect in outcome.effects}) == 1:
-        print_effects(outcome.effects)
-    else:
-        print_plan_table(outcome.plan_table)
-    say(outcome.answer)
-    for row in outcome.plan_table:
-        say(f"- {row.claim}: {row.verdict}")
+        table = printed(lambda: print_effects(outcome.effects))
+        if len(table) <= room - 10:
+            room -= len(table)
+            typer.echo("\n".join(table))
+    print_brief_verdicts(outcome, f"kvpatch verdicts {shlex.quote(str(out))} --all", room)
     if told := few_pairs(outcome.verdicts):
         say(told)
     say(f"effects: kvpatch effects {out}")
-    say(f"verdicts: kvpatch verdicts {out}")
     say(f"report: {(out / 'report.html').resolve()}")
 
 
@@ -143,6 +143,7 @@ def plan(
     allow_code: AllowCode = False,
     allow_outside: AllowOutside = False,
     as_json: Json = False,
+    is_all: All = False,
 ) -> None:
     """Show what a run would do, without running it.
 
@@ -174,11 +175,11 @@ def plan(
     summary = plan_summary(
         made, chosen, lambda key, text: len(loaded[key].encode(text, may_be_empty=True).token_ids), cost
     ) | stated(chosen, n, phase_names(phases))
-    show(summary, as_json, lambda: print_plan(summary))
+    show(summary, as_json, lambda: print_plan(summary), is_all)
 
 
 @app.command()
-def status(directory: Directory, as_json: Json = False) -> None:
+def status(directory: Directory, as_json: Json = False, is_all: All = False) -> None:
     """Show how far a run is: trials done, left and failed.
 
     Example: kvpatch status results
@@ -187,7 +188,7 @@ def status(directory: Directory, as_json: Json = False) -> None:
     from kvpatch.store.directory import Store
 
     summary = status_summary(Store(directory))
-    show(summary, as_json, lambda: print_status(summary))
+    show(summary, as_json, lambda: print_status(summary), is_all)
 
 
 @app.command()
@@ -207,14 +208,16 @@ def verdicts(
         Path | None, typer.Option(help="A pre-registration. Say whether the run has its protocol; exit code 1 if not.")
     ] = None,
     as_json: Json = False,
+    is_all: All = False,
 ) -> None:
-    """Print the plan's table and all verdicts, recomputed from the stored trials.
+    """Print the answer and one line for each row of the plan and each verdict, recomputed from the stored trials.
 
-    The table says of each row of the plan what was expected, what was measured, and what follows. Exploratory verdicts
-    are printed, not stored.
+    --all prints the plan's table, with what was expected, what was measured and what follows, and every verdict with
+    its reason. Exploratory verdicts are printed, not stored.
 
     Example: kvpatch verdicts results
     """
+    from kvpatch.cli.brief_verdicts import print_brief_verdicts
     from kvpatch.cli.plan_table import print_plan_table
     from kvpatch.cli.tables import print_verdicts
     from kvpatch.store.directory import Store
@@ -236,9 +239,10 @@ def verdicts(
         write_verdicts(store, outcome)
     if as_json:
         say_json(canonical_json(outcome.plan_table if only_plan else outcome.verdicts))
-    else:
+    elif only_plan:
+        print_briefly(lambda: print_plan_table(outcome.plan_table), is_all, f"kvpatch verdicts {directory} --plan --all")
+    elif is_all:
         print_plan_table(outcome.plan_table)
-    if not as_json and not only_plan:
         say(gate_zero(outcome.record.validation))
         for of in specificities(outcome.record):
             say(of.sentence)
@@ -246,6 +250,8 @@ def verdicts(
         for told in dict.fromkeys(told for v in outcome.verdicts for told in v.deviations):
             say(f"deviation: {told}")
         print_verdicts(outcome.verdicts)
+    else:
+        print_brief_verdicts(outcome, f"kvpatch verdicts {shlex.quote(str(directory))} --all")
     if not is_registered:
         raise typer.Exit(1)
 
@@ -265,6 +271,7 @@ def effects(
     directory: Directory,
     phase: Annotated[str | None, typer.Option(help="Show one phase. Default: all phases that have trials.")] = None,
     as_json: Json = False,
+    is_all: All = False,
 ) -> None:
     """Print every condition's difference from its natural run, on one scale.
 
@@ -275,7 +282,7 @@ def effects(
     from kvpatch.verdicts.outcome import phase_effects
 
     found = phase_effects(Store(directory), phase)
-    show([effect.model_dump() for effect in found], as_json, lambda: print_effects(found))
+    show([effect.model_dump() for effect in found], as_json, lambda: print_effects(found), is_all)
 
 
 @app.command()
@@ -303,6 +310,7 @@ def power(
     ] = 50,
     seed: Annotated[int, typer.Option(help="Decides the simulated runs.")] = 0,
     as_json: Json = False,
+    is_all: All = False,
 ) -> None:
     """Show the smallest effect that each hypothesis can see at its n, the n that a given effect needs, and how often
     the whole rule says yes: prerequisites, families, coherence and all.
@@ -326,7 +334,7 @@ def power(
         print_power(found)
         print_rule(chosen, [p for p in whole if p.id in rule], draws)
 
-    show([entry.model_dump() | {"rule": rule[entry.id]} for entry in found], as_json, pretty)
+    show([entry.model_dump() | {"rule": rule[entry.id]} for entry in found], as_json, pretty, is_all)
 
 
 @app.command()
@@ -354,7 +362,7 @@ def report(
 
 
 @app.command()
-def repair(directory: Directory, as_json: Json = False) -> None:
+def repair(directory: Directory, as_json: Json = False, is_all: All = False) -> None:
     """Set aside what is damaged in a run, and say what the same run command will compute again.
 
     Damaged files are moved to DIR/set-aside; nothing is deleted.
@@ -370,7 +378,7 @@ def repair(directory: Directory, as_json: Json = False) -> None:
         for line in found.lines:
             say(line)
 
-    show(found.model_dump() | {"lines": found.lines}, as_json, pretty)
+    show(found.model_dump() | {"lines": found.lines}, as_json, pretty, is_all)
 
 
 @app.command()

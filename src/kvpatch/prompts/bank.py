@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -119,6 +119,14 @@ class Bank(Frozen):
         return {prompt.partner_of: prompt for prompt in self.prompts if prompt.partner_of}
 
 
+class BankMistakes(ProtocolMistakes):
+    """All that is wrong with a bank. `groups` and `modes` are those that its entries name, the wrong ones too."""
+
+    def __init__(self, lines: Sequence[str], groups: Collection[str], modes: Collection[str]) -> None:
+        super().__init__(lines)
+        self.groups, self.modes = sorted(groups), sorted(modes)
+
+
 ALIASES = {"recursion-2": "recursion"}
 """Other names of shipped banks. A bank's own name is its newest edition; an older one is kept under its number."""
 
@@ -160,13 +168,14 @@ def _read(name: str, folder: Path) -> Bank:
     prompts: list[Prompt] = []
     continuations: list[Continuation] = []
     wrong: list[str] = []
+    named: dict[str, set[str]] = {"group": set(), "level": set(), "mode": set()}
     for path in sorted(folder.glob("*.yaml")):
         try:
             raw = bytes_within(path)
         except OSError as error:
             raise ProtocolError(f"bank {name!r}: {path.name} can't be read: {error.strerror or error}") from error
         digest.update(raw)
-        for entry in _entries(path, raw):
+        for entry in _entries(path, raw, named):
             if isinstance(entry, str):
                 wrong.append(entry)
             elif isinstance(entry, Continuation):
@@ -176,7 +185,7 @@ def _read(name: str, folder: Path) -> Bank:
     counts = Counter(entry.id for entry in (*prompts, *continuations))
     wrong += [f"bank {name!r}: id {one!r} is used twice" for one in sorted(i for i, n in counts.items() if n > 1)]
     if wrong:
-        raise ProtocolMistakes(wrong)
+        raise BankMistakes(wrong, named["group"] | named["level"], named["mode"])
     if not prompts:
         raise ProtocolError(f"bank {name!r} holds no prompts")
     bank = Bank(name=name, sha256=digest.hexdigest(), prompts=tuple(prompts), continuations=tuple(continuations))
@@ -188,8 +197,11 @@ def _read(name: str, folder: Path) -> Bank:
     return bank
 
 
-def _entries(path: Path, raw: bytes) -> Iterator[Prompt | Continuation | str]:
-    """The entries of a file; of one that is wrong, what is wrong with it, in one line."""
+def _entries(path: Path, raw: bytes, named: dict[str, set[str]]) -> Iterator[Prompt | Continuation | str]:
+    """The entries of a file; of one that is wrong, what is wrong with it, in one line.
+
+    named: gets the groups, levels and modes that the entries name.
+    """
     try:
         loaded = read_yaml(raw) or []
     except NotYaml as error:
@@ -201,6 +213,8 @@ def _entries(path: Path, raw: bytes) -> Iterator[Prompt | Continuation | str]:
         return
     for number, entry in enumerate(loaded, 1):
         kind = Continuation if isinstance(entry, dict) and "mode" in entry else Prompt
+        for key, found in named.items() if isinstance(entry, dict) else ():
+            found |= {entry[key]} if isinstance(entry.get(key), str) else set()
         try:
             yield kind.model_validate(entry)
         except ValidationError as error:

@@ -14,7 +14,7 @@ from typing import get_args
 
 from kvpatch.errors import ProtocolError, ProtocolMistakes
 from kvpatch.files import is_directory, is_file, leaves
-from kvpatch.prompts.bank import Bank, load_bank, shipped_banks
+from kvpatch.prompts.bank import Bank, BankMistakes, load_bank, shipped_banks
 from kvpatch.protocols.conditions import ROLES
 from kvpatch.protocols.hypotheses import Hypothesis, Misplaced, Variable
 from kvpatch.protocols.schema import PLAIN, Pairing, Phase, Protocol
@@ -162,15 +162,20 @@ def wrong_files(
         if must_be_there or is_there or nearest(protocol.bank, shipped_banks()):
             for line in error.lines if isinstance(error, ProtocolMistakes) else (str(error),):
                 yield Misplaced(line, "bank")
+        if isinstance(error, BankMistakes):
+            yield from _wrong_groups(protocol, protocol.bank, error.groups)
+            if must_be_there:
+                yield from _wrong_mode(protocol, protocol.bank, error.modes)
         if is_there:
             yield from _wrong_lexicon(protocol, must_be_there)
         return  # where the bank is missing, the lexicon mostly is too: the folder is wrong
-    wrong = list(_wrong_groups(protocol, bank))
+    groups = sorted({name for prompt in bank.prompts for name in (prompt.group, prompt.level) if name})
+    wrong = list(_wrong_groups(protocol, bank.name, groups))
     yield from wrong
     # Where no mode is given it is called after the sources, whose wrong name is told of once.
     is_told = protocol.mode == protocol.pairing.sources and any(each.loc == ("pairing", "sources") for each in wrong)
     if must_be_there and not is_told:
-        yield from _wrong_mode(protocol, bank)
+        yield from _wrong_mode(protocol, bank.name, sorted({c.mode for c in bank.continuations}))
     if planned is not None and not wrong:
         yield from _too_few_prompts(protocol, bank, planned)
     yield from _wrong_lexicon(protocol, must_be_there)
@@ -218,8 +223,7 @@ def _shipped_lexicons() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir())
 
 
-def _wrong_groups(protocol: Protocol, bank: Bank) -> Iterator[Misplaced]:
-    known = sorted({name for prompt in bank.prompts for name in (prompt.group, prompt.level) if name})
+def _wrong_groups(protocol: Protocol, bank: str, known: Sequence[str]) -> Iterator[Misplaced]:
     places: list[tuple[Pairing, Loc]] = [(protocol.pairing, ("pairing",))]
     for name, phase in protocol.phases.items():
         if phase.pairing is not None:
@@ -230,7 +234,7 @@ def _wrong_groups(protocol: Protocol, bank: Bank) -> Iterator[Misplaced]:
         for group, loc in named:
             if group not in known:
                 told = instead(group, known, "it has")
-                yield Misplaced(f"bank {bank.name!r} has no group or level {group!r}; {told}", *at, *loc)
+                yield Misplaced(f"bank {bank!r} has no group or level {group!r}; {told}", *at, *loc)
 
 
 def _too_few_prompts(protocol: Protocol, bank: Bank, planned: Planned) -> Iterator[Misplaced]:
@@ -250,9 +254,8 @@ def _too_few_prompts(protocol: Protocol, bank: Bank, planned: Planned) -> Iterat
             )  # fmt: skip
 
 
-def _wrong_mode(protocol: Protocol, bank: Bank) -> Iterator[Misplaced]:
-    modes = sorted({continuation.mode for continuation in bank.continuations})
+def _wrong_mode(protocol: Protocol, bank: str, modes: Sequence[str]) -> Iterator[Misplaced]:
     for mode in (protocol.mode, PLAIN):
         if mode not in modes:
             told = instead(mode, modes, "it has")
-            yield Misplaced(f"bank {bank.name!r} has no continuations of mode {mode!r}; {told}", "mode")
+            yield Misplaced(f"bank {bank!r} has no continuations of mode {mode!r}; {told}", "mode")

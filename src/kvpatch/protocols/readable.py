@@ -49,6 +49,11 @@ class Readable:
     def is_new(self, wrong: Misplaced) -> bool:
         """Whether something wrong with what was read is a mistake of the file, and not of what was put aside."""
         loc = wrong.loc
+        if loc[:1] == ("families",) and any(place[0] == "hypotheses" for place in self.put_aside):
+            return False  # its only hypothesis may be one of those
+        rooms = {place[0] for place in self.put_aside if len(place) == 1}
+        if str(wrong).startswith("bank ") and ("bank" in rooms or ("pairing" in rooms and loc == ("mode",))):
+            return False  # it is held against another bank, or another group, than the file means
         gone = {str(place[-1]) for place in self.put_aside}
         return not any(loc[: len(place)] == place for place in self.put_aside) and not any(
             f"{name!r}" in str(wrong).partition(";")[0] for name in gone

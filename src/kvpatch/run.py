@@ -55,7 +55,14 @@ Models = Mapping[str | None, Model]
 
 
 def plan_for(
-    models: Models, protocol: Protocol, bank: Bank, *, seed: int, n: int | None, phases: Sequence[str] | None
+    models: Models,
+    protocol: Protocol,
+    bank: Bank,
+    *,
+    seed: int,
+    n: int | None,
+    phases: Sequence[str] | None,
+    grown_from: Sequence[int | None] = (),
 ) -> tuple[Plan, dict[str | None, ModelRecord]]:
     """The plan of a protocol on its models, and the record of each.
 
@@ -91,7 +98,7 @@ def plan_for(
         )
         for key, r in records.items()
     }
-    plan = make_plan(protocol, bank, planning, seed=seed, n=n, phases=phases)
+    plan = make_plan(protocol, bank, planning, seed=seed, n=n, phases=phases, grown_from=grown_from)
     _try_out(plan.scorer, bank, models[next(iter(models))].continuation_ids)
     for key, model in models.items():
         own = plan.model_copy(update={"batches": [batch for batch in plan.batches if batch.model == key]})
@@ -175,7 +182,15 @@ def _run(protocol: Protocol, models: Models, out: Path, asked: _Asked, listener:
     store = Store(out)
     store.refuse_unwritable()
     bank = load_bank(protocol.bank, protocol.folder)
-    plan, records = plan_for(models, protocol, bank, seed=asked.seed, n=asked.n, phases=asked.phases)
+    plan, records = plan_for(
+        models,
+        protocol,
+        bank,
+        seed=asked.seed,
+        n=asked.n,
+        phases=asked.phases,
+        grown_from=store.read_record().grown_to(asked.n) if store.has_record() else (),
+    )
     listener.planned(plan)
     with store.locked():
         record = record_of(protocol, bank, plan, records, asked.seed, asked.n, asked.phases, asked.command)

@@ -116,16 +116,21 @@ WRONG = {
         ("contrast: C - N1", "contrast: C - N7", "'N7' is not in phase"),
         ("M1n, readout: mode_llr", "M1n, readout: mode_lr", "did you mean 'mode_llr'"),
         ("sources: tale,", "sources: tales,", "did you mean 'tale'"),
-        ("{slots: body, align: stretch, layers: {band: [0.5, 1]}}, role", "{slots: body, align: strech}, role", "'stretch'"),
+        ("align: stretch, layers: {band: [0.5, 1]}}, role", "align: strech}, role", "did you mean 'stretch'"),
         ("manipulation: {alpha", "manipulation: {alfa", "expected alpha"),
     ],
-    "bank/plain.yaml": [("topic: rice, ", "", "topic: this key is missing"), ("domain: garden", "domian: garden", "did you mean 'domain'")],
+    "bank/plain.yaml": [
+        ("topic: rice, ", "", "topic: this key is missing"),
+        ("domain: garden", "domian: garden", "did you mean 'domain'"),
+    ],
     "bank/foreign.yaml": [("group: foreign, partner_of", "group: foreign, partner", "did you mean 'partner_of'")],
     "lexicon.yaml": [("rejects: [forest, place", "rejects: [forest, palace", "counter-example 'palace'")],
 }  # fmt: skip
 
 
-def test_plan_says_all_that_is_wrong_in_protocol_bank_and_lexicon_at_once_before_a_model_is_looked_for(kvpatch, starter):
+def test_plan_says_all_that_is_wrong_in_protocol_bank_and_lexicon_at_once_before_a_model_is_looked_for(
+    kvpatch, starter
+):
     told = []
     for file, changes in WRONG.items():
         text = (starter / file).read_text()

@@ -17,7 +17,7 @@ from kvpatch.errors import ProtocolError, StoreError
 from kvpatch.protocols.load import load_protocol
 from kvpatch.store import directory as store_module
 from kvpatch.store.directory import Store
-from kvpatch.view.runs import is_held
+from kvpatch.files import is_held
 from synthetic import write_run
 
 FAULTS = {

@@ -176,7 +176,9 @@ def show(summary: Any, as_json: bool, pretty: Callable[[], None], is_all: bool =
 
 def usual_directory(protocol: Protocol, model: str) -> Path:
     """Where a run goes that is given no directory: the same command resumes it."""
-    of_model = re.sub(r"[^\w.-]+", "-", model.rstrip("/\\").replace("\\", "/").rpartition("/")[2]).strip("-.") or "model"
+    of_model = (
+        re.sub(r"[^\w.-]+", "-", model.rstrip("/\\").replace("\\", "/").rpartition("/")[2]).strip("-.") or "model"
+    )
     of_protocol = re.sub(r"[^\w.-]+", "-", protocol.protocol).strip("-.") or "protocol"
     return Path("runs") / f"{of_protocol}-{of_model}"
 

@@ -28,7 +28,9 @@ def print_brief_verdicts(outcome: Outcome, all_of_it: str, most: int = MOST_LINE
     counts = Counter(v.verdict for v in outcome.verdicts)
     told = ", ".join(f"{count} {word}" for word, count in counts.most_common())
     many = len(outcome.verdicts)
-    foot = textwrap.wrap(f"{many} {'verdict' if many == 1 else 'verdicts'}: {told}. All, with reasons: {all_of_it}", width)
+    foot = textwrap.wrap(
+        f"{many} {'verdict' if many == 1 else 'verdicts'}: {told}. All, with reasons: {all_of_it}", width
+    )
     first = [v for v in outcome.verdicts if v.family == "primary"]
     rest = [v for v in outcome.verdicts if v.family != "primary"]
     lines = [_line(v) for v in first]

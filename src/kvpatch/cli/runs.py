@@ -240,7 +240,9 @@ def verdicts(
     if as_json:
         say_json(canonical_json(outcome.plan_table if only_plan else outcome.verdicts))
     elif only_plan:
-        print_briefly(lambda: print_plan_table(outcome.plan_table), is_all, f"kvpatch verdicts {directory} --plan --all")
+        print_briefly(
+            lambda: print_plan_table(outcome.plan_table), is_all, f"kvpatch verdicts {directory} --plan --all"
+        )
     elif is_all:
         print_plan_table(outcome.plan_table)
         say(gate_zero(outcome.record.validation))

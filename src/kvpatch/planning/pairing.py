@@ -111,7 +111,7 @@ def form_pairs(
 def _why_empty(
     bank: Bank, cells: Sequence[Sequence[Continuation]], target: Prompt, source: Prompt, protocol: Protocol
 ) -> str:
-    """Why a pair has no continuation in some cell: the bank has none on the topic, or all share words with the source."""
+    """Why a pair has no continuation in some cell: none is on the topic, or all share words with the source."""
     domains = {"target": target.continuation_domain, "source": source.continuation_domain}
     for (mode, side, person), cell in zip(cells_of(protocol.mode, bank.persons), cells, strict=True):
         written = bank.continuations_of.get((mode, person, domains[side]), ())

@@ -238,7 +238,7 @@ def _wrong_groups(protocol: Protocol, bank: str, known: Sequence[str]) -> Iterat
 
 
 def _too_few_prompts(protocol: Protocol, bank: Bank, planned: Planned) -> Iterator[Misplaced]:
-    """Phases that want more pairs than the bank can give on any model. A pairing of a phase's own takes what it gets."""
+    """Phases that want more pairs than the bank can give on any model. A phase's own pairing takes what it gets."""
     how, held_out = protocol.pairing, protocol.calibration.pairs
     targets, sources = len(bank.group(how.targets)), len(bank.group(how.sources))
     most = max(0, min(targets, sources) - held_out)

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ValidationError
 from kvpatch.specs.arguments import shown
 from kvpatch.specs.nearest import nearest
 
-
 _PLAINLY = {
     "int_parsing": "must be a whole number",
     "int_type": "must be a whole number",

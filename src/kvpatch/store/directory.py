@@ -22,6 +22,7 @@ import errno
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,7 +34,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from kvpatch.errors import StoreError
-from kvpatch.files import MOST_JSON, Taken, bytes_within, held
+from kvpatch.files import MOST_JSON, Taken, bytes_within, flush_folder, held, open_flags
 from kvpatch.store.columns import (
     ATTENTION_COLUMNS,
     ATTENTION_SCHEMA,
@@ -171,7 +172,8 @@ class Store:
         """
         table = pa.Table.from_pylist(list(rows), schema=trial_schema())
         data = _parquet(table)
-        part = Part(part=f"{name}.parquet", rows=len(table), sha256=hashlib.sha256(data).hexdigest())
+        sha256 = hashlib.sha256(data).hexdigest()
+        part = Part(part=f"{name}.parquet", rows=len(table), sha256=sha256, written=round(time.time(), 2))
         with explained(self.directory):
             if attention is not None:
                 of_heads = _parquet(attention.cast(ATTENTION_SCHEMA))
@@ -319,16 +321,12 @@ def _atomically(path: Path, data: bytes) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    flush_folder(path.parent)
 
 
 def _write_new(path: Path, data: bytes) -> None:
     """Write a file that is not there yet, not even as a symbolic link, and flush it to the disk."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
+    with open(os.open(path, open_flags(is_new=True), 0o666), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

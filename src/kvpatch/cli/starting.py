@@ -44,9 +44,7 @@ def new(
         protocol.write_text(text, "utf-8")
     except OSError as error:
         raise KvpatchError(f"{name} can't be written: {error.strerror or error}") from error
-    say(
-        f"written: {protocol} (what is asked), {name / 'bank'} (prompts), {name / 'lexicon.yaml'} (what counts)"
-    )
+    say(f"written: {protocol} (what is asked), {name / 'bank'} (prompts), {name / 'lexicon.yaml'} (what counts)")
     say(f"check it: kvpatch plan {protocol} --model smollm2-135m")
     say(f"run it: kvpatch run {protocol} --model smollm2-135m")
 

@@ -93,7 +93,7 @@ def _put_aside(content: dict[str, Any], locs: list[tuple[int | str, ...]], out: 
     """Take what is wrong at these places of the file out of the content, or put something plain there."""
     left_out: set[int] = set()
     for loc in locs:
-        room, rest = loc[0] if loc else "", loc[1:]
+        room, *rest = loc or ("",)
         if room == "hypotheses" and rest and isinstance(rest[0], int):
             key = str(rest[1]) if len(rest) > 1 else ""
             hypothesis = content["hypotheses"][out.kept.index(rest[0])] if rest[0] in out.kept else None

@@ -265,6 +265,7 @@ def _with_readouts(
 
 def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, listener: ProgressListener) -> RunRecord:
     start, written = time.monotonic(), [0]
+    store.done()  # a stored part that is damaged is told before the run says that it begins
     listener.stage("running")
 
     def on_batch(batch: Batch, tokens: int) -> None:

@@ -114,9 +114,10 @@ def run(
     room = MOST_LINES - 6
     if len({effect.phase for effect in outcome.effects}) == 1:
         table = printed(lambda: print_effects(outcome.effects))
-        if len(table) <= room - 10:
-            room -= len(table)
-            typer.echo("\n".join(table))
+        if len(table) > room - 10:
+            table = [*table[: room - 11], f"... and {len(table) - room + 11} more lines: kvpatch effects {out} --all"]
+        room -= len(table)
+        typer.echo("\n".join(table))
     print_brief_verdicts(outcome, f"kvpatch verdicts {shlex.quote(str(out))} --all", room)
     if told := few_pairs(outcome.verdicts):
         say(told)

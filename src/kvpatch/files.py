@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
-import fcntl
+import functools
 import json
+import operator
 import os
 import secrets
 import stat
@@ -16,6 +17,11 @@ from typing import Any
 import filelock
 import platformdirs
 import yaml
+
+try:
+    import fcntl
+except ImportError:  # Windows, where locks of our kind are msvcrt's, which filelock takes
+    fcntl = None
 
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Reads banks, lexicons and protocols without running anything; in C where libyaml is installed, ten times as fast."""
@@ -101,13 +107,62 @@ def _refuse_too_much(content: bytes | str) -> None:
             raise NotYaml(f"it has more than {MOST_NODES:,} keys and values, those of aliases counted", line)
 
 
+def _flags(*names: str) -> int:
+    """Flags for opening a file, those left out that the system does not have."""
+    return functools.reduce(operator.or_, (getattr(os, name, 0) for name in names))
+
+
+def open_flags(*, is_new: bool) -> int:
+    """Flags to write a file through no symbolic link: one that is not there yet, or any."""
+    return _flags("O_CREAT", "O_NOFOLLOW", "O_BINARY") | (os.O_WRONLY | os.O_EXCL if is_new else os.O_RDWR)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush a folder's own entries to the disk, where the system lets a folder be opened (Windows does not)."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds a lock file; where it is free it is let go again at once."""
+    if fcntl is None:
+        if not path.exists():
+            return False
+        lock = filelock.FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except (filelock.Timeout, OSError):
+            return True
+        lock.release()
+        return False
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks, on which no run is written
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
 def bytes_within(path: Path, most: int = MOST_BYTES) -> bytes:
     """The content of a file, or as much of it as shows that it is too long for its reader.
 
     Raises:
         OSError: where it can't be read, or is no regular file, such as a pipe, which might never end.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    with open(os.open(path, os.O_RDONLY | _flags("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
         return file.read(most + 1)
@@ -157,11 +212,7 @@ def write_whole(path: Path, content: bytes, *, is_flushed: bool = False) -> None
                 part.unlink(missing_ok=True)
         raise
     if is_flushed:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        flush_folder(path.parent)
 
 
 def is_beside(name: str, of: str = "") -> bool:
@@ -173,7 +224,9 @@ def _begun_beside(path: Path) -> tuple[Path, int]:
     """A new file beside a place, and a handle to write it, which holds its lock where there are locks."""
     for _ in range(100):
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        handle = os.open(part, open_flags(is_new=True), 0o666)
+        if fcntl is None:
+            return part, handle
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # another process took it for a leftover before its lock was held
@@ -187,6 +240,8 @@ def _begun_beside(path: Path) -> tuple[Path, int]:
 
 def _clear_leftovers(path: Path) -> None:
     """Take away what was written beside a place by processes that are no more; their locks are gone with them."""
+    if fcntl is None:
+        return
     with suppress(OSError), os.scandir(path.parent) as entries:
         for name in [entry.name for entry in entries if is_beside(entry.name, f"{path.name}.")]:
             left = path.with_name(name)
@@ -270,7 +325,10 @@ def held(path: Path, wait: float = -1) -> Iterator[None]:
 
 def _refuse_without_locks(path: Path) -> None:
     """Try the lock once. A library that takes every failure for a lock that is held would wait for ever."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    handle = os.open(path, open_flags(is_new=False), 0o644)
+    if fcntl is None:
+        os.close(handle)
+        return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         fcntl.flock(handle, fcntl.LOCK_UN)

@@ -55,7 +55,14 @@ Models = Mapping[str | None, Model]
 
 
 def plan_for(
-    models: Models, protocol: Protocol, bank: Bank, *, seed: int, n: int | None, phases: Sequence[str] | None
+    models: Models,
+    protocol: Protocol,
+    bank: Bank,
+    *,
+    seed: int,
+    n: int | None,
+    phases: Sequence[str] | None,
+    grown_from: Sequence[int | None] = (),
 ) -> tuple[Plan, dict[str | None, ModelRecord]]:
     """The plan of a protocol on its models, and the record of each.
 
@@ -92,7 +99,7 @@ def plan_for(
         )
         for key, r in records.items()
     }
-    plan = make_plan(protocol, bank, planning, seed=seed, n=n, phases=phases)
+    plan = make_plan(protocol, bank, planning, seed=seed, n=n, phases=phases, grown_from=grown_from)
     _try_out(plan.scorer, bank, models[next(iter(models))].continuation_ids)
     for key, model in models.items():
         own = plan.model_copy(update={"batches": [batch for batch in plan.batches if batch.model == key]})
@@ -191,7 +198,15 @@ def _run(protocol: Protocol, models: Models, out: Path, asked: _Asked, listener:
     store = Store(out)
     store.refuse_unwritable()
     bank = load_bank(protocol.bank, protocol.folder)
-    plan, records = plan_for(models, protocol, bank, seed=asked.seed, n=asked.n, phases=asked.phases)
+    plan, records = plan_for(
+        models,
+        protocol,
+        bank,
+        seed=asked.seed,
+        n=asked.n,
+        phases=asked.phases,
+        grown_from=store.read_record().grown_to(asked.n) if store.has_record() else (),
+    )
     listener.planned(plan)
     with store.locked():
         record = record_of(protocol, bank, plan, records, asked.seed, asked.n, asked.phases, asked.command)
@@ -269,6 +284,7 @@ def _with_readouts(
 
 def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, listener: ProgressListener) -> RunRecord:
     start, written = time.monotonic(), [0]
+    store.done()  # a stored part that is damaged is told before the run says that it begins
     listener.stage("running")
 
     def on_batch(batch: Batch, tokens: int) -> None:

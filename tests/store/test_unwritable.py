@@ -15,10 +15,10 @@ import pytest
 from kvpatch.cli import app
 from kvpatch.cli.main import main
 from kvpatch.errors import ProtocolError, StoreError
+from kvpatch.files import is_held
 from kvpatch.protocols.load import load_protocol
 from kvpatch.store import directory as store_module
 from kvpatch.store.directory import Store
-from kvpatch.view.runs import is_held
 from synthetic import write_run
 
 FAULTS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import kvpatch
-from kvpatch.cli.console import say, say_json
+from kvpatch.cli.console import print_briefly, say, say_json
 from kvpatch.errors import KvpatchError, ProtocolMistakes, missing_extra, quoted_briefly
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ app = typer.Typer(
 )
 
 
-STOPPED = "kvpatch: stopped; what was stored is kept, and the same command goes on from there\n"
 
 
 def _print_version(is_asked: bool) -> None:
@@ -53,6 +53,7 @@ def options(
 
 ModelName = Annotated[str, typer.Option("--model", help="A named model, a hub id, a directory or a .gguf file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+All = Annotated[bool, typer.Option("--all", help="Print everything, also where that takes more than 40 lines.")]
 Directory = Annotated[Path, typer.Argument(help="A run directory.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")]
 Dtype = Annotated[
@@ -167,11 +168,21 @@ def phase_names(phases: str | None) -> list[str] | None:
     return names
 
 
-def show(summary: Any, as_json: bool, pretty: Callable[[], None]) -> None:
+def show(summary: Any, as_json: bool, pretty: Callable[[], None], is_all: bool = False) -> None:
+    """Print a summary as JSON or for a person; more than 40 lines of the latter only where they are asked for."""
     if as_json:
         say_json(json.dumps(summary, indent=1) + "\n")
     else:
-        pretty()
+        print_briefly(pretty, is_all)
+
+
+def usual_directory(protocol: Protocol, model: str) -> Path:
+    """Where a run goes that is given no directory: the same command resumes it."""
+    of_model = (
+        re.sub(r"[^\w.-]+", "-", model.rstrip("/\\").replace("\\", "/").rpartition("/")[2]).strip("-.") or "model"
+    )
+    of_protocol = re.sub(r"[^\w.-]+", "-", protocol.protocol).strip("-.") or "protocol"
+    return Path("runs") / f"{of_protocol}-{of_model}"
 
 
 def refuse_unwritable(out: Path) -> None:
@@ -212,11 +223,17 @@ def one_line_errors() -> Iterator[None]:
             raise
         sys.stderr.write(f"kvpatch: {_crashed(error)}\n")
         sys.exit(70)
-    except KeyboardInterrupt:  # before typer looks for it
-        sys.stderr.write(STOPPED)
-        sys.exit(130)
     except SystemExit as stop:
         # typer turns Ctrl-C into this exit code.
         if stop.code == 130:
-            sys.stderr.write(STOPPED)
+            _say_stopped()
         raise
+    except KeyboardInterrupt:  # before typer looks for it
+        _say_stopped()
+        sys.exit(130)
+
+
+def _say_stopped() -> None:
+    is_run = next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "run"
+    rest = "; what was stored is kept, and the same command goes on from there" if is_run else ""
+    sys.stderr.write(f"kvpatch: stopped{rest}\n")

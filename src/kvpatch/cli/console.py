@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any
 
 import typer
@@ -28,6 +31,35 @@ class PlainConsole(Console):
 def styled(text: str, style: str) -> Text:
     """A text in a style, such as "bold"."""
     return Text(visible(text), style)
+
+
+MOST_LINES = 40
+"""That a command prints unless it is asked for more."""
+
+
+class _Kept(io.StringIO):
+    """What is printed meanwhile, styled as the terminal would have it."""
+
+    def isatty(self) -> bool:
+        return sys.__stdout__ is not None and sys.__stdout__.isatty()
+
+
+def printed(pretty: Callable[[], None]) -> list[str]:
+    """The lines that a function prints."""
+    with redirect_stdout(_Kept()) as kept:
+        pretty()
+    return kept.getvalue().splitlines()
+
+
+def print_briefly(pretty: Callable[[], None], is_all: bool, hint: str = "--all prints all") -> None:
+    """Print what a function prints: all of it where that is asked for or short, else its first lines and how to get the
+    rest."""
+    lines = printed(pretty)
+    if not is_all and len(lines) > MOST_LINES:
+        rest = len(lines) - MOST_LINES + 2
+        lines = [*lines[: MOST_LINES - 2], f"... and {rest} more lines: {hint}"]
+    for line in lines:
+        typer.echo(line)
 
 
 def say(text: str, *, err: bool = False) -> None:

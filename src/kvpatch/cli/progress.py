@@ -98,8 +98,9 @@ class _Left(ProgressColumn):
 class _ProgressBar(ProgressListener):
     """Shows a run. Tokens still being written count too, so that the bar moves inside a batch."""
 
-    def __init__(self, bar: Progress, console: PlainConsole) -> None:
-        self.bar, self.console = bar, console
+    def __init__(self, bar: Progress, console: PlainConsole, begin: Callable[[], None]) -> None:
+        self.bar, self.console, self.begin = bar, console, begin
+        self.has_begun = False
         self.task = bar.add_task("loading", total=None, left=None, speed="")
         self.start = self.said = time.monotonic()
         self.total = self.done = self.new = self.tokens_new = 0
@@ -109,6 +110,9 @@ class _ProgressBar(ProgressListener):
         self.bar.update(self.task, total=self.total)
 
     def stage(self, what: str) -> None:
+        if not self.has_begun:
+            self.has_begun = True
+            self.begin()
         self.start = time.monotonic()
         self.bar.update(self.task, description=visible(what))
         if not self.console.is_terminal:
@@ -136,8 +140,11 @@ class _ProgressBar(ProgressListener):
 
 
 @contextmanager
-def run_progress() -> Iterator[ProgressListener]:
-    """A bar with trials done and left, tokens a second and time left; plain lines where there is no terminal."""
+def run_progress(begin: Callable[[], None]) -> Iterator[ProgressListener]:
+    """A bar with trials done and left, tokens a second and time left; plain lines where there is no terminal.
+
+    begin: called before the first stage, which comes after everything that a run refuses.
+    """
     console = PlainConsole(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -147,4 +154,4 @@ def run_progress() -> Iterator[ProgressListener]:
         _Left(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield _ProgressBar(bar, console)
+        yield _ProgressBar(bar, console, begin)

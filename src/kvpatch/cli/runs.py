@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvpatch.cli.app import (
+    All,
     AllowCode,
     AllowOutside,
     Device,
@@ -24,12 +26,13 @@ from kvpatch.cli.app import (
     refuse_code,
     refuse_unwritable,
     show,
+    usual_directory,
     warn_of_clocks,
     warn_of_deviations,
     warn_of_missing_meaning,
     warn_of_too_few,
 )
-from kvpatch.cli.console import say, say_json
+from kvpatch.cli.console import MOST_LINES, print_briefly, printed, say, say_json
 from kvpatch.errors import KvpatchError
 from kvpatch.files import is_directory
 
@@ -41,7 +44,13 @@ if TYPE_CHECKING:
 def run(
     protocol: Annotated[str, typer.Argument(help="The name of a shipped protocol, such as dec7, or a YAML file.")],
     model: ModelName,
-    out: Annotated[Path, typer.Option(help="The run directory. A run that is already there is resumed.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The run directory. A run that is already there is resumed. Default: runs/PROTOCOL-MODEL.",
+            show_default=False,
+        ),
+    ] = None,
     n: Annotated[
         int | None, typer.Option(help="Pairs per condition. Default: the number that each phase names.")
     ] = None,
@@ -62,13 +71,16 @@ def run(
     """
     if on != "local":
         raise KvpatchError(f"no executor {on!r}: there is 'local'")
+    from kvpatch.planning.plan import chosen_phases
     from kvpatch.protocols.load import load_protocol
+    from kvpatch.protocols.names import Planned
 
-    chosen = load_protocol(protocol, needs_files=True, may_leave=allow_outside)
+    planned = Planned(n, phase_names(phases))
+    chosen = load_protocol(protocol, needs_files=True, may_leave=allow_outside, planned=planned)
     refuse_code(chosen, allow_code)
+    out = out or usual_directory(chosen, model)
     refuse_unwritable(out)
-    warn_of_too_few(chosen, n, phase_names(phases))
-    warn_of_missing_meaning(chosen)
+    chosen_phases(chosen, phase_names(phases), n)
     from kvpatch.cli.progress import run_progress
     from kvpatch.run import run as run_protocol
 
@@ -82,27 +94,35 @@ def run(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
-    warn_of_clocks(loaded)
-    with run_progress() as listener:
+
+    def begin() -> None:
+        """Said once nothing can be refused any more, and before anything is computed."""
+        say(f"run directory: {out}; watch it: kvpatch view {shlex.quote(str(out))}")
+        sys.stdout.flush()
+        warn_of_too_few(chosen, n, phase_names(phases))
+        warn_of_missing_meaning(chosen)
+        warn_of_clocks(loaded)
+
+    with run_progress(begin) as listener:
         outcome = run_protocol(
             chosen, loaded, out, seed=seed, n=n, phases=phase_names(phases), command=sys.argv, listener=listener
         )
-    from kvpatch.cli.plan_table import print_plan_table
+    from kvpatch.cli.brief_verdicts import print_brief_verdicts
     from kvpatch.cli.tables import print_effects
     from kvpatch.verdicts.headline import few_pairs
 
     # The table of one phase is looked at; those of ten scroll away.
+    room = MOST_LINES - 6
     if len({effect.phase for effect in outcome.effects}) == 1:
-        print_effects(outcome.effects)
-    else:
-        print_plan_table(outcome.plan_table)
-    say(outcome.answer)
-    for row in outcome.plan_table:
-        say(f"- {row.claim}: {row.verdict}")
+        table = printed(lambda: print_effects(outcome.effects))
+        if len(table) > room - 10:
+            table = [*table[: room - 11], f"... and {len(table) - room + 11} more lines: kvpatch effects {out} --all"]
+        room -= len(table)
+        typer.echo("\n".join(table))
+    print_brief_verdicts(outcome, f"kvpatch verdicts {shlex.quote(str(out))} --all", room)
     if told := few_pairs(outcome.verdicts):
         say(told)
     say(f"effects: kvpatch effects {out}")
-    say(f"verdicts: kvpatch verdicts {out}")
     say(f"report: {(out / 'report.html').resolve()}")
 
 
@@ -125,14 +145,17 @@ def plan(
     allow_code: AllowCode = False,
     allow_outside: AllowOutside = False,
     as_json: Json = False,
+    is_all: All = False,
 ) -> None:
     """Show what a run would do, without running it.
 
     Example: kvpatch plan dec7 --model smollm2-135m
     """
     from kvpatch.protocols.load import load_protocol
+    from kvpatch.protocols.names import Planned
 
-    chosen = load_protocol(protocol, needs_files=True, may_leave=allow_outside)
+    planned = Planned(n, phase_names(phases))
+    chosen = load_protocol(protocol, needs_files=True, may_leave=allow_outside, planned=planned)
     refuse_code(chosen, allow_code)
     warn_of_deviations(chosen)
     warn_of_too_few(chosen, n, phase_names(phases))
@@ -154,11 +177,11 @@ def plan(
     summary = plan_summary(
         made, chosen, lambda key, text: len(loaded[key].encode(text, may_be_empty=True).token_ids), cost
     ) | stated(chosen, n, phase_names(phases))
-    show(summary, as_json, lambda: print_plan(summary))
+    show(summary, as_json, lambda: print_plan(summary), is_all)
 
 
 @app.command()
-def status(directory: Directory, as_json: Json = False) -> None:
+def status(directory: Directory, as_json: Json = False, is_all: All = False) -> None:
     """Show how far a run is: trials done, left and failed.
 
     Example: kvpatch status results
@@ -167,7 +190,7 @@ def status(directory: Directory, as_json: Json = False) -> None:
     from kvpatch.store.directory import Store
 
     summary = status_summary(Store(directory))
-    show(summary, as_json, lambda: print_status(summary))
+    show(summary, as_json, lambda: print_status(summary), is_all)
 
 
 @app.command()
@@ -187,14 +210,16 @@ def verdicts(
         Path | None, typer.Option(help="A pre-registration. Say whether the run has its protocol; exit code 1 if not.")
     ] = None,
     as_json: Json = False,
+    is_all: All = False,
 ) -> None:
-    """Print the plan's table and all verdicts, recomputed from the stored trials.
+    """Print the answer and one line for each row of the plan and each verdict, recomputed from the stored trials.
 
-    The table says of each row of the plan what was expected, what was measured, and what follows. Exploratory verdicts
-    are printed, not stored.
+    --all prints the plan's table, with what was expected, what was measured and what follows, and every verdict with
+    its reason. Exploratory verdicts are printed, not stored.
 
     Example: kvpatch verdicts results
     """
+    from kvpatch.cli.brief_verdicts import print_brief_verdicts
     from kvpatch.cli.plan_table import print_plan_table
     from kvpatch.cli.tables import print_verdicts
     from kvpatch.store.directory import Store
@@ -217,9 +242,12 @@ def verdicts(
             say(f"warning: {told}", err=True)
     if as_json:
         say_json(canonical_json(outcome.plan_table if only_plan else outcome.verdicts))
-    else:
+    elif only_plan:
+        print_briefly(
+            lambda: print_plan_table(outcome.plan_table), is_all, f"kvpatch verdicts {directory} --plan --all"
+        )
+    elif is_all:
         print_plan_table(outcome.plan_table)
-    if not as_json and not only_plan:
         say(gate_zero(outcome.record.validation))
         for of in specificities(outcome.record):
             say(of.sentence)
@@ -227,6 +255,8 @@ def verdicts(
         for told in dict.fromkeys(told for v in outcome.verdicts for told in v.deviations):
             say(f"deviation: {told}")
         print_verdicts(outcome.verdicts)
+    else:
+        print_brief_verdicts(outcome, f"kvpatch verdicts {shlex.quote(str(directory))} --all")
     if not is_registered:
         raise typer.Exit(1)
 
@@ -246,6 +276,7 @@ def effects(
     directory: Directory,
     phase: Annotated[str | None, typer.Option(help="Show one phase. Default: all phases that have trials.")] = None,
     as_json: Json = False,
+    is_all: All = False,
 ) -> None:
     """Print every condition's difference from its natural run, on one scale.
 
@@ -256,7 +287,7 @@ def effects(
     from kvpatch.verdicts.outcome import phase_effects
 
     found = phase_effects(Store(directory), phase)
-    show([effect.model_dump() for effect in found], as_json, lambda: print_effects(found))
+    show([effect.model_dump() for effect in found], as_json, lambda: print_effects(found), is_all)
 
 
 @app.command()
@@ -284,6 +315,7 @@ def power(
     ] = 50,
     seed: Annotated[int, typer.Option(help="Decides the simulated runs.")] = 0,
     as_json: Json = False,
+    is_all: All = False,
 ) -> None:
     """Show the smallest effect that each hypothesis can see at its n, the n that a given effect needs, and how often
     the whole rule says yes: prerequisites, families, coherence and all.
@@ -307,7 +339,7 @@ def power(
         print_power(found)
         print_rule(chosen, [p for p in whole if p.id in rule], draws)
 
-    show([entry.model_dump() | {"rule": rule[entry.id]} for entry in found], as_json, pretty)
+    show([entry.model_dump() | {"rule": rule[entry.id]} for entry in found], as_json, pretty, is_all)
 
 
 @app.command()
@@ -335,7 +367,7 @@ def report(
 
 
 @app.command()
-def repair(directory: Directory, as_json: Json = False) -> None:
+def repair(directory: Directory, as_json: Json = False, is_all: All = False) -> None:
     """Set aside what is damaged in a run, and say what the same run command will compute again.
 
     Damaged files are moved to DIR/set-aside; nothing is deleted.
@@ -351,7 +383,7 @@ def repair(directory: Directory, as_json: Json = False) -> None:
         for line in found.lines:
             say(line)
 
-    show(found.model_dump() | {"lines": found.lines}, as_json, pretty)
+    show(found.model_dump() | {"lines": found.lines}, as_json, pretty, is_all)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvpatch.cli.app import Device, Dtype, Json, app, refuse_unwritable, show
+from kvpatch.cli.app import All, Device, Dtype, Json, app, refuse_unwritable, show
 from kvpatch.cli.console import say, say_json
 from kvpatch.errors import KvpatchError, is_installed
 
@@ -24,6 +24,7 @@ def check(
     as_json: Json = False,
     device: Device = None,
     dtype: Dtype = None,
+    is_all: All = False,
 ) -> None:
     """Measure whether a model is patched correctly; exit code 1 where an identity fails.
 
@@ -42,7 +43,7 @@ def check(
         "passed": all(i.holds is not False for i in found),
         "identities": [i.model_dump() for i in found],
     }
-    show(summary, as_json, lambda: print_check(found))
+    show(summary, as_json, lambda: print_check(found), is_all)
     if not summary["passed"]:
         raise typer.Exit(1)
 
@@ -65,6 +66,7 @@ def validate(
         bool, typer.Option("--retrain", help="First train the trained organisms again. Needs --out.")
     ] = False,
     as_json: Json = False,
+    is_all: All = False,
 ) -> None:
     """Run the whole pipeline on models whose mode is known; exit code 1 where something planted is not recovered.
 
@@ -103,7 +105,7 @@ def validate(
         write_validation(found, place_in(cache_directory(), found))
     if out is not None:
         write_validation(found, out)
-    show({"passed": found.passed, **found.model_dump()}, as_json, lambda: print_validation(found))
+    show({"passed": found.passed, **found.model_dump()}, as_json, lambda: print_validation(found), is_all)
     if not found.passed:
         raise typer.Exit(1)
 
@@ -125,6 +127,7 @@ def bank(
         str, typer.Option(help="With --balance: the lexicon whose hits are counted, a shipped name or a YAML file.")
     ] = "recursion",
     as_json: Json = False,
+    is_all: All = False,
 ) -> None:
     """Print a prompt bank with token lengths for a model, or what else differs between its groups.
 
@@ -140,19 +143,19 @@ def bank(
     with loading() as report:
         loaded = load(model, progress=report)
     if balance:
-        _show_balance(found, lexicon, lambda text: loaded.encode(text).body_length, as_json)
+        _show_balance(found, lexicon, lambda text: loaded.encode(text).body_length, as_json, is_all)
         return
     summary = bank_summary(found, lambda text: loaded.encode(text).body_length, group)
-    show(summary, as_json, lambda: print_bank(summary))
+    show(summary, as_json, lambda: print_bank(summary), is_all)
 
 
-def _show_balance(bank: Bank, lexicon: str, tokens: Callable[[str], int], as_json: bool) -> None:
+def _show_balance(bank: Bank, lexicon: str, tokens: Callable[[str], int], as_json: bool, is_all: bool) -> None:
     from kvpatch.cli.balance import balance_summary, print_balance
     from kvpatch.planning.balance import balance
     from kvpatch.readouts.behavior import Lexicon
 
     found = balance(bank, Lexicon.load(lexicon), tokens)
-    show(balance_summary(found), as_json, lambda: print_balance(found))
+    show(balance_summary(found), as_json, lambda: print_balance(found), is_all)
     if any(one.over for one in found):
         raise typer.Exit(1)
 
@@ -169,7 +172,7 @@ def schema() -> None:
 
 
 @app.command()
-def models(as_json: Json = False) -> None:
+def models(as_json: Json = False, is_all: All = False) -> None:
     """List the named models: real ones that need no account.
 
     Example: kvpatch models
@@ -189,7 +192,7 @@ def models(as_json: Json = False) -> None:
         }
         for k, m in named_models().items()
     ]
-    show(listed, as_json, lambda: print_models(listed, [PREFIX + name for name in ORGANISMS]))
+    show(listed, as_json, lambda: print_models(listed, [PREFIX + name for name in ORGANISMS]), is_all)
 
 
 @app.command()

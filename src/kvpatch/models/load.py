@@ -45,6 +45,8 @@ from kvpatch.models.named import (
 from kvpatch.models.note import refuse_changed, write_note
 from kvpatch.models.processor import fastest_type
 
+OWNERLESS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "openai-gpt")
+"""Models of the hub that are mostly named without their owner."""
 CONVERSION = 2
 """Version of the conversion from GGUF; part of the cache path, so that a changed conversion converts again. Since 2 a
 file that lacks tensors is refused."""
@@ -171,6 +173,8 @@ def resolve(name: str, report: Progress) -> tuple[Path | str, bool]:
         if not (path / "config.json").exists():
             raise ModelError(f"{name} is a directory without config.json; give a model saved by transformers")
         return path, False
+    if name in OWNERLESS:
+        return f"openai-community/{name}", False
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" not in name:
         known = ", ".join(named_models())
         raise ModelError(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import os
+import platform
 import time
 from pathlib import Path
 
@@ -36,5 +36,5 @@ def _multiplies_bfloat16() -> bool:
     try:
         flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
     except (OSError, IndexError):
-        return os.uname().machine == "arm64"
+        return platform.machine().lower() == "arm64"
     return not BFLOAT16_FLAGS.isdisjoint(flags)

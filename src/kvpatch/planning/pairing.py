@@ -96,7 +96,7 @@ def form_pairs(
             continue
         cells = _cells(bank, target, source, others.values(), protocol)
         if any(not cell for cell in cells):
-            dropped.append(f"{name}: no continuation is lexically disjoint from the source in some cell")
+            dropped.append(f"{name}: {_why_empty(bank, cells, target, source, protocol)}")
             continue
         masked_by = ("source", "foreign", *others)
         kept.append(Pair(target, source, foreign, dict(others), cells, masked_by, foreign_matched))
@@ -106,6 +106,18 @@ def form_pairs(
         for group in how.also:
             _assign_others(kept[held_out:], bank, group, lengths, how.max_length_difference)
     return Pairs(tuple(kept), tuple(dropped))
+
+
+def _why_empty(
+    bank: Bank, cells: Sequence[Sequence[Continuation]], target: Prompt, source: Prompt, protocol: Protocol
+) -> str:
+    """Why a pair has no continuation in some cell: none is on the topic, or all share words with the source."""
+    domains = {"target": target.continuation_domain, "source": source.continuation_domain}
+    for (mode, side, person), cell in zip(cells_of(protocol.mode, bank.persons), cells, strict=True):
+        written = bank.continuations_of.get((mode, person, domains[side]), ())
+        if not cell and not any(c.topic_of in (side, "either") for c in written):
+            return f"the bank has no continuation of mode {mode!r} with topic_of {side} and domain {domains[side]!r}"
+    return "no continuation is lexically disjoint from the source in some cell"
 
 
 def _by_length(bank: Bank, how: Pairing, lengths: Mapping[str, int]) -> list[tuple[Prompt, Prompt, dict[str, Prompt]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from pydantic import Field
@@ -67,7 +68,8 @@ class Batch(Frozen):
     """A piece of work that stands on its own.
 
     `model` is a key of the protocol's `models`, None for the run's own; `calibration` the phase whose natural runs set
-    the coherence limits; `roles` what each condition is in this phase.
+    the coherence limits; `roles` what each condition is in this phase; `segment` counts how often the run had grown
+    when the batch came to it.
     """
 
     batch_id: str
@@ -86,6 +88,7 @@ class Batch(Frozen):
     reference_targets: list[str]
     watched: AttentionSettings | None = None
     geometry: bool = False
+    segment: int = 0
 
 
 class Skipped(Frozen):
@@ -143,6 +146,7 @@ def make_plan(
     seed: int,
     n: int | None = None,
     phases: Sequence[str] | None = None,
+    grown_from: Sequence[int | None] = (),
 ) -> Plan:
     """Plan a run.
 
@@ -151,6 +155,7 @@ def make_plan(
         seed: orders the pairs and seeds the trials.
         n: pairs per condition, in place of each phase's own. A phase with a pairing of its own takes what that gives.
         phases: names of the phases to run; all if None.
+        grown_from: every n that the same run had before, so that batches which are stored are planned as they were.
     Raises:
         ProtocolError: for an unknown phase or readout, a scorer that can't be read, or more pairs than the bank gives.
     """
@@ -177,7 +182,7 @@ def make_plan(
         pairs, left_out, passed = planner.pairs_of(name, phase, n)
         dropped += left_out
         passed_over |= {name: passed} if passed else {}
-        batches += planner.batches(name, "test", pairs, phase.all_conditions)
+        batches += planner.batches(name, "test", pairs, phase.all_conditions, [old or phase.n for old in grown_from])
     for planner in planners.values():
         skipped += planner.skipped
     return Plan(
@@ -241,6 +246,7 @@ class _Planner:
             raise ProtocolError(
                 f"phase {name} wants n={wanted}, and bank {self.bank.name!r} gives {len(fitting)} pairs for this model "
                 f"({len(self.formed.pairs)} less {len(self.held_out)} held out for calibration{without})"
+                f"{_told_of_dropped(self.formed, self.protocol.pairing.max_length_difference)}"
             )
         return fitting, [], passed
 
@@ -265,16 +271,24 @@ class _Planner:
         texts = self._pair(pair, 0).texts
         return all(self.model.has(texts[role], having) for role in having.roles if role in texts)
 
-    def batches(self, phase: str, split: str, pairs: Sequence[Pair], names: Sequence[str]) -> list[Batch]:
-        """Batches of one phase."""
+    def batches(
+        self, phase: str, split: str, pairs: Sequence[Pair], names: Sequence[str], cuts: Sequence[int] = ()
+    ) -> list[Batch]:
+        """Batches of one phase; none holds pairs from both sides of a cut."""
         conditions = {name: self.protocol.conditions[name] for name in names if self._is_possible(phase, name, pairs)}
         asked = self.protocol.phases.get(phase)  # a calibration is no phase of the protocol
         per_pair = len(conditions) * self.protocol.generation.samples
         step = max(1, ROWS_PER_BATCH // max(1, per_pair))
         needs_reference = any(c.change is not None and c.change.is_fitted for c in conditions.values())
         out = []
-        for low in range(0, len(pairs), step):
-            planned = [self._pair(pair, low + index) for index, pair in enumerate(pairs[low : low + step])]
+        ends = sorted({cut for cut in cuts if cut < len(pairs)} | {len(pairs)})
+        lows = [
+            (segment, low, min(low + step, end))
+            for segment, (start, end) in enumerate(pairwise([0, *ends]))
+            for low in range(start, end, step)
+        ]
+        for place, (segment, low, high) in enumerate(lows):
+            planned = [self._pair(pair, low + index) for index, pair in enumerate(pairs[low:high])]
             trials = [
                 self._trial(phase, name, condition, index, pair, sample)
                 for name, condition in conditions.items()
@@ -285,7 +299,7 @@ class _Planner:
             content = "".join(trial.trial_id for trial in trials)
             out.append(
                 Batch(
-                    batch_id=f"{phase}-{low // step:04d}-{hashlib.sha256(content.encode()).hexdigest()[:12]}",
+                    batch_id=f"{phase}-{place:04d}-{hashlib.sha256(content.encode()).hexdigest()[:12]}",
                     model=self.key,
                     phase=phase,
                     split=split,
@@ -301,6 +315,7 @@ class _Planner:
                     reference_targets=self.reference[1] if needs_reference else [],
                     watched=asked.watched if asked else None,
                     geometry=asked is not None and asked.geometry,
+                    segment=segment,
                 )
             )
         return out
@@ -364,6 +379,24 @@ class _Planner:
             sample=sample,
             seed=seed,
         )
+
+
+def _told_of_dropped(formed: Pairs, share: float) -> str:
+    """How many pairs were not formed, and why."""
+    if not formed.dropped:
+        return ""
+    counts: dict[str, int] = {}
+    for line in formed.dropped:
+        reason = line.partition(": ")[2]
+        if reason.endswith(" tokens"):
+            reason = f"for prompts that differ by more than {share:.0%} in tokens (pairing: max_length_difference)"
+        elif "foreign partner" in reason:
+            reason = "for a foreign partner of another length (pairing: max_partner_difference)"
+        else:
+            reason = f"since {reason}"
+        counts[reason] = counts.get(reason, 0) + 1
+    listed = "; ".join(f"{count} {reason}" for reason, count in counts.items())
+    return f"; of {len(formed.pairs) + len(formed.dropped)} possible pairs {len(formed.dropped)} were dropped: {listed}"
 
 
 def _hashed(content: dict[str, Any]) -> str:

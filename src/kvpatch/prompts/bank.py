@@ -9,19 +9,21 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from kvpatch.errors import ProtocolError
-from kvpatch.files import NotYaml, bytes_within, is_directory, read_yaml
+from kvpatch.errors import ProtocolError, ProtocolMistakes
+from kvpatch.files import NotYaml, bytes_within, is_directory, read_yaml, yaml_nodes
 from kvpatch.specs.base import Frozen, Mode
-from kvpatch.specs.nearest import instead
+from kvpatch.specs.nearest import instead, nearest
+from kvpatch.specs.refusals import sentence
 
 
 class Prompt(Frozen):
@@ -117,6 +119,14 @@ class Bank(Frozen):
         return {prompt.partner_of: prompt for prompt in self.prompts if prompt.partner_of}
 
 
+class BankMistakes(ProtocolMistakes):
+    """All that is wrong with a bank. `groups` and `modes` are those that its entries name, the wrong ones too."""
+
+    def __init__(self, lines: Sequence[str], groups: Collection[str], modes: Collection[str]) -> None:
+        super().__init__(lines)
+        self.groups, self.modes = sorted(groups), sorted(modes)
+
+
 ALIASES = {"recursion-2": "recursion"}
 """Other names of shipped banks. A bank's own name is its newest edition; an older one is kept under its number."""
 
@@ -157,43 +167,83 @@ def _read(name: str, folder: Path) -> Bank:
     digest = hashlib.sha256()
     prompts: list[Prompt] = []
     continuations: list[Continuation] = []
+    wrong: list[str] = []
+    named: dict[str, set[str]] = {"group": set(), "level": set(), "mode": set()}
     for path in sorted(folder.glob("*.yaml")):
         try:
             raw = bytes_within(path)
         except OSError as error:
             raise ProtocolError(f"bank {name!r}: {path.name} can't be read: {error.strerror or error}") from error
         digest.update(raw)
-        for entry in _entries(path, raw):
-            if isinstance(entry, Continuation):
+        for entry in _entries(path, raw, named):
+            if isinstance(entry, str):
+                wrong.append(entry)
+            elif isinstance(entry, Continuation):
                 continuations.append(entry)
             else:
                 prompts.append(entry)
     counts = Counter(entry.id for entry in (*prompts, *continuations))
-    if twice := {i for i, count in counts.items() if count > 1}:
-        raise ProtocolError(f"bank {name!r}: id {sorted(twice)[0]!r} is used twice")
+    wrong += [f"bank {name!r}: id {one!r} is used twice" for one in sorted(i for i, n in counts.items() if n > 1)]
+    if wrong:
+        raise BankMistakes(wrong, named["group"] | named["level"], named["mode"])
     if not prompts:
         raise ProtocolError(f"bank {name!r} holds no prompts")
-    return Bank(name=name, sha256=digest.hexdigest(), prompts=tuple(prompts), continuations=tuple(continuations))
+    bank = Bank(name=name, sha256=digest.hexdigest(), prompts=tuple(prompts), continuations=tuple(continuations))
+    if lost := [p for p in prompts if p.partner_of and p.partner_of not in bank.by_id]:
+        told = "partner_of names no prompt"
+        raise ProtocolMistakes(
+            [f"bank {name!r}: {p.id}: {told} {p.partner_of!r}; {instead(p.partner_of or '', bank.by_id)}" for p in lost]
+        )
+    return bank
 
 
-def _entries(path: Path, raw: bytes) -> Iterator[Prompt | Continuation]:
+def _entries(path: Path, raw: bytes, named: dict[str, set[str]]) -> Iterator[Prompt | Continuation | str]:
+    """The entries of a file; of one that is wrong, what is wrong with it, in one line.
+
+    named: gets the groups, levels and modes that the entries name.
+    """
     try:
         loaded = read_yaml(raw) or []
     except NotYaml as error:
         line = f", line {error.line}" if error.line else ""
-        raise ProtocolError(f"{path.name}{line}: not YAML: {error}") from error
+        yield f"{path.name}{line}: not YAML: {error}"
+        return
     if not isinstance(loaded, list):
-        raise ProtocolError(f"{path.name}: expected a list of prompts or continuations")
+        yield f"{path.name}: expected a list of prompts or continuations"
+        return
     for number, entry in enumerate(loaded, 1):
         kind = Continuation if isinstance(entry, dict) and "mode" in entry else Prompt
+        for key, found in named.items() if isinstance(entry, dict) else ():
+            found |= {entry[key]} if isinstance(entry.get(key), str) else set()
         try:
             yield kind.model_validate(entry)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise ProtocolError(
-                f"{path.name}, entry {number}, {key or 'entry'}: {first['msg'].removeprefix('Value error, ')}"
-            ) from error
+            yield f"{path.name}, entry {number}, {_told(error, kind)}{_where(raw, number)}"
+
+
+def _told(error: ValidationError, kind: type[Prompt | Continuation]) -> str:
+    """What is wrong with an entry: each key, with what is expected there."""
+    found: list[str] = []
+    details = sorted(error.errors(), key=lambda each: each["type"] in ("missing", "extra_forbidden"))
+    keys = list(kind.model_fields)
+    missing = [str(each["loc"][0]) for each in details if each["type"] == "missing"]
+    meant: set[str] = set()
+    for each in details:
+        key = ".".join(str(part) for part in each["loc"]) or "entry"
+        if each["type"] == "extra_forbidden":
+            near = nearest(key, [*missing, *keys])
+            meant |= {near} if near else set()
+            found.append(f"{key}: no such key; " + (f"did you mean {near!r}?" if near else f"it has {', '.join(keys)}"))
+        elif each["type"] != "missing":
+            found.append(f"{key}: {sentence(each)}")
+    found += [f"{key}: this key is missing" for key in missing if key not in meant]
+    return "; ".join(found)
+
+
+def _where(raw: bytes, number: int) -> str:
+    """The line on which an entry of a file begins."""
+    node, _ = yaml_nodes(raw)
+    return f" (line {node.value[number - 1].start_mark.line + 1})" if isinstance(node, yaml.SequenceNode) else ""
 
 
 def shuffled_words(text: str, seed: int) -> str:

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from kvpatch.errors import ProtocolError, ProtocolMistakes
 from kvpatch.files import NotYaml, bytes_within, read_yaml, yaml_nodes
 from kvpatch.protocols.hypotheses import Misplaced
-from kvpatch.protocols.names import wrong_files, wrong_names
+from kvpatch.protocols.names import Planned, wrong_files, wrong_names
+from kvpatch.protocols.readable import as_far_as_readable
 from kvpatch.protocols.schema import Protocol
 from kvpatch.specs.nearest import instead, nearest
 from kvpatch.specs.refusals import sentence
@@ -33,13 +34,16 @@ def shipped_protocols() -> list[str]:
     )
 
 
-def load_protocol(name: str, *, needs_files: bool = False, may_leave: bool = False) -> Protocol:
+def load_protocol(
+    name: str, *, needs_files: bool = False, may_leave: bool = False, planned: Planned | None = None
+) -> Protocol:
     """Read a protocol and check every name in it; its paths are relative to its file, whatever the working directory.
 
     Args:
         needs_files: whether the bank and the lexicon that it names must be there, as for a run. Where they need not,
             what can be read of them is checked all the same.
         may_leave: whether they may lie outside the folder of the protocol's file.
+        planned: n and phases of a run that is meant, for which the bank must have prompts enough.
     Raises:
         ProtocolError: for an unknown name, an unreadable file, or content that is not a protocol; all that is wrong in
             the content is said at once, one line each.
@@ -56,11 +60,17 @@ def load_protocol(name: str, *, needs_files: bool = False, may_leave: bool = Fal
         text, folder = shipped.joinpath(f"{name}.yaml").read_text(encoding="utf-8"), Path(str(shipped))
     else:
         raise ProtocolError(f"no protocol {name!r}: shipped are {', '.join(shipped_protocols())}; or give a .yaml file")
-    return parse_protocol(text, name, folder, needs_files=needs_files, may_leave=may_leave)
+    return parse_protocol(text, name, folder, needs_files=needs_files, may_leave=may_leave, planned=planned)
 
 
 def parse_protocol(
-    text: str, name: str, folder: Path | None = None, *, needs_files: bool = False, may_leave: bool = False
+    text: str,
+    name: str,
+    folder: Path | None = None,
+    *,
+    needs_files: bool = False,
+    may_leave: bool = False,
+    planned: Planned | None = None,
 ) -> Protocol:
     """Read a protocol from YAML text; `name` is what errors call the file, `folder` where it lies.
 
@@ -77,21 +87,62 @@ def parse_protocol(
         raise ProtocolError(f"{name}, line {repeated.start_mark.line + 1}: key {repeated.value!r} is given twice")
     kinds()  # a kind of test from another package that can't be used is no mistake of this file
     loaded = _laid_over(written, name, _place(node, ["extends"]).line) if "extends" in written else written
-    wrong: list[Misplaced] = []
+    asked = _Asked(folder, needs_files, may_leave, planned)
     try:
+        wrong: list[Misplaced] = []
         protocol = Protocol.model_validate(loaded, context=wrong)
+        found: list[_Mistake] = []
     except ValidationError as error:
-        shown = error.errors()[:MOST_LOOKED_AT]
-        found = [(e, _place(node, _as_written(_loc(e), written, loaded))) for e in shown]
-        raise _mistakes(name, _explained(found)) from error
-    if folder is not None:
-        protocol = protocol.placed(folder)
-        wrong += wrong_files(protocol, must_be_there=needs_files, may_leave=may_leave)
-    wrong += wrong_names(protocol)
-    if wrong := wrong[:MOST_LOOKED_AT]:
-        places = [_place(node, _as_written(each.loc, written, loaded)) for each in wrong]
-        raise _mistakes(name, [(place, place.whole, str(each)) for place, each in zip(places, wrong, strict=True)])
+        read = as_far_as_readable(loaded)
+        shown = (read.errors or error.errors())[:MOST_LOOKED_AT]
+        found = _explained([(e, _place(node, _as_written(_loc(e), written, loaded))) for e in shown])
+        protocol, wrong = read.protocol, read.names
+        if protocol is not None:
+            wrong += [Misplaced(str(each), *read.place(each.loc)) for each in _wrong(protocol, asked)]
+            wrong = [each for each in wrong if read.is_new(each)]
+        elif folder is not None:
+            wrong = _wrong_files_of(loaded, asked)
+    else:
+        protocol = protocol if folder is None else protocol.placed(folder)
+        wrong += _wrong(protocol, asked)
+    for each in wrong[:MOST_LOOKED_AT]:
+        place = _place(node, _as_written(each.loc, written, loaded))
+        found.append((place, place.whole, str(each)))
+    if found or protocol is None:
+        raise _mistakes(name, found)
     return protocol
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What else is looked at beside a protocol's own content; see `load_protocol`."""
+
+    folder: Path | None
+    needs_files: bool
+    may_leave: bool
+    planned: Planned | None
+
+
+def _wrong(protocol: Protocol, asked: _Asked) -> list[Misplaced]:
+    """What is wrong in the files that a protocol names, and in its names."""
+    found: list[Misplaced] = []
+    if asked.folder is not None:
+        placed = protocol.placed(asked.folder)
+        found += wrong_files(placed, must_be_there=asked.needs_files, may_leave=asked.may_leave, planned=asked.planned)
+    return [*found, *wrong_names(protocol)]
+
+
+def _wrong_files_of(loaded: dict[str, Any], asked: _Asked) -> list[Misplaced]:
+    """What is wrong in the bank and the lexicon of content of which too little can be read to be a protocol."""
+    bank, readouts = loaded.get("bank"), loaded.get("readouts")
+    lexicon = readouts.get("lexicon") if isinstance(readouts, dict) else None
+    content: dict[str, Any] = {"protocol": "-", "title": "-", "question": "-"}
+    content |= {"conditions": {}, "phases": {}, "hypotheses": []}
+    content |= {"bank": bank} if isinstance(bank, str) else {}
+    content |= {"readouts": {"lexicon": lexicon}} if isinstance(lexicon, str) else {}
+    placed = Protocol.model_validate(content, context=[]).placed(asked.folder or Path())
+    told = wrong_files(placed, must_be_there=asked.needs_files, may_leave=asked.may_leave)
+    return [each for each in told if each.loc in (("bank",), ("readouts", "lexicon"))]
 
 
 @dataclass(frozen=True)

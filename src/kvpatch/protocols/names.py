@@ -6,14 +6,15 @@ and not after the last trial. The schema itself checks names that the protocol d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import get_args
 
-from kvpatch.errors import ProtocolError
+from kvpatch.errors import ProtocolError, ProtocolMistakes
 from kvpatch.files import is_directory, is_file, leaves
-from kvpatch.prompts.bank import Bank, load_bank, shipped_banks
+from kvpatch.prompts.bank import Bank, BankMistakes, load_bank, shipped_banks
 from kvpatch.protocols.conditions import ROLES
 from kvpatch.protocols.hypotheses import Hypothesis, Misplaced, Variable
 from kvpatch.protocols.schema import PLAIN, Pairing, Phase, Protocol
@@ -131,12 +132,23 @@ def _wrong_expectations(protocol: Protocol) -> Iterator[Misplaced]:
                     yield Misplaced(f"no verdict {word!r}; {instead(word, words)}", "expected", organism, verdict)
 
 
-def wrong_files(protocol: Protocol, *, must_be_there: bool, may_leave: bool = False) -> Iterator[Misplaced]:
+@dataclass(frozen=True)
+class Planned:
+    """What of a protocol is meant to be run: pairs per condition, each phase's own if None, and phases, all if None."""
+
+    n: int | None = None
+    phases: Sequence[str] | None = None
+
+
+def wrong_files(
+    protocol: Protocol, *, must_be_there: bool, may_leave: bool = False, planned: Planned | None = None
+) -> Iterator[Misplaced]:
     """What is wrong with the lexicon and the bank that a protocol names, and with the names in it that the bank knows.
 
     must_be_there: whether a file that can't be found is wrong. Whoever only decides a run again needs neither file; but
     a name that is all but a shipped one is told in any case. may_leave: whether they may lie outside the protocol's own
-    folder; one that may not is not looked at, and is wrong where it must be there.
+    folder; one that may not is not looked at, and is wrong where it must be there. planned: a run for which the bank
+    must have prompts enough, whatever the tokenizer.
     """
     outside = [] if may_leave else _outside(protocol)
     if outside:
@@ -146,15 +158,26 @@ def wrong_files(protocol: Protocol, *, must_be_there: bool, may_leave: bool = Fa
     try:
         bank = load_bank(protocol.bank, protocol.folder)
     except ProtocolError as error:
-        if must_be_there or _is_a_directory(protocol) or nearest(protocol.bank, shipped_banks()):
-            yield Misplaced(str(error), "bank")
+        is_there = _is_a_directory(protocol)
+        if must_be_there or is_there or nearest(protocol.bank, shipped_banks()):
+            for line in error.lines if isinstance(error, ProtocolMistakes) else (str(error),):
+                yield Misplaced(line, "bank")
+        if isinstance(error, BankMistakes):
+            yield from _wrong_groups(protocol, protocol.bank, error.groups)
+            if must_be_there:
+                yield from _wrong_mode(protocol, protocol.bank, error.modes)
+        if is_there:
+            yield from _wrong_lexicon(protocol, must_be_there)
         return  # where the bank is missing, the lexicon mostly is too: the folder is wrong
-    wrong = list(_wrong_groups(protocol, bank))
+    groups = sorted({name for prompt in bank.prompts for name in (prompt.group, prompt.level) if name})
+    wrong = list(_wrong_groups(protocol, bank.name, groups))
     yield from wrong
     # Where no mode is given it is called after the sources, whose wrong name is told of once.
     is_told = protocol.mode == protocol.pairing.sources and any(each.loc == ("pairing", "sources") for each in wrong)
     if must_be_there and not is_told:
-        yield from _wrong_mode(protocol, bank)
+        yield from _wrong_mode(protocol, bank.name, sorted({c.mode for c in bank.continuations}))
+    if planned is not None and not wrong:
+        yield from _too_few_prompts(protocol, bank, planned)
     yield from _wrong_lexicon(protocol, must_be_there)
 
 
@@ -191,7 +214,8 @@ def _wrong_lexicon(protocol: Protocol, must_be_there: bool) -> Iterator[Misplace
     except ProtocolError as error:
         path = Path(protocol.folder or "", name)
         if must_be_there or is_file(path) or nearest(name, _shipped_lexicons()):
-            yield Misplaced(str(error), "readouts", "lexicon")
+            for line in error.lines if isinstance(error, ProtocolMistakes) else (str(error),):
+                yield Misplaced(line, "readouts", "lexicon")
 
 
 def _shipped_lexicons() -> list[str]:
@@ -199,8 +223,7 @@ def _shipped_lexicons() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir())
 
 
-def _wrong_groups(protocol: Protocol, bank: Bank) -> Iterator[Misplaced]:
-    known = sorted({name for prompt in bank.prompts for name in (prompt.group, prompt.level) if name})
+def _wrong_groups(protocol: Protocol, bank: str, known: Sequence[str]) -> Iterator[Misplaced]:
     places: list[tuple[Pairing, Loc]] = [(protocol.pairing, ("pairing",))]
     for name, phase in protocol.phases.items():
         if phase.pairing is not None:
@@ -211,12 +234,28 @@ def _wrong_groups(protocol: Protocol, bank: Bank) -> Iterator[Misplaced]:
         for group, loc in named:
             if group not in known:
                 told = instead(group, known, "it has")
-                yield Misplaced(f"bank {bank.name!r} has no group or level {group!r}; {told}", *at, *loc)
+                yield Misplaced(f"bank {bank!r} has no group or level {group!r}; {told}", *at, *loc)
 
 
-def _wrong_mode(protocol: Protocol, bank: Bank) -> Iterator[Misplaced]:
-    modes = sorted({continuation.mode for continuation in bank.continuations})
+def _too_few_prompts(protocol: Protocol, bank: Bank, planned: Planned) -> Iterator[Misplaced]:
+    """Phases that want more pairs than the bank can give on any model. A phase's own pairing takes what it gets."""
+    how, held_out = protocol.pairing, protocol.calibration.pairs
+    targets, sources = len(bank.group(how.targets)), len(bank.group(how.sources))
+    most = max(0, min(targets, sources) - held_out)
+    for name, phase in protocol.phases.items():
+        wanted = planned.n or phase.n
+        is_asked = planned.phases is None or name in planned.phases
+        if is_asked and phase.pairing is None and wanted > most:
+            yield Misplaced(
+                f"phase {name} wants n={wanted}, and bank {bank.name!r} gives {most} pairs at most ({targets} targets "
+                f"and {sources} sources, less {held_out} held out for calibration); it needs {wanted + held_out} of "
+                "each, or a smaller n",
+                "phases", name, "n",
+            )  # fmt: skip
+
+
+def _wrong_mode(protocol: Protocol, bank: str, modes: Sequence[str]) -> Iterator[Misplaced]:
     for mode in (protocol.mode, PLAIN):
         if mode not in modes:
             told = instead(mode, modes, "it has")
-            yield Misplaced(f"bank {bank.name!r} has no continuations of mode {mode!r}; {told}", "mode")
+            yield Misplaced(f"bank {bank!r} has no continuations of mode {mode!r}; {told}", "mode")

@@ -19,10 +19,11 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kvpatch.errors import ProtocolError
+from kvpatch.errors import MOST_MISTAKES, ProtocolError, ProtocolMistakes
 from kvpatch.files import NotYaml, read_yaml
 from kvpatch.readouts.cues import Cues, read_cues
 from kvpatch.readouts.lexicon_files import is_shipped, lexicon_bytes
@@ -162,15 +163,22 @@ class Lexicon:
                 f"lexicon {origin!r}: name must be text, version an integer, entries a list of at least one"
             )
         lists, is_timed = read_lists(parsed.get("lists", {}), origin), not is_shipped(sha256)
-        entries = tuple(_entry_from_parsed(row, lists, origin, is_timed) for row in rows)
+        entries, wrong = [], []
+        for row in rows:
+            try:
+                entries.append(_entry_from_parsed(row, lists, origin, is_timed))
+            except ProtocolError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise ProtocolMistakes(wrong)
         cues = read_cues(parsed, lists, origin, is_timed)
         ids = [part.id for part in (*entries, *cues.cues)]
         if len(set(ids)) < len(ids):
             repeated = ", ".join(sorted({name for name in ids if ids.count(name) > 1}))
             raise ProtocolError(f"lexicon {origin!r}: ids of entries must differ; these repeat: {repeated}")
-        lexicon = cls(name, version, sha256, entries, cues)
-        if broken := next(lexicon._broken_examples(), None):
-            raise ProtocolError(f"lexicon {origin!r}, {broken}")
+        lexicon = cls(name, version, sha256, tuple(entries), cues)
+        if broken := list(islice(lexicon._broken_examples(), MOST_MISTAKES)):
+            raise ProtocolMistakes([f"lexicon {origin!r}, {told}" for told in broken])
         return lexicon
 
     def _broken_examples(self) -> Iterator[str]:

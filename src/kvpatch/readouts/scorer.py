@@ -28,7 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeGuard
 
-from kvpatch.errors import ProtocolError
+from kvpatch.errors import ProtocolError, ProtocolMistakes
 from kvpatch.readouts.behavior import (
     Lexicon,
     content_words,
@@ -142,10 +142,11 @@ def read_scorer(name: str, folder: Path | None = None) -> Scorer:
         patterns = (*lexicon.entries, *(cue for cue in lexicon.cues.cues if cue.pattern))
         untried = [part.id for part in patterns if not part.matches]
         if untried:
-            raise ProtocolError(
-                f"lexicon {name!r}, entry {untried[0]!r}: it has no example; give at least one text under 'matches' in "
-                "which its pattern must find a hit, so that a pattern that can't find any is seen before a run"
+            told = (
+                "it has no example; give at least one text under 'matches' in which its pattern must find a hit, so "
+                "that a pattern that can't find any is seen before a run"
             )
+            raise ProtocolMistakes([f"lexicon {name!r}, entry {entry!r}: {told}" for entry in untried])
         return Scorer(name=name, kind="lexicon", content=content.decode(), function="", sha256=_sha256(content))
     where = name.rpartition(":")[0]
     if not where.endswith(".py"):

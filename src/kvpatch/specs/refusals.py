@@ -9,11 +9,25 @@ from pydantic import BaseModel, ValidationError
 from kvpatch.specs.arguments import shown
 from kvpatch.specs.nearest import nearest
 
+_PLAINLY = {
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "list_type": "must be a list",
+    "dict_type": "must be a mapping of keys to values",
+    "model_type": "must be a mapping of keys to values",
+}
+"""pydantic's kinds of error -> what was expected, where its own words are those of a programmer."""
+
 
 def sentence(details: Any) -> str:
     """What one of pydantic's error details says, with the value that was wrong."""
     if details["type"].startswith("bool"):
         return f"must be True or False, not {shown(details['input'])}"
+    if details["type"] in _PLAINLY:
+        return f"{_PLAINLY[details['type']]}, not {shown(details['input'])}"
     message = details["msg"].removeprefix("Value error, ")
     return message if details["type"] == "value_error" else f"{message}, not {shown(details['input'])}"
 

@@ -62,6 +62,8 @@ class RunRecord(Frozen):
     model: ModelRecord
     seed: int
     n: int | None
+    grown_from: list[int | None] = Field(default_factory=list)
+    """Every n that the run had before it grew, in their order."""
     phases: list[str]
     planned_by_phase: dict[str, int]
     versions: dict[str, str]
@@ -90,6 +92,15 @@ class RunRecord(Frozen):
         """Trials of all phases that were asked for."""
         return sum(self.planned_by_phase.values())
 
+    def grown_to(self, n: int | None) -> list[int | None]:
+        """What `grown_from` is for the same run of n pairs."""
+        return self.grown_from if n == self.n else [*self.grown_from, self.n]
+
+    def _is_grown(self, stored: RunRecord) -> bool:
+        """Whether every phase of the stored run has as many pairs in this one, or more."""
+        own = {name: phase["n"] for name, phase in self.protocol["phases"].items()}
+        return all((self.n or own[name]) >= (stored.n or own[name]) for name in own)
+
     def continued(self, stored: RunRecord) -> RunRecord:
         """The stored record of the same run, with what this one asks for beside what was asked before.
 
@@ -100,6 +111,9 @@ class RunRecord(Frozen):
             raise StoreError(f"the directory belongs to another run: it has {reason}; give another --out")
         return stored.model_copy(
             update={
+                "n": self.n,
+                "grown_from": stored.grown_to(self.n),
+                "finished": stored.finished if self.n == stored.n else None,
                 "other_models": self.other_models | stored.other_models,
                 "phases": list(dict.fromkeys([*stored.phases, *self.phases])),
                 "planned_by_phase": stored.planned_by_phase | self.planned_by_phase,
@@ -133,6 +147,6 @@ class RunRecord(Frozen):
                 )
         if self.seed != other.seed:
             return f"seed {other.seed}"
-        if self.n != other.n:
-            return f"n={'as planned' if other.n is None else other.n}"
+        if not self._is_grown(other):
+            return f"n={'as planned' if other.n is None else other.n}, and a run may grow and not shrink"
         return None

@@ -9,7 +9,8 @@ from kvpatch.protocols.hypotheses import Hypothesis
 from kvpatch.protocols.schema import Protocol
 from kvpatch.specs.base import Frozen
 from kvpatch.specs.test_kinds import kind_named
-from kvpatch.verdicts.attainable import planned_pairs, strictest_alpha
+from kvpatch.verdicts.attainable import correction_of, planned_pairs, smallest_adjusted_p, strictest_alpha
+from kvpatch.verdicts.attainable import smallest_p as attainable_p
 from kvpatch.verdicts.deviations import deviations
 from kvpatch.verdicts.power import (
     QUICK_SETS,
@@ -23,6 +24,7 @@ from kvpatch.verdicts.power import (
     smallest_p,
 )
 from kvpatch.verdicts.procedures import procedure_of
+from kvpatch.verdicts.rounding import number
 from kvpatch.verdicts.simulated import Noise, Question
 
 MOST_WARNINGS = 4
@@ -80,6 +82,7 @@ def warnings_before(protocol: Protocol, n: int | None = None, phases: Sequence[s
     """
     few = [d for d in deviations(protocol, planned_pairs(protocol, n, phases)) if d.kind == "pairs"]
     hopeless = {name for d in few for name in d.hypotheses}
+    least = smallest_adjusted_p(protocol, planned_pairs(protocol, n, phases))
     groups: dict[str, list[str]] = {}
     for h in asked_hypotheses(protocol, phases):
         if h.id in hopeless:
@@ -100,12 +103,23 @@ def warnings_before(protocol: Protocol, n: int | None = None, phases: Sequence[s
             text = f"(alpha {s.alpha:g}) can certify only margins of dz >= {s.dz:.2f} with 80% power"
         else:
             text = f"(alpha {s.alpha:g}) can see only effects of dz >= {s.dz:.2f} with 80% power"
+        text += _braced(_least(protocol, h, s.n, least.get(h.id)))
         groups.setdefault(f"n={s.n}: {{}} {text}", []).append(s.id)
     lines = [text.format(_few(ids)) for text, ids in groups.items()]
     if len(lines) > MOST_WARNINGS:
         rest = len(lines) - MOST_WARNINGS
         lines = [*lines[:MOST_WARNINGS], f"and {rest} more: see kvpatch power {protocol.protocol}"]
     return [*(d.told for d in few), *lines]
+
+
+def _least(protocol: Protocol, h: Hypothesis, n: int, adjusted: float | None) -> str:
+    """What the correction makes of the smallest p that n pairs can give; nothing where no bound is known."""
+    own = attainable_p(protocol, h, n)
+    if adjusted is None or not own > 0:
+        return ""
+    name = "Holm" if correction_of(protocol, h.family) == "holm" else "Benjamini-Hochberg"
+    holm = "" if adjusted == own else f", {number(adjusted)} after {name} in family {h.family}"
+    return f"; the smallest p of {n} pairs is {number(own)}{holm}"
 
 
 def _braced(text: str) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import threading
 import time
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kvpatch.errors import StoreError
+from kvpatch.files import is_held
 from kvpatch.protocols.schema import Protocol
 from kvpatch.store.columns import TRIAL_COLUMNS
 from kvpatch.store.directory import Store
@@ -245,18 +245,16 @@ class LiveRun:
         return "finished" if self.record.finished and done >= planned else "interrupted"
 
     def _speed(self) -> tuple[float | None, float | None, float | None]:
-        """(trials a second, tokens a second, when the newest part came), over the last parts of one session."""
-        recent = list(self._known.parts)[-RECENT_PARTS:]
-        times = []
-        for name in recent:
-            try:
-                times.append(((self.store.trials / name).stat().st_mtime, name))
-            except OSError:
-                continue
-        times.sort()
+        """(trials a second, tokens a second, when the newest part came), over the last parts of one session.
+
+        Times are those that the run wrote down, since those of files change when a run is copied; of a part that an
+        older version wrote none is known.
+        """
+        recent = list(self._known.parts.items())[-RECENT_PARTS:]
+        times = sorted((part.written, name) for name, part in recent if part.written is not None)
         start = max((i for i in range(1, len(times)) if times[i][0] - times[i - 1][0] > PAUSE), default=0)
         session = times[start:]
-        newest = times[-1][0] if times else None
+        newest = times[-1][0] if times else self._finished()
         if len(session) < 2 or session[-1][0] <= session[0][0]:
             return None, None, newest
         counted = self.ask(
@@ -265,6 +263,13 @@ class LiveRun:
         )[0]
         passed = session[-1][0] - session[0][0]
         return counted["trials"] / passed, (counted["tokens"] or 0) / passed, newest
+
+    def _finished(self) -> float | None:
+        """When the run was finished, in seconds since 1970."""
+        try:
+            return datetime.fromisoformat((self.record and self.record.finished) or "").timestamp()
+        except ValueError:
+            return None
 
 
 def _known_numbers(table: pa.Table) -> pa.Table:
@@ -276,24 +281,6 @@ def _known_numbers(table: pa.Table) -> pa.Table:
             known = pc.if_else(pc.is_finite(found), found, None)  # pyright: ignore[reportAttributeAccessIssue]
             table = table.set_column(place, column, known)
     return table
-
-
-def is_held(path: Path) -> bool:
-    """Whether a process holds the lock of a run directory; where it is free it is let go again at once."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        fcntl.flock(handle, fcntl.LOCK_UN)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks, on which no run is written
-        return False
-    finally:
-        os.close(handle)
-    return False
 
 
 def _stamp(path: Path) -> tuple[int, int]:

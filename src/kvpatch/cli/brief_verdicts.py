@@ -1,0 +1,49 @@
+"""The verdicts of a run in fewer lines than a screen has."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from kvpatch.cli.console import MOST_LINES, PlainConsole, say
+from kvpatch.verdicts.rounding import number
+from kvpatch.verdicts.wording import p_value
+
+if TYPE_CHECKING:
+    from kvpatch.verdicts.outcome import Outcome
+    from kvpatch.verdicts.records import Verdict
+
+
+def print_brief_verdicts(outcome: Outcome, all_of_it: str, most: int = MOST_LINES - 2) -> None:
+    """Print the answer, then one line for each verdict of the primary hypotheses, each row of the plan, and each other
+    verdict, as many as there is room for; last how many there are of each kind.
+
+    Args:
+        all_of_it: the command that prints everything.
+        most: lines in all.
+    """
+    width = max(60, PlainConsole().width)
+    head = textwrap.wrap(outcome.answer, width)
+    counts = Counter(v.verdict for v in outcome.verdicts)
+    told = ", ".join(f"{count} {word}" for word, count in counts.most_common())
+    many = len(outcome.verdicts)
+    foot = textwrap.wrap(
+        f"{many} {'verdict' if many == 1 else 'verdicts'}: {told}. All, with reasons: {all_of_it}", width
+    )
+    first = [v for v in outcome.verdicts if v.family == "primary"]
+    rest = [v for v in outcome.verdicts if v.family != "primary"]
+    lines = [_line(v) for v in first]
+    lines += [f"{row.verdict}: {row.claim}" for row in outcome.plan_table]
+    lines += [_line(v) for v in rest]
+    room = most - len(head) - len(foot)
+    for line in [*head, *(textwrap.shorten(line, width, placeholder="...") for line in lines[:room]), *foot]:
+        say(line)
+
+
+def _line(v: Verdict) -> str:
+    """A verdict, its estimate and interval; the claim comes last, where it may be cut."""
+    interval = "" if v.ci_low is None or v.ci_high is None else f" [{number(v.ci_low)}, {number(v.ci_high)}]"
+    estimate = "" if v.estimate is None else f" = {number(v.estimate)}{interval}"
+    p = "" if v.p_adjusted is None else f", p {p_value(v.p_adjusted)}"
+    return f"{v.verdict}: {v.id}, {v.contrast} in {v.readout}{estimate}{p}, n = {v.n}. {v.claim}"

@@ -55,7 +55,11 @@ def test_effects_of_two_models_overlap_in_what_they_share_and_not_in_their_own_u
 
 
 # pingouin 0.7.0: compute_esci(dz, nx=24, ny=24, paired=True, eftype="cohen", decimals=12).
-OF_PINGOUIN = {-0.8: (-1.322784454353, -0.342720135144), 0.0: (-0.514542965289, 0.331744876888), 2.0: (1.087380970374, 2.436587193964)}
+OF_PINGOUIN = {
+    -0.8: (-1.322784454353, -0.342720135144),
+    0.0: (-0.514542965289, 0.331744876888),
+    2.0: (1.087380970374, 2.436587193964),
+}
 
 
 @pytest.mark.parametrize("mean", OF_PINGOUIN)

@@ -1,4 +1,4 @@
-"""What is published: sdist and wheel build, pass twine's check, hold all data, and work where nothing else of kvpatch is."""
+"""What is published: sdist and wheel build, pass twine's check, hold all data, and work by themselves."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def installed(built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.model
 def test_the_installed_wheel_runs_the_first_example_of_the_readme(installed: Path, tmp_path: Path) -> None:
-    """The block of Python up to its first empty line after the patch's text and score, on the model that it names."""
+    """The block of Python up to its sweep, on the model that it names."""
     block = re.search(r"^```python\n(.*?)^```", (REPOSITORY / "README.md").read_text("utf-8"), re.M | re.S)
     assert block is not None
     example = block[1].split("\ngrid = ")[0]

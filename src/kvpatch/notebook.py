@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import pandas as pd
 
-from kvpatch.errors import ProtocolError, StoreError
+from kvpatch.errors import ProtocolError, StoreError, missing_extra
 from kvpatch.offline import drawn_offline
 from kvpatch.report.build import watched_rows
 from kvpatch.specs.readouts import MODE

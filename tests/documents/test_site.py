@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from blocks import REPOSITORY, blocks_of
 
 import kvpatch as kv
-from blocks import REPOSITORY, blocks_of
 
 
 @pytest.fixture(scope="module")

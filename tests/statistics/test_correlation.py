@@ -23,7 +23,8 @@ def data(seed: int, n: int = 30, k: int = 2) -> tuple[np.ndarray, np.ndarray, np
     return x, 0.5 * x - held.sum(axis=1) + rng.normal(size=n), held
 
 
-# pingouin 0.7.0: partial_corr(frame, "x", "y", covar=names), and corr(x, y) without covariates; r and two-sided p of data(seed).
+# pingouin 0.7.0: partial_corr(frame, "x", "y", covar=names), and corr(x, y) without covariates: r and two-sided p of
+# data(seed).
 OF_PINGOUIN = {
     (0, 0): (-0.0400844766909151, 0.8334281488734864),
     (0, 1): (0.43139877521426584, 0.019459815222637768),

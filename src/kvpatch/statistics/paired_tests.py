@@ -185,7 +185,8 @@ def jzs_bayes_factor(differences: Floats, scale: float = math.sqrt(2) / 2) -> fl
     Rounded to 6 significant digits, which its numerical integral is good for; infinite where it is more than a float
     holds. NaN if n < 2, if the differences do not vary, or beyond |dz| = 20, where the integral is no longer right (and
     nobody needs it).
-    Source: Rouder et al. 2009 (Psychon Bull Rev 16:225), equation 1. The tests hold numbers of `pingouin.bayesfactor_ttest`.
+    Source: Rouder et al. 2009 (Psychon Bull Rev 16:225), equation 1.
+    The tests hold numbers of `pingouin.bayesfactor_ttest`.
     """
     dz = cohens_dz(differences)
     if not abs(dz) <= MAX_DZ_OF_BAYES_FACTOR:

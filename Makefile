@@ -7,7 +7,7 @@ DEMO ?= demo
 # A set variable of this name would have every process compile all modules anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install install-test demo test lint pytest bench clean
+.PHONY: help install install-test demo test lint pytest docs bench clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -42,8 +42,11 @@ test: install-test  ## format, rules, types, and every test that needs no GPU
 pytest: install-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+docs: install-test  ## the documentation as a site, in site/; a warning stops it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: install-test  ## benchmarks, as ratios to a named peer measured in the same run
 	$(BIN)/python benchmarks/decode.py
 
 clean:           ## remove the environment and the demo's results
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) site

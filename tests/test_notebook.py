@@ -19,10 +19,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("notebook") / "run", n=4, phases=["1", "4"]).directory
 
 
-def test_trials_come_as_polars_and_as_pandas(directory: Path) -> None:
+def test_trials_come_as_pandas_and_as_polars(directory: Path) -> None:
     run = kv.Run(directory)
-    assert isinstance(run.trials(), polars.DataFrame) and isinstance(run.trials("pandas"), pd.DataFrame)
-    assert run.trials().height == len(run.trials("pandas")) == 4 * 19 + 4 * 14 + 24
+    assert isinstance(run.trials(), pd.DataFrame) and isinstance(run.trials("polars"), polars.DataFrame)
+    assert run.trials("polars").height == len(run.trials()) == len(run.trials("pandas")) == 4 * 19 + 4 * 14 + 24
     with pytest.raises(kv.ProtocolError, match="'polars' or 'pandas'"):
         run.trials("arrow")  # type: ignore[call-overload]
     polar = run.verdicts("polars")

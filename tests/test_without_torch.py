@@ -105,13 +105,19 @@ def test_a_finished_run_is_reported_without_any_extra(read: dict[str, dict[str, 
 def test_a_notebook_reads_a_run_without_any_extra(run_dir: Path):
     code = (
         "import kvpatch as kv; run = kv.Run(sys.argv[1]); run.verdicts(), run.effects(), run.plot.forest(); "
-        "print(run.trials().height, len(run.trials('pandas')), [name for name in HIDDEN if name in sys.modules])"
+        "print(len(run.trials()), len(run.trials('pandas')), [name for name in HIDDEN if name in sys.modules])"
     )
     done = run_without(run_dir, code=code)
     assert done.returncode == 0, done.stderr
-    polars, pandas, imported = done.stdout.split(maxsplit=2)
-    assert polars == pandas != "0"
+    first, pandas, imported = done.stdout.split(maxsplit=2)
+    assert first == pandas != "0"
     assert imported.strip() == "[]"
+
+
+def test_a_polars_frame_is_refused_by_the_name_of_its_extra(run_dir: Path):
+    for call in ("trials", "verdicts"):
+        done = run_without(run_dir, code=f"import kvpatch as kv; kv.Run(sys.argv[1]).{call}('polars')")
+        assert "MissingExtra: this needs polars, which is not installed: pip install 'kvpatch[polars]'" in done.stderr
 
 
 @pytest.mark.parametrize(

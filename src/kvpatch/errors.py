@@ -22,6 +22,7 @@ EXTRA_OF = {
     "huggingface_hub": "view",
     "tokenizers": "view",
     "wordfreq": "bank",
+    "polars": "polars",
 }
 """Which extra of kvpatch brings a package that the base install does without (pyproject.toml)."""
 

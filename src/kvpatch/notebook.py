@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import pandas as pd
 
-from kvpatch.errors import ProtocolError, StoreError, as_html
+from kvpatch.errors import ProtocolError, StoreError, as_html, missing_extra
 from kvpatch.offline import drawn_offline
 from kvpatch.report.build import watched_rows
 from kvpatch.specs.readouts import MODE
@@ -60,23 +60,21 @@ class Run:
         return self
 
     @overload
-    def trials(self, kind: Literal["polars"] = "polars") -> polars.DataFrame: ...
+    def trials(self, kind: Literal["pandas"] = "pandas") -> pd.DataFrame: ...
     @overload
-    def trials(self, kind: Literal["pandas"]) -> pd.DataFrame: ...
-    def trials(self, kind: str = "polars") -> Any:
-        """Every trial with every column (`kvpatch.store.columns.TRIAL_COLUMNS`), as a Polars or a pandas frame.
+    def trials(self, kind: Literal["polars"]) -> polars.DataFrame: ...
+    def trials(self, kind: str = "pandas") -> Any:
+        """Every trial with every column (`kvpatch.store.columns.TRIAL_COLUMNS`), as a pandas or a Polars frame.
 
         Raises:
             StoreError: where there are no trials, or a part is damaged.
             ProtocolError: for another kind.
+            MissingExtra: for a Polars frame where Polars is not installed.
         """
         _refuse_kind(kind)
-        table = self.store.read()
-        if kind == "pandas":
-            return table.to_pandas()
-        import polars
-
-        return polars.from_arrow(table)
+        if kind == "polars":
+            return _polars().from_arrow(self.store.read())
+        return self.store.read().to_pandas()
 
     @overload
     def verdicts(self, kind: Literal["pandas"] = "pandas") -> pd.DataFrame: ...
@@ -88,13 +86,12 @@ class Run:
 
         Raises:
             ProtocolError: for another kind.
+            MissingExtra: for a Polars frame where Polars is not installed.
         """
         frame = pd.DataFrame([verdict.model_dump() for verdict in self.outcome.verdicts])
         if kind == "polars":
-            import polars
-
             rows = [verdict.model_dump(mode="json") for verdict in self.outcome.verdicts]
-            return polars.DataFrame(rows, infer_schema_length=None)
+            return _polars().DataFrame(rows, infer_schema_length=None)
         _refuse_kind(kind)
         return frame.set_index("id")
 
@@ -230,6 +227,15 @@ class Plots:
 
     def _effects(self) -> list[dict]:
         return [effect.model_dump() for effect in self._run.outcome.effects]
+
+
+def _polars() -> Any:
+    """The package, which only these frames need."""
+    try:
+        import polars
+    except ImportError as error:
+        raise (missing_extra(error) or error) from error
+    return polars
 
 
 def _refuse_kind(kind: object) -> None:

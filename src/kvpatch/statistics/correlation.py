@@ -32,8 +32,8 @@ def partial_correlation(x: Floats, y: Floats, covariates: Floats, level: float =
     x, y: [n]; covariates: [n, k], k may be 0. p by Student's t with n - 2 - k degrees of freedom, interval by Fisher's
     z with standard error 1 / sqrt(n - 3 - k). Fewer than k + 4 units, or a variable that does not vary beyond the
     covariates, gives NaN.
-    Source: Fisher 1924 (Metron 3:329), the partial correlation by residuals; the same as `pingouin.partial_corr`, which
-    the tests use as the reference: it sums in the order of the rows, and ours is the same in any order.
+    Source: Fisher 1924 (Metron 3:329), the partial correlation by residuals; the same to 1e-9 as
+    `pingouin.partial_corr`, which sums in the order of the rows, where ours is the same in any order.
     """
     n, k = covariates.shape
     nothing = Correlation(math.nan, math.nan, math.nan, Interval(math.nan, math.nan, level), n)

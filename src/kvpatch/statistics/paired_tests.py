@@ -151,7 +151,7 @@ def dz_interval(differences: Floats, level: float = 0.95) -> Interval:
     """Two-sided interval of dz, which holds both the mean and the standard deviation for estimates; NaN without a dz.
 
     Source: Hedges & Olkin 1985, chapter 5: standard error sqrt(1/n + dz^2 / 2n), Student's t with n - 1 degrees of
-    freedom; the same as `pingouin.compute_esci` of paired samples, which the tests use as the reference.
+    freedom; the same to 1e-9 as `pingouin.compute_esci` of paired samples.
     """
     dz, n = cohens_dz(differences), len(differences)
     if math.isnan(dz):
@@ -185,7 +185,8 @@ def jzs_bayes_factor(differences: Floats, scale: float = math.sqrt(2) / 2) -> fl
     Rounded to 6 significant digits, which its numerical integral is good for; infinite where it is more than a float
     holds. NaN if n < 2, if the differences do not vary, or beyond |dz| = 20, where the integral is no longer right (and
     nobody needs it).
-    Source: Rouder et al. 2009 (Psychon Bull Rev 16:225), equation 1. The tests hold it to `pingouin.bayesfactor_ttest`.
+    Source: Rouder et al. 2009 (Psychon Bull Rev 16:225), equation 1.
+    The tests hold numbers of `pingouin.bayesfactor_ttest`.
     """
     dz = cohens_dz(differences)
     if not abs(dz) <= MAX_DZ_OF_BAYES_FACTOR:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Iterable
 
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -39,15 +40,14 @@ class Guard:
             return
         if scope["type"] != "http":
             return  # no other protocol is spoken here; the server closes the connection
-        refused = self._refused(scope)
+        refused = self._refused(scope, await self._is_here(scope))
         if refused is not None:
             await refused(scope, receive, _with_headers(send))
             return
         await self.app(scope, receive, _with_headers(send))
 
-    def _refused(self, scope: Scope) -> PlainTextResponse | None:
-        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
-        if len(given) != 1 or not self._is_here(given[0]):
+    def _refused(self, scope: Scope, is_here: bool) -> PlainTextResponse | None:
+        if not is_here:
             return PlainTextResponse("This view answers to 127.0.0.1 and localhost only.", 421)
         if scope["method"] not in ("GET", "HEAD"):
             return PlainTextResponse("This view only reads.", 405)
@@ -57,9 +57,23 @@ class Guard:
                 return PlainTextResponse("The address needs the token that `kvpatch view` printed.", 403)
         return None
 
-    def _is_here(self, host: str) -> bool:
-        name, _, port = host.rpartition(":") if not host.endswith("]") and ":" in host else (host, "", "")
-        return name.lower() in self.hosts and (not port or port.isdigit())
+    async def _is_here(self, scope: Scope) -> bool:
+        """Whether the request names this machine, once. Starlette decides; the refusal is worded here."""
+        let_through: list[bool] = []
+
+        async def noted(*_: object) -> None:
+            let_through.append(True)
+
+        async def unsent(_: Message) -> None:
+            return
+
+        check = TrustedHostMiddleware(noted, allowed_hosts=self.hosts, www_redirect=False)
+        await check(scope, _nothing, unsent)
+        return bool(let_through) and sum(name == b"host" for name, _ in scope["headers"]) == 1
+
+
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}
 
 
 def _with_headers(send: Send) -> Send:

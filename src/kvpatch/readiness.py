@@ -24,8 +24,13 @@ def checked(model: Model, listener: ProgressListener) -> tuple[list[dict[str, ob
     """What the check of a model found, and how far its logits change among others.
 
     Raises:
-        ModelError: naming the identity that fails.
+        ModelError: naming the identity that fails, or where nothing says which token ends a reply.
     """
+    if not model.end_tokens:
+        raise ModelError(
+            f"{model.loaded.name} names no token that ends a reply, so that none would end: set eos_token_id in its "
+            "generation_config.json or config.json, or the tokenizer's eos_token"
+        )
     listener.stage(f"checking that {model.loaded.name} is patched correctly")
     found = check(model)
     if bad := [i for i in found if i.holds is False]:

@@ -11,6 +11,7 @@ import typer
 from kvpatch.cli.app import (
     AllowCode,
     AllowOutside,
+    AllowPickle,
     Device,
     Directory,
     Dtype,
@@ -18,7 +19,10 @@ from kvpatch.cli.app import (
     ModelName,
     OtherModels,
     Phases,
+    Revision,
+    TrustRemoteCode,
     app,
+    how_to_read,
     load_all,
     phase_names,
     refuse_code,
@@ -50,8 +54,9 @@ def run(
     on: Annotated[str, typer.Option(help="Where to run: local.")] = "local",
     device: Device = None,
     dtype: Dtype = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run modelling code that comes with the model.")] = False,
-    allow_pickle: Annotated[bool, typer.Option(help="Also read pickled weights.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    revision: Revision = None,
     allow_code: AllowCode = False,
     allow_outside: AllowOutside = False,
 ) -> None:
@@ -71,16 +76,8 @@ def run(
     from kvpatch.cli.progress import run_progress
     from kvpatch.run import run as run_protocol
 
-    loaded = load_all(
-        chosen,
-        model,
-        phase_names(phases),
-        other_model,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-    )
+    how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
+    loaded = load_all(chosen, model, phase_names(phases), other_model, **how)
     warn_of_clocks(loaded)
     with run_progress() as listener:
         outcome = run_protocol(
@@ -121,6 +118,9 @@ def plan(
     ] = True,
     device: Device = None,
     dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    revision: Revision = None,
     allow_code: AllowCode = False,
     allow_outside: AllowOutside = False,
     as_json: Json = False,
@@ -140,7 +140,8 @@ def plan(
     from kvpatch.run import plan_for
     from kvpatch.verdicts.deviations import stated
 
-    loaded = load_all(chosen, model, phase_names(phases), other_model, device=device, dtype=dtype)
+    how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
+    loaded = load_all(chosen, model, phase_names(phases), other_model, **how)
     warn_of_clocks(loaded)
     made, _ = plan_for(
         loaded, chosen, load_bank(chosen.bank, chosen.folder), seed=seed, n=n, phases=phase_names(phases)

@@ -319,7 +319,8 @@ def print_bank(summary: dict[str, Any]) -> None:
 def print_models(models: Sequence[dict[str, Any]], organisms: Sequence[str]) -> None:
     """A row a named model, and under the table the organisms, which need no fetching."""
     table = Table()
-    for column in ("name", "about", "licence", "MB to fetch", "GB in bfloat16", "account", "here"):
+    table.add_column("name", no_wrap=True, min_width=max(len(m["name"]) for m in models))
+    for column in ("about", "licence", "MB to fetch", "GB in bfloat16", "account", "here"):
         table.add_column(column)
     for m in models:
         licence = m["licence"] if m["terms"] is None else f"{m['licence']}\n{m['terms']}"

@@ -89,14 +89,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", _PLAIN),
     "cohere": ("CohereConfig", _PLAIN),
     "gpt2": ("GPT2Config", _GPT2),
-    # These are refused.
     "gptj": ("GPTJConfig", {**_GPT2, "rotary_dim": 4}),
+    "gpt_oss": ("GptOssConfig", {**_ROTARY, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    # These two are refused.
     "mamba": ("MambaConfig", {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "state_size": 4}),
     "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 48, "n_layer": 2, "n_head": 4}),
-    "gpt_oss": ("GptOssConfig", {**_ROTARY, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_neox", "phi3", "cohere", "gpt2")
-REFUSED = ("gptj", "mamba", "bloom", "gpt_oss")
+REFUSED = ("mamba", "bloom")
 
 
 def tiny_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:

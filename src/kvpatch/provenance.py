@@ -40,6 +40,7 @@ def model_record(model: Model) -> ModelRecord:
         tokenizer_sha256=tokenizer_sha256(model.tokenizer),
         template_sha256=template_sha256(model.tokenizer),
         scaffold_sha256=None if model.scaffold is None else model.scaffold.sha256,
+        revision=model.loaded.revision,
     )
 
 

@@ -49,8 +49,13 @@ def checked(
     record, hardware: what run.json says of the model and the machine.
 
     Raises:
-        ModelError: naming the identity that fails.
+        ModelError: naming the identity that fails, or where nothing says which token ends a reply.
     """
+    if not model.end_tokens:
+        raise ModelError(
+            f"{model.loaded.name} names no token that ends a reply, so that none would end: set eos_token_id in its "
+            "generation_config.json or config.json, or the tokenizer's eos_token"
+        )
 
     def measure() -> dict[str, Any]:
         listener.stage(f"checking that {model.loaded.name} is patched correctly")

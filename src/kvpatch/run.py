@@ -94,7 +94,7 @@ def plan_for(
             key=f"{r.weights_sha256}:{r.tokenizer_sha256}:{r.template_sha256}:{r.dtype}",
             kv_heads=r.kv_heads,
             has_template=has_template(models[key].tokenizer),
-            can_move_keys=all(rope.layout != "absolute" for rope in models[key].geometry.rope),
+            can_move_keys=not any(rope.keeps_its_place for rope in models[key].geometry.rope),
             has=slots_are_had(models[key].geometry, encoders[key]),
         )
         for key, r in records.items()

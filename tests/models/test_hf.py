@@ -8,6 +8,7 @@ import torch
 import kvpatch.models.backbone as backbone_room
 import kvpatch.models.probe as probe_room
 from kvpatch.caches.kvcache import PAD
+from kvpatch.caches.rope import LayerRope
 from kvpatch.errors import ModelError
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.probe import native_logits
@@ -155,16 +156,12 @@ def test_attention_is_restored_after_an_exception_in_our_forward():
 # --- refusals ---
 
 REASONS = {
-    "gptj": "GPTJForCausalLM: layer 0 turns its keys in a way kvpatch does not know",
-    "mamba": "MambaForCausalLM can't be run over a cache of ours",
-    "bloom": "BloomForCausalLM keeps no key-value cache of its own in layer 0",
-    "gpt_oss": "GptOssForCausalLM: our forward pass does not give the model's own logits",
+    "mamba": "MambaForCausalLM keeps a state that goes from token to token, not a KV cache",
+    "bloom": "BloomForCausalLM takes no positions",
 }
 
 
 @pytest.mark.parametrize("architecture", REFUSED)
-# GPT-OSS: transformers itself warns about the yarn settings of a tiny config.
-@pytest.mark.filterwarnings("ignore::UserWarning:transformers.*")
 def test_models_that_cannot_be_patched_are_refused_by_name_in_one_line(architecture: str):
     hf = tiny_hf(architecture)
     attention = hf.config._attn_implementation
@@ -175,10 +172,9 @@ def test_models_that_cannot_be_patched_are_refused_by_name_in_one_line(architect
     assert hf.config._attn_implementation == attention
 
 
-def test_a_model_whose_keys_turn_in_an_unknown_way_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_keys_that_turn_in_an_unknown_way_stay_where_they_are(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(probe_room, "rotate", lambda keys, delta, rope: keys)
-    with pytest.raises(ModelError, match="LlamaForCausalLM: layer 0 turns its keys in a way"):
-        Backbone(tiny_hf("llama"))
+    assert set(Backbone(tiny_hf("llama")).geometry.rope) == {LayerRope("fixed")}
 
 
 def test_a_model_whose_logits_we_do_not_give_is_refused(monkeypatch: pytest.MonkeyPatch):

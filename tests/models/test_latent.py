@@ -86,12 +86,13 @@ class Slab:
 @pytest.mark.parametrize("size", [1.0, 1e-2])
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rotary_part_at_the_end_of_a_key_is_refused_however_small(layout, size: float, dtype: torch.dtype):
+def test_a_key_with_a_rotary_part_at_its_end_stays_where_it_is_however_small_the_part(
+    layout, size: float, dtype: torch.dtype
+):
     backbone = Backbone(tiny_hf("llama").to(dtype))
     rope = LayerRope(layout, backbone.geometry.rope[0].inv_freq)
     torch.manual_seed(0)
     still, part, values = torch.randn(1, 2, 1, 16), size * torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 32)
     turned = rotate(part, torch.tensor([[37]]), rope)
     slabs: Any = [Slab(torch.cat([still, x], dim=3).to(dtype), values.to(dtype)) for x in (part, turned)]
-    with pytest.raises(ModelError, match="turns its keys in a way kvpatch does not know"):
-        _layer_rope(backbone, 0, slabs)
+    assert _layer_rope(backbone, 0, slabs) == LayerRope("fixed")

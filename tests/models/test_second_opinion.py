@@ -165,7 +165,7 @@ def test_load_refuses_a_model_that_differs_and_names_it_the_length_and_the_diffe
         (
             "BartConfig",
             {"d_model": 48, "decoder_layers": 2, "decoder_attention_heads": 4, "is_decoder": True},
-            "differ",
+            "takes no positions",
         ),
         ("DogeConfig", {}, "a mask of its own"),
         ("Gemma3TextConfig", {"head_dim": 12, "use_bidirectional_attention": True}, "later ones"),

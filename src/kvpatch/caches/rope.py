@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvpatch.errors import CacheError
 
-Layout = Literal["half", "interleaved", "none", "absolute", "unknown"]
+Layout = Literal["half", "interleaved", "none", "absolute", "fixed", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,19 @@ class LayerRope:
     Attributes:
         layout: "half" pairs dimension i with i + rotary_dim/2 (Llama, GPT-NeoX); "interleaved" pairs 2i with 2i+1
             (GPT-J, Cohere, GLM); "none" means keys carry no position; "absolute" means positions enter through the
-            embeddings, so that a key can't be moved at all; "unknown" that nothing was told of it.
+            embeddings, so that a key can't be moved at all; "fixed" that keys are turned in a way that can't be undone,
+            so that none can be moved; "unknown" that nothing was told of it.
         inv_freq: radians per position, [rotary_dim / 2]; dimensions past rotary_dim are not rotated. Empty for
-            "none", "absolute" and "unknown".
+            "none", "absolute", "fixed" and "unknown".
     """
 
     layout: Layout
     inv_freq: tuple[float, ...] = ()
+
+    @property
+    def keeps_its_place(self) -> bool:
+        """Whether a cached key is known to be right at its own position alone."""
+        return self.layout in ("absolute", "fixed")
 
     @property
     def rotary_dim(self) -> int:
@@ -49,8 +55,8 @@ def rotate(keys: Tensor, delta: Tensor, rope: LayerRope) -> Tensor:
         Keys of the same shape and dtype. Angles are made in float64, the rotation is done in float32 (float64 for
         float64 keys) and rounded once to the keys' dtype; keys with delta 0 are returned bit for bit.
     Raises:
-        CacheError: for a model with absolute position embeddings, or a rotation that is unknown, where delta is not 0
-            everywhere.
+        CacheError: for a model with absolute position embeddings, or a rotation that is unknown or can't be undone,
+            where delta is not 0 everywhere.
     """
     if not bool((delta != 0).any()) or rope.layout == "none":
         return keys
@@ -62,6 +68,11 @@ def rotate(keys: Tensor, delta: Tensor, rope: LayerRope) -> Tensor:
     if rope.layout == "absolute":
         raise CacheError(
             "this model adds positions to its embeddings, so cached keys can't be moved to another position"
+        )
+    if rope.layout == "fixed":
+        raise CacheError(
+            "this model changes its keys after it has turned them (a norm behind the rotation, say), so cached keys "
+            "can't be moved to another position; patch values alone (parts='v'), or slots that stay where they are"
         )
     work = torch.float64 if keys.dtype == torch.float64 else torch.float32
     inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float64, device=keys.device)

@@ -17,7 +17,7 @@ from kvpatch.engine.decode import decode, slab_of
 from kvpatch.engine.model import Model
 from kvpatch.engine.prefill import prefill
 from kvpatch.engine.residual import recorded_residual, replaced_residual
-from kvpatch.models.hf import LayerEdit
+from kvpatch.models.hf import LayerEdit, Step
 from kvpatch.models.probe import native_greedy
 from kvpatch.models.second_opinion import compare
 from kvpatch.models.template import EncodedPrompt
@@ -164,18 +164,20 @@ def _full_swap(s: _Setup) -> tuple[float, str, float]:
 def _joint_shuffle(s: _Setup) -> tuple[float, str, float]:
     if any(w is not None and w <= s.source.slots + 1 for w in s.model.geometry.windows):
         return float("nan"), "a sliding window is shorter than the prompt, so the order of slots counts", s.bound
+    if any(s.model.geometry.chunks):
+        return float("nan"), "attention is cut into chunks of positions, so the order of slots counts", s.bound
     plain = Patch(align="replace").apply(s.source, s.target)
     shuffled = Patch(align="replace", donor="shuffle_jointly").apply(s.source, s.target, seed=1)
     return _off(next_logits(s.model, shuffled), next_logits(s.model, plain)), "", s.bound
 
 
 def _shift(s: _Setup) -> tuple[float, str, float]:
-    if any(rope.layout == "absolute" for rope in s.model.geometry.rope):
-        return (
-            float("nan"),
-            "positions are added to the embeddings: keys can't be moved, and patches that would are refused",
-            0.0,
-        )
+    if any(rope.keeps_its_place for rope in s.model.geometry.rope):
+        return float("nan"), "this model's keys can't be moved: patches that would move one are refused", 0.0
+    if any(s.model.geometry.chunks):
+        return float("nan"), "attention is cut into chunks of positions, so it counts where a prompt begins", 0.0
+    if _scales_queries(s):
+        return float("nan"), "queries are scaled by their position, so it counts where a prompt begins", 0.0
     cache = s.source
     delta = torch.full_like(cache.positions, _SHIFT)
     moved = replace(
@@ -187,7 +189,34 @@ def _shift(s: _Setup) -> tuple[float, str, float]:
     before = next_logits(s.model, cache)
     by_patch, further = _moved_by_a_patch(s)
     error = max(_off(next_logits(s.model, moved), before), _off(next_logits(s.model, by_patch), before))
-    return error, f"by {_SHIFT} positions, and by a patch by {further}", s.bound
+    # The model's own passes at the two places differ by rounding, which its layers may enlarge.
+    bound = max(s.bound, 3 * _own_shift(s))
+    return error, f"by {_SHIFT} positions, and by a patch by {further}", bound
+
+
+@torch.no_grad()
+def _own_shift(s: _Setup) -> float:
+    """How far the logits of the model's own pass move with the whole prompt; no part of ours in it."""
+    backbone, ids = s.model.backbone, torch.tensor([s.source_prompt.token_ids], device=s.model.backbone.device)
+    at = torch.arange(ids.shape[1], device=ids.device)[None]
+    runs = (backbone.decoder(input_ids=ids, position_ids=at + by, use_cache=False)[0] for by in (0, _SHIFT))
+    here, there = (backbone.logits(hidden[:, -1]) for hidden in runs)
+    return _off(there, here)
+
+
+@torch.no_grad()
+def _scales_queries(s: _Setup) -> bool:
+    """Whether a token's queries have another length at another position: attention temperatures (Llama 4, Beam). A lone
+    token's states do not depend on where it stands."""
+    backbone, norms = s.model.backbone, []
+    for position in (0, len(s.source_prompt.token_ids) + _SHIFT):
+        at = torch.tensor([[position]], device=backbone.device)
+        slab = backbone.slab(1, 1)
+        slab.extend(at)
+        step = Step(slab.positions, at, backbone.dtype, attended={})
+        backbone.run(s.source.pending[:1, None], at, slab, step)
+        norms.append(torch.stack([query.float().norm() for query, _, _ in (step.attended or {}).values()]))
+    return _off(norms[1], norms[0]) > (1e-5 if backbone.dtype == torch.float32 else 3e-2)
 
 
 def _moved_by_a_patch(s: _Setup) -> tuple[KVCache, int]:
@@ -241,8 +270,8 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 def _unchanged(s: _Setup) -> tuple[float, str, float]:
     before = s.source.checksums() + s.target.checksums()
-    # The two bodies may differ in length, so that keys would move: not where positions are in the embeddings.
-    is_fixed = any(rope.layout == "absolute" for rope in s.model.geometry.rope)
+    # The two bodies may differ in length, so that keys would move.
+    is_fixed = any(rope.keeps_its_place for rope in s.model.geometry.rope)
     mixed = Patch(slots="all" if is_fixed else "body", strength=0.5).apply(s.source, s.target)
     _greedy(s.model, mixed, 4)
     _greedy(s.model, s.target, 4)

@@ -34,8 +34,6 @@ app = typer.Typer(
 )
 
 
-
-
 def _print_version(is_asked: bool) -> None:
     if is_asked:
         say(f"kvpatch {kvpatch.__version__}")
@@ -64,6 +62,11 @@ OtherModels = Annotated[
     typer.Option(
         "--other-model", help="KEY=MODEL: replace a model that the protocol's 'models' names. May be repeated."
     ),
+]
+TrustRemoteCode = Annotated[bool, typer.Option(help="Run modelling code that comes with the model.")]
+AllowPickle = Annotated[bool, typer.Option(help="Also read pickled weights, which can run code when read.")]
+Revision = Annotated[
+    str | None, typer.Option(help="The version of a model from the hub: a branch, a tag or a commit. Default: main.")
 ]
 AllowCode = Annotated[bool, typer.Option(help="Allow the scoring function that the protocol names to run.")]
 AllowOutside = Annotated[
@@ -139,10 +142,23 @@ def warn_of_clocks(loaded: dict[str | None, Model]) -> None:
             )
 
 
+def how_to_read(
+    device: str | None, dtype: str | None, trust_remote_code: bool, allow_pickle: bool, revision: str | None
+) -> dict[str, Any]:
+    """The options that every command with a model takes, as `load` takes them."""
+    return {
+        "device": device,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "allow_pickle": allow_pickle,
+        "revision": revision,
+    }
+
+
 def load_all(
     protocol: Protocol, model: str, phases: list[str] | None, replaced: list[str] | None, **settings: Any
 ) -> dict[str | None, Model]:
-    """The run's own model, and the further ones that its phases need."""
+    """The run's own model, and the further ones that its phases need. A revision is the run's own model's."""
     from kvpatch.cli.progress import loading
     from kvpatch.engine.loading import load
     from kvpatch.run import other_models
@@ -155,8 +171,12 @@ def load_all(
             raise KvpatchError(f"--other-model {text!r} must read KEY=MODEL; the protocol's keys: {known}")
         if key in names:
             names[key] = name
+    revision = settings.pop("revision", None)
     with loading() as report:
-        return {key: load(name, progress=report, **settings) for key, name in names.items()}
+        return {
+            key: load(name, progress=report, revision=revision if key is None else None, **settings)
+            for key, name in names.items()
+        }
 
 
 def phase_names(phases: str | None) -> list[str] | None:
@@ -205,6 +225,20 @@ def _crashed(error: Exception) -> str:
     return f"an error that kvpatch did not expect, {type(error).__name__}: {told}; {where}"
 
 
+_FLAGS = {
+    "allow_pickle=True": "--allow-pickle",
+    "trust_remote_code=True": "--trust-remote-code",
+}
+"""Arguments of Python that messages name, and the options of the command line that stand for them."""
+
+
+def with_flags(message: str) -> str:
+    """A message as the command line says it: with its own options in place of Python's arguments."""
+    for argument, flag in _FLAGS.items():
+        message = message.replace(argument, flag)
+    return message
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Errors meant for a person go out in one line (each mistake of a protocol in its own) with exit code 2; --debug
@@ -216,7 +250,7 @@ def one_line_errors() -> Iterator[None]:
         if told is None or os.environ.get("KVPATCH_DEBUG"):
             raise
         for line in told.lines if isinstance(told, ProtocolMistakes) else (str(told),):
-            sys.stderr.write(f"kvpatch: {' '.join(quoted_briefly(line).split())}\n")
+            sys.stderr.write(f"kvpatch: {' '.join(quoted_briefly(with_flags(line)).split())}\n")
         sys.exit(2)
     except Exception as error:
         if os.environ.get("KVPATCH_DEBUG"):

@@ -13,6 +13,7 @@ from kvpatch.cli.app import (
     All,
     AllowCode,
     AllowOutside,
+    AllowPickle,
     Device,
     Directory,
     Dtype,
@@ -20,7 +21,10 @@ from kvpatch.cli.app import (
     ModelName,
     OtherModels,
     Phases,
+    Revision,
+    TrustRemoteCode,
     app,
+    how_to_read,
     load_all,
     phase_names,
     refuse_code,
@@ -60,8 +64,9 @@ def run(
     on: Annotated[str, typer.Option(help="Where to run: local.")] = "local",
     device: Device = None,
     dtype: Dtype = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run modelling code that comes with the model.")] = False,
-    allow_pickle: Annotated[bool, typer.Option(help="Also read pickled weights.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    revision: Revision = None,
     allow_code: AllowCode = False,
     allow_outside: AllowOutside = False,
 ) -> None:
@@ -84,16 +89,8 @@ def run(
     from kvpatch.cli.progress import run_progress
     from kvpatch.run import run as run_protocol
 
-    loaded = load_all(
-        chosen,
-        model,
-        phase_names(phases),
-        other_model,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-    )
+    how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
+    loaded = load_all(chosen, model, phase_names(phases), other_model, **how)
 
     def begin() -> None:
         """Said once nothing can be refused any more, and before anything is computed."""
@@ -142,6 +139,9 @@ def plan(
     ] = True,
     device: Device = None,
     dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    revision: Revision = None,
     allow_code: AllowCode = False,
     allow_outside: AllowOutside = False,
     as_json: Json = False,
@@ -164,7 +164,8 @@ def plan(
     from kvpatch.run import plan_for
     from kvpatch.verdicts.deviations import stated
 
-    loaded = load_all(chosen, model, phase_names(phases), other_model, device=device, dtype=dtype)
+    how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
+    loaded = load_all(chosen, model, phase_names(phases), other_model, **how)
     warn_of_clocks(loaded)
     made, _ = plan_for(
         loaded, chosen, load_bank(chosen.bank, chosen.folder), seed=seed, n=n, phases=phase_names(phases)

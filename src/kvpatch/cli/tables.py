@@ -319,11 +319,16 @@ def print_bank(summary: dict[str, Any]) -> None:
 def print_models(models: Sequence[dict[str, Any]], organisms: Sequence[str]) -> None:
     """A row a named model, and under the table the organisms, which need no fetching."""
     table = Table()
-    for column in ("name", "about", "licence", "MB to fetch", "here"):
+    table.add_column("name", no_wrap=True, min_width=max(len(m["name"]) for m in models))
+    for column in ("about", "licence", "MB to fetch", "GB in bfloat16", "account", "here"):
         table.add_column(column)
     for m in models:
         licence = m["licence"] if m["terms"] is None else f"{m['licence']}\n{m['terms']}"
-        table.add_row(m["name"], m["about"], licence, str(m["megabytes"]), "yes" if m["pulled"] else "no")
+        account = "accept its terms" if m["gated"] else "none"
+        layers = "".join(f"; {name} layer {layer}" for name, layer in m["layers"].items())
+        memory = "" if m["memory_gb"] is None else str(m["memory_gb"])
+        is_here = "yes" if m["pulled"] else "no"
+        table.add_row(m["name"], m["about"] + layers, licence, str(m["megabytes"]), memory, account, is_here)
     console = PlainConsole()
     console.print(table)
     console.print(f"small models with planted truth (kvpatch validate): {', '.join(organisms)}")

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvpatch.cli.app import All, Device, Dtype, Json, app, refuse_unwritable, show
+from kvpatch.cli.app import (
+    All,
+    AllowPickle,
+    Device,
+    Dtype,
+    Json,
+    Revision,
+    TrustRemoteCode,
+    app,
+    how_to_read,
+    refuse_unwritable,
+    show,
+)
 from kvpatch.cli.console import say, say_json
 from kvpatch.errors import KvpatchError, is_installed
 
@@ -24,6 +36,9 @@ def check(
     as_json: Json = False,
     device: Device = None,
     dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    revision: Revision = None,
     is_all: All = False,
 ) -> None:
     """Measure whether a model is patched correctly; exit code 1 where an identity fails.
@@ -36,7 +51,8 @@ def check(
     from kvpatch.engine.loading import load
 
     with loading() as report:
-        loaded = load(model, device=device, dtype=dtype, progress=report)
+        how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
+        loaded = load(model, progress=report, **how)
     found = check_model(loaded)
     summary = {
         "model": model,
@@ -126,6 +142,11 @@ def bank(
     lexicon: Annotated[
         str, typer.Option(help="With --balance: the lexicon whose hits are counted, a shipped name or a YAML file.")
     ] = "recursion",
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    revision: Revision = None,
     as_json: Json = False,
     is_all: All = False,
 ) -> None:
@@ -141,7 +162,8 @@ def bank(
 
     found = load_bank(name)
     with loading() as report:
-        loaded = load(model, progress=report)
+        how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
+        loaded = load(model, progress=report, **how)
     if balance:
         _show_balance(found, lexicon, lambda text: loaded.encode(text).body_length, as_json, is_all)
         return
@@ -173,12 +195,12 @@ def schema() -> None:
 
 @app.command()
 def models(as_json: Json = False, is_all: All = False) -> None:
-    """List the named models: real ones that need no account.
+    """List the named models: those that need no account, and models of the Hugging Face hub.
 
     Example: kvpatch models
     """
     from kvpatch.cli.tables import print_models
-    from kvpatch.models.named import is_pulled, named_models
+    from kvpatch.models.named import hub_models, is_pulled, named_models
     from kvpatch.specs.organisms import ORGANISMS, PREFIX
 
     listed = [
@@ -189,8 +211,26 @@ def models(as_json: Json = False, is_all: All = False) -> None:
             "terms": m.terms,
             "megabytes": sum(w.bytes for w in m.wheels) // 10**6,
             "pulled": is_pulled(k),
+            "gated": False,
+            "repository": None,
+            "memory_gb": None,
+            "layers": {},
         }
         for k, m in named_models().items()
+    ] + [
+        {
+            "name": k,
+            "about": m.about,
+            "licence": m.licence,
+            "terms": f"https://huggingface.co/{m.repository}" if m.gated else None,
+            "megabytes": m.megabytes,
+            "pulled": m.is_here,
+            "gated": m.gated,
+            "repository": m.repository,
+            "memory_gb": round(m.megabytes / 1000, 1),
+            "layers": m.layers,
+        }
+        for k, m in hub_models().items()
     ]
     show(listed, as_json, lambda: print_models(listed, [PREFIX + name for name in ORGANISMS]), is_all)
 
@@ -207,7 +247,15 @@ def pull(
     Example: kvpatch pull smollm2-135m
     """
     from kvpatch.cli.progress import loading
+    from kvpatch.models.named import hub_models
 
+    if name in hub_models():
+        from kvpatch.models.hub import fetch_from_hub
+
+        with loading() as report:
+            where = fetch_from_hub(hub_models()[name].repository, report)
+        say(f"{name}: {where}")
+        return
     has_torch = is_installed("torch") and is_installed("transformers")
     if has_torch:
         from kvpatch.models.load import pull as pull_model

@@ -164,6 +164,7 @@ class AttentionCapture:
                 self._classes[..., :end],
                 self._positions[:, :end],
                 self._token_ids[:, :end],
+                inputs.sinks,
             )
             found, p = block_statistics(block)
             self._add(layer, torch.stack(list(found.values()), dim=-1), self._counted[:, low:high])

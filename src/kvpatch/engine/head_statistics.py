@@ -30,6 +30,7 @@ class Block:
         bias: [batch, 1, queries, slots], 0 where a query may look, -inf elsewhere.
         classes: [batch, classes, slots], the weight of a slot in each of `CLASSES`, mostly 1 or 0; float32.
         positions: [batch, slots]. token_ids: [batch, slots].
+        sinks: [query_heads], scores that take a share of attention and belong to no slot; None where there are none.
 
     The queries stand in the last slots.
     """
@@ -39,6 +40,7 @@ class Block:
     classes: Tensor
     positions: Tensor
     token_ids: Tensor
+    sinks: Tensor | None = None
 
     @property
     def own(self) -> Tensor:
@@ -53,16 +55,22 @@ def block_statistics(block: Block) -> tuple[dict[str, Tensor], Tensor]:
     Returns:
         Statistic -> [batch, query_heads, queries], NaN where the query has no such thing (entropy with one slot to look
         at, a previous slot, an earlier occurrence of its token); and the probabilities, [batch, query_heads, queries,
-        slots].
+        slots]. With sinks of their own (`Block.sinks`) probabilities sum to less than 1, and the entropy is that of
+        their distribution over the slots.
     """
     z = block.scores.add_(block.bias.clamp(min=NEVER))
     peak = z.argmax(dim=-1, keepdim=True)
-    z = z.sub_(z.gather(-1, peak))
+    top = z.gather(-1, peak)
+    z = z.sub_(top)
     p = z.softmax(dim=-1)
     largest, peak = p.gather(-1, peak)[..., 0], peak[..., 0]
     may = block.bias == 0
     visible = may.sum(dim=-1)  # [batch, 1, queries]
     entropy = -largest.log() - torch.einsum("bhqs,bhqs->bhq", p, z)
+    if block.sinks is not None:  # 1 / largest is the sum of exp(z) over the slots
+        beside = (block.sinks.float()[None, :, None] - top[..., 0]).exp()
+        share = 1 / (1 + beside * largest)
+        p, largest = p * share[..., None], largest * share
     at = block.positions[:, None, :].expand(*p.shape[:2], -1).gather(2, peak)
     query_at = block.positions[:, block.own][:, None]
     out = {

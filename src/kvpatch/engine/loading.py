@@ -24,6 +24,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    revision: str | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a model to patch, or take one that is in memory: `kv.load("smollm2-135m")`, or
@@ -31,7 +32,7 @@ def load(
 
     Args:
         name: a named model, a local directory, a `.gguf` file, or a hub id. See `models.load.load_model` for `device`,
-            `dtype`, `allow_pickle`, `trust_remote_code` and `progress`, which say how it is read.
+            `dtype`, `allow_pickle`, `trust_remote_code`, `revision` and `progress`, which say how it is read.
         model: a transformers model. It stays the object that it is, on its device and in its type; it is put in
             evaluation mode.
         tokenizer: the tokenizer of `model`.
@@ -41,6 +42,8 @@ def load(
     if model is not None:
         if name is not None:
             raise ModelError("a name and a model in memory are given; give one of the two")
+        if revision is not None:
+            raise ModelError("revision says which version of a hub model is read; leave it out for one in memory")
         if device is not None or dtype is not None:
             raise ModelError("device and dtype say how a model is read; move one in memory with .to() before")
         loaded: Any = held_model(model, tokenizer)
@@ -55,6 +58,7 @@ def load(
             dtype=dtype,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
+            revision=revision,
             progress=progress,
         )
     made = Model(loaded)

@@ -107,9 +107,9 @@ def _run_some(backbone: Backbone, variants: Variants, chosen: Sequence[int], fed
 
     changes = {layer: change_of(places, layer) for layer, places in of_layer.items()}
     slab = GrowingCache(cache.keys, cache.values, tokens.shape[1], changes)
-    step = Step(
-        torch.cat([cache.positions[:1], positions], dim=1), positions, backbone.dtype, windows=backbone.geometry.windows
-    )
+    shape = backbone.geometry
+    slots = torch.cat([cache.positions[:1], positions], dim=1)
+    step = Step(slots, positions, backbone.dtype, windows=shape.windows, chunks=shape.chunks)
     joining = Counter(variants.layers[variant][0] for variant in chosen)
     with growing_rows(backbone, joining) as firings:
         hidden = backbone.run(tokens, positions, slab, step)

@@ -85,7 +85,7 @@ def _are_equal(cache: KVCache, natural: KVCache, rows: Sequence[tuple[int, int]]
     delta = torch.where(is_real, mine.positions - theirs.positions, 0)  # [rows, slots]
     shift = mine.pending_position - theirs.pending_position
     holds = ((delta == shift[:, None]) | ~is_real).all(dim=1)
-    if any(rope.layout == "absolute" for rope in mine.rope):
+    if any(rope.keeps_its_place for rope in mine.rope):
         holds &= shift == 0
         delta = torch.zeros_like(delta)
     in_row = is_real[:, None, :, None]

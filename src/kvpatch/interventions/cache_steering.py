@@ -61,7 +61,7 @@ def counted_steering(
             place = place_of_values(layer) - (part == "k")
             step = rows_of(known[layer], which, place, spec.random_directions)  # [batch, kv_heads, head_dim]
             added = step[:, :, None].expand(-1, -1, cache.slots, -1)
-            if part == "k" and cache.rope[layer].layout != "absolute":
+            if part == "k" and not cache.rope[layer].keeps_its_place:
                 added = rotate(added, at, cache.rope[layer])
             moved = (tensors[layer].float() + spec.strength * added).to(tensors[layer].dtype)
             tensors[layer] = torch.where(is_put[:, None, :, None], moved, tensors[layer])

@@ -90,7 +90,7 @@ def _body_means(cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
     share = (is_body / is_body.sum(dim=1, keepdim=True))[:, None, :, None]
     back = -torch.where(cache.positions != PAD, cache.positions, 0)
     rope = cache.rope[layer]
-    unturned = cache.keys[layer] if rope.layout == "absolute" else rotate(cache.keys[layer], back, rope)
+    unturned = cache.keys[layer] if rope.keeps_its_place else rotate(cache.keys[layer], back, rope)
 
     def mean(part: Tensor) -> Tensor:
         return (part.float() * share).sum(dim=2).mean(dim=0)

@@ -120,8 +120,8 @@ def _seeds(seed: object, batch: int) -> list[int]:
 
 
 def without_keys(cache: KVCache) -> KVCache:
-    """A cache whose keys are not read: where positions are absolute, no key of it is then turned. Others stay."""
-    if all(rope.layout != "absolute" for rope in cache.rope):
+    """A cache whose keys are not read: where keys can't be moved, no key of it is then turned. Others stay."""
+    if not any(rope.keeps_its_place for rope in cache.rope):
         return cache
     return replace(cache, rope=tuple(LayerRope("none") for _ in cache.rope))
 

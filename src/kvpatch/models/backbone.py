@@ -16,6 +16,7 @@ from kvpatch.models.changes import ModelState, dropout_in_training, is_plain_lin
 from kvpatch.models.fingerprint import identity, tensors_sha256, vocabulary_sha256
 from kvpatch.models.hf import AttentionObserver, Edits, Slab, Step, slab_attention
 from kvpatch.models.kept import Kept
+from kvpatch.models.kinds import decoder_of, refuse_other_states, refuse_placeless
 from kvpatch.models.limits import reset_rotaries, rotaries_that_grow
 from kvpatch.models.probe import geometry_of, refuse_what_is_passed_by
 from kvpatch.models.products import fast_products
@@ -46,7 +47,9 @@ class Backbone:
         """Find the parts of the model and its geometry."""
         hf = self.hf
         self.config = hf.config.get_text_config()
-        self.decoder = hf.base_model
+        self.decoder = decoder_of(hf)
+        refuse_other_states(hf, self.config)
+        refuse_placeless(hf, self.decoder)
         # A wrapped decoder takes anything; then the model as a whole tells the name.
         names = [n for module in (self.decoder, hf) for n in inspect.signature(module.forward).parameters]
         self._cache_argument = next((n for n in names if n in ("cache", "past_key_values")), "past_key_values")
@@ -150,8 +153,16 @@ class Backbone:
         of_slots = None if branches is None else slab.branches[:, : slab.length]
         if self.geometry.ends_because and int(positions.max()) >= self.geometry.context:
             raise ProtocolError(f"position {int(positions.max())} is asked for; {self.geometry.limit}")
-        windows = self.geometry.windows
-        step = Step(slab.positions[:, : slab.length], positions, self.dtype, of_slots, edits or {}, observer, windows)
+        step = Step(
+            slab.positions[:, : slab.length],
+            positions,
+            self.dtype,
+            of_slots,
+            edits or {},
+            observer,
+            self.geometry.windows,
+            self.geometry.chunks,
+        )
         if observer is not None:
             observer.begin(token_ids, positions)
         return self.run(token_ids, positions.clamp(min=0), slab, step)
@@ -241,7 +252,9 @@ def _blocks(decoder: nn.Module, layers: int) -> nn.ModuleList:
     nested = [m for child in decoder.children() for m in child.children() if isinstance(m, nn.ModuleList)]
     found = lists or [m for m in nested if len(m) == layers]
     if not found:
-        raise ModelError(f"{type(decoder).__name__} has no list of {layers} layers to patch")
+        raise ModelError(
+            f"{type(decoder).__name__} has no list of {layers} layers, one for each of its cache, to patch"
+        )
     for place, block in enumerate(found[0]):
         number = getattr(getattr(block, "self_attn", None), "layer_idx", None)
         if isinstance(number, int) and number >= layers:

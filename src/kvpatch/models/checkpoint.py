@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpatch.errors import ModelError
+from kvpatch.models.told import damage, one_line
 
 NAMED_AT_MOST = 3
 COMPUTED = re.compile(r"(^|\.)(masked_bias|position_ids|rotary_emb\.(inv_freq|(cos|sin)_cached))$")
@@ -165,8 +166,10 @@ def refuse_not_finite(hf: PreTrainedModel) -> None:
         name for name, tensor in hf.named_buffers() if not _is_finite(tensor) and bool(tensor.float().isnan().any())
     ]
     if found:
+        tensors = {**dict(hf.named_parameters()), **dict(hf.named_buffers())}
+        kind = "NaN" if any(bool(tensors[name].float().isnan().any()) for name in found) else "infinite"
         raise ModelError(
-            f"{_some(found)} {'hold' if len(found) > 1 else 'holds'} NaN or infinity in {hf.dtype}; "
+            f"{_some(found)} {'hold' if len(found) > 1 else 'holds'} NaN or infinity in {hf.dtype} ({kind} weights); "
             "fetch the checkpoint again, or load it in a type with more room (float32)"
         )
 
@@ -187,14 +190,48 @@ def tensors_of(directory: Path) -> list[tuple[str, str]]:
     return []
 
 
-def damaged_file(directory: Path) -> str:
-    """Name of the first safetensors file that can't be opened, with a colon behind it; nothing where all can."""
+def refuse_damaged(directory: Path) -> None:
+    """Refuse a safetensors file that can't be opened, and an index that names a file that is not there.
+
+    Raises:
+        ModelError: naming the file.
+    """
     for path in sorted(directory.glob("*.safetensors")):
         try:
             safe_open(path, framework="pt")
-        except Exception:
-            return f"{path.name}: "
-    return ""
+        except Exception as error:
+            raise ModelError(f"{directory}: {damage(path, error)}") from error
+    for index in sorted(directory.glob("*.safetensors.index.json")):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{directory}: {index.name} is no index of weights; fetch it again") from error
+        if lacking := sorted(name for name in named if not (directory / name).exists()):
+            raise ModelError(f"{directory}: {index.name} names {_some(lacking)}, not there; fetch the model again")
+
+
+def refuse_other_vocabulary(hf: PreTrainedModel, tokenizer: Any) -> None:
+    """Refuse a tokenizer that is another model's: one with tokens that the model has no embedding for, or with less
+    than half of those that it has. (Embeddings are often padded to a round number.)
+
+    Raises:
+        ModelError: with both numbers.
+    """
+    embedding: Any = hf.get_input_embeddings()
+    rows, known = len(embedding.weight), getattr(tokenizer, "get_vocab", dict)()
+    # A special token that was added later (for padding, say) never comes out of a text.
+    added = getattr(tokenizer, "get_added_vocab", dict)()
+    last = max((i for token, i in known.items() if token not in added), default=-1)
+    if last >= rows:
+        raise ModelError(
+            f"the tokenizer has tokens up to id {last}, the model embeddings for {rows} (0 to {rows - 1}): the "
+            "tokenizer is another model's"
+        )
+    if known and 2 * len(known) < rows:
+        raise ModelError(
+            f"the tokenizer knows {len(known)} tokens, the model embeds {rows}: the tokenizer is another model's; give "
+            "the one that was saved with the model"
+        )
 
 
 class Reports(logging.Handler):
@@ -229,16 +266,6 @@ class Reports(logging.Handler):
                 f"the checkpoint's tensors do not fit the model: {_some(said)}; give the checkpoint of this config.json"
             )
         return one_line(error)
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, on one line; its kind where it says nothing."""
-    if isinstance(error, ModelError):
-        return str(error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A heading alone ("Error(s) in loading state_dict:") says nothing without what follows.
-    text = " ".join(lines) if lines and lines[0].endswith(":") else lines[0] if lines else type(error).__name__
-    return text if len(text) <= 400 else f"{text[:397]}..."
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -21,6 +21,7 @@ class Geometry:
         windows: attention window of each layer in tokens, None for full attention.
         rope: how each layer turns its keys.
         dtype: type of the keys that are cached.
+        chunks: size of the pieces that each layer's attention is cut into, in tokens, None for no pieces.
         ends_because: what changes past the context, where kvpatch ends it before the model does; else empty.
     """
 
@@ -35,6 +36,7 @@ class Geometry:
     rope: tuple[LayerRope, ...]
     dtype: torch.dtype
     ends_because: str = ""
+    chunks: tuple[int | None, ...] = ()
 
     @property
     def limit(self) -> str:

@@ -72,12 +72,13 @@ Edits = Mapping[int, LayerEdit]
 @dataclass(frozen=True)
 class AttentionInputs:
     """What one layer's attention is made from: its probabilities are softmax(softcap(query key^T scaling) + bias).
+    `sinks` are further scores, which take their share of it and belong to no slot.
 
     Attributes:
         query: [batch, query_heads, queries, dim]; key: [batch, kv_heads, slots, dim], both after RoPE and any edit. The
             queries stand in the last slots.
         bias: [batch, 1, queries, slots], 0 where a query may look, -inf elsewhere.
-        scaling: factor of the scores. softcap: where they are capped, or None.
+        scaling: factor of the scores. softcap: where they are capped, or None. sinks: [query_heads], or None.
     """
 
     query: Tensor
@@ -85,6 +86,7 @@ class AttentionInputs:
     bias: Tensor
     scaling: float
     softcap: float | None
+    sinks: Tensor | None = None
 
 
 class AttentionObserver(Protocol):
@@ -202,17 +204,35 @@ class Step:
     edits: Edits = field(default_factory=dict)
     observer: AttentionObserver | None = None
     windows: tuple[int | None, ...] = ()  # by layer; all look at all where empty, as while one token is probed
+    chunks: tuple[int | None, ...] = ()  # by layer; pieces of so many positions that do not see one another
     attended: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None  # by layer: query, key, value; None: not kept
-    _bias: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+    _bias: dict[tuple[int | None, int | None, int], Tensor] = field(default_factory=dict)
+    _queries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer: as given, and as edited
 
-    def bias(self, window: int | None, groups: int = 1) -> Tensor:
+    def query_of(self, layer: int, query: Tensor) -> tuple[Tensor, bool]:
+        """The query with this layer's edit, and whether it is new in this pass. A layer may attend more than once with
+        one query, to halves of its values, say (DiffLlama); its edit is made once."""
+        known = self._queries.get(layer)
+        if known is not None and (known[0] is query or torch.equal(known[0], query)):
+            return known[1], False
+        edit = self.edits.get(layer)
+        self._queries[layer] = (query, edit.apply("query", query) if edit else query)
+        return self._queries[layer][1], True
+
+    def bias_of(self, layer: int, groups: int = 1) -> Tensor:
+        """The additive mask of a layer; see `bias`."""
+        window = self.windows[layer] if self.windows else None
+        return self.bias(window, groups, self.chunks[layer] if self.chunks else None)
+
+    def bias(self, window: int | None, groups: int = 1, chunk: int | None = None) -> Tensor:
         """Additive mask [batch, 1, queries, slots]: 0 where a query may look, -inf elsewhere.
 
-        Slots stand in the order they were written, so a query sees the slots up to its own; a window counts positions.
+        Slots stand in the order they were written, so a query sees the slots up to its own; a window counts positions,
+        and a chunk is the positions with one quotient by its size.
         A padding query sees itself, so that its softmax is over something. With `groups`, the queries of as many heads
         stand one behind the other: [batch, 1, groups * queries, slots].
         """
-        if (window, groups) not in self._bias:
+        if (window, chunk, groups) not in self._bias:
             queries, slots = self.query_positions.shape[1], self.slot_positions.shape[1]
             device = self.slot_positions.device
             slot = torch.arange(slots, device=device)
@@ -220,6 +240,8 @@ class Step:
             may = (slot <= own)[None] & (self.slot_positions != PAD)[:, None, :]
             if window is not None:
                 may &= self.query_positions[:, :, None] - self.slot_positions[:, None, :] < window
+            if chunk is not None:
+                may &= self.query_positions[:, :, None] // chunk == self.slot_positions[:, None, :] // chunk
             if self.slot_branches is not None:
                 of_query = self.slot_branches[:, slots - queries :, None]
                 may &= (self.slot_branches == 0)[:, None, :] | (self.slot_branches[:, None, :] == of_query)
@@ -228,8 +250,8 @@ class Step:
             shape = (len(may), groups * queries, -(-slots // 8) * 8)
             bias = torch.zeros(shape, dtype=self.dtype, device=device)[..., :slots]
             bias.masked_fill_(~may.repeat(1, groups, 1), float("-inf"))
-            self._bias[window, groups] = bias[:, None]
-        return self._bias[window, groups]
+            self._bias[window, chunk, groups] = bias[:, None]
+        return self._bias[window, chunk, groups]
 
 
 _running = threading.local()
@@ -244,34 +266,44 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention over the slab. query [batch, query_heads, queries, dim], key and value [batch, kv_heads, slots, dim];
-    returns [batch, queries, query_heads, dim]. Some modules pass a window, some don't: it is read off the masks."""
+    returns [batch, queries, query_heads, dim]. Some modules pass a window, some don't: it is read off the masks.
+    s_aux [query_heads]: scores of attention sinks, which take a share of each head's attention and hold no value."""
     step: Step = _running.step
     layer = int(module.layer_idx)
     if step.attended is not None:
         step.attended[layer] = (query, key, value)
-    if edit := step.edits.get(layer):
-        query = edit.apply("query", query)
+    query, is_new = step.query_of(layer, query)
     batch, heads, queries, dim = query.shape
     kv_heads = key.shape[1]
     groups = heads // kv_heads
     folded = query.reshape(batch, kv_heads, groups * queries, dim)
-    bias = step.bias(step.windows[layer] if step.windows else None, groups)
-    if step.observer is not None:
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        step.observer.observe(layer, AttentionInputs(query, key, bias[:, :, :queries], scale, softcap))
-    if softcap is None:
+    bias = step.bias_of(layer, groups)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if step.observer is not None and is_new:
+        step.observer.observe(layer, AttentionInputs(query, key, bias[:, :, :queries], scale, softcap, s_aux))
+    if softcap is None and s_aux is None:
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=bias, scale=scaling)
     else:
-        out = _softcapped(folded, key, value, bias, scaling, softcap)
+        of_head = None if s_aux is None else s_aux.view(kv_heads, groups, 1).expand(-1, -1, queries).flatten(1)
+        out = _written_out(folded, key, value, bias, scale, softcap, of_head)
     return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
-def _softcapped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float | None, cap: float) -> Tensor:
-    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    return (torch.tanh(scores / cap) * cap + bias).softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
+def _written_out(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, cap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention step by step, for what the fused kernels do not know. sinks: [kv_heads, folded queries]."""
+    scores = q @ k.transpose(2, 3) * scale
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    scores = (scores + bias).float()
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float()[None, :, :, None].expand(len(q), -1, -1, 1)], dim=-1)
+    return scores.softmax(dim=-1)[..., : k.shape[2]].to(q.dtype) @ v
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvpatch.errors import ModelError
-from kvpatch.models.checkpoint import refuse_not_finite
+from kvpatch.models.checkpoint import refuse_not_finite, refuse_other_vocabulary
 from kvpatch.models.load import Loaded
 
 TOGETHER = "kv.load(model=hf_model, tokenizer=tokenizer)"
@@ -40,6 +40,7 @@ def held_model(hf: object, tokenizer: Any) -> Loaded:
     if len(places) > 1:
         raise ModelError(f"the {type(hf).__name__} lies on {', '.join(places)}; put it on one device with .to()")
     refuse_not_finite(hf)
+    refuse_other_vocabulary(hf, tokenizer)
     return Loaded(hf, tokenizer, name_of(hf), None, is_converted=False, is_held=True)
 
 

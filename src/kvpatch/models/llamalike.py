@@ -104,6 +104,8 @@ def network_of(backbone: Backbone) -> Network | str:
     if reason := what_runs_other_code(backbone.hf) or _what_is_unknown(backbone):
         return reason
     geometry = backbone.geometry
+    if any(geometry.chunks):
+        return f"{backbone.name} attends in chunks"
     decoder: Any = backbone.decoder
     is_gemma = config.model_type.startswith("gemma")
     frequencies = tuple(dict.fromkeys(rope.inv_freq for rope in geometry.rope))

@@ -11,30 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from kvpatch.errors import ModelError
 from kvpatch.files import cache_directory, held, is_directory, is_file
 from kvpatch.models.checkpoint import (
     Reports,
-    damaged_file,
-    one_line,
     recompute_buffers,
+    refuse_damaged,
     refuse_doubtful_names,
     refuse_incomplete,
     refuse_not_finite,
+    refuse_other_vocabulary,
     refuse_unread,
     tensors_of,
 )
 from kvpatch.models.fingerprint import tensors_sha256
+from kvpatch.models.hub import fetch_from_hub
+from kvpatch.models.kinds import auto_class
 from kvpatch.models.makers import made_model
 from kvpatch.models.named import (
     Progress,
     cache_key,
     cached_model,
     fetch_gguf,
+    hub_models,
     kept_gguf,
     named_models,
     part_of,
@@ -44,6 +46,7 @@ from kvpatch.models.named import (
 )
 from kvpatch.models.note import refuse_changed, write_note
 from kvpatch.models.processor import fastest_type
+from kvpatch.models.told import one_line, why_unread
 
 OWNERLESS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "openai-gpt")
 """Models of the hub that are mostly named without their owner."""
@@ -57,6 +60,7 @@ class Loaded:
     """A model on its device, with its tokenizer and the name that a run records.
 
     is_held: whether it was in memory already, so that nothing on disk tells what it is.
+    revision: the hub's commit, of a model that came from there.
     """
 
     hf: PreTrainedModel
@@ -65,6 +69,7 @@ class Loaded:
     directory: Path | None
     is_converted: bool
     is_held: bool = False
+    revision: str | None = None
 
     @property
     def published_name(self) -> str:
@@ -81,6 +86,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    revision: str | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Load a causal language model and its tokenizer.
@@ -91,6 +97,7 @@ def load_model(
         dtype: float32 on a CPU, bfloat16 elsewhere. "auto" on a CPU: bfloat16 where the processor multiplies it faster.
         allow_pickle: also take weights in pickled files, which can run code when read.
         trust_remote_code: run modelling code that comes with the model.
+        revision: of a hub model, a branch, a tag or a commit.
         progress: told what is being fetched or converted.
     Raises:
         ModelError: where the model can't be found, read or trusted.
@@ -98,48 +105,54 @@ def load_model(
     report = progress or (lambda what, done, total: None)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = _dtype(dtype, device)
-    where, is_converted = resolve(str(name), report)
-    is_local = isinstance(where, Path)
-    if is_local and is_converted:
+    found, is_converted = resolve(str(name), report)
+    if isinstance(found, Path) and revision is not None:
+        raise ModelError(f"a revision is of a hub model (owner/name), which {name} is not; leave it out")
+    if isinstance(found, Path):
+        where, commit = found, None
+    else:
+        allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+        where = fetch_from_hub(found, report, revision=revision, **allowed)
+        commit = where.name
+    if is_converted:
         refuse_changed(where, str(name) if str(name) in named_models() else None)
-    if is_local and (where / "adapter_config.json").exists():
-        raise ModelError(f"{where} holds an adapter; merge it into its model (merge_and_unload) and save that")
-    if is_local and not allow_pickle and not any(where.glob("*.safetensors")):
-        found = "pickled weights only (allow_pickle=True reads them)" if any(where.glob("*.bin")) else "no weights"
-        raise ModelError(f"{where} holds {found}; kvpatch reads safetensors and GGUF")
-    settings = {
-        "trust_remote_code": trust_remote_code,
-        "local_files_only": is_local,
-    }
+    _refuse_unreadable(where, allow_pickle)
+    settings = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     with _quiet():
         try:
+            auto = auto_class(AutoConfig.from_pretrained(where, **settings))
             tokenizer = AutoTokenizer.from_pretrained(where, **settings)
-            hf, info = _from_pretrained(
-                where,
-                dtype=kind,
-                use_safetensors=None if allow_pickle else True,
-                generation_config=_generation_tokens(where, is_local),
-                **settings,
-            )
+            use = {"dtype": kind, "use_safetensors": None if allow_pickle else True}
+            hf, info = _from_pretrained(where, auto, generation_config=_generation_tokens(where), **use, **settings)
             refuse_incomplete(hf, info)
             recompute_buffers(hf)
-            refuse_doubtful_names(hf, tensors_of(_files_of(where)))
+            refuse_doubtful_names(hf, tensors_of(where))
             hf.to(device=torch.device(device))
             refuse_not_finite(hf)
+            refuse_other_vocabulary(hf, tokenizer)
         except Exception as error:
-            file = damaged_file(where) if isinstance(where, Path) else ""
-            raise ModelError(f"{name}: {file}{one_line(error)}") from error
+            raise ModelError(f"{name}: {why_unread(error, where)}") from error
     hf.requires_grad_(False)
-    return Loaded(hf, tokenizer, str(name), where if is_local else None, is_converted)
+    return Loaded(hf, tokenizer, str(name), where, is_converted, revision=commit)
 
 
-def _generation_tokens(where: Path | str, is_local: bool) -> GenerationConfig:
+def _refuse_unreadable(where: Path, allow_pickle: bool) -> None:
+    """Refuse a directory whose weights can't be read, or not without being asked to."""
+    if (where / "adapter_config.json").exists():
+        raise ModelError(f"{where} holds an adapter; merge it into its model (merge_and_unload) and save that")
+    if not allow_pickle and not any(where.glob("*.safetensors")):
+        found = "pickled weights only (allow_pickle=True reads them)" if any(where.glob("*.bin")) else "no weights"
+        raise ModelError(f"{where} holds {found}; kvpatch reads safetensors and GGUF")
+    refuse_damaged(where)
+
+
+def _generation_tokens(where: Path) -> GenerationConfig:
     """Of a model's generation settings the special tokens alone. kvpatch decodes by itself, so that penalties, beams
     and the like say nothing here, and settings that transformers finds contradictory are no reason to refuse a model.
     """
     for file in ("generation_config.json", "config.json"):
         try:
-            content = json.loads(Path(cached_file(where, file, local_files_only=is_local) or "").read_text())
+            content = json.loads((where / file).read_text())
         except (OSError, ValueError):  # no such file, or no settings in it
             continue
         if isinstance(content, dict):
@@ -163,6 +176,8 @@ def resolve(name: str, report: Progress) -> tuple[Path | str, bool]:
         return made, False
     if name in named_models():
         return _converted(name, cache_key(name), report), True
+    if name in (of_hub := hub_models()) and not is_directory(path):
+        return of_hub[name].repository, False
     if is_file(path):
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is a file, but not a .gguf file; give a .gguf file or a model directory")
@@ -176,7 +191,7 @@ def resolve(name: str, report: Progress) -> tuple[Path | str, bool]:
     if name in OWNERLESS:
         return f"openai-community/{name}", False
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" not in name:
-        known = ", ".join(named_models())
+        known = ", ".join([*named_models(), *hub_models()])
         raise ModelError(
             f"no model {name!r}: not one of {known}, nor a directory, a .gguf file or a hub id (owner/name)"
         )
@@ -189,6 +204,8 @@ def pull(name: str, progress: Progress | None = None, *, again: bool = False) ->
     Raises:
         ModelError: for an unknown name or a failed download.
     """
+    if name in hub_models():
+        return fetch_from_hub(hub_models()[name].repository, progress or (lambda what, done, total: None))
     refuse_unknown(name)
     if again:
         return _converted(name, cache_key(name), progress or (lambda what, done, total: None), again=True)
@@ -271,27 +288,22 @@ def _convert(gguf: Path, out: Path, report: Progress) -> None:
     report(f"converting {gguf.name} to safetensors", size, size)
 
 
-def _from_pretrained(where: Path | str, **settings: Any) -> tuple[Any, dict[str, Any]]:
-    """A causal language model, and what transformers tells of its loading.
+def _from_pretrained(
+    where: Path | str, auto: Any = AutoModelForCausalLM, **settings: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A causal language model, made by a class of transformers, and what transformers tells of its loading.
 
     Raises:
         ModelError: where the tensors can't be put into the model at all.
     """
     with Reports() as reports:
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 where, output_loading_info=True, ignore_mismatched_sizes=True, **settings
             )
             return loaded
         except RuntimeError as error:
             raise ModelError(reports.explain(error)) from error
-
-
-def _files_of(where: Path | str) -> Path:
-    """The directory that a model's files were read from; a hub's are in its cache by now."""
-    if isinstance(where, Path):
-        return where
-    return Path(str(cached_file(where, CONFIG_NAME, local_files_only=True))).parent
 
 
 def _dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype:
@@ -312,9 +324,11 @@ class _quiet:
 
     def __enter__(self) -> None:
         self.level = transformers_logging.get_verbosity()
+        self.has_bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
 
     def __exit__(self, *_: object) -> None:
         transformers_logging.set_verbosity(self.level)
-        transformers_logging.enable_progress_bar()
+        if self.has_bars:
+            transformers_logging.enable_progress_bar()

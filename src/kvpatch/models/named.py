@@ -18,6 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import yaml
+from pydantic import Field
 
 from kvpatch.errors import ModelError
 from kvpatch.files import cache_directory, held
@@ -65,6 +66,43 @@ class NamedModel(Frozen):
         """Twelve hex digits that change with any of the wheels: the first wheel's own where there is one alone."""
         hashes = [wheel.sha256 for wheel in self.wheels]
         return (hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest())[:12]
+
+
+class HubModel(Frozen):
+    """An entry of hub_models.yaml: a model of the hub that goes by a short name.
+
+    Attributes:
+        gated: whether its terms must be accepted at the hub, by somebody who is logged in.
+        parameters: in billions.
+        layers: of R_V ("early", "late"), where the plan of an experiment names them.
+    """
+
+    repository: str
+    about: str
+    licence: str
+    gated: bool
+    parameters: float
+    layers: dict[str, int] = Field(default={})
+
+    @property
+    def megabytes(self) -> int:
+        """What is fetched, and held in bfloat16: two bytes a parameter."""
+        return round(2000 * self.parameters)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the hub's cache holds a version of it."""
+        home = os.environ.get("HF_HOME") or os.path.join(
+            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
+        )
+        cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+        return any(cache.glob(f"models--{self.repository.replace('/', '--')}/snapshots/*/config.json"))
+
+
+def hub_models() -> dict[str, HubModel]:
+    """Every model of the hub that has a short name, by that name."""
+    text = files("kvpatch.models").joinpath("hub_models.yaml").read_text(encoding="utf-8")
+    return {name: HubModel.model_validate(entry) for name, entry in yaml.safe_load(text).items()}
 
 
 def named_models() -> dict[str, NamedModel]:

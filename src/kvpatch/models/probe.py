@@ -15,6 +15,7 @@ from kvpatch.errors import ModelError
 from kvpatch.models.cached import refuse_other_caches
 from kvpatch.models.geometry import Geometry
 from kvpatch.models.hf import Slab, Step
+from kvpatch.models.kinds import refuse_own_attention
 from kvpatch.models.limits import rotary_switch
 from kvpatch.models.masks import FURTHEST, read_masks
 
@@ -78,28 +79,29 @@ def geometry_of(backbone: Backbone) -> Geometry:
         slab.extend(at)
         step = Step(slab.positions, at, backbone.dtype, attended={})
         with _explained(name), torch.no_grad():
-            out = backbone.run(token, at, slab, step)
+            try:
+                out = backbone.run(token, at, slab, step)
+            except Exception:
+                if not getattr(hf, "_supports_attention_backend", True):
+                    refuse_own_attention(name, [True], [])
+                raise
         hidden = out if hidden is None else hidden
         slabs.append(slab)
     assert hidden is not None
     assert step is not None
     assert step.attended is not None
+    refuse_own_attention(name, [layer.is_initialized for layer in slabs[1].slab_layers], list(step.attended))
     refuse_other_caches(name, slabs[1].slab_layers, step.attended)
     rope = tuple(_layer_rope(backbone, layer, slabs) for layer in range(layers))
     with _explained(name):
         own = native_logits(hf, token)[0, -1]
-    ours = backbone.logits(hidden)[0, -1]
-    scale = float(own.abs().max()) + 1e-9
-    if not float((own - ours).abs().max()) / scale < (1e-3 if backbone.dtype == torch.float32 else 5e-2):
-        raise ModelError(f"{name}: our forward pass does not give the model's own logits; it can't be patched safely")
+    _refuse_other_logits(backbone, token, hidden, own)
     context = int(getattr(config, "max_position_embeddings", 0) or NO_CONTEXT)
     with _explained(name):
         masks = read_masks(backbone.decoder, backbone.configs, layers, context, backbone.device)
     ends = {context: ""}
     if switch := rotary_switch(config):
         ends[switch] = "its rotary frequencies change with the length"
-    for chunk in {mask.chunk for mask in masks if mask.chunk}:
-        ends[chunk] = "its attention is cut into chunks"
     end = min(ends)
     if context < NO_CONTEXT and end > _PROBE_POSITION + 2:
         _refuse_frequencies_that_change(backbone, end, rope)
@@ -116,6 +118,34 @@ def geometry_of(backbone: Backbone) -> Geometry:
         rope=rope,
         dtype=first.keys.dtype,
         ends_because=ends[end],
+        chunks=tuple(mask.chunk for mask in masks),
+    )
+
+
+def _refuse_other_logits(backbone: Backbone, token: Tensor, hidden: Tensor, own: Tensor) -> None:
+    """Stop where the decoder's states [1, 1, width] and the head do not give the model's own logits [vocabulary], and
+    say whether it is because something stands between the two."""
+    name, width = backbone.name, backbone.head.weight.shape[1]
+    if hidden.shape[-1] == width:
+        ours = backbone.logits(hidden)[0, -1]
+        is_same = ours.shape == own.shape
+        if is_same and _off(ours, own) < (1e-3 if backbone.dtype == torch.float32 else 5e-2):
+            return
+    reads: list[Tensor] = []
+    handle = backbone.head.register_forward_pre_hook(lambda _, given: reads.append(given[0]))
+    try:
+        native_logits(backbone.hf, token)
+    finally:
+        handle.remove()
+    fed = reads[-1][0, -1] if reads else None
+    if fed is None or fed.shape != hidden[0, -1].shape or _off(fed.float(), hidden[0, -1].float()) > _bound(backbone):
+        raise ModelError(
+            f"{name}: our forward pass does not give the model's own logits: something stands between its last layer "
+            "and its output head (a transform, a scaling or a pass of its own), which kvpatch does not run"
+        )
+    raise ModelError(
+        f"{name}: our forward pass does not give the model's own logits: it changes them after its output head in a "
+        "way kvpatch does not know"
     )
 
 
@@ -158,17 +188,16 @@ def _layer_rope(backbone: Backbone, layer: int, slabs: list[Slab]) -> LayerRope:
     if _off(v0, v1) > bound:
         return LayerRope("absolute")
     candidates = [LayerRope("none")]
-    for frequencies in _frequencies(backbone.hf):
-        candidates += [LayerRope("half", frequencies), LayerRope("interleaved", frequencies)]
+    for known in _frequencies(backbone.hf):
+        for frequencies in (known, tuple(-f for f in known)):  # some turn the other way (NanoChat)
+            candidates += [LayerRope("half", frequencies), LayerRope("interleaved", frequencies)]
     delta = torch.tensor([[_PROBE_POSITION]], device=k0.device)
     fitting = [c for c in candidates if c.rotary_dim <= k0.shape[3]]
     best = min(fitting, key=lambda c: _off(rotate(k0, delta, c), k1))
     # Keys without a position are made by the very same products, so that a small turn can't pass for none.
     if _off(rotate(k0, delta, best), k1) > (1e-5 if best.layout == "none" else bound):
-        raise ModelError(
-            f"{type(backbone.hf).__name__}: layer {layer} turns its keys in a way kvpatch does not know, "
-            "so cached keys can't be moved"
-        )
+        # Such as a norm with weights behind the rotation (HunYuan): a key is right where it stands, and nowhere else.
+        return LayerRope("fixed")
     return best
 
 
@@ -182,9 +211,32 @@ def _off(a: Tensor, b: Tensor) -> float:
 
 
 def _frequencies(hf: PreTrainedModel) -> list[tuple[float, ...]]:
-    """Every distinct set of rotary frequencies among the model's buffers."""
+    """Every distinct set of rotary frequencies among the model's buffers, and those that its tables of sines and
+    cosines were made from."""
     found: dict[tuple[float, ...], None] = {}
     for name, buffer in hf.named_buffers():
         if name.endswith("inv_freq") and "original" not in name:
-            found[tuple(buffer.double().tolist())] = None
+            found[tuple(buffer.double().flatten().tolist())] = None
+        elif (of_table := _frequencies_of_table(buffer)) is not None:
+            found[of_table] = None
     return list(found)
+
+
+def _frequencies_of_table(table: Tensor) -> tuple[float, ...] | None:
+    """Radians per position of a table [positions, 2 * pairs] of sines and then cosines (GPT-J); None if it is none.
+
+    Each row says the angle up to whole turns. The second row tells it roughly, and rows twice as far each tell it twice
+    as sharply.
+    """
+    if table.ndim != 2 or not table.is_floating_point() or table.shape[0] < 2 or table.shape[1] % 2:
+        return None
+    sin, cos = table.double().chunk(2, dim=1)
+    if bool((sin[0] != 0).any()) or bool((cos[0] != 1).any()) or float((sin**2 + cos**2 - 1).abs().max()) > 1e-2:
+        return None
+    step = torch.atan2(sin[1], cos[1])
+    at = 2
+    while at < table.shape[0]:
+        angle = torch.atan2(sin[at], cos[at])
+        step = (angle + 2 * torch.pi * ((at * step - angle) / (2 * torch.pi)).round()) / at
+        at *= 2
+    return tuple(step.tolist())

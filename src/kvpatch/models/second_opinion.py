@@ -85,6 +85,11 @@ def second_opinion(backbone: Backbone, loaded: Loaded) -> Opinion:
         return known
     found = compare(backbone)
     if not found.holds:
+        if _sees_later_tokens(backbone):
+            raise ModelError(
+                f"{backbone.geometry.architecture} lets the tokens of a prompt see later ones (bidirectional "
+                "attention), which kvpatch can't follow"
+            )
         raise ModelError(
             f"{backbone.geometry.architecture}: with {found.at} tokens kvpatch's logits differ from transformers' by "
             f"{found.error:.2g} of the largest logit (rounding explains {found.bound:.2g}); it can't be patched safely"
@@ -94,6 +99,15 @@ def second_opinion(backbone: Backbone, loaded: Loaded) -> Opinion:
         with contextlib.suppress(OSError):
             _write(*place, found)
     return found
+
+
+@torch.no_grad()
+def _sees_later_tokens(backbone: Backbone) -> bool:
+    """Whether the model's own logits of a prompt's first tokens change with its last one."""
+    row = _tokens(backbone, 9, 0)
+    other = torch.cat([row[:-1], row[:1]])
+    one, two = (of_model(backbone, ids)[:4] for ids in (row, other))
+    return _off(two, one) > 1e-2
 
 
 @torch.no_grad()
@@ -117,7 +131,10 @@ def compare(backbone: Backbone, work: float = 1.0) -> Opinion:
 def lengths_to_compare(backbone: Backbone, work: float = 1.0) -> tuple[list[int], tuple[int, ...]]:
     """Lengths of prompts on both sides of every limit, and the limits left out as too dear."""
     geometry = backbone.geometry
-    limits = {*named_limits(backbone.config, geometry.context), *(w for w in geometry.windows if w)}
+    limits = {
+        *named_limits(backbone.config, geometry.context),
+        *(w for w in (*geometry.windows, *geometry.chunks) if w),
+    }
     if geometry.ends_because:
         limits.add(geometry.context)
     reached: list[int] = []

@@ -110,7 +110,7 @@ def cache_ratios(
     found = []
     for layer, rope in enumerate(cache.rope):
         vectors = (cache.values if part == "v" else cache.keys)[layer][:, :, -window:]
-        if part == "k" and rope.layout not in ("absolute", "none"):
+        if part == "k" and not rope.keeps_its_place and rope.layout != "none":
             vectors = rotate(vectors, back, rope)
         found.append(ratio(_joined(vectors) if joined else vectors))
     out = torch.stack(found, dim=1)

@@ -20,7 +20,8 @@ def dumped_sha256(dumped: dict[str, Any]) -> str:
 
 class ModelRecord(Frozen):
     """The model of a run. The hashes name weights, tokenizer, chat template, and the text that the template wrote
-    around the user's words (None without a template, and in records of runs that did not store it)."""
+    around the user's words (None without a template, and in records of runs that did not store it). `revision` is the
+    hub's commit of a model that came from there."""
 
     name: str
     architecture: str
@@ -34,6 +35,7 @@ class ModelRecord(Frozen):
     tokenizer_sha256: str
     template_sha256: str | None
     scaffold_sha256: str | None = None
+    revision: str | None = None
 
 
 class OtherModel(Frozen):

@@ -119,9 +119,9 @@ from kvpatch.executors.local import LocalExecutor
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.load import Loaded
 from kvpatch.models.template import EncodedPrompt
+from kvpatch.planned import plan_for
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.load import load_protocol
-from kvpatch.run import plan_for
 from kvpatch.store.directory import Store
 
 

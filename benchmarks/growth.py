@@ -23,9 +23,9 @@ import torch
 import kvpatch
 from kvpatch.engine.model import Model
 from kvpatch.executors.local import LocalExecutor
+from kvpatch.planned import plan_for
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.load import load_protocol
-from kvpatch.run import plan_for
 from kvpatch.store.directory import Store
 
 BANK_PAIRS = 100

@@ -15,10 +15,10 @@ import time
 import kvpatch
 from kvpatch.engine.model import Model
 from kvpatch.executors.batch import run_batch
+from kvpatch.planned import plan_for
 from kvpatch.planning.plan import Batch
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.load import load_protocol
-from kvpatch.run import plan_for
 
 CONDITIONS = ("I_V", "I_QKV", "I_R24", "I_Rall", "I_S24", "I_S24d", "M1", "M2_1", "M3_body")
 

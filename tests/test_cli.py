@@ -173,10 +173,10 @@ def test_head_shuffle_on_one_kv_head(kvpatch, tmp_path, tiny, monkeypatch):
     from dataclasses import replace
 
     from kvpatch.errors import ProtocolError
+    from kvpatch.planned import plan_for
     from kvpatch.planning.fit import refuse_misfits
     from kvpatch.prompts.bank import load_bank
     from kvpatch.protocols.load import load_protocol
-    from kvpatch.run import plan_for
 
     model = tiny("llama")
     protocol = load_protocol(str(write_protocol(tmp_path, **with_patch({"donor": "shuffle_heads"}))))

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from kvpatch.planned import plan_for
 from kvpatch.planning.pairing import form_pairs
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.load import load_protocol
 from kvpatch.readouts.behavior import content_words
 from kvpatch.readouts.scorer import read_scorer
-from kvpatch.run import plan_for
 
 pytestmark = pytest.mark.model
 EXAMPLES = sorted(p.parent for p in (Path(__file__).parents[1] / "examples").glob("*/protocol.yaml"))

@@ -17,13 +17,13 @@ import yaml
 
 from kvpatch.cli import main as cli
 from kvpatch.errors import ProtocolError
+from kvpatch.planned import plan_for
 from kvpatch.planning.pairing import form_pairs
 from kvpatch.planning.plan import Batch
 from kvpatch.prompts.bank import Bank, load_bank
 from kvpatch.protocols.load import load_protocol
 from kvpatch.readouts.behavior import Lexicon, content_words, normalise
 from kvpatch.readouts.scorer import read_scorer
-from kvpatch.run import plan_for
 from kvpatch.store.directory import Store
 from small import protocol_content, write_bank
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from kvpatch.planned import plan_for
 from kvpatch.planning.plan import Batch, Plan
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.load import load_protocol
-from kvpatch.run import plan_for
 from small import write_protocol
 
 

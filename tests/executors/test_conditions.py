@@ -23,13 +23,13 @@ from kvpatch.interventions.directions import mean_directions
 from kvpatch.interventions.joined import join_prompts, without_giver
 from kvpatch.interventions.steering import run_value_steering
 from kvpatch.models.hf import LayerEdit
+from kvpatch.planned import plan_for
 from kvpatch.planning import plan as planner
 from kvpatch.planning.plan import Batch
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.load import load_protocol
 from kvpatch.protocols.schema import AttentionSettings
 from kvpatch.readouts.geometry import participation_ratio
-from kvpatch.run import plan_for
 from small import CONDITIONS, bank_entries, write_bank, write_protocol
 from tiny import CONTEXT, LAYERS, prompt_of
 

@@ -142,8 +142,8 @@ COUNTED: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def counted(model, tmp_path_factory):
     """Rows by condition and pair, and the batches they came from."""
+    from kvpatch.planned import plan_for
     from kvpatch.prompts.bank import load_bank
-    from kvpatch.run import plan_for
 
     protocol = load_protocol(str(write_protocol(tmp_path_factory.mktemp("counts"), **changes_for(COUNTED))))
     plan, _ = plan_for({None: model}, protocol, load_bank(protocol.bank), seed=0, n=None, phases=None)
@@ -247,8 +247,8 @@ def test_indices_of_a_protocol_that_can_t_be_meant_are_refused_at_their_line(tmp
 
 
 def test_conditions_that_need_a_template_are_left_out_by_name_without_one(tiny, tmp_path):
+    from kvpatch.planned import plan_for
     from kvpatch.prompts.bank import load_bank
-    from kvpatch.run import plan_for
 
     model = tiny("llama", chat=False)
     way = SOURCE | {"patch": {"slots": "trailer"}}
@@ -262,8 +262,8 @@ def test_conditions_that_need_a_template_are_left_out_by_name_without_one(tiny, 
 
 @pytest.mark.parametrize("align", ["start", "end", "stretch"])
 def test_values_alone_are_put_into_a_model_whose_positions_are_in_its_embeddings(tiny, tmp_path, align):
+    from kvpatch.planned import plan_for
     from kvpatch.prompts.bank import load_bank
-    from kvpatch.run import plan_for
 
     model = tiny("gpt2")
 

@@ -41,9 +41,9 @@ NO_TEXT: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def rows(request: pytest.FixtureRequest, tiny_dirs: Any, tmp_path_factory: Any) -> list[dict[str, Any]]:
     import kvpatch as kv
+    from kvpatch.planned import plan_for
     from kvpatch.prompts.bank import load_bank
     from kvpatch.protocols.load import load_protocol
-    from kvpatch.run import plan_for
     from small import write_protocol
 
     conditions = {name: CONDITIONS[name] for name in ("A", "B")}

@@ -17,12 +17,13 @@ from kvpatch.errors import CacheError, ExtensionError, ProtocolError
 from kvpatch.executors.batch import run_batch
 from kvpatch.interventions.build import Fitting, Kind, Made, Trials, register
 from kvpatch.interventions.kinds import refuse_missing_layers
+from kvpatch.planned import plan_for
 from kvpatch.planning.plan import Batch, Plan
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.conditions import Condition
 from kvpatch.protocols.load import load_protocol, parse_protocol
 from kvpatch.protocols.schema import Protocol
-from kvpatch.run import plan_for, run
+from kvpatch.run import run
 from kvpatch.specs import outside_interventions
 from kvpatch.specs.base import Number
 from kvpatch.specs.interventions import InterventionSpec

@@ -161,7 +161,7 @@ def load_all(
     """The run's own model, and the further ones that its phases need. A revision is the run's own model's."""
     from kvpatch.cli.progress import loading
     from kvpatch.engine.loading import load
-    from kvpatch.run import other_models
+    from kvpatch.planned import other_models
 
     names: dict[str | None, str] = {None: model, **other_models(protocol, phases)}
     for text in replaced or []:

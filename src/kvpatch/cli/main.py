@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
-from kvpatch.cli import registration, runs, starting, tools
+from kvpatch.cli import registration, results, runs, starting, tools
 from kvpatch.cli.app import app, one_line_errors
 from kvpatch.cli.console import bear_any_locale
 
-COMMANDS = (starting, runs, registration, tools)
+COMMANDS = (starting, runs, results, registration, tools)
 """Imported for the commands that they register, in the order in which `--help` lists them."""
 
 

@@ -1,4 +1,4 @@
-"""Commands about runs: run, plan, status, verdicts, effects, power, report, repair, view."""
+"""Commands before and during a run: run, plan, power."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from kvpatch.cli.app import (
     AllowOutside,
     AllowPickle,
     Device,
-    Directory,
     Dtype,
     Json,
     ModelName,
@@ -36,12 +35,11 @@ from kvpatch.cli.app import (
     warn_of_missing_meaning,
     warn_of_too_few,
 )
-from kvpatch.cli.console import MOST_LINES, print_briefly, printed, say, say_json
+from kvpatch.cli.console import MOST_LINES, printed, say
 from kvpatch.errors import KvpatchError
-from kvpatch.files import is_directory
 
 if TYPE_CHECKING:
-    from kvpatch.store.directory import Store
+    pass
 
 
 @app.command()
@@ -160,8 +158,8 @@ def plan(
     warn_of_deviations(chosen)
     warn_of_too_few(chosen, n, phase_names(phases))
     from kvpatch.cli.tables import plan_summary, print_plan
+    from kvpatch.planned import plan_for
     from kvpatch.prompts.bank import load_bank
-    from kvpatch.run import plan_for
     from kvpatch.verdicts.deviations import stated
 
     how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
@@ -179,116 +177,6 @@ def plan(
         made, chosen, lambda key, text: len(loaded[key].encode(text, may_be_empty=True).token_ids), cost
     ) | stated(chosen, n, phase_names(phases))
     show(summary, as_json, lambda: print_plan(summary), is_all)
-
-
-@app.command()
-def status(directory: Directory, as_json: Json = False, is_all: All = False) -> None:
-    """Show how far a run is: trials done, left and failed.
-
-    Example: kvpatch status results
-    """
-    from kvpatch.cli.tables import print_status, status_summary
-    from kvpatch.store.directory import Store
-
-    summary = status_summary(Store(directory))
-    show(summary, as_json, lambda: print_status(summary), is_all)
-
-
-@app.command()
-def verdicts(
-    directory: Directory,
-    protocol: Annotated[
-        str | None, typer.Option(help="Decide by a protocol other than the run's own. Needs --exploratory.")
-    ] = None,
-    exploratory: Annotated[
-        bool, typer.Option("--exploratory", help="Accept a changed protocol, and mark every verdict as exploratory.")
-    ] = False,
-    only_plan: Annotated[
-        bool,
-        typer.Option("--plan", help="Print the plan's table alone; with --json, its rows in place of the verdicts."),
-    ] = False,
-    registered: Annotated[
-        Path | None, typer.Option(help="A pre-registration. Say whether the run has its protocol; exit code 1 if not.")
-    ] = None,
-    as_json: Json = False,
-    is_all: All = False,
-) -> None:
-    """Print the answer and one line for each row of the plan and each verdict, recomputed from the stored trials.
-
-    --all prints the plan's table, with what was expected, what was measured and what follows, and every verdict with
-    its reason. Exploratory verdicts are printed, not stored.
-
-    Example: kvpatch verdicts results
-    """
-    from kvpatch.cli.brief_verdicts import print_brief_verdicts
-    from kvpatch.cli.plan_table import print_plan_table
-    from kvpatch.cli.tables import print_verdicts
-    from kvpatch.store.directory import Store
-    from kvpatch.store.validation import gate_zero
-    from kvpatch.verdicts.deviations import error_statement
-    from kvpatch.verdicts.outcome import outcome_of, write_verdicts
-    from kvpatch.verdicts.records import canonical_json
-    from kvpatch.verdicts.specificity import specificities
-
-    store = Store(directory)
-    other = None
-    if protocol is not None:
-        from kvpatch.protocols.load import load_protocol
-
-        other = load_protocol(protocol)
-    is_registered = registered is None or _held_against(registered, store)
-    outcome = outcome_of(store, is_exploratory=exploratory, protocol=other)
-    if not exploratory:
-        if told := write_verdicts(store, outcome):
-            say(f"warning: {told}", err=True)
-    if as_json:
-        say_json(canonical_json(outcome.plan_table if only_plan else outcome.verdicts))
-    elif only_plan:
-        print_briefly(
-            lambda: print_plan_table(outcome.plan_table), is_all, f"kvpatch verdicts {directory} --plan --all"
-        )
-    elif is_all:
-        print_plan_table(outcome.plan_table)
-        say(gate_zero(outcome.record.validation))
-        for of in specificities(outcome.record):
-            say(of.sentence)
-        say(error_statement(outcome.protocol))
-        for told in dict.fromkeys(told for v in outcome.verdicts for told in v.deviations):
-            say(f"deviation: {told}")
-        print_verdicts(outcome.verdicts)
-    else:
-        print_brief_verdicts(outcome, f"kvpatch verdicts {shlex.quote(str(directory))} --all")
-    if not is_registered:
-        raise typer.Exit(1)
-
-
-def _held_against(registered: Path, store: Store) -> bool:
-    """Say whether a run has the protocol of a pre-registration, on standard error, which leaves JSON whole."""
-    from kvpatch.verdicts.preregistration import held_against, read_preregistration
-
-    holds, told = held_against(read_preregistration(registered), store.read_record())
-    for sentence in told:
-        say(sentence, err=True)
-    return holds
-
-
-@app.command()
-def effects(
-    directory: Directory,
-    phase: Annotated[str | None, typer.Option(help="Show one phase. Default: all phases that have trials.")] = None,
-    as_json: Json = False,
-    is_all: All = False,
-) -> None:
-    """Print every condition's difference from its natural run, on one scale.
-
-    Example: kvpatch effects results --phase interventions
-    """
-    from kvpatch.cli.tables import print_effects
-    from kvpatch.store.directory import Store
-    from kvpatch.verdicts.outcome import phase_effects
-
-    found = phase_effects(Store(directory), phase)
-    show([effect.model_dump() for effect in found], as_json, lambda: print_effects(found), is_all)
 
 
 @app.command()
@@ -341,80 +229,3 @@ def power(
         print_rule(chosen, [p for p in whole if p.id in rule], draws)
 
     show([entry.model_dump() | {"rule": rule[entry.id]} for entry in found], as_json, pretty, is_all)
-
-
-@app.command()
-def report(
-    directory: Directory,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where to write the report. Default: DIR/report.html.")
-    ] = None,
-) -> None:
-    """Write the report: one HTML file that needs no network and no other file.
-
-    Example: kvpatch report results -o report.html
-    """
-    from kvpatch.report.build import write_report
-    from kvpatch.store.directory import Store
-    from kvpatch.verdicts.outcome import outcome_of
-
-    store = Store(directory)
-    outcome = outcome_of(store)
-    try:
-        where = write_report(store, outcome, out)
-    except OSError as error:
-        raise KvpatchError(f"{out} can't be written: {error.strerror or error}") from error
-    say(f"report: {where.resolve()}")
-
-
-@app.command()
-def repair(directory: Directory, as_json: Json = False, is_all: All = False) -> None:
-    """Set aside what is damaged in a run, and say what the same run command will compute again.
-
-    Damaged files are moved to DIR/set-aside; nothing is deleted.
-
-    Example: kvpatch repair results
-    """
-    from kvpatch.store.directory import Store
-    from kvpatch.store.repair import repair as repair_run
-
-    found = repair_run(Store(directory))
-
-    def pretty() -> None:
-        for line in found.lines:
-            say(line)
-
-    show(found.model_dump() | {"lines": found.lines}, as_json, pretty, is_all)
-
-
-@app.command()
-def view(
-    directories: Annotated[
-        list[Path], typer.Argument(help="Run directories, or directories that contain run directories.")
-    ],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port. 0 takes a free one.")] = 0,
-    token: Annotated[
-        bool, typer.Option("--token/--no-token", help="Require a random token. The printed address contains it.")
-    ] = True,
-    browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the address in a browser.")] = False,
-) -> None:
-    """Show runs in a browser while they go on: progress, estimates and every trial.
-
-    Only this machine can open the page. Ctrl-C ends it.
-
-    Example: kvpatch view results
-    """
-    for directory in directories:
-        if not is_directory(directory):
-            raise KvpatchError(f"{directory} is not a directory")
-    from kvpatch.view.server import new_token, serve
-
-    def ready(address: str) -> None:
-        say(f"view: {address}")
-        sys.stdout.flush()
-        if browser:
-            import webbrowser
-
-            webbrowser.open(address)
-
-    serve(directories, port=port, token=new_token() if token else None, on_ready=ready)

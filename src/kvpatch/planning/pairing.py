@@ -212,3 +212,24 @@ def _cells(
             for usable in framings:
                 usable[:] = [c for c in usable if c.item in whole]
     return tuple(tuple(usable[: protocol.readouts.continuations_per_cell]) for usable in found)
+
+
+def told_of_dropped(formed: Pairs, share: float) -> str:
+    """How many pairs were not formed, and why, to end a sentence with.
+
+    share: by how much the prompts of a pair may differ in length.
+    """
+    if not formed.dropped:
+        return ""
+    counts: dict[str, int] = {}
+    for line in formed.dropped:
+        reason = line.partition(": ")[2]
+        if reason.endswith(" tokens"):
+            reason = f"for prompts that differ by more than {share:.0%} in tokens (pairing: max_length_difference)"
+        elif "foreign partner" in reason:
+            reason = "for a foreign partner of another length (pairing: max_partner_difference)"
+        else:
+            reason = f"since {reason}"
+        counts[reason] = counts.get(reason, 0) + 1
+    listed = "; ".join(f"{count} {reason}" for reason, count in counts.items())
+    return f"; of {len(formed.pairs) + len(formed.dropped)} possible pairs {len(formed.dropped)} were dropped: {listed}"

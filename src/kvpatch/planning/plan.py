@@ -8,7 +8,6 @@ make-up depends on the plan alone, never on what was done before, so that a resu
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 from pydantic import Field
 
 from kvpatch.errors import ProtocolError, ProtocolMistakes
-from kvpatch.planning.pairing import Pair, Pairs, form_pairs
+from kvpatch.planning.names import hashed, number_of
+from kvpatch.planning.pairing import Pair, Pairs, form_pairs, told_of_dropped
 from kvpatch.planning.planning_model import PlanningModel, why_not
 from kvpatch.prompts.bank import Bank, shuffled_words
 from kvpatch.protocols.conditions import NATURAL_SOURCE, NATURAL_TARGET, ROLES, Condition
@@ -206,7 +206,7 @@ class _Planner:
         self.skipped: list[Skipped] = []
         used = [*protocol.calibration.neutral, *protocol.calibration.destroyed]
         made = [protocol.conditions[name].model_dump(mode="json", by_alias=True) for name in used]
-        self.fitted_on = _hashed(
+        self.fitted_on = hashed(
             {"pairs": [p.id for p in self.held_out], "conditions": dict(zip(used, made, strict=True))}
         )
 
@@ -246,7 +246,7 @@ class _Planner:
             raise ProtocolError(
                 f"phase {name} wants n={wanted}, and bank {self.bank.name!r} gives {len(fitting)} pairs for this model "
                 f"({len(self.formed.pairs)} less {len(self.held_out)} held out for calibration{without})"
-                f"{_told_of_dropped(self.formed, self.protocol.pairing.max_length_difference)}"
+                f"{told_of_dropped(self.formed, self.protocol.pairing.max_length_difference)}"
             )
         return fitting, [], passed
 
@@ -331,7 +331,7 @@ class _Planner:
             "target": pair.target.text,
             "source": pair.source.text,
             "neutral": "",
-            "shuffled_words": shuffled_words(pair.source.text, _number(self.seed, pair.id, "words")),
+            "shuffled_words": shuffled_words(pair.source.text, number_of(self.seed, pair.id, "words")),
         }
         if pair.foreign is not None:
             texts["foreign"] = pair.foreign.text
@@ -353,7 +353,7 @@ class _Planner:
         self, phase: str, name: str, condition: Condition, index: int, pair: PlannedPair, sample: int
     ) -> PlannedTrial:
         # Conditions of a pair share their seed, and so their noise.
-        seed = _number(self.seed, pair.pair_id, sample)
+        seed = number_of(self.seed, pair.pair_id, sample)
         content = {
             "model": self.model.key,
             "condition": condition.model_dump(mode="json", by_alias=True),
@@ -372,36 +372,13 @@ class _Planner:
             watched = None if asked.watched is None else asked.watched.model_dump(mode="json")
             content |= {"watched": watched, "geometry": asked.geometry}
         return PlannedTrial(
-            trial_id=_hashed({**content, "phase": phase}),
-            content_id=_hashed(content),
+            trial_id=hashed({**content, "phase": phase}),
+            content_id=hashed(content),
             pair=index,
             condition=name,
             sample=sample,
             seed=seed,
         )
-
-
-def _told_of_dropped(formed: Pairs, share: float) -> str:
-    """How many pairs were not formed, and why."""
-    if not formed.dropped:
-        return ""
-    counts: dict[str, int] = {}
-    for line in formed.dropped:
-        reason = line.partition(": ")[2]
-        if reason.endswith(" tokens"):
-            reason = f"for prompts that differ by more than {share:.0%} in tokens (pairing: max_length_difference)"
-        elif "foreign partner" in reason:
-            reason = "for a foreign partner of another length (pairing: max_partner_difference)"
-        else:
-            reason = f"since {reason}"
-        counts[reason] = counts.get(reason, 0) + 1
-    listed = "; ".join(f"{count} {reason}" for reason, count in counts.items())
-    return f"; of {len(formed.pairs) + len(formed.dropped)} possible pairs {len(formed.dropped)} were dropped: {listed}"
-
-
-def _hashed(content: dict[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _what_counts_of(pair: PlannedPair, condition: Condition) -> dict[str, Any]:
@@ -412,9 +389,3 @@ def _what_counts_of(pair: PlannedPair, condition: Condition) -> dict[str, Any]:
     used = {*ROLES, *pair.masked_by, condition.from_, condition.text_of}
     content["texts"] = {role: text for role, text in pair.texts.items() if role in used}
     return content
-
-
-def _number(*parts: object) -> int:
-    """A 63-bit number that belongs to these parts."""
-    text = ":".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

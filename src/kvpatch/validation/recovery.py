@@ -16,11 +16,11 @@ from kvpatch.engine.model import Model
 from kvpatch.executors.local import LocalExecutor
 from kvpatch.executors.specificity import calibrate_readouts, rule_of
 from kvpatch.organisms.language import BODY, BODY_STARTS
+from kvpatch.planned import Models, plan_for
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.conditions import Condition
 from kvpatch.protocols.hypotheses import Hypothesis, Margin
 from kvpatch.protocols.schema import Phase, Protocol
-from kvpatch.run import Models, plan_for
 from kvpatch.specs.base import Frozen
 from kvpatch.specs.organisms import Plant
 from kvpatch.specs.readouts import MODE

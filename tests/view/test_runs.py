@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -70,21 +69,36 @@ def test_looking_at_the_lock_does_not_take_it(tmp_path: Path) -> None:
             assert is_held(tmp_path / "run" / ".lock")
 
 
-def test_throughput_and_time_left_come_from_the_times_that_the_run_wrote_down(
-    tmp_path: Path, parts: list[tuple[str, list[dict]]], monkeypatch: pytest.MonkeyPatch
+def test_throughput_and_time_left_come_from_the_parts_of_a_run_that_goes_on(
+    tmp_path: Path, parts: list[tuple[str, list[dict]]]
 ) -> None:
     rows = parts[-1][1]
     store, run = begun(tmp_path / "run", len(rows) * 5), LiveRun("run", tmp_path / "run")
     for i in range(3):
-        monkeypatch.setattr(time, "time", lambda i=i: 1e9 + 10 * i)
         store.append(f"part-{i}", rows)
-        os.utime(store.trials / f"part-{i}.parquet", (1e9, 1e9))  # as a copy may have it
-    monkeypatch.undo()
+        os.utime(store.trials / f"part-{i}.parquet", (1e9 + 10 * i, 1e9 + 10 * i))
     with store.locked():
         run.refresh()
         found = run.progress()
     assert found.trials_per_second == pytest.approx(2 * len(rows) / 20)
     assert found.left == pytest.approx(2 * len(rows) / (2 * len(rows) / 20))
+
+
+def test_rates_of_a_copied_run_are_those_that_it_recorded(tmp_path: Path, parts: list[tuple[str, list[dict]]]) -> None:
+    rows = parts[-1][1]
+    store, run = begun(tmp_path / "run", len(rows)), LiveRun("run", tmp_path / "run")
+    for i in range(2):
+        store.append(f"part-{i}", rows[i::2])
+        os.utime(store.trials / f"part-{i}.parquet", (1e9 + i / 1000, 1e9 + i / 1000))  # as a copy has it
+    run.refresh()
+    assert (run.progress().state, run.progress().trials_per_second) == ("interrupted", None)
+    finished = {"finished": "2026-01-02T03:04:05+00:00", "seconds": 20.0, "tokens": 400}
+    store.write_record(record_of(dec7(), {"4": len(rows)}).model_copy(update=finished))
+    run.refresh()
+    found = run.progress()
+    assert (found.state, found.tokens_per_second) == ("finished", 20.0)
+    assert found.trials_per_second == pytest.approx(len(rows) / 20)
+    assert found.newest == pytest.approx(1767323045)
 
 
 def test_a_part_named_outside_the_run_is_left_out(tmp_path: Path, parts: list[tuple[str, list[dict]]]) -> None:

@@ -22,7 +22,6 @@ import errno
 import hashlib
 import os
 import tempfile
-import time
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,7 +171,7 @@ class Store:
         table = pa.Table.from_pylist(list(rows), schema=trial_schema())
         data = _parquet(table)
         sha256 = hashlib.sha256(data).hexdigest()
-        part = Part(part=f"{name}.parquet", rows=len(table), sha256=sha256, written=round(time.time(), 2))
+        part = Part(part=f"{name}.parquet", rows=len(table), sha256=sha256)
         with explained(self.directory):
             if attention is not None:
                 of_heads = _parquet(attention.cast(ATTENTION_SCHEMA))

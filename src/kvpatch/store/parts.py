@@ -31,8 +31,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Part(BaseModel):
-    """One line of parts.jsonl: the part's file, its rows and hash, and when it was written (in seconds since 1970;
-    file times change when a run is copied); and those of its attention, where it has some.
+    """One line of parts.jsonl: the part's file, its rows and hash; and those of its attention, where it has some.
 
     What a later version wrote into the line stays there.
     """
@@ -44,7 +43,6 @@ class Part(BaseModel):
     sha256: Sha256
     attention_rows: Count | None = None
     attention_sha256: Sha256 | None = None
-    written: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=False)] | None = None
 
     @property
     def batch(self) -> str:

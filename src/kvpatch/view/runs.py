@@ -219,7 +219,7 @@ class LiveRun:
         total, stored = sum(planned.values()), sum(row["done"] for row in counts)
         state = self._state(stored, total)
         self._counted = stored, total
-        trials, tokens, newest = self._speed()
+        trials, tokens, newest = self._speed(state, stored)
         is_going = state == "running" and trials
         return Progress(
             state=state,
@@ -244,17 +244,28 @@ class LiveRun:
             return "running"
         return "finished" if self.record.finished and done >= planned else "interrupted"
 
-    def _speed(self) -> tuple[float | None, float | None, float | None]:
-        """(trials a second, tokens a second, when the newest part came), over the last parts of one session.
+    def _speed(self, state: State, stored: int) -> tuple[float | None, float | None, float | None]:
+        """(trials a second, tokens a second, when the newest part came): over the last parts of one session while the
+        run goes on, and as run.json says once it is finished.
 
-        Times are those that the run wrote down, since those of files change when a run is copied; of a part that an
-        older version wrote none is known.
+        The times of files tell it of a run that is being written alone, since they change when a run is copied.
         """
-        recent = list(self._known.parts.items())[-RECENT_PARTS:]
-        times = sorted((part.written, name) for name, part in recent if part.written is not None)
+        if state != "running":
+            record = self.record
+            if state != "finished" or record is None or not record.seconds:
+                return None, None, self._finished()
+            return stored / record.seconds, record.tokens / record.seconds, self._finished()
+        recent = list(self._known.parts)[-RECENT_PARTS:]
+        times = []
+        for name in recent:
+            try:
+                times.append(((self.store.trials / name).stat().st_mtime, name))
+            except OSError:
+                continue
+        times.sort()
         start = max((i for i in range(1, len(times)) if times[i][0] - times[i - 1][0] > PAUSE), default=0)
         session = times[start:]
-        newest = times[-1][0] if times else self._finished()
+        newest = times[-1][0] if times else None
         if len(session) < 2 or session[-1][0] <= session[0][0]:
             return None, None, newest
         counted = self.ask(

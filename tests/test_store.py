@@ -47,7 +47,7 @@ MODEL = ModelRecord(
 )
 RECORD = RunRecord(
     kvpatch_version="0",
-    protocol={"protocol": "p"},
+    protocol={"protocol": "p", "phases": {"1": {"n": 9}}},
     protocol_sha256="p",
     bank_sha256="b",
     model=MODEL,

@@ -117,7 +117,7 @@ def _run(protocol: Protocol, models: Models, out: Path, asked: _Asked, listener:
             record = record.continued(stored)
         else:
             _refuse_parts_of_another_run(store, plan)
-        record = record.model_copy(update=stated(protocol, asked.n, record.phases))
+        record = record.model_copy(update=stated(protocol, asked.n, record.phases, record.grown_from))
         others = dict(record.other_models)
         unchecked = [None] * (record.check is None) + [key for key, other in others.items() if other.check is None]
         hardware = record.hardware

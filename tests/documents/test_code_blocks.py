@@ -23,6 +23,7 @@ import kvpatch as kv
 from kvpatch.cli import main as cli
 from kvpatch.protocols.plan_rows import PlanRow
 from kvpatch.protocols.schema import Phase, Readouts
+from kvpatch.readouts.scorer import read_scorer
 from kvpatch.specs import readouts
 from kvpatch.verdicts.power_of_rule import read_assumptions
 from synthetic import write_run
@@ -103,9 +104,12 @@ def names(found: list[Block]) -> list[str]:
     return [f"{block.page}:{block.line}" for block in found]
 
 
+LOAD = kv.load  # as it is before a test puts another in its place
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> kv.Model:
-    return kv.load("smollm2-135m")
+    return LOAD("smollm2-135m")
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +221,7 @@ def small(words: list[str], model: Path) -> list[str]:
         words = [word.replace("=my-model", f"={model}") for word in words]
     if "--n" in words:
         words[words.index("--n") + 1] = "2"
-    if words[1] == "run" and "--n" not in words:
+    if words[1] in ("run", "plan") and "--n" not in words:
         words += ["--n", "2"]
     added = {"plan": ["--no-timing"], "power": ["--draws", "2"]}.get(words[1], [])
     return words if set(added) <= set(words) else words + added
@@ -231,6 +235,8 @@ def test_commands_of_a_block_run_one_after_the_other(
     shutil.copytree(REPOSITORY / "examples", tmp_path / "examples")
     if block.text.startswith("duckdb"):
         (tmp_path / "results").symlink_to(results)
+    if " mine/protocol.yaml" in block.text and "kvpatch new mine" not in block.text:
+        command(["kvpatch", "new", "mine"], monkeypatch)  # as an earlier block of its page does
     for words in commands_of(block):
         if reason(block.page, " ".join(words)) is not None:
             continue
@@ -257,6 +263,9 @@ def test_yaml_is_a_part_of_a_protocol(block: Block, tmp_path: Path) -> None:
         assert read_assumptions(file)
     elif set(content) == {"plan"}:
         assert [PlanRow.model_validate(row) for row in content["plan"]]
+    elif "entries" in content:
+        file.write_text(block.text, "utf-8")
+        assert read_scorer("mine.yaml", tmp_path).kind == "lexicon"
     elif block.page == "docs/other-modes.md":
         shipped = yaml.safe_load((REPOSITORY / "examples" / "french" / "protocol.yaml").read_text("utf-8"))
         assert set(content["families"]) <= set(shipped["families"])

@@ -56,6 +56,7 @@ def test_a_grown_run_keeps_its_trials_computes_the_new_ones_alone_and_equals_a_r
     assert [row[2] for row in content(grown)] == pytest.approx([row[2] for row in content(at_once)], abs=1e-5)
     record = Store(tmp_path / "out").read_record()
     assert (record.n, record.grown_from, record.finished is not None) == (4, [2], True)
+    assert "The run had n=2 before it grew." in record.deviations[-1]
     again, computed = grow(4)
     assert not computed and len(again) == len(grown)
 

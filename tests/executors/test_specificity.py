@@ -82,7 +82,7 @@ def test_a_resumed_run_keeps_the_rule_that_its_first_trials_were_measured_by(
     for row in Store(tmp_path / "run").read().to_pylist():
         taken = np.dot(row["mode_llr_damage"], rule.coefficients)
         assert row["mode_llr"] == pytest.approx(row["mode_llr_unweighted"] - taken, abs=1e-5)
-    monkeypatch.setattr(sys, "argv", ["kvpatch", "verdicts", str(tmp_path / "run")])
+    monkeypatch.setattr(sys, "argv", ["kvpatch", "verdicts", str(tmp_path / "run"), "--all"])
     with pytest.raises(SystemExit) as ended:
         command_line.main()
     assert not ended.value.code

@@ -21,6 +21,7 @@ from kvpatch.errors import ExtensionError, StoreError
 from kvpatch.protocols.load import load_protocol
 from kvpatch.readouts.outside import measure_outside
 from kvpatch.report.build import report_page
+from kvpatch.report.packing import opened
 from kvpatch.run import run
 from kvpatch.specs import readouts as catalogue
 from kvpatch.specs.readouts import RESERVED, Readout, TrialRecord, readouts, register, shown, unregister
@@ -107,7 +108,7 @@ def test_a_hypothesis_on_it_gets_a_verdict(made: Path) -> None:
 @pytest.mark.model
 def test_the_report_has_charts_and_columns_of_it(made: Path) -> None:
     store = Store(made)
-    html = (made / "report.html").read_text("utf-8")
+    html = opened((made / "report.html").read_text("utf-8"))
     for figure in (f"readout-1-{NAME}", f"effect-1-{NAME}", f"forest-{NAME}"):
         assert figure in html
     assert ">Capital letters</th>" in html and "share of words" in html

@@ -13,6 +13,7 @@ import kvpatch as kv
 from kvpatch.cli.app import with_flags
 from kvpatch.errors import ModelError
 from kvpatch.planning.listener import ProgressListener
+from kvpatch.provenance import model_record
 from kvpatch.readiness import checked
 from tiny import CHATML, tiny_model_dir, tiny_tokenizer
 
@@ -63,8 +64,9 @@ def test_a_model_that_names_no_end_is_refused_before_any_trial(tmp_path: Path):
     for file in ("config.json", "generation_config.json"):
         _set(file, eos_token_id=None)(where)
     _set("tokenizer_config.json", eos_token=None)(where)
+    model = kv.load(where, device="cpu")
     with pytest.raises(ModelError, match="names no token that ends a reply"):
-        checked(kv.load(where, device="cpu"), ProgressListener())
+        checked(model, model_record(model), {}, ProgressListener())
 
 
 def test_another_model_s_tokenizer_is_refused_and_one_with_a_token_more_is_not(tmp_path: Path):

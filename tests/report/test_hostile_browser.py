@@ -57,7 +57,7 @@ def test_report_is_harmless(browser: Any, directory: Path, width: int) -> None:
     with opened(browser, width) as (page, said):
         page.goto(path.as_uri())
         expect(page.locator("html")).to_have_attribute("data-charts", "done")
-        page.evaluate("document.querySelectorAll('details:not(.data)').forEach(d => d.open = true)")
+        page.evaluate("document.dispatchEvent(new Event('unfold-all'))")
         expect(page.locator(".chart:not([data-drawn=yes])")).to_have_count(0)
         assert_harmless(page, said, width)
 

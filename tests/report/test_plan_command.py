@@ -39,7 +39,7 @@ def printed(*arguments: object, columns: int = 200) -> str:
 
 
 def test_the_plans_table_is_printed_before_all_else(directory: Path) -> None:
-    out = printed("verdicts", directory)
+    out = printed("verdicts", directory, "--all")
     assert out.split()[:3] == ["the", "plan's", "table"]
     for told in ("[bold]B[/bold] moves it", "+3.64, n = 100", "first-model", "where it was made", "exists: "):
         assert told in out

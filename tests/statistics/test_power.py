@@ -322,6 +322,6 @@ def test_command_prints_json_and_a_table(capsys, monkeypatch):
     found = json.loads(call(capsys, monkeypatch, "dec7", "--n", 20, "--phases", "1", "--draws", 0, "--json"))
     assert [entry["id"] for entry in found] == [h.id for h in load_protocol("dec7").hypotheses if h.phase == "1"]
     assert found[0]["plain"]["dz_90"] == pytest.approx(1.13, abs=0.04)
-    table = call(capsys, monkeypatch, "dec7", "--n", 20, "--draws", 0)
+    table = call(capsys, monkeypatch, "dec7", "--n", 20, "--draws", 0, "--all")
     assert "transfer_llr" in table
     assert "true by construction" in table

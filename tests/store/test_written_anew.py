@@ -56,7 +56,7 @@ def test_error_of_a_trial_holds_no_path_of_this_machine():
 
 
 def test_two_models_of_one_name_are_refused_unless_they_are_one():
-    from kvpatch.run import _refuse_one_name_for_two
+    from kvpatch.planned import _refuse_one_name_for_two
 
     first, other = model_record("llama", "A", 4, 2), model_record("llama", "A", 4, 2)
     _refuse_one_name_for_two({None: first, "second": other, "third": model_record("gpt2", "B", 2, 1)})

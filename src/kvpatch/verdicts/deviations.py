@@ -252,10 +252,21 @@ def error_statement(protocol: Protocol) -> str:
     return told
 
 
-def stated(protocol: Protocol, n: int | None, phases: Sequence[str] | None) -> dict[str, Any]:
-    """What run.json and the plan say of a protocol as a whole: `deviations`, and `error_statement`."""
-    found = deviations(protocol, planned_pairs(protocol, n, phases))
-    return {"deviations": [d.told for d in found], "error_statement": error_statement(protocol)}
+def stated(
+    protocol: Protocol, n: int | None, phases: Sequence[str] | None, grown_from: Sequence[int | None] = ()
+) -> dict[str, Any]:
+    """What run.json and the plan say of a protocol as a whole: `deviations`, and `error_statement`.
+
+    grown_from: every n that the run had before.
+    """
+    found = [d.told for d in deviations(protocol, planned_pairs(protocol, n, phases))]
+    if grown_from:
+        before = ", then ".join("the planned n" if was is None else f"n={was}" for was in grown_from)
+        found.append(
+            f"The run had {before} before it grew. Whoever looks at verdicts and goes on makes false claims likelier "
+            "than the stated alpha."
+        )
+    return {"deviations": found, "error_statement": error_statement(protocol)}
 
 
 def beside_verdicts(protocol: Protocol, verdicts: Sequence[Verdict]) -> list[Verdict]:

@@ -51,6 +51,7 @@ NOT_RUN = {
     ("docs/findings/gemma3.md", "kvpatch run"): "five minutes on a GPU; README.md's block runs the same command small",
     ("docs/findings/smollm2.md", "kvpatch run"): "five minutes on a GPU; README.md's block runs the same command small",
     ("docs/notebook.md", 'run = kv.run("dec7"'): "minutes; docs/how-to/own-readout.md calls kv.run on a tiny model",
+    ("README.md", "kvpatch plan dec7"): "dec7's bands need more layers than a tiny model has; own-mode.md plans",
     ("README.md", "kvpatch view"): "serves until it is stopped; tests/view asks it for every page",
     ("README.md", "kvpatch validate"): "takes minutes; tests/organisms/test_validation.py runs it",
 }
@@ -219,6 +220,7 @@ def small(words: list[str], model: Path) -> list[str]:
     if words[1] != "pull":
         words = [str(model) if word in ("smollm2-135m", "my-model") else word for word in words]
         words = [word.replace("=my-model", f"={model}") for word in words]
+        words = [word.replace("-smollm2-135m", f"-{model.name}") for word in words]
     if "--n" in words:
         words[words.index("--n") + 1] = "2"
     if words[1] in ("run", "plan") and "--n" not in words:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from kvpatch.errors import all_visible
 from kvpatch.report import charts
 
 
@@ -30,7 +29,7 @@ class Figure:
 
 def figure(name: str, title: str, about: str, chart: charts.Drawn | None, *, label: str = "", note: str = "") -> Figure:
     """Return the figure of a chart; `chart` None says that there is no data."""
-    spec = None if chart is None else all_visible(without_config(charts.packed(chart)))
+    spec = None if chart is None else without_config(charts.packed(chart))
     return Figure(_identifier(name), title, about, label or title, spec, note)
 
 

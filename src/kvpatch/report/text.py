@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from kvpatch.errors import visible
+from kvpatch.errors import all_visible, visible
 from kvpatch.verdicts import wording
 
 Span = tuple[int, int, str]
@@ -49,8 +49,9 @@ def marked(text: str, spans: Iterable[Span] = ()) -> Markup:
 
 
 def script_json(value: Any) -> Markup:
-    """Return JSON that may stand inside a script element: it holds no `<`, `>`, `&` or line separator."""
-    raw = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    """Return JSON that may stand inside a script element: it holds no `<`, `>`, `&` or line separator, and names what
+    would not be seen."""
+    raw = json.dumps(all_visible(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(raw.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 

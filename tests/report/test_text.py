@@ -59,7 +59,7 @@ def test_json_can_not_leave_its_script_element() -> None:
     raw = text.script_json(value)
     assert not set("<>&\u2028\u2029") & set(raw)
     assert "\\u003c/script" in raw
-    assert json.loads(raw) == value
+    assert json.loads(raw) == {"a": value["a"], "b": "␤␤&\ufffd"}  # what would not be seen is named
 
 
 def test_numbers_keep_their_sign_and_missing_ones_show_a_dash() -> None:

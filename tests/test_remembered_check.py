@@ -85,6 +85,13 @@ def test_a_model_in_memory_is_always_checked(tiny_dirs: Dirs, counted: list[str]
     checked(model)
     checked(model)
     assert len(counted) == 2
+    assert not (cache_directory() / "checks").exists()
+
+
+def test_what_is_asked_for_again_is_not_kept(tiny_dirs: Dirs, counted: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("KVPATCH_CHECK_AGAIN", "1")
+    checked(kv.load(str(tiny_dirs("llama"))))
+    assert len(counted) == 1 and not (cache_directory() / "checks").exists()
 
 
 def test_a_failed_check_is_not_kept(tiny_dirs: Dirs, counted: list[str], monkeypatch: pytest.MonkeyPatch):

@@ -2,7 +2,8 @@
 
 What a check found is kept in the user's cache, since it can only come out the same for the same weights, settings,
 tokenizer, code, libraries and hardware. A run takes it from there and says when it was measured. `kvpatch check`
-measures anew, and so does a run where KVPATCH_CHECK_AGAIN is set, or where a model has code of its own.
+measures anew, and so does a run where KVPATCH_CHECK_AGAIN is set, or where a model has code of its own; these keep
+nothing.
 """
 
 from __future__ import annotations
@@ -119,6 +120,13 @@ def _kept(
     measure: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
     """What was measured before of the same model, code, libraries and machine, or is measured now and kept."""
+
+    def measured() -> dict[str, Any]:
+        return measure() | {"measured": datetime.now(UTC).isoformat(timespec="seconds")}
+
+    has_own_code = model.loaded.is_held or not type(model.loaded.hf).__module__.startswith("transformers.")
+    if has_own_code or os.environ.get("KVPATCH_CHECK_AGAIN"):
+        return measured()  # not kept either: what it rests on is not all in the key
     settings = model.loaded.hf.config.to_dict() | {"_name_or_path": ""}
     same = {
         "what": what,
@@ -130,16 +138,13 @@ def _kept(
         "code": code_sha256(),
         "switches": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
     }
-    has_own_code = model.loaded.is_held or not type(model.loaded.hf).__module__.startswith("transformers.")
     told = json.dumps(same, sort_keys=True)
     place = cache_directory() / "checks" / f"{hashlib.sha256(told.encode()).hexdigest()}.json"
-    is_asked_again = has_own_code or bool(os.environ.get("KVPATCH_CHECK_AGAIN"))
-    if not is_asked_again and (found := _read(place, same)) is not None:
-        return found
-    found = measure() | {"measured": datetime.now(UTC).isoformat(timespec="seconds")}
-    with suppress(OSError):  # a cache that can't be written costs time, and nothing else
-        write_whole(place, json.dumps({"of": same, "found": found}).encode())
-    return json.loads(json.dumps(found))
+    if (found := _read(place, same)) is None:
+        found = measured()
+        with suppress(OSError):  # a cache that can't be written costs time, and nothing else
+            write_whole(place, json.dumps({"of": same, "found": found}).encode())
+    return found
 
 
 def _read(place: Path, same: Mapping[str, object]) -> dict[str, Any] | None:

@@ -84,12 +84,11 @@ def verdicts(
     if not exploratory:
         if told := write_verdicts(store, outcome):
             say(f"warning: {told}", err=True)
+    again = f"kvpatch verdicts {shlex.quote(str(directory))}"
     if as_json:
         say_json(canonical_json(outcome.plan_table if only_plan else outcome.verdicts))
     elif only_plan:
-        print_briefly(
-            lambda: print_plan_table(outcome.plan_table), is_all, f"kvpatch verdicts {directory} --plan --all"
-        )
+        print_briefly(lambda: print_plan_table(outcome.plan_table), is_all, f"{again} --plan --all")
     elif is_all:
         print_plan_table(outcome.plan_table)
         say(gate_zero(outcome.record.validation))
@@ -100,7 +99,7 @@ def verdicts(
             say(f"deviation: {told}")
         print_verdicts(outcome.verdicts)
     else:
-        print_brief_verdicts(outcome, f"kvpatch verdicts {shlex.quote(str(directory))} --all")
+        print_brief_verdicts(outcome, f"{again} --all")
     if not is_registered:
         raise typer.Exit(1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return seen
 
 
-def checked(model: kv.Model, hardware: dict[str, object] = HARDWARE) -> tuple[object, object]:
+def checked(model: kv.Model, hardware: dict[str, object] = HARDWARE) -> tuple[Any, dict[str, Any]]:
     return readiness.checked(model, model_record(model), hardware, ProgressListener())
 
 

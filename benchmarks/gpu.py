@@ -315,7 +315,7 @@ def invariant(bench: Bench) -> None:
         for size in bench.options.sizes
     }
     ways |= {"in another order": ([rows[::-1]], None), "in 300 places": ([rows], 300), "in 44 places": ([rows], 44)}
-    for temperature in (0.7, 0.0):
+    for temperature in bench.options.temperatures:
         expected: list[torch.Tensor] = []
         for name, (batches, places) in {f"{count} at a time": ([rows], count), **ways}.items():
             start = time.perf_counter()
@@ -633,6 +633,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1024, help="of the section invariant")
     parser.add_argument("--new", type=int, default=24, help="tokens that its trials write")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 7, 44, 256], help="its batches")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.7, 0.0])
     parser.add_argument("--fast", action="store_true", help="without batch invariance")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes everywhere, to try the script out")
     parser.add_argument("--seconds", type=float, default=560, help="start no section after this")

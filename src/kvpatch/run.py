@@ -32,7 +32,7 @@ from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.load import load_protocol
 from kvpatch.protocols.schema import Protocol, calibration_of
 from kvpatch.provenance import now, record_of
-from kvpatch.readiness import checked, engine_of, floor_of, named
+from kvpatch.readiness import checked, engine_of, floor_of, named, refuse_other_mode
 from kvpatch.readouts.scorer import names_code
 from kvpatch.report.build import write_report
 from kvpatch.specs.arguments import plain, whole
@@ -124,6 +124,7 @@ def _run(protocol: Protocol, models: Models, out: Path, asked: _Asked, listener:
         checks = {key: checked(models[key], records[key], hardware, listener) for key in unchecked}
         newest = newest_validation(cache_directory(), kvpatch.__version__)
         validation = None if newest is None else newest.summary()
+        refuse_other_mode(models, record.engine)
         engine = record.engine or {named(key): engine_of(model, plan, key, listener) for key, model in models.items()}
         for key, (found, floor) in checks.items():
             more = floor_of(models[key], records[key], hardware, plan, key, engine)

@@ -75,6 +75,19 @@ class Model:
         return self.backbone.geometry
 
     @property
+    def batch_invariant(self) -> bool:
+        """Whether a row's tokens and log-probabilities are to be the same to the bit whatever rows it runs with, on a
+        GPU (docs/decisions/020-batch-invariance.md). `run.json` says whether they are. May be set at any time."""
+        return self.backbone.batch_invariant
+
+    @batch_invariant.setter
+    def batch_invariant(self, wanted: bool) -> None:
+        wanted = arguments.switch("batch_invariant", wanted, error=ModelError)
+        if wanted != self.backbone.batch_invariant:
+            self.backbone.batch_invariant = wanted
+            self.backbone.kept.clear()
+
+    @property
     def end_tokens(self) -> list[int]:
         """Tokens that end a reply: those that the generation settings name, else the configuration, else the tokenizer.
 

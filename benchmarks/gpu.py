@@ -343,8 +343,8 @@ def invariant(bench: Bench) -> None:
                 found[:, 2] = score(backbone, cache, forced).logprobs[:, 0].double().cpu()
             same = (found == expected[0]).all(dim=2).float().mean(dim=0).tolist()
             print(
-                f"temperature {temperature}, {name}: equal to the bit are the tokens of {100 * same[0]:.2f}% of {count} "
-                f"trials, log-probabilities {100 * same[1]:.2f}%, scores {100 * same[2]:.2f}%; "
+                f"temperature {temperature}, {name}: equal to the bit are the tokens of {100 * same[0]:.2f}% of "
+                f"{count} trials, log-probabilities {100 * same[1]:.2f}%, scores {100 * same[2]:.2f}%; "
                 f"{time.perf_counter() - start:.1f} s",
                 flush=True,
             )

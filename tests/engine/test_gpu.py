@@ -51,7 +51,7 @@ def test_texts_equal_those_of_the_model_s_own_forward_pass(architecture: str, te
 
 
 def bits_of(backbone: Backbone, batches: list[list[int]], temperature: float, **settings: object) -> list[torch.Tensor]:
-    """Tokens, log-probabilities, and scores of given tokens, of 40 prompts in their order, computed in these batches."""
+    """Tokens, log-probabilities, and scores of given tokens, of 40 prompts in their order, made in these batches."""
     prompts = random_prompts(LENGTHS)
     found: dict[int, list[torch.Tensor]] = {}
     for rows in batches:

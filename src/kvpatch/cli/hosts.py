@@ -25,9 +25,6 @@ On = Annotated[
     ),
 ]
 Gpus = Annotated[str | None, typer.Option(help="Run with workers on so many GPUs, or on all: --gpus 4, --gpus all.")]
-GpusPerWorker = Annotated[
-    int, typer.Option(help="GPUs that hold one model together, for a model larger than one card.")
-]
 Workers = Annotated[int | None, typer.Option(help="Run with so many workers on processor cores.")]
 Address = Annotated[
     str | None,
@@ -42,7 +39,7 @@ Sources = Mapping[str | None, tuple[str, dict[str, Any]]]
 
 
 def asked_for(
-    on: str | None, device: str | None, workers: int | None, gpus: str | None, per_worker: int, address: str | None
+    on: str | None, device: str | None, workers: int | None, gpus: str | None, address: str | None
 ) -> Asked | None:
     """The workers that a run asks for; None where it runs in this process.
 
@@ -51,7 +48,7 @@ def asked_for(
     """
     if on not in (None, "local", "ray"):
         raise KvpatchError(f"no executor {on!r}: there are 'local' and 'ray'")
-    wants_workers = workers is not None or gpus is not None or address is not None or per_worker != 1
+    wants_workers = workers is not None or gpus is not None or address is not None
     if on == "local":
         if wants_workers:
             raise KvpatchError("--gpus, --workers and --address are for `--on ray`; leave out --on local, or them")
@@ -75,7 +72,7 @@ def asked_for(
         raise KvpatchError(
             f"--on ray: this machine has no GPU, and {cores_here()} processor cores; --workers 2 runs two workers there"
         )
-    asked = Asked(workers, on_gpus, per_worker, address)
+    asked = Asked(workers, on_gpus, address)
     if address is None:
         sized(asked, cores_here(), here)  # told before anything is started
     if workers is not None and device == "cuda":

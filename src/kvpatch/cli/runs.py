@@ -37,7 +37,7 @@ from kvpatch.cli.app import (
     warn_of_too_few,
 )
 from kvpatch.cli.console import MOST_LINES, printed, say
-from kvpatch.cli.hosts import Address, Gpus, GpusPerWorker, On, Workers, asked_for, host_of
+from kvpatch.cli.hosts import Address, Gpus, On, Workers, asked_for, host_of
 
 
 @app.command()
@@ -60,7 +60,6 @@ def run(
     on: On = None,
     gpus: Gpus = None,
     workers: Workers = None,
-    gpus_per_worker: GpusPerWorker = 1,
     address: Address = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -74,7 +73,7 @@ def run(
 
     Example: kvpatch run dec7 --model smollm2-135m --phases 1 --n 20 --out results
     """
-    asked = asked_for(on, device, workers, gpus, gpus_per_worker, address)
+    asked = asked_for(on, device, workers, gpus, address)
     from kvpatch.planning.plan import chosen_phases
     from kvpatch.protocols.load import load_protocol
     from kvpatch.protocols.names import Planned

@@ -34,12 +34,11 @@ class Asked:
     """How many workers a run asks for, and where.
 
     workers: on processors; gpus: how many GPUs to use in all, "all" for those that are there, None for none.
-    gpus_per_worker: that hold one model together. address: of a cluster to join; None starts one here.
+    address: of a cluster to join; None starts one here.
     """
 
     workers: int | None = None
     gpus: int | str | None = None
-    gpus_per_worker: int = 1
     address: str | None = None
 
 
@@ -63,9 +62,6 @@ def sized(asked: Asked, cores: int, gpus: int, largest: int | None = None) -> Si
     """
     there = f"{gpus or 'no'} GPU{'s' * (gpus != 1)} and {cores} processor core{'s' * (cores != 1)}"
     place = "this machine has" if asked.address is None else "the cluster has"
-    each = asked.gpus_per_worker
-    if each < 1:
-        raise KvpatchError(f"--gpus-per-worker {each}: it must be at least 1")
     if asked.workers is not None and asked.gpus is not None:
         raise KvpatchError(
             "--workers is for workers on processors, and --gpus for one worker per GPU; give one of them"
@@ -85,11 +81,8 @@ def sized(asked: Asked, cores: int, gpus: int, largest: int | None = None) -> Si
         raise KvpatchError(
             f"--gpus {asked.gpus}: {place} {there}; `--on ray --workers 2` runs two workers on processor cores"
         )
-    if wanted % each:
-        raise KvpatchError(f"--gpus {asked.gpus}: {wanted} GPUs can't be shared out by {each} per worker")
-    workers = wanted // each
-    threads = max(1, min(cores // workers, largest or cores))
-    return Size(workers, each, threads, threads)
+    threads = max(1, min(cores // wanted, largest or cores))
+    return Size(wanted, 1, threads, threads)
 
 
 class Cluster:

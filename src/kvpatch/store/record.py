@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from kvpatch.errors import StoreError
 from kvpatch.specs.base import Frozen
@@ -73,6 +73,15 @@ def with_session(sessions: Sequence[Session], session: Session | None) -> list[S
     if session is not None and not (session.executor == "local" and kept and kept[-1] == session):
         kept.append(session)
     return kept
+
+
+def sessions_of(run: Mapping[str, Any]) -> list[Session]:
+    """The sessions that a run.json records, as far as this version knows them; none in older ones."""
+    found = run.get("sessions")
+    try:
+        return [Session.model_validate(session) for session in (found if isinstance(found, list) else [])]
+    except ValidationError:
+        return []
 
 
 def told_of_sessions(sessions: Sequence[Session]) -> str | None:

@@ -5,8 +5,8 @@
     python benchmarks/workers.py driver [--trials 1000000] [--workers 4]
 
 same: phase 1 of dec7 with the local executor on all cores and with workers that share them, in turn; ids and texts
-compared, and the time from the first group handed out to the last part stored. kills: `kvpatch run` with two workers, of
-which one is killed (SIGKILL) so many times. driver: batches of a hundred trials that measure nothing; rows are made,
+compared, and the time from the first group handed out to the last part stored. kills: `kvpatch run` with two workers,
+of which one is killed (SIGKILL) so many times. driver: batches of a hundred trials that measure nothing; rows are made,
 written and named as always.
 """
 
@@ -89,7 +89,7 @@ def kills(count: int) -> None:
             victim.kill()
             killed.append(victim.pid)
             print(f"killed {victim.pid}", flush=True)
-    said, _ = child.communicate()
+    child.communicate()
     store = Store(out)
     ids = store.read(["trial_id", "error"]).to_pandas()
     print(f"exit code {child.returncode}, {len(killed)} kills")
@@ -110,7 +110,6 @@ def driver(trials: int, workers: int) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     from idle import IdleWorker, idle_plan
-
     from kvpatch.executors.cluster import Asked
     from kvpatch.executors.crew import crew_of
     from kvpatch.executors.host import How

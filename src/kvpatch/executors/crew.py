@@ -274,6 +274,7 @@ def _reason(error: Exception) -> str:
     """Why a worker ended, in a few words."""
     told = " ".join(str(error).split())
     for words, meaning in (
+        ("ModuleNotFoundError", "kvpatch, or what it needs, is not installed on its machine"),
         ("memory", "its machine ran out of memory"),
         ("node", "its machine left the cluster, or its process was killed"),
         ("SIGKILL", "its process was killed"),

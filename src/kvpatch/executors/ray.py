@@ -32,8 +32,6 @@ from kvpatch.store.directory import Store
 from kvpatch.store.growing import GrowingIndex
 from kvpatch.store.parts import Part
 
-AHEAD = 2
-"""Groups that a worker has been given to measure, so that it has the next one when it ends one."""
 MOST_HELD = 4
 """Groups that a worker has measured and not written; what they gave takes memory."""
 MOST_IN_VAIN = 3
@@ -84,7 +82,7 @@ class RayExecutor:
 
 @dataclass
 class _OfSeat:
-    """What one worker has: groups it measures, the first of them now; groups that wait to be written, or are."""
+    """What one worker has: the group that it measures; groups that wait to be written, or are."""
 
     measuring: list[Work] = field(default_factory=list[Work])
     held: dict[Number, Work] = field(default_factory=dict[Number, Work])
@@ -146,11 +144,10 @@ class _Run:
         for seat in self.crew.ready():
             if seat not in self.seats:
                 self.seats[seat] = _OfSeat()
-                self.crew.call(seat, "begin", self.settings, tag="begin")
-        for ahead in range(1, AHEAD + 1):  # one for everybody before anybody has two
-            for seat, of in self.seats.items():
-                while len(of.measuring) < ahead and self._give(seat, of):
-                    pass
+                self.crew.call(seat, "begin", self.settings, tag=(self, None))
+        for seat, of in self.seats.items():
+            if not of.measuring:  # none is given ahead, so that no group waits for one worker while another is idle
+                self._give(seat, of)
         for seat, of in self.seats.items():
             for work in [work for work in of.held.values() if self.dispatcher.is_ready(work)]:
                 self._write(seat, of, of.held.pop(work.number))
@@ -168,7 +165,7 @@ class _Run:
         if is_repeated:
             self.repeating.add(key)
         of.measuring.append(work)
-        self.crew.call(seat, "measure", work.task(is_repeated=is_repeated), tag=work)
+        self.crew.call(seat, "measure", work.task(is_repeated=is_repeated), tag=(self, work))
         return True
 
     def _write(self, seat: Seat, of: _OfSeat, work: Work) -> None:
@@ -176,7 +173,7 @@ class _Run:
         limits = self._limits_of(first) if first.split == "test" else None
         of.writing[work.number] = work
         sources = {name: self.parts[name] for name in work.sources}
-        self.crew.call(seat, "write", work.number, limits, sources, tag=work)
+        self.crew.call(seat, "write", work.number, limits, sources, tag=(self, work))
 
     def _limits_of(self, batch: Batch) -> CoherenceLimits:
         calibration = batch.calibration
@@ -194,18 +191,18 @@ class _Run:
                 if of is not None:
                     self._take_back(self.seats.pop(event.seat), event)
                 self._tell()
-            elif of is None:
-                continue
+            elif of is None or event.tag[0] is not self:
+                continue  # of an earlier plan that was broken off
             elif isinstance(event.value, Failure):
                 self._take_failure(event, of, event.value)
             elif event.method == "measure":
-                work: Work = event.tag
+                work: Work = event.tag[1]
                 of.measuring.remove(work)
                 of.held[work.number] = work
                 if event.value is not None:
                     self.executor.noise[work.batches[0].model] = event.value
             elif event.method == "write":
-                written.append((event.seat, of.writing.pop(event.tag.number), event.value))
+                written.append((event.seat, of.writing.pop(event.tag[1].number), event.value))
         if written:
             self._store([pair for _, _, parts in written for pair in parts], [work for _, work, _ in written])
 
@@ -242,7 +239,7 @@ class _Run:
     def _take_failure(self, event: Event, of: _OfSeat, failure: Failure) -> None:
         if event.method == "begin" or isinstance(failure.own, StoreError):
             raise raised(failure)
-        work: Work = event.tag
+        work: Work = event.tag[1]
         for known in (of.held, of.writing):
             known.pop(work.number, None)
         if work in of.measuring:

@@ -146,7 +146,7 @@ def troubled(tmp_path) -> Any:
     return lambda kind, batch: (folder / f"{kind}-{batch.batch_id}").touch()
 
 
-def tests_of(plan: Any) -> list[Any]:
+def batches_to_test(plan: Any) -> list[Any]:
     return [batch for batch in plan.batches if batch.split == "test"]
 
 
@@ -160,7 +160,7 @@ def test_workers_store_the_rows_of_the_local_executor_to_the_bit(crew, plan, tmp
 
 
 def test_five_deaths_leave_every_trial_once_and_are_told(crew, plan, tmp_path, undisturbed, troubled):
-    tests = tests_of(plan)
+    tests = batches_to_test(plan)
     for batch in (plan.batches[0], tests[0], tests[2]):
         troubled("die", batch)
     for batch in (tests[1], tests[5]):
@@ -175,7 +175,7 @@ def test_five_deaths_leave_every_trial_once_and_are_told(crew, plan, tmp_path, u
 def test_batch_that_fails_alone_three_times_is_stored_with_its_error_and_the_run_goes_on(
     crew, plan, tmp_path, undisturbed, troubled
 ):
-    bad = tests_of(plan)[3]
+    bad = batches_to_test(plan)[3]
     troubled("bad", bad)
     told = carried_out(crew, plan, store := Store(tmp_path / "run"))
     rows = store.read().to_pylist()

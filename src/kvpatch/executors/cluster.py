@@ -25,8 +25,9 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "GLOG_minloglevel": "3",
 }
-ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""What Ray does on the systems of others by itself: every one of its processes listens on 127.0.0.1 alone."""
+STARTED_HERE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
+"""Of a cluster that is started for a run. As Ray does on other systems by itself, every one of its processes listens on
+127.0.0.1 alone; and workers run with the priority of the command, and not below it."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def opened(address: str | None) -> Iterator[Cluster]:
     """
     os.environ.update(QUIET)
     if address is None:
-        os.environ.update(ON_LOOPBACK)
+        os.environ.update(STARTED_HERE)
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL", "configure_logging": True}

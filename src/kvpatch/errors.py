@@ -23,6 +23,7 @@ EXTRA_OF = {
     "tokenizers": "view",
     "wordfreq": "bank",
     "polars": "polars",
+    "ray": "ray",
 }
 """Which extra of kvpatch brings a package that the base install does without (pyproject.toml)."""
 

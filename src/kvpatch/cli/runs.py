@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -29,6 +29,7 @@ from kvpatch.cli.app import (
     refuse_code,
     refuse_unwritable,
     show,
+    sources_of,
     usual_directory,
     warn_of_clocks,
     warn_of_deviations,
@@ -36,10 +37,7 @@ from kvpatch.cli.app import (
     warn_of_too_few,
 )
 from kvpatch.cli.console import MOST_LINES, printed, say
-from kvpatch.errors import KvpatchError
-
-if TYPE_CHECKING:
-    pass
+from kvpatch.cli.hosts import Address, Gpus, On, Workers, asked_for, host_of
 
 
 @app.command()
@@ -59,7 +57,10 @@ def run(
     phases: Phases = None,
     seed: Annotated[int, typer.Option(help="Decides the order of the pairs and the trials' random numbers.")] = 0,
     other_model: OtherModels = None,
-    on: Annotated[str, typer.Option(help="Where to run: local.")] = "local",
+    on: On = None,
+    gpus: Gpus = None,
+    workers: Workers = None,
+    address: Address = None,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -79,8 +80,7 @@ def run(
 
     Example: kvpatch run dec7 --model smollm2-135m --phases 1 --n 20 --out results
     """
-    if on != "local":
-        raise KvpatchError(f"no executor {on!r}: there is 'local'")
+    asked = asked_for(on, device, workers, gpus, address)
     from kvpatch.planning.plan import chosen_phases
     from kvpatch.protocols.load import load_protocol
     from kvpatch.protocols.names import Planned
@@ -92,25 +92,27 @@ def run(
     refuse_unwritable(out)
     chosen_phases(chosen, phase_names(phases), n)
     from kvpatch.cli.progress import run_progress
+    from kvpatch.planned import clocked
+    from kvpatch.planning.listener import ProgressListener
     from kvpatch.run import run as run_protocol
 
     how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
-    loaded = load_all(chosen, model, phase_names(phases), other_model, **how)
-    for one in loaded.values():
-        one.batch_invariant = not fast
+    sources = sources_of(chosen, model, phase_names(phases), other_model, **how, batch_invariant=not fast)
+    with host_of(asked, sources) as host:
+        clocks = host.ask(clocked, listener=ProgressListener())
 
-    def begin() -> None:
-        """Said once nothing can be refused any more, and before anything is computed."""
-        say(f"run directory: {out}; watch it: kvpatch view {shlex.quote(str(out))}")
-        sys.stdout.flush()
-        warn_of_too_few(chosen, n, phase_names(phases))
-        warn_of_missing_meaning(chosen)
-        warn_of_clocks(loaded)
+        def begin() -> None:
+            """Said once nothing can be refused any more, and before anything is computed."""
+            say(f"run directory: {out}; watch it: kvpatch view {shlex.quote(str(out))}")
+            sys.stdout.flush()
+            warn_of_too_few(chosen, n, phase_names(phases))
+            warn_of_missing_meaning(chosen)
+            warn_of_clocks(clocks)
 
-    with run_progress(begin) as listener:
-        outcome = run_protocol(
-            chosen, loaded, out, seed=seed, n=n, phases=phase_names(phases), command=sys.argv, listener=listener
-        )
+        with run_progress(begin) as listener:
+            outcome = run_protocol(
+                chosen, host, out, seed=seed, n=n, phases=phase_names(phases), command=sys.argv, listener=listener
+            )
     from kvpatch.cli.brief_verdicts import print_brief_verdicts
     from kvpatch.cli.tables import print_effects
     from kvpatch.verdicts.headline import few_pairs
@@ -167,13 +169,14 @@ def plan(
     warn_of_deviations(chosen)
     warn_of_too_few(chosen, n, phase_names(phases))
     from kvpatch.cli.tables import plan_summary, print_plan
-    from kvpatch.planned import plan_for
+    from kvpatch.planned import clocked, plan_for
+    from kvpatch.planning.listener import ProgressListener
     from kvpatch.prompts.bank import load_bank
     from kvpatch.verdicts.deviations import stated
 
     how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
     loaded = load_all(chosen, model, phase_names(phases), other_model, **how)
-    warn_of_clocks(loaded)
+    warn_of_clocks(clocked(loaded, ProgressListener()))
     made, _ = plan_for(
         loaded, chosen, load_bank(chosen.bank, chosen.folder), seed=seed, n=n, phases=phase_names(phases)
     )

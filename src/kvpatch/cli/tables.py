@@ -17,6 +17,7 @@ from kvpatch.prompts.bank import Bank
 from kvpatch.protocols.schema import Protocol
 from kvpatch.specs.readouts import readouts
 from kvpatch.store.directory import Store
+from kvpatch.store.record import told_of_sessions
 from kvpatch.verdicts.prerequisites import COHERENT_SHARE
 from kvpatch.verdicts.wording import number, p_value, percent
 
@@ -128,6 +129,7 @@ def status_summary(store: Store) -> dict[str, Any]:
         "seconds": record.seconds,
         "seconds_left": progress.left,
         "phases": progress.by_phase,
+        "workers": told_of_sessions(record.sessions),
     }
 
 
@@ -151,6 +153,8 @@ def print_status(summary: dict[str, Any]) -> None:
         "" if summary["finished"] is None else f"finished {summary['finished']}",
     ]
     console.print("; ".join(part for part in told if part))
+    if summary["workers"] is not None:
+        console.print(summary["workers"])
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:

@@ -23,6 +23,8 @@ EXTRA_OF = {
     "tokenizers": "view",
     "wordfreq": "bank",
     "polars": "polars",
+    "obstore": "remote",
+    "boto3": "remote",
 }
 """Which extra of kvpatch brings a package that the base install does without (pyproject.toml)."""
 

@@ -23,6 +23,7 @@ from kvpatch.cli.app import (
     Revision,
     TrustRemoteCode,
     app,
+    as_place,
     how_to_read,
     load_all,
     phase_names,
@@ -49,8 +50,11 @@ def run(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The run directory. A run that is already there is resumed. Default: runs/PROTOCOL-MODEL.",
+            help="The run directory, or its address: s3://BUCKET/RUN. A run that is already there is resumed. "
+            "Default: runs/PROTOCOL-MODEL.",
             show_default=False,
+            parser=as_place,
+            metavar="PATH",
         ),
     ] = None,
     n: Annotated[

@@ -20,7 +20,7 @@ import kvpatch as kv
 from kvpatch.cli.main import main
 from kvpatch.errors import StoreError
 from kvpatch.planning import plan as planning
-from kvpatch.store import lease
+from kvpatch.store import buckets, lease
 from kvpatch.store.directory import Store
 from kvpatch.store.objects import ObjectPath, place_of
 from kvpatch.store.parts import Part
@@ -239,9 +239,13 @@ def test_a_store_without_conditional_writes_is_read_and_not_written(on_disk):
         pass
 
 
-def test_a_bucket_that_is_not_there_is_told_in_one_line(s3, run):
+def test_a_bucket_that_is_not_there_is_told_in_one_line(s3, run, monkeypatch):
     with pytest.raises(StoreError, match=r"s3://nowhere/run can't be written: .*NoSuchBucket"):
         run("s3://nowhere/run")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr(buckets, "RETRIES", 1)
+    with pytest.raises(StoreError, match=r"s3://unreachable/run can't be written: Generic S3 error \(HTTP error"):
+        run("s3://unreachable/run")
     with pytest.raises(StoreError, match="names a bucket and no run directory in it"):
         Store("s3://runs")
 

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 from kvpatch.errors import StoreError, missing_extra
 
+RETRIES = 8
+"""Times that a request is sent again where the store does not answer."""
 WRITTEN = ("s3", "gs", "az")
 """Schemes whose stores have conditional writes."""
 
@@ -146,7 +148,7 @@ def _opened(scheme: str, name: str) -> Any:
     if scheme != "s3":
         return stores.from_url(f"{scheme}://{name}")
     credentials: Any = importlib.import_module("obstore.auth.boto3")
-    patience = {"max_retries": 8, "retry_timeout": timedelta(seconds=30)}  # well within the time of a lease
+    patience = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=30)}  # well within the time of a lease
     settings: dict[str, Any] = {"retry_config": patience}
     if endpoint:
         settings["endpoint"] = endpoint
@@ -229,10 +231,12 @@ class _ReadBucket:
 
 
 def _reason(error: BaseException) -> str:
-    """What a library says went wrong, its first sentence; the rest holds addresses and markup."""
-    told = " ".join(str(error).split()) or type(error).__name__
-    code = re.search(r"<Code>(\w+)</Code>", told)
-    return re.split(r": Error performing|; |<\?xml", told)[0][:200] + (f" ({code[1]})" if code else "")
+    """What a library says went wrong, in a few words; the rest holds addresses and markup."""
+    told = " ".join(str(error).partition("Debug source")[0].split()) or type(error).__name__
+    first, _, rest = told.partition(": Error performing")
+    code = re.search(r"<Code>(\w+)</Code>", rest)
+    why = code[1] if code else re.split(r"<\?xml|: <", rest.rpartition(" - ")[2])[0]
+    return first[:200] + (f" ({why.strip()[:200]})" if why.strip() else "")
 
 
 @functools.cache

@@ -161,6 +161,7 @@ def plan(
     refuse_code(chosen, allow_code)
     warn_of_deviations(chosen)
     warn_of_too_few(chosen, n, phase_names(phases))
+    from kvpatch.cli.progress import planning_progress
     from kvpatch.cli.tables import plan_summary, print_plan
     from kvpatch.planned import plan_for
     from kvpatch.prompts.bank import load_bank
@@ -169,17 +170,17 @@ def plan(
     how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
     loaded = load_all(chosen, model, phase_names(phases), other_model, **how)
     warn_of_clocks(loaded)
-    made, _ = plan_for(
-        loaded, chosen, load_bank(chosen.bank, chosen.folder), seed=seed, n=n, phases=phase_names(phases)
-    )
-    cost = None
-    if timing:
-        from kvpatch.executors.estimate import estimate
+    bank, names = load_bank(chosen.bank, chosen.folder), phase_names(phases)
+    with planning_progress() as report:
+        made, _ = plan_for(loaded, chosen, bank, seed=seed, n=n, phases=names, is_listed=False, report=report)
+        cost = None
+        if timing:
+            from kvpatch.executors.estimate import estimate
 
-        cost = estimate(made, loaded)
-    summary = plan_summary(
-        made, chosen, lambda key, text: len(loaded[key].encode(text, may_be_empty=True).token_ids), cost
-    ) | stated(chosen, n, phase_names(phases))
+            cost = estimate(made, loaded, report)
+        summary = plan_summary(
+            made, chosen, lambda key, text: len(loaded[key].encode(text, may_be_empty=True).token_ids), cost, report
+        ) | stated(chosen, n, names)
     show(summary, as_json, lambda: print_plan(summary), is_all)
 
 

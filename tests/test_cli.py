@@ -182,7 +182,7 @@ def test_head_shuffle_on_one_kv_head(kvpatch, tmp_path, tiny, monkeypatch):
     protocol = load_protocol(str(write_protocol(tmp_path, **with_patch({"donor": "shuffle_heads"}))))
     plan, _ = plan_for({None: model}, protocol, load_bank(protocol.bank), seed=0, n=None, phases=None)
     with pytest.raises(ProtocolError, match=r"condition X .* one KV head"):
-        refuse_misfits(plan, replace(model.geometry, kv_heads=1), model.encode, model.continuation_ids, 10)
+        refuse_misfits(plan.drafts, replace(model.geometry, kv_heads=1), model.encode, model.continuation_ids, 10)
 
 
 def test_keys_that_would_have_to_move_and_can_t(kvpatch, tmp_path, tiny_dirs):

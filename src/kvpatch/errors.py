@@ -24,6 +24,8 @@ EXTRA_OF = {
     "wordfreq": "bank",
     "polars": "polars",
     "ray": "ray",
+    "obstore": "remote",
+    "boto3": "remote",
 }
 """Which extra of kvpatch brings a package that the base install does without (pyproject.toml)."""
 

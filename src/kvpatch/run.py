@@ -37,6 +37,7 @@ from kvpatch.readouts.scorer import names_code
 from kvpatch.report.build import write_report
 from kvpatch.specs.arguments import plain, whole
 from kvpatch.store.directory import Store
+from kvpatch.store.objects import Place, place_of
 from kvpatch.store.readout_calibration import ReadoutCalibration
 from kvpatch.store.record import ModelRecord, RunRecord, Session, with_session
 from kvpatch.store.validation import newest_validation
@@ -48,7 +49,7 @@ from kvpatch.verdicts.procedures import refuse_unknown
 def run(
     protocol: Protocol,
     models: Models | Host,
-    out: Path,
+    out: Place,
     *,
     seed: int = 0,
     n: int | None = None,
@@ -71,7 +72,8 @@ def run(
     except KvpatchError:
         raise
     except Exception as error:
-        if (place := write_crash(out, told.last, error)) is not None:
+        home = out if isinstance(out, Path) else cache_directory()  # a crash may be the store's own
+        if (place := write_crash(home, told.last, error)) is not None:
             error.add_note(f"{place} holds what a bug report needs, and nothing private")
             vars(error)["crash_report"] = place
         raise
@@ -97,7 +99,7 @@ class _Stages(ProgressListener):
         self.listener.stage(what)
 
 
-def _run(protocol: Protocol, host: Host, out: Path, asked: _Asked, listener: ProgressListener) -> Outcome:
+def _run(protocol: Protocol, host: Host, out: Place, asked: _Asked, listener: ProgressListener) -> Outcome:
     refuse_unknown(protocol.hypotheses)
     store = Store(out)
     store.refuse_unwritable()
@@ -300,7 +302,7 @@ def run_in_notebook(
     threads = torch.get_num_threads()
     with _NotebookBar() as listener:
         try:
-            run(chosen, models, Path(out), seed=whole("seed", seed), n=n, phases=names, listener=listener)
+            run(chosen, models, place_of(out), seed=whole("seed", seed), n=n, phases=names, listener=listener)
         finally:
             torch.set_num_threads(threads)
             gc.unfreeze()

@@ -52,7 +52,18 @@ def options(
 ModelName = Annotated[str, typer.Option("--model", help="A named model, a hub id, a directory or a .gguf file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 All = Annotated[bool, typer.Option("--all", help="Print everything, also where that takes more than 40 lines.")]
-Directory = Annotated[Path, typer.Argument(help="A run directory.")]
+
+
+def as_place(given: str) -> Any:
+    """A run directory as it was given on the command line: a path, or an address on an object store."""
+    from kvpatch.store.objects import place_of
+
+    return place_of(given)
+
+
+Directory = Annotated[
+    Path, typer.Argument(help="A run directory, or its address: s3://BUCKET/RUN.", parser=as_place, metavar="DIRECTORY")
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16 or auto. Default: float32 on a CPU, bfloat16 on a GPU.")

@@ -23,11 +23,14 @@ from kvpatch.cli.console import PlainConsole
 from kvpatch.errors import visible
 from kvpatch.models.named import Progress as Report
 from kvpatch.planning.listener import ProgressListener
+from kvpatch.planning.listener import Report as PlanReport
 from kvpatch.planning.plan import Batch, Plan
 
 if TYPE_CHECKING:
     from kvpatch.validation.jobs import Job
 
+SHORT = 1.0
+"""Seconds that a plan may take without a word."""
 PLAIN_EVERY = 15.0
 """Seconds between lines where the output is not a terminal."""
 
@@ -46,6 +49,28 @@ def loading() -> Iterator[Report]:
                 if not console.is_terminal:
                     console.print(what)
             bar.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+@contextmanager
+def planning_progress() -> Iterator[PlanReport]:
+    """A bar of a plan that takes longer than a second; plain lines where there is no terminal."""
+    console = PlainConsole(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[of]}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("planning", total=None, of="", visible=False)
+        begun = said = time.monotonic()
+        last = ""
+
+        def report(what: str, done: int, total: int) -> None:
+            nonlocal said, last
+            now, of = time.monotonic(), f"{done:,} of {total:,}" if total else ""
+            bar.update(task, description=what, completed=done, total=total or None, of=of, visible=now - begun > SHORT)
+            is_due = now - said > (SHORT if what != last else PLAIN_EVERY)
+            if not console.is_terminal and is_due and now - begun > SHORT:
+                said, last = now, what
+                console.print(f"{what}: {of}" if of else what)
 
         yield report
 

@@ -14,6 +14,7 @@ from kvpatch.cli.app import (
     Directory,
     Json,
     app,
+    as_place,
     show,
 )
 from kvpatch.cli.console import print_briefly, say, say_json
@@ -180,7 +181,12 @@ def repair(directory: Directory, as_json: Json = False, is_all: All = False) -> 
 @app.command()
 def view(
     directories: Annotated[
-        list[Path], typer.Argument(help="Run directories, or directories that contain run directories.")
+        list[Path],
+        typer.Argument(
+            help="Run directories, or directories that contain run directories; or their addresses: s3://BUCKET/RUN.",
+            parser=as_place,
+            metavar="DIRECTORIES...",
+        ),
     ],
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port. 0 takes a free one.")] = 0,
     token: Annotated[

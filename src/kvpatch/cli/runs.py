@@ -23,6 +23,7 @@ from kvpatch.cli.app import (
     Revision,
     TrustRemoteCode,
     app,
+    as_place,
     how_to_read,
     load_all,
     phase_names,
@@ -47,8 +48,11 @@ def run(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The run directory. A run that is already there is resumed. Default: runs/PROTOCOL-MODEL.",
+            help="The run directory, or its address: s3://BUCKET/RUN. A run that is already there is resumed. "
+            "Default: runs/PROTOCOL-MODEL.",
             show_default=False,
+            parser=as_place,
+            metavar="PATH",
         ),
     ] = None,
     n: Annotated[
@@ -84,11 +88,17 @@ def run(
     from kvpatch.planning.plan import chosen_phases
     from kvpatch.protocols.load import load_protocol
     from kvpatch.protocols.names import Planned
+    from kvpatch.store.objects import ObjectPath
 
     planned = Planned(n, phase_names(phases))
     chosen = load_protocol(protocol, needs_files=True, may_leave=allow_outside, planned=planned)
     refuse_code(chosen, allow_code)
     out = out or usual_directory(chosen, model)
+    if asked is not None and isinstance(out, ObjectPath):
+        raise KvpatchError(
+            f"workers write into a directory that all of them see, and {out} is an object store; leave --gpus and --workers "
+            "out, or give a shared directory"
+        )
     refuse_unwritable(out)
     chosen_phases(chosen, phase_names(phases), n)
     from kvpatch.cli.progress import run_progress
@@ -168,6 +178,7 @@ def plan(
     refuse_code(chosen, allow_code)
     warn_of_deviations(chosen)
     warn_of_too_few(chosen, n, phase_names(phases))
+    from kvpatch.cli.progress import planning_progress
     from kvpatch.cli.tables import plan_summary, print_plan
     from kvpatch.planned import clocked, plan_for
     from kvpatch.planning.listener import ProgressListener
@@ -177,17 +188,17 @@ def plan(
     how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
     loaded = load_all(chosen, model, phase_names(phases), other_model, **how)
     warn_of_clocks(clocked(loaded, ProgressListener()))
-    made, _ = plan_for(
-        loaded, chosen, load_bank(chosen.bank, chosen.folder), seed=seed, n=n, phases=phase_names(phases)
-    )
-    cost = None
-    if timing:
-        from kvpatch.executors.estimate import estimate
+    bank, names = load_bank(chosen.bank, chosen.folder), phase_names(phases)
+    with planning_progress() as report:
+        made, _ = plan_for(loaded, chosen, bank, seed=seed, n=n, phases=names, is_listed=False, report=report)
+        cost = None
+        if timing:
+            from kvpatch.executors.estimate import estimate
 
-        cost = estimate(made, loaded)
-    summary = plan_summary(
-        made, chosen, lambda key, text: len(loaded[key].encode(text, may_be_empty=True).token_ids), cost
-    ) | stated(chosen, n, phase_names(phases))
+            cost = estimate(made, loaded, report)
+        summary = plan_summary(
+            made, chosen, lambda key, text: len(loaded[key].encode(text, may_be_empty=True).token_ids), cost, report
+        ) | stated(chosen, n, names)
     show(summary, as_json, lambda: print_plan(summary), is_all)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from kvpatch.cli.console import PlainConsole, styled
 from kvpatch.errors import StoreError, visible
+from kvpatch.planning.listener import Report, unreported
 from kvpatch.planning.plan import Plan
 from kvpatch.prompts.bank import Bank
 from kvpatch.protocols.schema import Protocol
@@ -35,30 +37,45 @@ STATUS_COLUMNS = ("phase", "error", "n_tokens")
 
 
 def plan_summary(
-    plan: Plan, protocol: Protocol, tokens: Callable[[str | None, str], int], cost: Estimate | None = None
+    plan: Plan,
+    protocol: Protocol,
+    tokens: Callable[[str | None, str], int],
+    cost: Estimate | None = None,
+    report: Report = unreported,
 ) -> dict[str, Any]:
-    """Trials by phase and condition; the experiment's own conditions and controls counted apart.
+    """Trials by phase and condition; the experiment's own conditions and controls counted apart. `plan_sha256` is a
+    hash over the ids of all batches, which hold those of all trials: two machines plan the same where it is the same.
 
     tokens: number of tokens of a prompt's text for the model of a key.
     """
     phases: dict[str, Any] = {}
     prefills: set[tuple[str | None, str]] = set()
-    for batch in plan.batches:
-        phase = phases.setdefault(batch.phase, {"experiment": 0, "controls": 0, "conditions": Counter()})
-        for trial in batch.trials:
-            own = batch.split == "test" and batch.roles[trial.condition] == "experiment"
-            phase["experiment" if own else "controls"] += 1
-            phase["conditions"][trial.condition] += 1
-        used = {"target", "source"} | {r for c in batch.conditions.values() for r in (c.from_, c.text_of) if r}
-        prefills |= {(batch.model, pair.texts[r]) for pair in batch.pairs for r in used & set(pair.texts)}
+    used: dict[str, set[str]] = {}
+    total, done, content = plan.n_trials, 0, hashlib.sha256()
+    for draft in plan.drafts:
+        report("naming trials", done, total)
+        content.update(f"{draft.batch_id}\n".encode())
+        done += draft.size
+        phase = phases.setdefault(draft.phase, {"experiment": 0, "controls": 0, "conditions": Counter()})
+        for name, count in draft.counts.items():
+            own = draft.split == "test" and draft.roles[name] == "experiment"
+            phase["experiment" if own else "controls"] += count
+            if count:
+                phase["conditions"][name] += count
+        if draft.phase not in used:
+            asked = (role for c in draft.conditions.values() for role in (c.from_, c.text_of) if role)
+            used[draft.phase] = {"target", "source", *asked}
+        prefills |= {(draft.model, pair.texts[r]) for pair in draft.pairs for r in used[draft.phase] & set(pair.texts)}
     for name, phase in phases.items():
         phase["conditions"] = dict(phase["conditions"])
         phase["seconds"] = None if cost is None else round(cost.seconds_by_phase[name], 1)
-    new = sum(len(batch.trials) * batch.generation.max_new_tokens for batch in plan.batches)
+    new = sum(draft.size * draft.generation.max_new_tokens for draft in plan.drafts)
     return {
         "protocol": protocol.protocol,
         "protocol_sha256": protocol.sha256,
-        "trials": plan.n_trials,
+        "trials": total,
+        "batches": len(plan.drafts),
+        "plan_sha256": content.hexdigest(),
         "phases": phases,
         "distinct_prefills": len(prefills),
         "prefill_tokens": sum(tokens(key, text) for key, text in prefills),

@@ -12,7 +12,8 @@ import torch
 from kvpatch.engine.model import Model
 from kvpatch.executors.batch import run_batch
 from kvpatch.executors.groups import part_of
-from kvpatch.planning.plan import Batch, Plan
+from kvpatch.planning.listener import Report, unreported
+from kvpatch.planning.plan import Batch, Draft, Plan
 from kvpatch.specs.base import Frozen
 
 SECONDS = 8.0
@@ -39,7 +40,7 @@ class _Cost(Frozen):
     base_bytes: int
 
 
-def estimate(plan: Plan, models: Mapping[str | None, Model]) -> Estimate:
+def estimate(plan: Plan, models: Mapping[str | None, Model], report: Report = unreported) -> Estimate:
     """Time and memory of a plan; runs a piece of its first test batch of each model.
 
     Times are those of the batches as planned, nothing of them done, and of every trial that writes as many tokens as
@@ -47,20 +48,19 @@ def estimate(plan: Plan, models: Mapping[str | None, Model]) -> Estimate:
     """
     start = time.monotonic()
     costs: dict[_Kind, _Cost] = {}
-    for batch in plan.batches:
-        if batch.split == "test" and _kind(batch) not in costs:
-            costs[_kind(batch)] = _calibrate(models[batch.model], batch)
-    for batch in plan.batches:  # a calibration is not watched: it costs what a test batch that is not watched costs
-        if _kind(batch) not in costs:
-            costs[_kind(batch)] = costs[batch.model, True]
+    for draft in plan.drafts:
+        if draft.split == "test" and _kind(draft) not in costs:
+            report("measuring how long some trials take", 0, 0)
+            costs[_kind(draft)] = _calibrate(models[draft.model], draft.batch())
+    for draft in plan.drafts:  # a calibration is not watched: it costs what a test batch that is not watched costs
+        if _kind(draft) not in costs:
+            costs[_kind(draft)] = costs[draft.model, True]
     seconds: dict[str, float] = {}
-    for batch in plan.batches:
-        cost = costs[_kind(batch)]
-        per_trial = cost.trial + cost.step * batch.generation.max_new_tokens
-        seconds[batch.phase] = seconds.get(batch.phase, 0.0) + per_trial * len(batch.trials)
-    most = max(
-        (costs[_kind(b)].base_bytes + costs[_kind(b)].trial_bytes * len(b.trials) for b in plan.batches), default=0
-    )
+    for draft in plan.drafts:
+        cost = costs[_kind(draft)]
+        per_trial = cost.trial + cost.step * draft.generation.max_new_tokens
+        seconds[draft.phase] = seconds.get(draft.phase, 0.0) + per_trial * draft.size
+    most = max((costs[_kind(d)].base_bytes + costs[_kind(d)].trial_bytes * d.size for d in plan.drafts), default=0)
     return Estimate(
         seconds=sum(seconds.values()),
         seconds_by_phase=seconds,
@@ -73,8 +73,8 @@ _Kind = tuple[str | None, bool]
 """What batches of like cost share: the model, and whether attention is watched."""
 
 
-def _kind(batch: Batch) -> _Kind:
-    return batch.model, batch.watched is not None
+def _kind(draft: Draft) -> _Kind:
+    return draft.model, draft.watched is not None
 
 
 def _calibrate(model: Model, batch: Batch) -> _Cost:

@@ -33,6 +33,7 @@ __all__ = [
     "build",
     "fits_any_model",
     "fits_any_prompts",
+    "is_of_shape",
     "kind_of",
     "layout_of",
     "prompts_in_cache",
@@ -104,6 +105,12 @@ def layout_of(change: Change) -> str | None:
     """What changes share that fit the same prompts alike; None where that is not known."""
     layout = kind_of(change).layout
     return None if layout is None else layout(change)
+
+
+def is_of_shape(change: Change) -> bool:
+    """Whether prompts that have the same segments, token by token, take a change alike, whatever their words."""
+    asked = kind_of(change).is_of_shape
+    return asked is not None and asked(change)
 
 
 def prompts_in_cache(change: Change | None) -> int:

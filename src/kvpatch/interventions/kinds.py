@@ -159,6 +159,7 @@ class Kind(Generic[C]):
         runs_prompts: whether it is done while prompts run; else it changes finished caches, and plans no changes.
         prompts_in_cache: prompts whose slots can stand together in one cache.
         layout: what of the settings decides which slots go where. Conditions that share it are laid out once.
+        is_of_shape: whether prompts that have the same segments, token by token, take it alike, whatever their words.
     """
 
     settings: type[C]
@@ -168,6 +169,7 @@ class Kind(Generic[C]):
     runs_prompts: bool = False
     prompts_in_cache: int = 1
     layout: Callable[[C], str] | None = None
+    is_of_shape: Callable[[C], bool] | None = None
 
     def __post_init__(self) -> None:
         settings: Any = self.settings

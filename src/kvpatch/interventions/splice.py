@@ -313,12 +313,25 @@ def _refuse_prompts(patch: Patch, fitting: Fitting) -> None:
 
 
 def _without_content(patch: Patch) -> Patch:
-    """A patch of the same slots. A donor has its source's layout, and a layout is the same in every layer and head."""
-    return patch.model_copy(update={"donor": "source", "layers": None, "kv_heads": None})
+    """A patch of the same slots. A donor has its source's layout, and a layout is the same in every layer and head
+    and at every strength."""
+    return patch.model_copy(update={"donor": "source", "layers": None, "kv_heads": None, "strength": 1.0})
 
 
 def _layout(patch: Patch) -> str:
     return _without_content(patch).to_json()
 
 
-SPLICE = Kind(Patch, _build, refuse_model=_refuse_model, refuse_prompts=_refuse_prompts, layout=_layout)
+def _is_of_shape(patch: Patch) -> bool:
+    """Named slots and indices are found by the prompts' segments alone; a query may read their words, or draw."""
+    return not isinstance(patch.slots, SlotQuery)
+
+
+SPLICE = Kind(
+    Patch,
+    _build,
+    refuse_model=_refuse_model,
+    refuse_prompts=_refuse_prompts,
+    layout=_layout,
+    is_of_shape=_is_of_shape,
+)

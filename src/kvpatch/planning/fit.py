@@ -8,15 +8,16 @@ selection that is empty or too small, keys that would have to move and can't, a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvpatch.caches.selection import slot_mask, told
 from kvpatch.errors import CacheError, EmptySelection, ProtocolError
-from kvpatch.interventions.build import Fitting, layout_of, refuse_misfit_model, refuse_misfit_prompts
+from kvpatch.interventions.build import Fitting, is_of_shape, layout_of, refuse_misfit_model, refuse_misfit_prompts
 from kvpatch.interventions.kinds import empty_caches
 from kvpatch.models.geometry import Geometry
 from kvpatch.models.template import EncodedPrompt
-from kvpatch.planning.plan import Batch, Plan, PlannedPair
+from kvpatch.planning.batches import Draft, PlannedPair
+from kvpatch.planning.listener import Report, unreported
 from kvpatch.protocols.conditions import Condition
 from kvpatch.protocols.schema import Having
 
@@ -40,41 +41,88 @@ class _Place:
     encode: Callable[[str], EncodedPrompt]
     continuation_ids: Callable[[str], Sequence[int]]
     room: int
+    shapes: dict[str, int] = field(default_factory=dict[str, int])
+    known: dict[tuple[int, ...], int] = field(default_factory=dict[tuple[int, ...], int])
+
+    def shape(self, text: str) -> int:
+        """A number for what the segments of a text's prompt are, token by token."""
+        if text not in self.shapes:
+            self.shapes[text] = self.known.setdefault(tuple(self.encode(text).segments), len(self.known))
+        return self.shapes[text]
 
 
 def refuse_misfits(
-    plan: Plan,
+    drafts: Sequence[Draft],
     geometry: Geometry,
     encode: Callable[[str], EncodedPrompt],
     continuation_ids: Callable[[str], Sequence[int]],
     room: int,
+    report: Report = unreported,
 ) -> None:
-    """Check every condition of a plan.
+    """Check every condition of a plan on every pair that it runs on.
+
+    Conditions that lay their slots out alike are checked once for a pair; and where the words of a prompt have no part
+    in that, once for all pairs of the same shape.
 
     Args:
         encode: tokenises the text of a prompt; the neutral scaffold's is empty.
         continuation_ids: tokenises text as it is (the separator of joined prompts).
         room: tokens that will follow the cache.
+        report: told what is done, how much of it, and of how much.
     Raises:
         ProtocolError: naming the condition that does not fit, its phase, and the pair where it is a pair's.
     """
     place = _Place(geometry, encode, continuation_ids, room)
-    for batch in plan.batches:
-        laid_out: set[tuple[object, ...]] = set()
-        for name, condition in batch.conditions.items():
-            where = f"condition {name} of phase {batch.phase}"
-            try:
-                refuse_misfit_model(condition.change, geometry, may_be_empty=condition.may_be_empty)
-            except CacheError as error:
-                raise ProtocolError(f"{where}: {error}") from error
-            layout = _layout_of(condition)
-            seeds = {trial.pair: trial.seed for trial in batch.trials if trial.condition == name}
-            if not seeds or (layout is not None and layout in laid_out):
-                continue
-            laid_out |= set() if layout is None else {layout}
-            pairs = [(batch.pairs[pair], seeds[pair]) for pair in sorted(seeds)]
-            _refuse_misfit_pairs(where, condition, pairs, batch.readouts.r_v.window, place)
-        _refuse_unmarked(batch, place)
+    of_phase: dict[str, list[_Asked]] = {}
+    for number, draft in enumerate(drafts):
+        report("checking that every condition fits", number, len(drafts))
+        if draft.phase not in of_phase:
+            of_phase[draft.phase] = _asked_of(draft, geometry)
+        for asked in of_phase[draft.phase]:
+            pairs = asked.left([pair for pair in draft.pairs if asked.condition.giver in pair.texts], place)
+            seeded = [(pair, draft.seed_of(pair)) for pair in pairs]
+            if seeded:
+                _refuse_misfit_pairs(asked.where, asked.condition, seeded, draft.readouts.r_v.window, place)
+        _refuse_unmarked(draft, place)
+
+
+class _Asked:
+    """A condition that is checked, for itself and for those that lay their slots out alike."""
+
+    def __init__(self, where: str, condition: Condition) -> None:
+        self.where, self.condition = where, condition
+        self.is_of_shape = condition.change is not None and is_of_shape(condition.change)
+        self._seen: set[tuple[int, int]] = set()
+
+    def left(self, pairs: Sequence[PlannedPair], place: _Place) -> Sequence[PlannedPair]:
+        """The pairs of which none was checked that has their shape."""
+        if not self.is_of_shape:
+            return pairs
+        left: list[PlannedPair] = []
+        for pair in pairs:
+            into, giver = pair.texts[self.condition.into], pair.texts[self.condition.giver]
+            shape = place.shape(into), place.shape(giver)
+            if shape not in self._seen:
+                self._seen.add(shape)
+                left.append(pair)
+        return left
+
+
+def _asked_of(draft: Draft, geometry: Geometry) -> list[_Asked]:
+    """Check the conditions of a phase on the model itself; returns those that are checked on prompts."""
+    found: list[_Asked] = []
+    laid_out: set[tuple[object, ...]] = set()
+    for name, condition in draft.conditions.items():
+        where = f"condition {name} of phase {draft.phase}"
+        try:
+            refuse_misfit_model(condition.change, geometry, may_be_empty=condition.may_be_empty)
+        except CacheError as error:
+            raise ProtocolError(f"{where}: {error}") from error
+        layout = _layout_of(condition)
+        if condition.change is not None and (layout is None or layout not in laid_out):
+            found.append(_Asked(where, condition))
+        laid_out |= set() if layout is None else {layout}
+    return found
 
 
 def _layout_of(condition: Condition) -> tuple[object, ...] | None:
@@ -123,17 +171,16 @@ def _check_pairs(condition: Condition, pairs: Seeded, window: int, place: _Place
     refuse_misfit_prompts(condition.change, fitting)
 
 
-def _refuse_unmarked(batch: Batch, place: _Place) -> None:
+def _refuse_unmarked(draft: Draft, place: _Place) -> None:
     """Refuse a pair in none of whose prompts the phase finds a slot to mark: its attention there would be 0."""
-    if batch.watched is None or batch.watched.marked is None:
+    if draft.watched is None or draft.watched.marked is None:
         return
-    for index, pair in enumerate(batch.pairs):
-        names = {trial.condition for trial in batch.trials if trial.pair == index}
-        conditions = [batch.conditions[name] for name in names]
+    for pair in draft.pairs:
+        conditions = [condition for condition in draft.conditions.values() if condition.giver in pair.texts]
         roles = {role for c in conditions for role in (c.into, c.giver)}
         prompts = [place.encode(pair.texts[role]) for role in sorted(roles)]
-        if prompts and not slot_mask(empty_caches(prompts, place.geometry), batch.watched.marked).any():
+        if prompts and not slot_mask(empty_caches(prompts, place.geometry), draft.watched.marked).any():
             raise ProtocolError(
-                f"phase {batch.phase}: its marked {told(batch.watched.marked)} find no slot in any prompt of a pair, "
+                f"phase {draft.phase}: its marked {told(draft.watched.marked)} find no slot in any prompt of a pair, "
                 f"so attention on them would be 0; mark slots that they have (pair {pair.pair_id})"
             )

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kvpatch.planning.plan import Batch, Plan
+
+Report = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and of how much; of 0 where that is not known."""
 
 
 class ProgressListener:
@@ -19,3 +24,7 @@ class ProgressListener:
 
     def batch(self, batch: Batch, tokens: int) -> None:
         """A batch is stored, or found stored; it wrote this many tokens now."""
+
+
+def unreported(what: str, done: int, total: int) -> None:
+    """Tell nobody."""

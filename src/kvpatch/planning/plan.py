@@ -7,88 +7,39 @@ make-up depends on the plan alone, never on what was done before, so that a resu
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, SkipValidation
 
 from kvpatch.errors import ProtocolError, ProtocolMistakes
+from kvpatch.planning.batches import Batch, Draft, PlannedPair, PlannedTrial
 from kvpatch.planning.names import hashed, number_of
 from kvpatch.planning.pairing import Pair, Pairs, form_pairs, told_of_dropped
 from kvpatch.planning.planning_model import PlanningModel, why_not
+from kvpatch.planning.trial_ids import ConditionIds, Content
 from kvpatch.prompts.bank import Bank, shuffled_words
-from kvpatch.protocols.conditions import NATURAL_SOURCE, NATURAL_TARGET, ROLES, Condition
+from kvpatch.protocols.conditions import NATURAL_SOURCE, NATURAL_TARGET
 from kvpatch.protocols.names import wrong_readouts
-from kvpatch.protocols.schema import AttentionSettings, Generation, Having, Phase, Protocol, Readouts, calibration_of
+from kvpatch.protocols.schema import Having, Phase, Protocol, calibration_of
 from kvpatch.readouts.scorer import Scorer, read_scorer
 from kvpatch.specs.base import Frozen
 from kvpatch.specs.nearest import instead
 
+__all__ = [
+    "Batch",
+    "Draft",
+    "Plan",
+    "PlannedPair",
+    "PlannedTrial",
+    "PlanningModel",
+    "Skipped",
+    "chosen_phases",
+    "make_plan",
+]
 ROWS_PER_BATCH = 120
 """Trials in a batch, about; on two CPU cores the matrix products stop gaining from more."""
-
-
-class PlannedPair(Frozen):
-    """A pair's texts, by role, and its held-out continuations by cell (`pairing.cells_of`).
-
-    `number` counts a run's pairs. `domains` gives those of the continuations on the target's and on the source's topic,
-    by role: pairs of one domain share continuations.
-    """
-
-    pair_id: str
-    number: int
-    target_id: str
-    source_id: str
-    texts: dict[str, str]
-    continuations: list[list[str]]
-    masked_by: list[str]
-    domains: dict[str, str] = Field(default_factory=dict)
-
-    @property
-    def forced(self) -> str:
-        """The fixed continuation that every condition of the pair is forced on: plain, on the target's topic."""
-        return self.continuations[1][0]
-
-
-class PlannedTrial(Frozen):
-    """One pair, one condition, one sample. `content_id` names all of its content but the phase: trials that share it
-    are one computation."""
-
-    trial_id: str
-    content_id: str
-    pair: int
-    condition: str
-    sample: int
-    seed: int
-
-
-class Batch(Frozen):
-    """A piece of work that stands on its own.
-
-    `model` is a key of the protocol's `models`, None for the run's own; `calibration` the phase whose natural runs set
-    the coherence limits; `roles` what each condition is in this phase; `segment` counts how often the run had grown
-    when the batch came to it.
-    """
-
-    batch_id: str
-    model: str | None
-    phase: str
-    split: str
-    calibration: str
-    pairs: list[PlannedPair]
-    conditions: dict[str, Condition]
-    roles: dict[str, str]
-    trials: list[PlannedTrial]
-    generation: Generation
-    readouts: Readouts
-    scorer: Scorer
-    reference_texts: list[str]
-    reference_targets: list[str]
-    watched: AttentionSettings | None = None
-    geometry: bool = False
-    segment: int = 0
 
 
 class Skipped(Frozen):
@@ -102,9 +53,12 @@ class Skipped(Frozen):
 class Plan(Frozen):
     """Everything a run will do. `passed_over`: phase -> pairs that lack what the phase asks of its pairs. `forced`: the
     calibration's neutral and destroyed caches beside the natural ones, which are forced on held-out continuations
-    before any trial runs, and write nothing."""
+    before any trial runs, and write nothing. `drafts` tells of the batches what is known without their trials."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     batches: list[Batch]
+    drafts: SkipValidation[list[Draft]] = Field(default=[], repr=False)
     forced: list[Batch] = Field(default=[])
     scorer: Scorer
     skipped: list[Skipped]
@@ -114,7 +68,7 @@ class Plan(Frozen):
     @property
     def n_trials(self) -> int:
         """Number of trials."""
-        return sum(len(batch.trials) for batch in self.batches)
+        return sum(draft.size for draft in self.drafts)
 
     @property
     def trial_ids(self) -> list[str]:
@@ -147,6 +101,7 @@ def make_plan(
     n: int | None = None,
     phases: Sequence[str] | None = None,
     grown_from: Sequence[int | None] = (),
+    is_listed: bool = True,
 ) -> Plan:
     """Plan a run.
 
@@ -156,6 +111,7 @@ def make_plan(
         n: pairs per condition, in place of each phase's own. A phase with a pairing of its own takes what that gives.
         phases: names of the phases to run; all if None.
         grown_from: every n that the same run had before, so that batches which are stored are planned as they were.
+        is_listed: whether the batches are made, with every trial; their drafts alone need little time and memory.
     Raises:
         ProtocolError: for an unknown phase or readout, a scorer that can't be read, or more pairs than the bank gives.
     """
@@ -165,8 +121,8 @@ def make_plan(
     if len(bank.by_id) == 0:
         raise ProtocolError(f"bank {bank.name!r} is empty")
     scorer = read_scorer(protocol.readouts.lexicon, protocol.folder)
-    batches: list[Batch] = []
-    forced: list[Batch] = []
+    drafts: list[Draft] = []
+    forced: list[Draft] = []
     skipped: list[Skipped] = []
     dropped: list[str] = []
     passed_over: dict[str, int] = {}
@@ -175,18 +131,24 @@ def make_plan(
         phase = protocol.phases[name]
         if phase.model not in planners:
             planner = planners[phase.model] = _Planner(protocol, bank, scorer, phase.model, models[phase.model], seed)
-            batches += planner.calibration()
+            drafts += planner.calibration()
             forced += planner.forced()
             dropped += planner.formed.dropped
         planner = planners[phase.model]
         pairs, left_out, passed = planner.pairs_of(name, phase, n)
         dropped += left_out
         passed_over |= {name: passed} if passed else {}
-        batches += planner.batches(name, "test", pairs, phase.all_conditions, [old or phase.n for old in grown_from])
+        drafts += planner.drafts(name, "test", pairs, phase.all_conditions, [old or phase.n for old in grown_from])
     for planner in planners.values():
         skipped += planner.skipped
     return Plan(
-        batches=batches, forced=forced, scorer=scorer, skipped=skipped, dropped_pairs=dropped, passed_over=passed_over
+        batches=[draft.batch() for draft in drafts] if is_listed else [],
+        drafts=drafts,
+        forced=[draft.batch() for draft in forced] if is_listed else [],
+        scorer=scorer,
+        skipped=skipped,
+        dropped_pairs=dropped,
+        passed_over=passed_over,
     )
 
 
@@ -210,22 +172,33 @@ class _Planner:
             {"pairs": [p.id for p in self.held_out], "conditions": dict(zip(used, made, strict=True))}
         )
 
-    def calibration(self) -> list[Batch]:
+        self.content = Content(
+            model=model.key,
+            generation=protocol.generation.model_dump(mode="json"),
+            readouts=protocol.readouts.model_dump(mode="json"),
+            scorer=scorer.sha256,
+            reference=self.reference,
+            fitted_on=self.fitted_on if protocol.calibration.destroyed else None,  # the mode readout is, on these
+            seed=seed,
+        )
+
+    def calibration(self) -> list[Draft]:
         """Batches of the natural runs of the held-out pairs."""
         names = self.protocol.calibration.conditions
-        return self.batches(self.calibration_phase, "calibration", self.held_out, names)
+        return self.drafts(self.calibration_phase, "calibration", self.held_out, names)
 
-    def forced(self) -> list[Batch]:
+    def forced(self) -> list[Draft]:
         """Batches of the natural, neutral and destroyed caches of the held-out pairs; none where none is destroyed."""
         asked = self.protocol.calibration
         if not asked.destroyed:
             return []
         names = list(dict.fromkeys([NATURAL_TARGET, NATURAL_SOURCE, *asked.neutral, *asked.destroyed]))
         known = len(self.skipped)
-        found = self.batches(f"{self.calibration_phase}-forced", "calibration", self.held_out, names)
+        found = self.drafts(f"{self.calibration_phase}-forced", "calibration", self.held_out, names)
         del self.skipped[known:]  # the calibration itself tells what it rests on
-        once = [[trial for trial in batch.trials if trial.sample == 0] for batch in found]  # nothing is sampled
-        return [batch.model_copy(update={"trials": trials}) for batch, trials in zip(found, once, strict=True)]
+        for draft in found:
+            draft.is_once = True  # nothing is sampled
+        return found
 
     def pairs_of(self, name: str, phase: Phase, n: int | None) -> tuple[Sequence[Pair], Sequence[str], int]:
         """The pairs a phase runs on, what its own pairing dropped, and how many pairs were passed over."""
@@ -271,53 +244,43 @@ class _Planner:
         texts = self._pair(pair, 0).texts
         return all(self.model.has(texts[role], having) for role in having.roles if role in texts)
 
-    def batches(
+    def drafts(
         self, phase: str, split: str, pairs: Sequence[Pair], names: Sequence[str], cuts: Sequence[int] = ()
-    ) -> list[Batch]:
+    ) -> list[Draft]:
         """Batches of one phase; none holds pairs from both sides of a cut."""
         conditions = {name: self.protocol.conditions[name] for name in names if self._is_possible(phase, name, pairs)}
         asked = self.protocol.phases.get(phase)  # a calibration is no phase of the protocol
         per_pair = len(conditions) * self.protocol.generation.samples
         step = max(1, ROWS_PER_BATCH // max(1, per_pair))
         needs_reference = any(c.change is not None and c.change.is_fitted for c in conditions.values())
-        out = []
+        watched = asked.watched if asked else None
+        of_phase = (watched and watched.model_dump(mode="json"), asked.geometry) if asked else None
+        shared: dict[str, Any] = {
+            "model": self.key,
+            "phase": phase,
+            "split": split,
+            "calibration": self.calibration_phase,
+            "conditions": conditions,
+            "roles": {name: self.protocol.role(phase, name) for name in conditions},
+            "generation": self.protocol.generation,
+            "readouts": self.protocol.readouts,
+            "scorer": self.scorer,
+            "reference_texts": self.reference[0] if needs_reference else [],
+            "reference_targets": self.reference[1] if needs_reference else [],
+            "watched": watched,
+            "geometry": asked is not None and asked.geometry,
+        }
+        ids = {name: ConditionIds(self.content, phase, of_phase, name, of) for name, of in conditions.items()}
         ends = sorted({cut for cut in cuts if cut < len(pairs)} | {len(pairs)})
         lows = [
             (segment, low, min(low + step, end))
             for segment, (start, end) in enumerate(pairwise([0, *ends]))
             for low in range(start, end, step)
         ]
+        out: list[Draft] = []
         for place, (segment, low, high) in enumerate(lows):
             planned = [self._pair(pair, low + index) for index, pair in enumerate(pairs[low:high])]
-            trials = [
-                self._trial(phase, name, condition, index, pair, sample)
-                for name, condition in conditions.items()
-                for index, pair in enumerate(planned)
-                if condition.giver in pair.texts
-                for sample in range(self.protocol.generation.samples)
-            ]
-            content = "".join(trial.trial_id for trial in trials)
-            out.append(
-                Batch(
-                    batch_id=f"{phase}-{place:04d}-{hashlib.sha256(content.encode()).hexdigest()[:12]}",
-                    model=self.key,
-                    phase=phase,
-                    split=split,
-                    calibration=self.calibration_phase,
-                    pairs=planned,
-                    conditions=conditions,
-                    roles={name: self.protocol.role(phase, name) for name in conditions},
-                    trials=trials,
-                    generation=self.protocol.generation,
-                    readouts=self.protocol.readouts,
-                    scorer=self.scorer,
-                    reference_texts=self.reference[0] if needs_reference else [],
-                    reference_targets=self.reference[1] if needs_reference else [],
-                    watched=asked.watched if asked else None,
-                    geometry=asked is not None and asked.geometry,
-                    segment=segment,
-                )
-            )
+            out.append(Draft({**shared, "pairs": planned, "segment": segment}, place, ids, self.seed))
         return out
 
     def _is_possible(self, phase: str, name: str, pairs: Sequence[Pair]) -> bool:
@@ -348,44 +311,3 @@ class _Planner:
             masked_by=[role for role in pair.masked_by if role in texts],
             domains={"target": pair.target.continuation_domain, "source": pair.source.continuation_domain},
         )
-
-    def _trial(
-        self, phase: str, name: str, condition: Condition, index: int, pair: PlannedPair, sample: int
-    ) -> PlannedTrial:
-        # Conditions of a pair share their seed, and so their noise.
-        seed = number_of(self.seed, pair.pair_id, sample)
-        content = {
-            "model": self.model.key,
-            "condition": condition.model_dump(mode="json", by_alias=True),
-            "name": name,
-            "pair": _what_counts_of(pair, condition),
-            "sample": sample,
-            "seed": seed,
-            "generation": self.protocol.generation.model_dump(mode="json"),
-            "reference": self.reference if condition.change is not None and condition.change.is_fitted else [],
-            "readouts": self.protocol.readouts.model_dump(mode="json"),
-            "scorer": self.scorer.sha256,
-        }
-        if self.protocol.calibration.destroyed:  # the mode readout is fitted on these
-            content["fitted_on"] = self.fitted_on
-        if asked := self.protocol.phases.get(phase):
-            watched = None if asked.watched is None else asked.watched.model_dump(mode="json")
-            content |= {"watched": watched, "geometry": asked.geometry}
-        return PlannedTrial(
-            trial_id=hashed({**content, "phase": phase}),
-            content_id=hashed(content),
-            pair=index,
-            condition=name,
-            sample=sample,
-            seed=seed,
-        )
-
-
-def _what_counts_of(pair: PlannedPair, condition: Condition) -> dict[str, Any]:
-    """What of a pair can change a trial: its number and its prompts of other groups only where the condition asks."""
-    content = pair.model_dump(mode="json", exclude={"domains"})  # a name for what the continuations say themselves
-    if condition.change is None or not condition.change.uses_pair_number:
-        del content["number"]
-    used = {*ROLES, *pair.masked_by, condition.from_, condition.text_of}
-    content["texts"] = {role: text for role, text in pair.texts.items() if role in used}
-    return content

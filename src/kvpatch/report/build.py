@@ -14,6 +14,7 @@ from kvpatch.readouts.behavior import copied_words
 from kvpatch.report.head_maps import MAPPED
 from kvpatch.report.page import Live, render
 from kvpatch.store.directory import Store
+from kvpatch.store.objects import Place
 from kvpatch.verdicts.decide import verdicts_json
 from kvpatch.verdicts.outcome import TEXTS, Outcome
 
@@ -43,7 +44,7 @@ def report_page(store: Store, outcome: Outcome, live: Live | None = None) -> str
         )
 
 
-def write_report(store: Store, outcome: Outcome, path: Path | None = None) -> Path:
+def write_report(store: Store, outcome: Outcome, path: Path | None = None) -> Place:
     """Write the report; returns where it is."""
     page = report_page(store, outcome)
     if path is None:

@@ -13,7 +13,8 @@ A part is written beside its place, flushed, moved there, and only then named in
 killed process leaves at most an unnamed part, which the resumed run writes again. The attention of a batch is part of
 its part: both files are there before the line that names both, so that they never disagree. No row of a file is used
 before the file is known to be what its line names (see `parts.py`). Nothing is written through a symbolic link that
-stands in the directory.
+stands in the directory. A run may lie on an object store instead (`objects.py`), with the same files in it; what is
+written there, and who may, is said in `session.py` and `lease.py`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from kvpatch.errors import StoreError
-from kvpatch.files import MOST_JSON, Taken, bytes_within, held, is_beside, write_whole
+from kvpatch.files import MOST_JSON, Taken, held, is_beside, write_whole
 from kvpatch.store.columns import (
     ATTENTION_COLUMNS,
     ATTENTION_SCHEMA,
@@ -42,8 +42,11 @@ from kvpatch.store.columns import (
     TRIAL_COLUMNS,
     trial_schema,
 )
+from kvpatch.store.kept_parts import fetch
+from kvpatch.store.objects import ObjectPath, Place, content_of, is_there, place_of, refuse_whole_bucket
 from kvpatch.store.parts import Part, check_file, read_file, read_index, refuse_copies
 from kvpatch.store.record import RunRecord
+from kvpatch.store.session import refuse_unwritable_objects, session, session_of, write_object
 
 PROBE = 1 << 20
 """Bytes that are written on trial before a run begins."""
@@ -65,8 +68,9 @@ OURS = {
 class Store:
     """One run directory."""
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: str | os.PathLike[str] | ObjectPath) -> None:
+        self.directory = place_of(directory)
+        refuse_whole_bucket(self.directory)
         self.trials = self.directory / "trials"
         self.attention = self.directory / "attention"
         self.index = self.directory / "parts.jsonl"
@@ -83,15 +87,23 @@ class Store:
             if self.directory.is_dir() and not self._is_ours():
                 raise StoreError(f"{self.directory} holds other files; give an empty or a new directory")
             self._refuse_links()
-            lock = held(self.directory / ".lock", wait=0.2)
             try:
-                lock.__enter__()
+                lock = self._entered()
             except Taken:
                 raise StoreError(f"{self.directory} is in use by another kvpatch process") from None
         try:
             yield
         finally:
             lock.__exit__(None, None, None)
+
+    def _entered(self) -> AbstractContextManager[object]:
+        """The lock of the directory, held."""
+        if isinstance(self.directory, ObjectPath):
+            lock = session(self.directory)
+        else:
+            lock = held(self.directory / ".lock", wait=0.2)
+        lock.__enter__()
+        return lock
 
     def _is_ours(self) -> bool:
         names = {p.name for p in self.directory.iterdir() if not is_beside(p.name)}
@@ -110,6 +122,8 @@ class Store:
         Raises:
             StoreError: where it can't be written.
         """
+        if isinstance(self.directory, ObjectPath):
+            return refuse_unwritable_objects(self.directory)
         existing = self.directory
         while not os.path.exists(existing) and existing != existing.parent:  # which a name that is too long does not
             existing = existing.parent
@@ -134,7 +148,7 @@ class Store:
         """
         path = self.directory / "run.json"
         try:
-            return RunRecord.model_validate_json(bytes_within(path, MOST_JSON))
+            return RunRecord.model_validate_json(content_of(path, MOST_JSON))
         except FileNotFoundError:
             raise StoreError(f"{self.directory} is not a run directory: it has no run.json") from None
         except (OSError, ValueError) as error:
@@ -145,13 +159,13 @@ class Store:
 
     def has_record(self) -> bool:
         """Whether a run was started here."""
-        return os.path.exists(self.directory / "run.json")
+        return is_there(self.directory / "run.json")
 
     def write_record(self, record: RunRecord) -> None:
         """Write run.json."""
         self.write_text("run.json", record.model_dump_json(indent=1) + "\n")
 
-    def write_text(self, name: str, text: str) -> Path:
+    def write_text(self, name: str, text: str) -> Place:
         """Write a file of the directory atomically.
 
         Raises:
@@ -170,8 +184,7 @@ class Store:
         """
         part = self.write_part(name, rows, attention)
         with explained(self.directory):
-            kept = [other for other in self.parts() if other.part != part.part]
-            self.write_index([*kept, part])
+            self.name_part(part)
 
     def write_part(self, name: str, rows: Iterable[dict[str, Any]], attention: pa.Table | None = None) -> Part:
         """Write the files of one part, as `append` does, and leave it to whoever holds the directory to name it in
@@ -194,6 +207,18 @@ class Store:
             self.trials.mkdir(exist_ok=True)
             _stored(self.trials / part.part, data)
         return part
+
+    def name_part(self, part: Part) -> None:
+        """Name a part, whose files are written, in parts.jsonl.
+
+        Raises:
+            OSError: where it can't be written; what was there before stays.
+        """
+        own = session_of(self.index) if isinstance(self.index, ObjectPath) else None
+        if own is not None:
+            return own.name_part(part)
+        kept = [other for other in self.parts() if other.part != part.part]
+        self.write_index([*kept, part])
 
     def write_index(self, parts: Iterable[Part]) -> None:
         """Write parts.jsonl anew.
@@ -218,6 +243,7 @@ class Store:
             StoreError: naming a part that is missing or damaged.
         """
         parts = self.each_once()
+        self._fetch(parts)
         for part in parts:
             self.check(part)
         return {part.batch for part in parts}
@@ -250,6 +276,11 @@ class Store:
             StoreError: where it is missing or damaged.
         """
         return read_file(self.trials / part.part, part.sha256, part.rows, trial_schema(), NEEDED, columns)
+
+    def _fetch(self, parts: Sequence[Part]) -> None:
+        """Fetch parts that lie on an object store side by side."""
+        if isinstance(self.trials, ObjectPath):
+            fetch((self.trials / part.part, part.sha256) for part in parts)
 
     def part(self, batch: str) -> Part:
         """The part in which a batch is stored.
@@ -287,7 +318,9 @@ class Store:
         Raises:
             StoreError: where a part is missing or damaged.
         """
-        for part in self.each_once():
+        parts = self.each_once()
+        self._fetch(parts)
+        for part in parts:
             yield self.rows_of(part, tuple(TRIAL_COLUMNS) if columns is None else columns)
 
     def read_attention(
@@ -328,8 +361,10 @@ def _parquet(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _stored(path: Path, data: bytes) -> None:
+def _stored(path: Place, data: bytes) -> None:
     """Write a file of the run, flushed to the disk; a failure leaves what was there before."""
+    if isinstance(path, ObjectPath):
+        return write_object(path, data)
     if path.parent.is_symlink():
         raise StoreError(f"{path.parent} is a symbolic link, and a run is not written through one; delete the link")
     write_whole(path, data, is_flushed=True)
@@ -344,7 +379,7 @@ def _first_reason(error: Exception) -> str:
 
 
 @contextmanager
-def explained(directory: Path) -> Iterator[None]:
+def explained(directory: Place) -> Iterator[None]:
     """Tell of a file that can't be written as a `StoreError`."""
     try:
         yield

@@ -24,6 +24,9 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvpatch.errors import StoreError
+from kvpatch.store.buckets import Found
+from kvpatch.store.kept_parts import kept_part
+from kvpatch.store.objects import Place
 
 Name = Annotated[str, Field(pattern=r"^[^/\\\x00]+\.parquet$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -67,7 +70,7 @@ _checked: dict[str, tuple[Stamp, str, int | None]] = {}
 """Path -> the file's stamp, SHA-256 and rows when it was last found to be what was stored."""
 
 
-def read_index(path: Path) -> list[Part]:
+def read_index(path: Place) -> list[Part]:
     """What parts.jsonl names, in its order; nothing where there is no such file.
 
     A line that stands there twice counts once. A last line that breaks off is passed over: what it was to name does not
@@ -133,7 +136,7 @@ def refuse_copies(parts: Iterable[Part]) -> None:
             )
 
 
-def check_file(path: Path, sha256: str, rows: int | None, schema: pa.Schema, needed: Sequence[str]) -> None:
+def check_file(path: Place, sha256: str, rows: int | None, schema: pa.Schema, needed: Sequence[str]) -> None:
     """Check that a file is what was stored.
 
     Args:
@@ -152,7 +155,7 @@ def check_file(path: Path, sha256: str, rows: int | None, schema: pa.Schema, nee
 
 
 def read_file(
-    path: Path, sha256: str, rows: int | None, schema: pa.Schema, needed: Sequence[str], columns: Sequence[str] | None
+    path: Place, sha256: str, rows: int | None, schema: pa.Schema, needed: Sequence[str], columns: Sequence[str] | None
 ) -> pa.Table:
     """Read a file that is what was stored, as `check_file` says: the named columns, null where it lacks them; or with
     None, all that it holds, those that kvpatch does not know among them.
@@ -177,13 +180,13 @@ def read_file(
     return pa.table(arrays, schema=wanted)
 
 
-def _opened(path: Path, sha256: str, rows: int | None, schema: pa.Schema, needed: Sequence[str]) -> pq.ParquetFile:
+def _opened(path: Place, sha256: str, rows: int | None, schema: pa.Schema, needed: Sequence[str]) -> pq.ParquetFile:
     """A file that is what was stored: the very bytes that were hashed, or the file itself if it was checked before."""
     try:
         stamp = _stamp(path.stat())
-        if _checked.get(str(path)) == (stamp, sha256, rows):
+        if isinstance(path, Path) and _checked.get(str(path)) == (stamp, sha256, rows):
             return pq.ParquetFile(str(path))
-        data = path.read_bytes()
+        data = path.read_bytes() if isinstance(path, Path) else kept_part(path, sha256)
         if (found := hashlib.sha256(data).hexdigest()) != sha256:
             raise _damaged(path, f"its SHA-256 begins with {found[:12]}, and {sha256[:12]} is recorded")
         file = pq.ParquetFile(pa.BufferReader(data))
@@ -198,7 +201,7 @@ def _opened(path: Path, sha256: str, rows: int | None, schema: pa.Schema, needed
     return file
 
 
-def _stamp(found: os.stat_result) -> Stamp:
+def _stamp(found: os.stat_result | Found) -> Stamp:
     return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino, found.st_dev
 
 
@@ -226,7 +229,7 @@ def _fits(stored: pa.DataType, known: pa.DataType) -> bool:
     return pa.types.is_large_string(stored) and pa.types.is_string(known)
 
 
-def _damaged(path: Path, why: str) -> StoreError:
+def _damaged(path: Place, why: str) -> StoreError:
     return StoreError(
         f"{path} is missing or damaged; delete its line in parts.jsonl, or have `kvpatch repair {path.parents[1]}` set "
         f"it aside, to run its trials again ({path.name} can't be read as it was stored: {why})"

@@ -5,18 +5,20 @@ Nothing is deleted: what is taken out lies in `set-aside/` within the run, under
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from kvpatch.errors import StoreError
-from kvpatch.files import is_file, read_json
+from kvpatch.files import MOST_JSON, is_file, read_json
 from kvpatch.specs.base import Frozen
 from kvpatch.store.directory import SET_ASIDE, Store, explained
+from kvpatch.store.objects import ObjectPath, Place, content_of, move
 from kvpatch.store.parts import Part, entries
 from kvpatch.store.record import RunRecord, dumped_sha256
+from kvpatch.store.session import write_object
 
 
 class Repair(Frozen):
@@ -63,16 +65,16 @@ def repair(store: Store) -> Repair:
     Raises:
         StoreError: where the directory is no run's, is in use, or can't be written.
     """
-    if not (os.path.lexists(store.directory / "run.json") or is_file(store.index)):
+    if not (_is_there(store.directory / "run.json") or _is_file(store.index)):
         raise StoreError(f"{store.directory} is not a run directory: it has no run.json")
     with store.locked():
         record = _record(store)
         taken: dict[str, str] = {}
         with explained(store.directory):
-            if record is None and os.path.lexists(store.directory / "run.json"):
+            if record is None and _is_there(store.directory / "run.json"):
                 _set_aside(store, "run.json", taken, "it can't be read, or its protocol was changed after the run")
             kept, dropped, bad = _sorted_out(store)
-            is_torn = is_file(store.index) and bool(bad or dropped)
+            is_torn = _is_file(store.index) and bool(bad or dropped)
             if is_torn:
                 _set_aside(store, "parts.jsonl", taken, "it named parts that are not as they were stored", is_copy=True)
                 store.write_index(kept)
@@ -80,7 +82,7 @@ def repair(store: Store) -> Repair:
             for part, why in dropped:
                 for folder in ("trials", "attention"):
                     place = store.directory / folder / part.part
-                    if part.part not in in_use and os.path.lexists(place):
+                    if part.part not in in_use and _is_there(place):
                         _set_aside(store, f"{folder}/{part.part}", taken, why)
                 if part.part not in in_use:
                     taken.setdefault(f"trials/{part.part}", why)
@@ -148,10 +150,19 @@ def _why(error: StoreError) -> str:
     return str(error).partition("as it was stored: ")[2].removesuffix(")")
 
 
-def _is_json(path: Path) -> bool:
+def _is_there(path: Place) -> bool:
+    """Whether there is something of this name, a link that leads nowhere among it."""
+    return path.is_file() if isinstance(path, ObjectPath) else os.path.lexists(path)
+
+
+def _is_file(path: Place) -> bool:
+    return path.is_file() if isinstance(path, ObjectPath) else is_file(path)
+
+
+def _is_json(path: Place) -> bool:
     """Whether a file is JSON; also where there is none, since it is then written anew."""
     try:
-        read_json(path)
+        json.loads(content_of(path, MOST_JSON)) if isinstance(path, ObjectPath) else read_json(path)
     except FileNotFoundError:
         return True
     except (OSError, ValueError):
@@ -164,10 +175,14 @@ def _set_aside(store: Store, name: str, taken: dict[str, str], why: str, *, is_c
     folder = store.directory / SET_ASIDE
     folder.mkdir(exist_ok=True)
     place, flat = store.directory / name, name.replace("/", "-")
-    number = next(i for i in range(1, 1 << 30) if not os.path.lexists(folder / f"{flat}.{i}"))
+    number = next(i for i in range(1, 1 << 30) if not _is_there(folder / f"{flat}.{i}"))
     if is_copy:
         with suppress(FileNotFoundError):
-            (folder / f"{flat}.{number}").write_bytes(place.read_bytes())
+            content = place.read_bytes()
+            if isinstance(folder, ObjectPath):
+                write_object(folder / f"{flat}.{number}", content)
+            else:
+                (folder / f"{flat}.{number}").write_bytes(content)
     else:
-        os.replace(place, folder / f"{flat}.{number}")
+        move(place, folder / f"{flat}.{number}")
     taken[name] = why

@@ -13,10 +13,11 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from kvpatch.errors import ProtocolError
-from kvpatch.files import MOST_JSON, bytes_within
+from kvpatch.files import MOST_JSON
 from kvpatch.protocols.schema import Protocol
 from kvpatch.store.columns import TRIAL_COLUMNS
 from kvpatch.store.directory import Store
+from kvpatch.store.objects import content_of
 from kvpatch.store.readout_calibration import ReadoutCalibration
 from kvpatch.store.record import RunRecord, dumped_sha256
 from kvpatch.verdicts.answer import Answer, answer
@@ -204,7 +205,7 @@ def write_verdicts(store: Store, outcome: Outcome) -> str | None:
     """Store verdicts.json, where it does not say the same already; returns what to tell of one that said otherwise."""
     text, path = verdicts_json(outcome.verdicts), store.directory / "verdicts.json"
     try:
-        before = bytes_within(path, MOST_JSON).decode(errors="replace")
+        before = content_of(path, MOST_JSON).decode(errors="replace")
     except FileNotFoundError:
         before = None
     except OSError:

@@ -20,6 +20,8 @@ from kvpatch.files import is_held
 from kvpatch.protocols.schema import Protocol
 from kvpatch.store.columns import TRIAL_COLUMNS
 from kvpatch.store.directory import Store
+from kvpatch.store.lease import is_leased
+from kvpatch.store.objects import ObjectPath, Place
 from kvpatch.store.parts import Part
 from kvpatch.store.record import RunRecord
 
@@ -70,7 +72,7 @@ class LiveRun:
     were stored).
     """
 
-    def __init__(self, key: str, directory: Path, columns: Sequence[str] | None = None) -> None:
+    def __init__(self, key: str, directory: Place, columns: Sequence[str] | None = None) -> None:
         self.key, self.store = key, Store(directory)
         self._known = _Known()
         self._lock = threading.Lock()
@@ -108,7 +110,7 @@ class LiveRun:
         return f"{first} (and {len(more)} more)" if more else first or None
 
     @property
-    def directory(self) -> Path:
+    def directory(self) -> Place:
         """Where the run is."""
         return self.store.directory
 
@@ -240,7 +242,7 @@ class LiveRun:
     def _state(self, done: int, planned: int) -> State:
         if self.record is None:
             return "not begun"
-        if is_held(self.directory / ".lock"):
+        if _is_held(self.directory / ".lock"):
             return "running"
         return "finished" if self.record.finished and done >= planned else "interrupted"
 
@@ -294,7 +296,11 @@ def _known_numbers(table: pa.Table) -> pa.Table:
     return table
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _is_held(place: Place) -> bool:
+    return is_leased(place) if isinstance(place, ObjectPath) else is_held(place)
+
+
+def _stamp(path: Place) -> tuple[int, int]:
     try:
         found = path.stat()
     except OSError:
@@ -306,7 +312,7 @@ class Runs:
     """The runs that a view shows: directories that hold one, or whose subdirectories do. New ones are found as they
     come."""
 
-    def __init__(self, directories: Sequence[Path]) -> None:
+    def __init__(self, directories: Sequence[Place]) -> None:
         self._given = [directory.resolve() for directory in directories]
         self._lock = threading.Lock()
         self.by_key: dict[str, LiveRun] = {}
@@ -320,19 +326,25 @@ class Runs:
                     self.by_key[key] = LiveRun(key, directory)
             return [run for run in self.by_key.values() if run.refresh()]
 
-    def _found(self) -> list[Path]:
-        out: list[Path] = []
+    def _found(self) -> list[Place]:
+        out: list[Place] = []
         for given in self._given:
-            inner = sorted(p.parent for p in given.glob("*/run.json")) if not (given / "run.json").exists() else []
-            out += inner or [given]
+            out += ([] if (given / "run.json").exists() else _runs_in(given)) or [given]
         return out
 
-    def _key(self, directory: Path) -> str:
+    def _key(self, directory: Place) -> str:
         plain = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "-" for c in directory.name).strip(".")
         key, count = plain or "run", 2
         while key in self.by_key:
             key, count = f"{plain or 'run'}-{count}", count + 1
         return key
+
+
+def _runs_in(folder: Place) -> list[Place]:
+    """The folders in this one that hold a run."""
+    if isinstance(folder, Path):
+        return sorted(place.parent for place in folder.glob("*/run.json"))
+    return sorted(inner for inner in folder.folders() if (inner / "run.json").is_file())
 
 
 def now() -> float:

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import resources
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -28,6 +27,7 @@ from kvpatch.errors import KvpatchError, StoreError, all_visible
 from kvpatch.report import charts, page, text
 from kvpatch.report.build import mark, report_page
 from kvpatch.report.library import chart_library
+from kvpatch.store.objects import ObjectPath, Place
 from kvpatch.verdicts.chosen_heads import with_heads
 from kvpatch.verdicts.outcome import light_rows, outcome_of
 from kvpatch.view import estimates, query, trial
@@ -54,7 +54,7 @@ class _Made:
 class View:
     """The pages of some runs."""
 
-    def __init__(self, directories: Sequence[Path]) -> None:
+    def __init__(self, directories: Sequence[Place]) -> None:
         self.runs = Runs(directories)
         self._made: dict[tuple[str, str], _Made] = {}
         self._pages = _environment()
@@ -203,6 +203,8 @@ class View:
             await run_in_threadpool(run.store.check, part)
         elif asked not in FILES:
             raise HTTPException(404, NO_FILE)
+        if isinstance(run.directory, ObjectPath):
+            return await run_in_threadpool(_object, run.directory / asked)
         place = (run.directory / asked).resolve()
         if not place.is_relative_to(run.directory.resolve()) or not place.is_file():
             raise HTTPException(404, NO_FILE)
@@ -215,6 +217,14 @@ class View:
             raise HTTPException(404, "There is no such file.")
         content, kind = found
         return Response(content, media_type=kind)
+
+
+def _object(place: ObjectPath) -> Response:
+    try:
+        content = place.read_bytes()
+    except FileNotFoundError:
+        raise HTTPException(404, NO_FILE) from None
+    return Response(content, headers={"content-disposition": f'attachment; filename="{place.name}"'})
 
 
 class _Asked(dict[str, str]):
@@ -339,7 +349,7 @@ class _Server(uvicorn.Server):
             self._on_ready()
 
 
-def serve(directories: Sequence[Path], *, port: int, token: str | None, on_ready: Any) -> None:
+def serve(directories: Sequence[Place], *, port: int, token: str | None, on_ready: Any) -> None:
     """Serve until stopped. port: 0 takes a free one. on_ready: called with the address.
 
     Raises:

@@ -110,7 +110,7 @@ def test_strengths_may_be_of_any_kind(half: Any):
         (lambda: Patch(slots={"off": "body"}), "there is no 'slots.off'"),
         (lambda: Patch(slots={"fraction": (0.5, 0.1)}), "fraction must be two numbers"),
         (lambda: Patch(slots={"of": "nowhere"}), "slots.of: Input should be 'all'.*, not 'nowhere'"),
-        (lambda: Patch(layers={"depth": 2}), "layers.depth: .*less than or equal to 1, not 2"),
+        (lambda: Patch(layers={"depth": 2}), "layers.depth: .*must be at most 1, not 2"),
         (lambda: Patch(layers={"band": (0.5, 0.5)}), "band must be two fractions"),
         (lambda: Patch(align="middle"), "align: .*not 'middle'"),  # type: ignore[arg-type]
         (lambda: SlotQuery(keywords=["(open"]), r"keyword '\(open' is not a regular expression"),

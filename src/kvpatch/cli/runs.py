@@ -133,7 +133,10 @@ def plan(
     other_model: OtherModels = None,
     timing: Annotated[
         bool,
-        typer.Option("--timing/--no-timing", help="Estimate time and memory by running some trials for about 10 s."),
+        typer.Option(
+            "--timing/--no-timing",
+            help="Estimate time and memory by running some trials: seconds on a GPU, up to 2 minutes on 2 cores.",
+        ),
     ] = True,
     device: Device = None,
     dtype: Dtype = None,
@@ -157,6 +160,7 @@ def plan(
     refuse_code(chosen, allow_code)
     warn_of_deviations(chosen)
     warn_of_too_few(chosen, n, phase_names(phases))
+    from kvpatch.cli.progress import working
     from kvpatch.cli.tables import plan_summary, print_plan
     from kvpatch.planned import plan_for
     from kvpatch.prompts.bank import load_bank
@@ -165,14 +169,14 @@ def plan(
     how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
     loaded = load_all(chosen, model, phase_names(phases), other_model, **how)
     warn_of_clocks(loaded)
-    made, _ = plan_for(
-        loaded, chosen, load_bank(chosen.bank, chosen.folder), seed=seed, n=n, phases=phase_names(phases)
-    )
-    cost = None
-    if timing:
-        from kvpatch.executors.estimate import estimate
+    with working() as report:
+        bank = load_bank(chosen.bank, chosen.folder)
+        made, _ = plan_for(loaded, chosen, bank, seed=seed, n=n, phases=phase_names(phases))
+        cost = None
+        if timing:
+            from kvpatch.executors.estimate import estimate
 
-        cost = estimate(made, loaded)
+            cost = estimate(made, loaded, report)
     summary = plan_summary(
         made, chosen, lambda key, text: len(loaded[key].encode(text, may_be_empty=True).token_ids), cost
     ) | stated(chosen, n, phase_names(phases))

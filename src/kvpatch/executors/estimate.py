@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -39,16 +39,20 @@ class _Cost(Frozen):
     base_bytes: int
 
 
-def estimate(plan: Plan, models: Mapping[str | None, Model]) -> Estimate:
+def estimate(
+    plan: Plan, models: Mapping[str | None, Model], report: Callable[[str], None] = lambda what: None
+) -> Estimate:
     """Time and memory of a plan; runs a piece of its first test batch of each model.
 
     Times are those of the batches as planned, nothing of them done, and of every trial that writes as many tokens as
-    it may. Loading, the check and the statistics are not in them.
+    it may. Loading, the check and the statistics are not in them. `report` is told what is timed, before it is.
     """
     start = time.monotonic()
     costs: dict[_Kind, _Cost] = {}
     for batch in plan.batches:
         if batch.split == "test" and _kind(batch) not in costs:
+            watched = ", with attention watched" if batch.watched is not None else ""
+            report(f"timing a piece of phase {batch.phase} on {models[batch.model].loaded.name}{watched}")
             costs[_kind(batch)] = _calibrate(models[batch.model], batch)
     for batch in plan.batches:  # a calibration is not watched: it costs what a test batch that is not watched costs
         if _kind(batch) not in costs:

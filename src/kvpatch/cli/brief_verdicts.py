@@ -49,4 +49,5 @@ def _lines(v: Verdict, width: int) -> list[str]:
     numbers = f"{v.verdict}: {v.id}, {v.contrast} in {v.readout}{estimate}{p}, n = {v.n}."
     if len(numbers) > width:
         return textwrap.wrap(numbers, width, subsequent_indent="    ")
-    return [textwrap.shorten(f"{numbers} {v.claim}", width, placeholder="...")]
+    claim = textwrap.shorten(v.claim, max(4, width - len(numbers) - 1), placeholder="...")
+    return [numbers if len(numbers) + len(claim) >= width or claim == "..." else f"{numbers} {claim}"]

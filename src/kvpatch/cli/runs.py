@@ -39,6 +39,7 @@ from kvpatch.cli.app import (
 )
 from kvpatch.cli.console import MOST_LINES, printed, say
 from kvpatch.cli.hosts import Address, Gpus, On, Workers, asked_for, host_of
+from kvpatch.errors import KvpatchError
 
 
 @app.command()
@@ -96,8 +97,8 @@ def run(
     out = out or usual_directory(chosen, model)
     if asked is not None and isinstance(out, ObjectPath):
         raise KvpatchError(
-            f"workers write into a directory that all of them see, and {out} is an object store; leave --gpus and --workers "
-            "out, or give a shared directory"
+            f"workers write into a directory that all of them see, and {out} is an object store; leave --gpus and "
+            "--workers out, or give a shared directory"
         )
     refuse_unwritable(out)
     chosen_phases(chosen, phase_names(phases), n)
@@ -154,7 +155,10 @@ def plan(
     other_model: OtherModels = None,
     timing: Annotated[
         bool,
-        typer.Option("--timing/--no-timing", help="Estimate time and memory by running some trials for about 10 s."),
+        typer.Option(
+            "--timing/--no-timing",
+            help="Estimate time and memory by running some trials: seconds on a GPU, up to 2 minutes on 2 cores.",
+        ),
     ] = True,
     device: Device = None,
     dtype: Dtype = None,

@@ -18,6 +18,7 @@ from kvpatch.engine.residual import disturbed_residual
 from kvpatch.engine.step import Ops, PlainOps, Sampling, feed_step, make_places
 from kvpatch.errors import ModelError
 from kvpatch.models.backbone import Backbone
+from kvpatch.models.hf import Edits
 from kvpatch.models.llamalike import Network, network_of
 
 _CHECKED_ON = 7
@@ -81,13 +82,14 @@ def fast_of(backbone: Backbone) -> Fast:
     return known
 
 
-def reader_of(backbone: Backbone) -> Any:
-    """The `engine.reading.Reader` of a model as it now is; None on a processor, with hooks on the model, or where its
-    own forward pass reads. Takes over what was changed in the model."""
+def reader_of(backbone: Backbone, edits: Edits | None = None) -> Any:
+    """The `engine.reading.Reader` of a model as it now is; None on a processor, with hooks on the model, for changes of
+    what attention gives, or where the model's own forward pass reads. Takes over what was changed in the model."""
     if backbone.device.type != "cuda":
         backbone.catch_up()
         return None
-    return fast_of(backbone).reader
+    reader = fast_of(backbone).reader
+    return None if any(edit.output is not None for edit in (edits or {}).values()) else reader
 
 
 def _find(backbone: Backbone) -> Fast:

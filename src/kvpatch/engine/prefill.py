@@ -94,7 +94,7 @@ def prefill_pass(
     labels = labels_of(prompts, backbone.device)
     token_ids, positions = labels["token_ids"], labels["positions"]
     batch, slots = positions.shape
-    if observer is None and (reader := reader_of(backbone)) is not None:
+    if observer is None and (reader := reader_of(backbone, edits)) is not None:
         keys, values = _read_pass(reader, prompts, slots, beginning, edits)
         return KVCache(keys, values, **labels, rope=backbone.geometry.rope, model=backbone.identity)
     if beginning is not None:

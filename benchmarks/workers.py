@@ -1,13 +1,15 @@
 """Runs with workers: the same answer as locally, what they cost, kills of workers, and how much one driver passes on.
 
     python benchmarks/workers.py same [--model smollm2-135m] [--n 20] [--workers 2]
+    python benchmarks/workers.py cost [--model smollm2-135m] [--n 12] [--workers 2] [--tokens 16] [--repeats 2]
     python benchmarks/workers.py kills [--kills 5]
     python benchmarks/workers.py driver [--trials 1000000] [--workers 4]
 
-same: phase 1 of dec7 with the local executor on all cores and with workers that share them, in turn; ids and texts
-compared, and the time from the first group handed out to the last part stored. kills: `kvpatch run` with two workers,
-of which one is killed (SIGKILL) so many times. driver: batches of a hundred trials that measure nothing; rows are made,
-written and named as always.
+same: `kvpatch run` of phase 1 of dec7 with the local executor on all cores and with workers that share them, in turn;
+ids and texts compared. cost: the two executors alone on the same plan, models loaded, in turn and back (local, workers,
+workers, local); wall time, and processor time of everything that took part, which other work on the machine changes
+less. kills: `kvpatch run` with two workers, of which one is killed (SIGKILL) so many times. driver: batches of 100
+trials that do nothing; rows are made, written and named as always.
 """
 
 from __future__ import annotations
@@ -69,6 +71,65 @@ def same(model: str, n: int, workers: int, repeats: int) -> None:
     print(f"at work: local {first:.1f} s, workers {second:.1f} s, ratio {second / first:.3f}")
     first, second = (min(of) for of in whole.values())
     print(f"in all: local {first:.1f} s, workers {second:.1f} s, ratio {second / first:.3f}")
+
+
+def _used() -> float:
+    """Processor seconds of this process and of all that it started."""
+    total = 0.0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        try:
+            times = process.cpu_times()
+            total += times.user + times.system
+        except psutil.Error:
+            continue
+    return total
+
+
+def cost(name: str, n: int, workers: int, tokens: int, repeats: int) -> None:
+    """Bar 1: what workers cost beside the work."""
+    import torch
+
+    import kvpatch as kv
+    from kvpatch.executors.cluster import Asked
+    from kvpatch.executors.crew import crew_of
+    from kvpatch.executors.host import How
+    from kvpatch.executors.local import LocalExecutor
+    from kvpatch.executors.ray import RayExecutor
+    from kvpatch.executors.worker import ModelSource
+    from kvpatch.planned import plan_for
+    from kvpatch.prompts.bank import load_bank
+    from kvpatch.protocols.load import load_protocol
+    from kvpatch.store.directory import Store
+
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
+    settings = {"device": "cpu", "dtype": "float32"}
+    model = kv.load(name, **settings)
+    protocol = load_protocol("dec7")
+    generation = protocol.generation.model_copy(update={"max_new_tokens": tokens})
+    protocol = protocol.model_copy(update={"generation": generation})
+    bank = load_bank(protocol.bank, protocol.folder)
+    plan, _ = plan_for({None: model}, protocol, bank, seed=0, n=n, phases=["1"])
+    print(f"{plan.n_trials} trials, {len(plan.batches)} batches, {cores} cores", flush=True)
+    folder, found = Path(tempfile.mkdtemp()), dict[str, list[tuple[float, float]]]()
+    with crew_of({None: ModelSource(name, settings)}, Asked(workers=workers)) as crew:
+        while len(crew.ready()) < workers:
+            crew.wait(0.5)
+        ways: dict[str, Any] = {
+            "local": LocalExecutor({None: model}),
+            "workers": RayExecutor(crew, How({}, {}, {}), lambda session: None),
+        }
+        for turn in range(2 * repeats):
+            way = ["local", "workers"][(turn + turn // 2) % 2]
+            store = Store(folder / f"{way}{turn}")
+            with store.locked():
+                start, cpu = time.monotonic(), _used()
+                ways[way].run(plan, store, on_tokens=lambda _: None, on_batch=lambda *_: None)
+                found.setdefault(way, []).append((time.monotonic() - start, _used() - cpu))
+            print(f"{way}: {found[way][-1][0]:.1f} s, {found[way][-1][1]:.1f} s of processors", flush=True)
+    for place, what in enumerate(("wall", "processors")):
+        one, two = (min(of[place] for of in found[way]) for way in ("local", "workers"))
+        print(f"{what}: local {one:.1f} s, workers {two:.1f} s, ratio {two / one:.3f}")
 
 
 def kills(count: int) -> None:
@@ -146,9 +207,10 @@ def driver(trials: int, workers: int) -> None:
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["same", "kills", "driver"])
+    parser.add_argument("what", choices=["same", "cost", "kills", "driver"])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--n", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--kills", type=int, default=5)
@@ -156,6 +218,8 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser.parse_args(words)
     if given.what == "same":
         same(given.model, given.n, given.workers or 2, given.repeats)
+    elif given.what == "cost":
+        cost(given.model, given.n, given.workers or 2, given.tokens, given.repeats)
     elif given.what == "kills":
         kills(given.kills)
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
 from typing import Any
 from typing import Protocol as Interface
 
@@ -30,7 +31,7 @@ OnBatch = Callable[[Batch, int], None]
 """Called when a batch is stored (or found stored): the batch, and the tokens it wrote now."""
 
 
-LIMITING = ("phase", "condition", "error", "excess_context", "nll_target", "repetition_4")
+LIMITING = ("phase", "condition", "error", "nll_target", *(limit.name for limit in fields(CoherenceLimits)))
 """Columns that say what the limits of coherence are."""
 
 

@@ -155,6 +155,7 @@ class Bench:
             home.mkdir(exist_ok=True)
             save_file({"stand_in": torch.zeros(1)}, home / "model.safetensors")
             self._models[key] = Model(Loaded(hf, tokenizer, f"{shape} shape", home, False))
+            self._models[key].backbone.batch_invariant = not self.options.fast
             fast = fast_room.fast_of(self._models[key].backbone)
             print(
                 f"{shape} shape, {dtype}: made in {time.perf_counter() - start:.1f} s; decoding step: {fast.ops}"
@@ -192,7 +193,11 @@ def median_of(work: Callable[[], Any], times: int = 10) -> float:
 
 def random_prompts(batch: int, tokens: int, vocabulary: int) -> list[EncodedPrompt]:
     rows = torch.randint(10, vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(0)).tolist()
-    return [EncodedPrompt(tuple(row), (2,) * tokens, ("",) * tokens) for row in rows]
+    return [prompt_of(row) for row in rows]
+
+
+def prompt_of(row: list[int]) -> EncodedPrompt:
+    return EncodedPrompt(tuple(row), (2,) * len(row), ("",) * len(row))
 
 
 def forget_peak() -> None:
@@ -293,6 +298,57 @@ def noise(bench: Bench) -> None:
             f"{name}: {100 * float(same):.1f}% of 256 texts of 32 tokens equal; first log-probability "
             f"off by {first:.1e}"
         )
+
+
+def invariant(bench: Bench) -> None:
+    """8B shape, bfloat16: tokens, log-probabilities and scores of the same trials in batches of other sizes, orders and
+    places, to the bit."""
+    backbone, count = bench.model("8b").backbone, bench.options.trials
+    lengths = torch.randint(PROMPT - 40, PROMPT + 40, (count,), generator=torch.Generator().manual_seed(1)).tolist()
+    prompts = [
+        prompt_of(list(p.token_ids[:length]))
+        for p, length in zip(random_prompts(count, 2 * PROMPT, 1000), lengths, strict=True)
+    ]
+    rows = list(range(count))
+    ways: dict[str, tuple[list[list[int]], int | None]] = {
+        f"{size} at a time": ([rows[low : low + size] for low in range(0, count, size)], None)
+        for size in bench.options.sizes
+    }
+    ways |= {"in another order": ([rows[::-1]], None), "in 300 places": ([rows], 300), "in 44 places": ([rows], 44)}
+    for temperature in bench.options.temperatures:
+        expected: list[torch.Tensor] = []
+        for name, (batches, places) in {f"{count} at a time": ([rows], count), **ways}.items():
+            start = time.perf_counter()
+            found = torch.empty(count, 3, bench.options.new, dtype=torch.float64)
+            given = expected[0] if expected else torch.zeros_like(found)
+            for batch in batches:
+                cache = prefill(backbone, [prompts[i] for i in batch])
+                out = decode(
+                    backbone,
+                    cache,
+                    max_new_tokens=bench.options.new,
+                    temperature=temperature,
+                    seeds=batch,
+                    places=places,
+                )
+                forced = [[given[i, 0].long().tolist(), given[i, 0, : 1 + i % 8].long().tolist()] for i in batch]
+                scores = score(backbone, cache, forced).logprobs[:, 0]
+                found[batch] = torch.stack(
+                    [out.token_ids.double(), out.logprobs.double(), scores.double()], dim=1
+                ).cpu()
+            if not expected:  # the scores of the first way were of other tokens
+                expected = [found]
+                cache = prefill(backbone, prompts)
+                forced = [[found[i, 0].long().tolist(), found[i, 0, : 1 + i % 8].long().tolist()] for i in rows]
+                found[:, 2] = score(backbone, cache, forced).logprobs[:, 0].double().cpu()
+            same = (found == expected[0]).all(dim=2).float().mean(dim=0).tolist()
+            print(
+                f"temperature {temperature}, {name}: equal to the bit are the tokens of {100 * same[0]:.2f}% of "
+                f"{count} trials, log-probabilities {100 * same[1]:.2f}%, scores {100 * same[2]:.2f}%; "
+                f"{time.perf_counter() - start:.1f} s",
+                flush=True,
+            )
+    places_room.release(backbone)
 
 
 def decoding(bench: Bench) -> None:
@@ -554,6 +610,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "reading": reading,
     "profile": profile,
     "noise": noise,
+    "invariant": invariant,
     "identities": identities,
     "phase1": phase1,
     "phases": phases,
@@ -573,6 +630,11 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(s for s in SECTIONS if s not in ("compiled", "host_profile")))
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 512, 640, 768, 1024])
     parser.add_argument("--best", type=int, default=640, help="batch of the sections that take one")
+    parser.add_argument("--trials", type=int, default=1024, help="of the section invariant")
+    parser.add_argument("--new", type=int, default=24, help="tokens that its trials write")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 7, 44, 256], help="its batches")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.7, 0.0])
+    parser.add_argument("--fast", action="store_true", help="without batch invariance")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes everywhere, to try the script out")
     parser.add_argument("--seconds", type=float, default=560, help="start no section after this")
     options = parser.parse_args()

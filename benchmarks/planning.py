@@ -2,8 +2,8 @@
 
     python benchmarks/planning.py [--trials 5000000] [--conditions 2560] [--samples 2]
 
-The protocol is a map: one condition for every layer, KV head, slot and strength of a patch, as many as asked for; its bank
-has pairs enough for the trials. Both are written into a temporary directory, and a process of its own plans them on a
+The protocol is a map: one condition for every layer, KV head, slot and strength of a patch, as many as asked for; its
+bank has pairs enough for the trials. Both are written into a temporary directory, and another process plans them on a
 model of random weights with the Llama architecture (4 layers, 2 KV heads), since what a plan costs does not depend on
 the weights. Prints seconds and the peak of resident memory of the whole command, imports and loading included.
 """

@@ -63,7 +63,7 @@ def test_every_package_that_the_code_imports_is_asked_for():
     """Packages are asked for by the base install or by an extra, and those of an extra are known as such."""
     project = PROJECT["project"]
     asked = packages([*project["dependencies"], *project["optional-dependencies"]["run"]])
-    for extra in ("view", "bank", "semantic", "polars"):
+    for extra in ("view", "bank", "semantic", "polars", "ray"):
         asked |= packages(project["optional-dependencies"][extra])
     asked = {name.replace("_", "-") for name in asked}
     distributions = metadata.packages_distributions()

@@ -10,10 +10,12 @@ from kvpatch.errors import CacheError, KvpatchError, MissingExtra, ModelError, P
 from kvpatch.specs.interventions import CacheSteering, InPrefill, Joined, Reshape, ValueSteering
 from kvpatch.specs.patch import Patch
 from kvpatch.specs.selectors import LayerAt, LayerBand, SlotQuery
+from kvpatch.specs.spans import Span
 
 if TYPE_CHECKING:
     from kvpatch.caches.kvcache import KVCache, Segment
     from kvpatch.engine.attention import Attention, Maps
+    from kvpatch.engine.decode import DecodingStep
     from kvpatch.engine.loading import load
     from kvpatch.engine.model import Model
     from kvpatch.notebook import Run
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Attention": "kvpatch.engine.attention",
     "Maps": "kvpatch.engine.attention",
+    "DecodingStep": "kvpatch.engine.decode",
     "KVCache": "kvpatch.caches.kvcache",
     "Segment": "kvpatch.caches.kvcache",
     "Model": "kvpatch.engine.model",
@@ -60,6 +63,7 @@ __all__ = [
     "Attention",
     "CacheError",
     "CacheSteering",
+    "DecodingStep",
     "InPrefill",
     "Joined",
     "KVCache",
@@ -77,6 +81,7 @@ __all__ = [
     "Run",
     "Segment",
     "SlotQuery",
+    "Span",
     "StoreError",
     "Sweep",
     "ValueSteering",

@@ -23,6 +23,7 @@ EXTRA_OF = {
     "tokenizers": "view",
     "wordfreq": "bank",
     "polars": "polars",
+    "ray": "ray",
     "obstore": "remote",
     "boto3": "remote",
 }

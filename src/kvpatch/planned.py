@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from kvpatch.engine.model import Model
 from kvpatch.errors import ProtocolError
+from kvpatch.executors.host import model_record
 from kvpatch.files import remember_tokenizer
 from kvpatch.models.template import has_template
 from kvpatch.planning.fit import refuse_misfits, slots_are_had
-from kvpatch.planning.listener import Report, unreported
+from kvpatch.planning.listener import ProgressListener, Report, unreported
 from kvpatch.planning.plan import Plan, PlanningModel, chosen_phases, make_plan
 from kvpatch.prompts.bank import Bank
 from kvpatch.protocols.schema import Protocol
-from kvpatch.provenance import model_record
 from kvpatch.readouts.geometry import layer_at
 from kvpatch.readouts.lexicon_files import is_shipped
 from kvpatch.readouts.outside import measure_outside
@@ -122,3 +122,8 @@ def other_models(protocol: Protocol, phases: Sequence[str] | None) -> dict[str, 
     """The further models that the chosen phases need: key -> name."""
     chosen = [protocol.phases[name].model for name in chosen_phases(protocol, phases)]
     return {key: name for key, name in protocol.models.items() if key in chosen}
+
+
+def clocked(models: Models, listener: ProgressListener) -> list[str]:
+    """Names of the models whose prompts hold the date, since a run of theirs can't be resumed when it has changed."""
+    return [m.loaded.name for m in models.values() if m.scaffold is not None and m.scaffold.depends_on_clock]

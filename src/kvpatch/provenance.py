@@ -15,33 +15,11 @@ import torch
 
 import kvpatch
 from kvpatch.crash import told_command
-from kvpatch.engine.model import Model
-from kvpatch.models.load import template_sha256, tokenizer_sha256, weights_sha256
 from kvpatch.planning.plan import Plan, chosen_phases
 from kvpatch.prompts.bank import Bank
 from kvpatch.protocols.schema import Protocol
 from kvpatch.readouts.semantic import is_available
 from kvpatch.store.record import ModelRecord, OtherModel, RunRecord
-
-
-def model_record(model: Model) -> ModelRecord:
-    """What run.json says of a model."""
-    g = model.geometry
-    return ModelRecord(
-        name=model.loaded.published_name,
-        architecture=g.architecture,
-        layers=g.layers,
-        kv_heads=g.kv_heads,
-        query_heads=g.query_heads,
-        head_dim=g.head_dim,
-        dtype=str(model.backbone.dtype).removeprefix("torch."),
-        device=str(model.backbone.device.type),
-        weights_sha256=weights_sha256(model.loaded),
-        tokenizer_sha256=tokenizer_sha256(model.tokenizer),
-        template_sha256=template_sha256(model.tokenizer),
-        scaffold_sha256=None if model.scaffold is None else model.scaffold.sha256,
-        revision=model.loaded.revision,
-    )
 
 
 def record_of(
@@ -69,7 +47,7 @@ def record_of(
         versions={name: version(name) for name in ("torch", "transformers", "numpy", "scipy", "pyarrow")}
         | _semantic_versions(protocol),
         git=_git(),
-        hardware=_hardware(),
+        hardware=hardware(),
         command=told_command(command),
         created=now(),
         skipped=[s.model_dump() for s in plan.skipped],
@@ -103,7 +81,8 @@ def _git() -> dict[str, object]:
     return {"commit": commit, "dirty": bool(ask("status", "--porcelain", "--", ".")) if commit else None}
 
 
-def _hardware() -> dict[str, object]:
+def hardware() -> dict[str, object]:
+    """What run.json says of the machine that the models are on."""
     out: dict[str, object] = {
         "machine": platform.machine(),
         "processor": _processor(),

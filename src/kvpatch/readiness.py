@@ -26,7 +26,7 @@ from kvpatch.checks.noise_floor import noise_floor
 from kvpatch.engine.backend import fast_of
 from kvpatch.engine.calibration import calibrate
 from kvpatch.engine.model import Model
-from kvpatch.errors import ModelError
+from kvpatch.errors import ModelError, StoreError
 from kvpatch.files import cache_directory, read_json, write_whole
 from kvpatch.planning.listener import ProgressListener
 from kvpatch.planning.plan import Plan
@@ -130,7 +130,7 @@ def _kept(
     settings = model.loaded.hf.config.to_dict() | {"_name_or_path": ""}
     same = {
         "what": what,
-        "asked": dict(asked),
+        "asked": dict(asked) | {"batch_invariant": model.batch_invariant},
         "model": record.model_dump(exclude={"name"}),
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(),
         "hardware": dict(hardware),
@@ -161,11 +161,29 @@ def named(key: str | None) -> str:
     return key or "own"
 
 
+def refuse_other_mode(models: Mapping[str | None, Model], engine: Mapping[str, Mapping[str, object]]) -> None:
+    """Refuse to go on with a GPU's run in the other mode than it was begun in: its trials would not be of one kind.
+
+    Raises:
+        StoreError: where a model is to be batch-invariant and was not, or the other way round.
+    """
+    for key, model in models.items():
+        begun = engine.get(named(key), {}).get("batch_invariant")
+        if model.backbone.device.type == "cuda" and begun is not None and begun and not model.batch_invariant:
+            raise StoreError("this run was begun batch-invariant; go on without --fast, or give another --out")
+
+
 def engine_of(model: Model, plan: Plan, key: str | None, listener: ProgressListener) -> dict[str, object]:
     """How a model's trials are decoded: what carries out a step, and on a processor threads and rows at a time, found
     by timing where a run is long enough to gain from it."""
     fast = fast_of(model.backbone)
-    found: dict[str, object] = {"step": fast.ops, "note": fast.note, "difference": fast.error}
+    generation = next((batch.generation for batch in plan.batches if batch.model == key), Generation())
+    found: dict[str, object] = {
+        "step": fast.ops,
+        "note": fast.note,
+        "difference": fast.error,
+        "batch_invariant": fast.is_batch_invariant and (generation.top_p == 1 or generation.temperature == 0),
+    }
     if sum(len(batch.trials) for batch in plan.batches if batch.model == key) < WORTH_CALIBRATING:
         return found
     listener.stage(f"finding how to run {model.loaded.name} fastest")

@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ from kvpatch.crash import write_crash
 from kvpatch.engine.loading import load
 from kvpatch.engine.model import Model
 from kvpatch.errors import KvpatchError, ModelError, ProtocolError, StoreError
-from kvpatch.executors.local import LocalExecutor
+from kvpatch.executors.host import Here, Host, How
 from kvpatch.executors.specificity import calibrate_readouts, rule_of
 from kvpatch.files import cache_directory
 from kvpatch.notebook import Run
@@ -28,18 +28,18 @@ from kvpatch.offline import is_watched
 from kvpatch.planned import Models, other_models, plan_for
 from kvpatch.planning.listener import ProgressListener
 from kvpatch.planning.plan import Batch, Plan, chosen_phases
-from kvpatch.prompts.bank import load_bank
+from kvpatch.prompts.bank import Bank, load_bank
 from kvpatch.protocols.load import load_protocol
 from kvpatch.protocols.schema import Protocol, calibration_of
-from kvpatch.provenance import now, record_of
-from kvpatch.readiness import checked, engine_of, floor_of, named
+from kvpatch.provenance import hardware, now, record_of
+from kvpatch.readiness import checked, engine_of, floor_of, named, refuse_other_mode
 from kvpatch.readouts.scorer import names_code
 from kvpatch.report.build import write_report
 from kvpatch.specs.arguments import plain, whole
 from kvpatch.store.directory import Store
 from kvpatch.store.objects import Place, place_of
 from kvpatch.store.readout_calibration import ReadoutCalibration
-from kvpatch.store.record import RunRecord
+from kvpatch.store.record import ModelRecord, RunRecord, Session, with_session
 from kvpatch.store.validation import newest_validation
 from kvpatch.verdicts.deviations import stated
 from kvpatch.verdicts.outcome import Outcome, outcome_of, stored_protocol, write_verdicts
@@ -48,7 +48,7 @@ from kvpatch.verdicts.procedures import refuse_unknown
 
 def run(
     protocol: Protocol,
-    models: Models,
+    models: Models | Host,
     out: Place,
     *,
     seed: int = 0,
@@ -59,13 +59,16 @@ def run(
 ) -> Outcome:
     """Run a protocol, or what is left of it, and write verdicts and report.
 
+    models: in this process, or a host that has them elsewhere, such as the workers of `executors.crew`.
+
     Raises:
         KvpatchError: before anything is written, where something can't be right. Any other error leaves crash.txt in
             the run directory.
     """
     told, asked = _Stages(listener or ProgressListener()), _Asked(seed, n, phases, command)
     try:
-        return _run(protocol, models, out, asked, told)
+        host = Here(models) if isinstance(models, Mapping) else models
+        return _run(protocol, host, out, asked, told)
     except KvpatchError:
         raise
     except Exception as error:
@@ -96,49 +99,32 @@ class _Stages(ProgressListener):
         self.listener.stage(what)
 
 
-def _run(protocol: Protocol, models: Models, out: Place, asked: _Asked, listener: ProgressListener) -> Outcome:
+def _run(protocol: Protocol, host: Host, out: Place, asked: _Asked, listener: ProgressListener) -> Outcome:
     refuse_unknown(protocol.hypotheses)
     store = Store(out)
     store.refuse_unwritable()
     bank = load_bank(protocol.bank, protocol.folder)
-    plan, records = plan_for(
-        models,
-        protocol,
-        bank,
-        seed=asked.seed,
-        n=asked.n,
-        phases=asked.phases,
-        grown_from=store.read_record().grown_to(asked.n) if store.has_record() else (),
-    )
+    grown_from = store.read_record().grown_to(asked.n) if store.has_record() else ()
+    plan, records, machine = host.ask(_planned, protocol, bank, asked, grown_from, listener=listener)
     listener.planned(plan)
     with store.locked():
         record = record_of(protocol, bank, plan, records, asked.seed, asked.n, asked.phases, asked.command)
+        record = record.model_copy(update={"hardware": machine})
         if store.has_record():
             stored = store.read_record()
             stored_protocol(stored)  # one that was changed after the run is told before anything is computed
             record = record.continued(stored)
         else:
             _refuse_parts_of_another_run(store, plan)
-        record = record.model_copy(update=stated(protocol, asked.n, record.phases, record.grown_from))
-        others = dict(record.other_models)
-        unchecked = [None] * (record.check is None) + [key for key, other in others.items() if other.check is None]
-        hardware = record.hardware
-        checks = {key: checked(models[key], records[key], hardware, listener) for key in unchecked}
         newest = newest_validation(cache_directory(), kvpatch.__version__)
         validation = None if newest is None else newest.summary()
-        engine = record.engine or {named(key): engine_of(model, plan, key, listener) for key, model in models.items()}
-        for key, (found, floor) in checks.items():
-            more = floor_of(models[key], records[key], hardware, plan, key, engine)
-            measured = {"check": found, "noise_floor": floor | more}
-            if key is None:
-                record = record.model_copy(update=measured)
-            else:
-                others[key] = others[key].model_copy(update=measured)
-        record = record.model_copy(update={"other_models": others, "validation": validation, "engine": engine})
+        told = stated(protocol, asked.n, record.phases, record.grown_from) | {"validation": validation}
+        record = record.model_copy(update=told)
+        record = host.ask(_checked, record, records, plan, listener=listener)
         store.write_record(record)
-        record = _with_readouts(record, plan, models, protocol, listener)
+        record = host.ask(_with_readouts, record, plan, protocol, listener=listener)
         store.write_record(record)
-        record = _execute(plan, models, store, record, listener)
+        record = _execute(plan, host, store, record, listener)
         listener.stage("deciding and writing the report")
         outcome = replace(outcome_of(store), record=record)
         if told := write_verdicts(store, outcome):
@@ -146,6 +132,45 @@ def _run(protocol: Protocol, models: Models, out: Place, asked: _Asked, listener
         store.write_record(record)
         write_report(store, outcome)
     return outcome
+
+
+def _planned(
+    models: Models,
+    listener: ProgressListener,
+    protocol: Protocol,
+    bank: Bank,
+    asked: _Asked,
+    grown_from: Sequence[int | None],
+) -> tuple[Plan, dict[str | None, ModelRecord], dict[str, object]]:
+    """The plan, what run.json says of each model, and of the machine that they are on."""
+    plan, records = plan_for(
+        models, protocol, bank, seed=asked.seed, n=asked.n, phases=asked.phases, grown_from=grown_from
+    )
+    return plan, records, hardware()
+
+
+def _checked(
+    models: Models,
+    listener: ProgressListener,
+    record: RunRecord,
+    records: Mapping[str | None, ModelRecord],
+    plan: Plan,
+) -> RunRecord:
+    """The record with the checks of the models that were not checked yet, and with how each is decoded."""
+    others = dict(record.other_models)
+    unchecked = [None] * (record.check is None) + [key for key, other in others.items() if other.check is None]
+    machine = record.hardware
+    checks = {key: checked(models[key], records[key], machine, listener) for key in unchecked}
+    refuse_other_mode(models, record.engine)
+    engine = record.engine or {named(key): engine_of(model, plan, key, listener) for key, model in models.items()}
+    for key, (found, floor) in checks.items():
+        more = floor_of(models[key], records[key], machine, plan, key, engine)
+        measured = {"check": found, "noise_floor": floor | more}
+        if key is None:
+            record = record.model_copy(update=measured)
+        else:
+            others[key] = others[key].model_copy(update=measured)
+    return record.model_copy(update={"other_models": others, "engine": engine})
 
 
 def _refuse_parts_of_another_run(store: Store, plan: Plan) -> None:
@@ -169,7 +194,7 @@ def _readouts_of(record: RunRecord, key: str | None) -> ReadoutCalibration | Non
 
 
 def _with_readouts(
-    record: RunRecord, plan: Plan, models: Models, protocol: Protocol, listener: ProgressListener
+    models: Models, listener: ProgressListener, record: RunRecord, plan: Plan, protocol: Protocol
 ) -> RunRecord:
     """The record with the calibration of every model's readouts, found now or by an earlier run."""
     known = {key: calibration for key in models if (calibration := _readouts_of(record, key)) is not None}
@@ -185,25 +210,29 @@ def _with_readouts(
     return record.model_copy(update={"readout_calibration": found.get(None), "other_models": others})
 
 
-def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, listener: ProgressListener) -> RunRecord:
+def _execute(plan: Plan, host: Host, store: Store, record: RunRecord, listener: ProgressListener) -> RunRecord:
     start, written = time.monotonic(), [0]
     store.done()  # a stored part that is damaged is told before the run says that it begins
     listener.stage("running")
+    sessions = [*record.sessions]
 
     def on_batch(batch: Batch, tokens: int) -> None:
         written[0] += tokens
         listener.batch(batch, tokens)
 
-    if threads := record.engine.get(named(None), {}).get("threads"):
-        torch.set_num_threads(threads)
-    rows = {key: int(record.engine.get(named(key), {}).get("rows", 0)) or None for key in models}
+    def on_change(session: Session) -> None:
+        sessions[len(record.sessions) :] = [session]
+        store.write_record(record.model_copy(update={"sessions": sessions}))
+
+    rows = {key: int(record.engine.get(named(key), {}).get("rows", 0)) or None for key in host.keys}
     # Whatever was imported and read so far stays; the collector need not look through it again and again.
     gc.collect()
     gc.freeze()
-    rules = {key: rule_of(_readouts_of(record, key)) for key in models}
-    floors = {key: (record if key is None else record.other_models[key]).noise_floor or {} for key in models}
+    rules = {key: rule_of(_readouts_of(record, key)) for key in host.keys}
+    floors = {key: (record if key is None else record.other_models[key]).noise_floor or {} for key in host.keys}
     known = {key: floor["trials"] for key, floor in floors.items() if "trials" in floor}
-    executor = LocalExecutor(models, rows, rules, known)
+    threads = record.engine.get(named(None), {}).get("threads")
+    executor = host.executor(How(rows, rules, known, threads), on_change)
     limits = executor.run(plan, store, on_tokens=listener.tokens, on_batch=on_batch)
     found = {phase: asdict(limit) for phase, limit in limits.items()}
     noise = {
@@ -224,6 +253,7 @@ def _execute(plan: Plan, models: Models, store: Store, record: RunRecord, listen
             "finished": now(),
             "seconds": round(record.seconds + time.monotonic() - start, 1),
             "tokens": record.tokens + written[0],
+            "sessions": with_session(record.sessions, sessions[-1] if written[0] else None),
             "coherence_limits": found.get(calibration_of(None), record.coherence_limits),
             "noise_floor": noise.get(None, record.noise_floor),
             "other_models": others,

@@ -173,3 +173,19 @@ def test_what_was_put_aside_brings_no_mistakes_that_the_file_has_not(starter):
 def test_too_few_prompts_for_n_are_told_before_a_model_is_looked_for(kvpatch, starter):
     code, _, err = kvpatch("plan", starter / "protocol.yaml", "--model", "there-is-none", "--n", 40)
     assert code == 2 and "wants n=40" in err and "it needs 48 of each" in err
+
+
+def test_too_few_calibration_pairs_are_told_in_words_and_alone(kvpatch, starter) -> None:
+    file = starter / "protocol.yaml"
+    file.write_text(file.read_text("utf-8").replace("calibration: {pairs: 8", "calibration: {pairs: 1"), "utf-8")
+    code, _, err = kvpatch("plan", file, "--model", "smollm2-135m")
+    assert code == 2 and "calibration.pairs: must be at least 2, not 1" in err
+    assert "held out" not in err
+
+
+def test_fewer_pairs_than_a_claim_asks_for_are_told_before_the_run() -> None:
+    from kvpatch.verdicts.smallest import warnings_before
+
+    protocol = load_protocol("dec7")
+    assert any("no answer says that the mode can be read" in line for line in warnings_before(protocol, 9))
+    assert not any("no answer says" in line for line in warnings_before(protocol, 10))

@@ -84,7 +84,7 @@ def test_indices_may_be_of_any_kind(key: str):
 @pytest.mark.parametrize(
     "wrong",
     [[True, False], np.array([True]), torch.tensor([False]), True, [1.0], np.array([0.5]), ["1"], 1.5, [None], [[1]],
-     b"1", "some", slice(3, None), slice(None, -1), slice(0, 4, -1), slice("a", None)],
+     b"1", "some", slice(3, None, 0), slice(None, -1.5), slice(0, 4, -1), slice("a", None)],
     ids=str,
 )  # fmt: skip
 def test_indices_that_can_t_be_meant_are_refused_by_name(key: str, wrong: Any):
@@ -110,7 +110,7 @@ def test_strengths_may_be_of_any_kind(half: Any):
         (lambda: Patch(slots={"off": "body"}), "there is no 'slots.off'"),
         (lambda: Patch(slots={"fraction": (0.5, 0.1)}), "fraction must be two numbers"),
         (lambda: Patch(slots={"of": "nowhere"}), "slots.of: Input should be 'all'.*, not 'nowhere'"),
-        (lambda: Patch(layers={"depth": 2}), "layers.depth: .*less than or equal to 1, not 2"),
+        (lambda: Patch(layers={"depth": 2}), "layers.depth: .*must be at most 1, not 2"),
         (lambda: Patch(layers={"band": (0.5, 0.5)}), "band must be two fractions"),
         (lambda: Patch(align="middle"), "align: .*not 'middle'"),  # type: ignore[arg-type]
         (lambda: SlotQuery(keywords=["(open"]), r"keyword '\(open' is not a regular expression"),

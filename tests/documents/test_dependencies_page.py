@@ -45,7 +45,7 @@ def test_the_extras_are_those_that_are_promised() -> None:
 def test_what_is_asked_for_is_pinned() -> None:
     lines = (REPOSITORY / "constraints.txt").read_text("utf-8").splitlines()
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
-    extras = {k: v for k, v in PROJECT["optional-dependencies"].items() if k != "ray"}  # no command installs it
-    for line in [*PROJECT["dependencies"], *(line for lines in extras.values() for line in lines)]:
+    extras = PROJECT["optional-dependencies"].values()
+    for line in [*PROJECT["dependencies"], *(line for lines in extras for line in lines)]:
         (name, *_) = asked([line]) or {"numpy"}
         assert name.lower().replace("_", "-") in pinned | {"pip"}, name

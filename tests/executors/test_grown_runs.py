@@ -6,7 +6,7 @@ import pytest
 
 import kvpatch as kv
 from kvpatch.errors import StoreError
-from kvpatch.executors import local
+from kvpatch.executors import together
 from kvpatch.planning import plan as planning
 from kvpatch.store.directory import Store
 from small import write_protocol
@@ -19,14 +19,14 @@ def grow(tiny, tmp_path, monkeypatch):
     """`grow(n)`: run the same protocol in the same directory; the rows after it, and the trials that were computed."""
     monkeypatch.setattr(planning, "ROWS_PER_BATCH", 1)  # several pairs, several batches
     computed: list[str] = []
-    measure = local.measure
+    measure = together.measure
 
     def counted(model, batch, **settings):
         computed.extend(trial.trial_id for trial in batch.trials)
         return measure(model, batch, **settings)
 
-    monkeypatch.setattr(local, "measure", counted)
-    monkeypatch.setattr(local, "is_worth_repeating", lambda model: False)
+    monkeypatch.setattr(together, "measure", counted)
+    monkeypatch.setattr(together, "is_worth_repeating", lambda model: False)
     protocol = write_protocol(tmp_path)
 
     def call(n: int, out: str = "out"):

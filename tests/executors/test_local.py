@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from kvpatch.executors import local
+from kvpatch.executors import together
 from kvpatch.executors.local import LocalExecutor, stored_limits
 from kvpatch.planning import plan as planner
 from kvpatch.readouts.fluency import CoherenceLimits
@@ -95,8 +95,8 @@ def test_run_broken_off_inside_a_batch_ends_the_same(model, plan, tmp_path, undi
             raise Broken
         return measure(model, batch, **kwargs)
 
-    measure = local.measure
-    monkeypatch.setattr(local, "measure", breaking)
+    measure = together.measure
+    monkeypatch.setattr(together, "measure", breaking)
     with store.locked():
         with pytest.raises(Broken):
             run(model, plan, store)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kvpatch as kv
-from kvpatch.executors import local
+from kvpatch.executors import together
 from kvpatch.executors.batch import measure
 from kvpatch.executors.local import LocalExecutor
 from kvpatch.executors.noise import is_worth_repeating, repeated_trials
@@ -62,7 +62,7 @@ def test_only_what_may_depend_on_its_company_is_repeated_and_once(
         calls.append(1)
         return repeated_trials(*given)
 
-    monkeypatch.setattr(local, "repeated_trials", noted)
+    monkeypatch.setattr(together, "repeated_trials", noted)
     plan = small_plan(n=2)
     half = kv.load(tiny_dirs("llama"), device="cpu", dtype="bfloat16")
     assert half.backbone.dtype == torch.bfloat16

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pyarrow.compute as pc
 import pytest
 
-from kvpatch.executors import local
+from kvpatch.executors import together
 from kvpatch.executors.local import LocalExecutor
 from kvpatch.executors.optional_columns import OPTIONAL_COLUMNS
 from kvpatch.planning import plan as planner
@@ -64,7 +64,7 @@ class Whole(NamedTuple):
 @pytest.fixture(scope="module")
 def whole(model, plan, tmp_path_factory) -> Whole:
     told: list[tuple[str, str]] = []
-    measure = local.measure
+    measure = together.measure
 
     def counted(model, batch, **settings):
         told.extend((batch.phase, trial.condition) for trial in batch.trials)
@@ -72,7 +72,7 @@ def whole(model, plan, tmp_path_factory) -> Whole:
 
     store = Store(tmp_path_factory.mktemp("whole") / "run")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(local, "measure", counted)
+        patched.setattr(together, "measure", counted)
         run(model, plan, store)
     return Whole(store, told)
 

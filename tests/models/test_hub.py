@@ -17,10 +17,10 @@ from huggingface_hub import constants
 
 import kvpatch as kv
 from kvpatch.errors import ModelError
+from kvpatch.executors.host import model_record
 from kvpatch.models import hub
 from kvpatch.models.load import load_model
 from kvpatch.models.named import hub_models, named_models
-from kvpatch.provenance import model_record
 from tiny import tiny_model_dir
 
 pytestmark = pytest.mark.model

@@ -16,10 +16,10 @@ from transformers.utils import chat_template_utils
 import kvpatch as kv
 from kvpatch.cli import main as cli
 from kvpatch.errors import ModelError, StoreError
+from kvpatch.executors.host import model_record
 from kvpatch.planned import plan_for
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.load import load_protocol
-from kvpatch.provenance import model_record
 from kvpatch.run import ProgressListener, run
 from kvpatch.store.directory import Store
 from small import CONDITIONS, write_protocol

@@ -12,8 +12,8 @@ import pytest
 import kvpatch as kv
 from kvpatch.cli.app import with_flags
 from kvpatch.errors import ModelError
+from kvpatch.executors.host import model_record
 from kvpatch.planning.listener import ProgressListener
-from kvpatch.provenance import model_record
 from kvpatch.readiness import checked
 from tiny import CHATML, tiny_model_dir, tiny_tokenizer
 

@@ -236,7 +236,8 @@ def test_code_is_not_run_to_check_a_name(tmp_path):
 def test_commands_refuse_a_misspelt_readout_before_they_load_anything(tmp_path, capsys, monkeypatch, command):
     file = written(tmp_path, put(put(content(), "hypotheses/0/readout", "scoree"), "hypotheses/3/contrast", "C - N9"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kvpatch.cli.runs.load_all", lambda *_, **__: pytest.fail("a model was loaded"))
+    for loading in ("load_all", "host_of"):
+        monkeypatch.setattr(f"kvpatch.cli.runs.{loading}", lambda *_, **__: pytest.fail("a model was loaded"))
     monkeypatch.setattr(sys, "argv", ["kvpatch", command[0], str(file), *command[1:]])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

@@ -149,7 +149,7 @@ def test_run_of_more_than_a_thousand_pairs_is_not_stopped_by_its_power(tmp_path,
         raise Reached
 
     protocol = write_protocol(tmp_path, **{k: v for k, v in content().items() if k != "bank"})
-    monkeypatch.setattr("kvpatch.cli.runs.load_all", reached)
+    monkeypatch.setattr("kvpatch.cli.runs.host_of", reached)
     monkeypatch.setattr("kvpatch.protocols.names._too_few_prompts", lambda *_: iter(()))  # the bank is a small one
     monkeypatch.setenv("KVPATCH_DEBUG", "1")
     monkeypatch.setattr(room, "QUICK_SETS", 50)
@@ -166,7 +166,7 @@ def test_run_of_more_than_a_thousand_pairs_is_not_stopped_by_its_power(tmp_path,
 def test_request_that_can_not_be_run_is_still_refused_before_a_model_is_loaded(
     tmp_path, capsys, monkeypatch, asked, words
 ):
-    monkeypatch.setattr("kvpatch.cli.runs.load_all", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("kvpatch.cli.runs.host_of", lambda *_, **__: pytest.fail("a model was loaded"))
     protocol = write_protocol(tmp_path)
     monkeypatch.setattr(sys, "argv", ["kvpatch", "run", str(protocol), "--model", "m", "--out", "out", *asked])
     with pytest.raises(SystemExit) as stopped:

@@ -20,6 +20,7 @@ from kvpatch.errors import CacheError, EmptySelection
 from kvpatch.specs.patch import Patch
 from kvpatch.specs.regexes import Pattern
 from kvpatch.specs.selectors import LayerAt, LayerBand, SlotQuery
+from kvpatch.specs.spans import Span
 
 SINKS = 4
 """First slots that models use as attention sinks whatever they hold (Xiao et al. 2023, StreamingLLM)."""
@@ -50,15 +51,15 @@ class Touched:
         return found if all(found) else (0, 0, 0)
 
 
-def told(slots: str | SlotQuery | Sequence[int]) -> str:
+def told(slots: str | SlotQuery | Span | Sequence[int]) -> str:
     """A slot selection as it reads in a sentence."""
     if isinstance(slots, SlotQuery):
         return f"slots {json.dumps(slots.model_dump(mode='json', exclude_defaults=True), ensure_ascii=False)}"
-    return f"slots {slots!r}" if isinstance(slots, str) else f"slots {list(slots)}"
+    return f"slots {slots!r}" if isinstance(slots, str | Span) else f"slots {list(slots)}"
 
 
 def chosen_layers(
-    layers: Sequence[int] | LayerBand | LayerAt | None, count: int, *, may_be_empty: bool = False
+    layers: Sequence[int] | LayerBand | LayerAt | Span | None, count: int, *, may_be_empty: bool = False
 ) -> list[int]:
     """`layer_indices` of a selection that is to change something; it may find no layer only where that is allowed.
 
@@ -73,12 +74,14 @@ def chosen_layers(
             raise
         found = []
     if not found and not may_be_empty:
-        what = f"the inverse of band {list(layers.band)}" if isinstance(layers, LayerBand) else "layers []"
+        what = (
+            f"the inverse of band {list(layers.band)}" if isinstance(layers, LayerBand) else _none_of("layers", layers)
+        )
         raise EmptySelection(f"{what} holds no layer of a model with {count} layers, so nothing would change")
     return found
 
 
-def chosen_heads(kv_heads: Sequence[int] | None, count: int, *, may_be_empty: bool = False) -> list[int]:
+def chosen_heads(kv_heads: Sequence[int] | Span | None, count: int, *, may_be_empty: bool = False) -> list[int]:
     """`head_indices` of a selection that is to change something; it may find no head only where that is allowed.
 
     Raises:
@@ -87,12 +90,17 @@ def chosen_heads(kv_heads: Sequence[int] | None, count: int, *, may_be_empty: bo
     """
     found = head_indices(kv_heads, count)
     if not found and not may_be_empty:
-        raise EmptySelection(f"kv_heads [] holds none of a layer's {count} KV heads, so nothing would change")
+        raise EmptySelection(
+            f"{_none_of('kv_heads', kv_heads)} holds none of a layer's {count} KV heads, so nothing would change"
+        )
     return found
 
 
 def refuse_empty(
-    slots: str | SlotQuery | Sequence[int], counts: Sequence[int], side: str, so: str = "nothing would change there"
+    slots: str | SlotQuery | Span | Sequence[int],
+    counts: Sequence[int],
+    side: str,
+    so: str = "nothing would change there",
 ) -> None:
     """Refuse a slot selection that finds nothing in one of the rows.
 
@@ -109,7 +117,7 @@ def refuse_empty(
             raise EmptySelection(f"{found} row {row} of {end}", f"{found} {end}")
 
 
-def layer_indices(layers: Sequence[int] | LayerBand | LayerAt | None, count: int) -> list[int]:
+def layer_indices(layers: Sequence[int] | LayerBand | LayerAt | Span | None, count: int) -> list[int]:
     """Layer indices that a selection means in a model of `count` layers; a band is rounded to whole layers.
 
     Raises:
@@ -127,7 +135,7 @@ def layer_indices(layers: Sequence[int] | LayerBand | LayerAt | None, count: int
     return _in_range("layer", layers, count)
 
 
-def head_indices(kv_heads: Sequence[int] | None, count: int) -> list[int]:
+def head_indices(kv_heads: Sequence[int] | Span | None, count: int) -> list[int]:
     """KV-head indices in a layer of `count` KV heads.
 
     Raises:
@@ -136,7 +144,9 @@ def head_indices(kv_heads: Sequence[int] | None, count: int) -> list[int]:
     return list(range(count)) if kv_heads is None else _in_range("KV head", kv_heads, count)
 
 
-def slot_indices(cache: KVCache, row: int, slots: Patch | str | SlotQuery | Sequence[int], seed: int = 0) -> list[int]:
+def slot_indices(
+    cache: KVCache, row: int, slots: Patch | str | SlotQuery | Span | Sequence[int], seed: int = 0
+) -> list[int]:
     """Slots of one row that a selection means, as ascending indices into the cache tensor (padding counted).
 
     Args:
@@ -182,7 +192,7 @@ def mirrored_slots(source: KVCache, target: KVCache, row: int, of: str, chosen: 
     return [here[place] for place in places]
 
 
-def slot_mask(cache: KVCache, slots: Patch | str | SlotQuery | Sequence[int]) -> Tensor:
+def slot_mask(cache: KVCache, slots: Patch | str | SlotQuery | Span | Sequence[int]) -> Tensor:
     """[batch, slots], True for the slots of every row that a selection means; see `slot_indices`."""
     mask = torch.zeros(cache.is_real.shape, dtype=torch.bool)
     for row in range(cache.batch):
@@ -190,7 +200,7 @@ def slot_mask(cache: KVCache, slots: Patch | str | SlotQuery | Sequence[int]) ->
     return mask.to(cache.positions.device)
 
 
-def beside_mask(cache: KVCache, marked: str | SlotQuery | Sequence[int]) -> Tensor:
+def beside_mask(cache: KVCache, marked: str | SlotQuery | Span | Sequence[int]) -> Tensor:
     """[batch, slots], True for the slots that marked ones are compared with: as many others of the user's words, as
     frequent and at like places. None in a row that has too few others. Sinks are neither marked nor compared.
 
@@ -213,7 +223,7 @@ def beside_mask(cache: KVCache, marked: str | SlotQuery | Sequence[int]) -> Tens
 
 
 def chosen_mask(
-    cache: KVCache, slots: str | SlotQuery | Sequence[int], side: str = "target", *, may_be_empty: bool = False
+    cache: KVCache, slots: str | SlotQuery | Span | Sequence[int], side: str = "target", *, may_be_empty: bool = False
 ) -> Tensor:
     """`slot_mask` of a selection that is to change something; a row may be without only where that is allowed.
 
@@ -228,7 +238,14 @@ def chosen_mask(
     return mask
 
 
-def _in_range(what: str, indices: Sequence[int], count: int) -> list[int]:
+def _none_of(name: str, chosen: object) -> str:
+    """A selection of layers or heads that is empty in a model."""
+    return f"{name} {chosen if isinstance(chosen, Span) else []}"
+
+
+def _in_range(what: str, indices: Sequence[int] | Span, count: int) -> list[int]:
+    if isinstance(indices, Span):
+        return list(indices.within(count))
     bad = [i for i in indices if not -count <= i < count]
     if bad:
         raise CacheError(f"{what} {bad[0]} does not exist: there are {count} (0 to {count - 1})")

@@ -142,15 +142,14 @@ def warn_of_missing_meaning(protocol: Protocol) -> None:
         )
 
 
-def warn_of_clocks(loaded: dict[str | None, Model]) -> None:
-    """Say which models' prompts hold the date, since a run of theirs can't be resumed when it has changed."""
-    for model in loaded.values():
-        if model.scaffold is not None and model.scaffold.depends_on_clock:
-            say(
-                f"warning: the chat template of {model.loaded.name} writes the date or time into every prompt; a run "
-                "can be resumed only while the template writes the same",
-                err=True,
-            )
+def warn_of_clocks(names: list[str]) -> None:
+    """Say which models' prompts hold the date (`planned.clocked`)."""
+    for name in names:
+        say(
+            f"warning: the chat template of {name} writes the date or time into every prompt; a run can be resumed "
+            "only while the template writes the same",
+            err=True,
+        )
 
 
 def how_to_read(
@@ -166,12 +165,11 @@ def how_to_read(
     }
 
 
-def load_all(
+def sources_of(
     protocol: Protocol, model: str, phases: list[str] | None, replaced: list[str] | None, **settings: Any
-) -> dict[str | None, Model]:
-    """The run's own model, and the further ones that its phases need. A revision is the run's own model's."""
-    from kvpatch.cli.progress import loading
-    from kvpatch.engine.loading import load
+) -> dict[str | None, tuple[str, dict[str, Any]]]:
+    """The run's own model, and the further ones that its phases need: names, and how `load` is to read them. A revision
+    is the run's own model's."""
     from kvpatch.planned import other_models
 
     names: dict[str | None, str] = {None: model, **other_models(protocol, phases)}
@@ -183,11 +181,19 @@ def load_all(
         if key in names:
             names[key] = name
     revision = settings.pop("revision", None)
+    return {key: (name, {"revision": revision if key is None else None, **settings}) for key, name in names.items()}
+
+
+def load_all(
+    protocol: Protocol, model: str, phases: list[str] | None, replaced: list[str] | None, **settings: Any
+) -> dict[str | None, Model]:
+    """The same, loaded."""
+    from kvpatch.cli.progress import loading
+    from kvpatch.engine.loading import load
+
+    sources = sources_of(protocol, model, phases, replaced, **settings)
     with loading() as report:
-        return {
-            key: load(name, progress=report, revision=revision if key is None else None, **settings)
-            for key, name in names.items()
-        }
+        return {key: load(name, progress=report, **how) for key, (name, how) in sources.items()}
 
 
 def phase_names(phases: str | None) -> list[str] | None:
@@ -269,8 +275,8 @@ def one_line_errors() -> Iterator[None]:
         sys.stderr.write(f"kvpatch: {_crashed(error)}\n")
         sys.exit(70)
     except SystemExit as stop:
-        # typer turns Ctrl-C into this exit code.
-        if stop.code == 130:
+        # typer turns Ctrl-C into the first of these exit codes; a run with workers SIGTERM into the other.
+        if stop.code in (130, 143):
             _say_stopped()
         raise
     except KeyboardInterrupt:  # before typer looks for it

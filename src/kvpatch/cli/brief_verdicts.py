@@ -33,17 +33,21 @@ def print_brief_verdicts(outcome: Outcome, all_of_it: str, most: int = MOST_LINE
     )
     first = [v for v in outcome.verdicts if v.family == "primary"]
     rest = [v for v in outcome.verdicts if v.family != "primary"]
-    lines = [_line(v) for v in first]
-    lines += [f"{row.verdict}: {row.claim}" for row in outcome.plan_table]
-    lines += [_line(v) for v in rest]
+    lines = [line for v in first for line in _lines(v, width)]
+    lines += [textwrap.shorten(f"{row.verdict}: {row.claim}", width, placeholder="...") for row in outcome.plan_table]
+    lines += [line for v in rest for line in _lines(v, width)]
     room = most - len(head) - len(foot)
-    for line in [*head, *(textwrap.shorten(line, width, placeholder="...") for line in lines[:room]), *foot]:
+    for line in [*head, *lines[:room], *foot]:
         say(line)
 
 
-def _line(v: Verdict) -> str:
-    """A verdict, its estimate and interval; the claim comes last, where it may be cut."""
+def _lines(v: Verdict, width: int) -> list[str]:
+    """A verdict, its estimate, interval, p and n, whole; the claim comes last, and is cut where the line ends."""
     interval = "" if v.ci_low is None or v.ci_high is None else f" [{number(v.ci_low)}, {number(v.ci_high)}]"
     estimate = "" if v.estimate is None else f" = {number(v.estimate)}{interval}"
     p = "" if v.p_adjusted is None else f", p {p_value(v.p_adjusted)}"
-    return f"{v.verdict}: {v.id}, {v.contrast} in {v.readout}{estimate}{p}, n = {v.n}. {v.claim}"
+    numbers = f"{v.verdict}: {v.id}, {v.contrast} in {v.readout}{estimate}{p}, n = {v.n}."
+    if len(numbers) > width:
+        return textwrap.wrap(numbers, width, subsequent_indent="    ")
+    claim = textwrap.shorten(v.claim, max(4, width - len(numbers) - 1), placeholder="...")
+    return [numbers if len(numbers) + len(claim) >= width or claim == "..." else f"{numbers} {claim}"]

@@ -126,12 +126,14 @@ class _ProgressBar(ProgressListener):
     def __init__(self, bar: Progress, console: PlainConsole, begin: Callable[[], None]) -> None:
         self.bar, self.console, self.begin = bar, console, begin
         self.has_begun = False
+        self.new_tokens: list[int] = []
         self.task = bar.add_task("loading", total=None, left=None, speed="")
         self.start = self.said = time.monotonic()
-        self.total = self.done = self.new = self.tokens_new = 0
+        self.total = self.done = self.new = self.tokens_new = self.tokens_of_done = 0
 
     def planned(self, plan: Plan) -> None:
         self.total = plan.n_trials
+        self.new_tokens = [batch.generation.max_new_tokens for batch in plan.batches]
         self.bar.update(self.task, total=self.total)
 
     def stage(self, what: str) -> None:
@@ -151,11 +153,18 @@ class _ProgressBar(ProgressListener):
         self.done += len(batch.trials)
         if tokens:
             self.new += len(batch.trials)
+        self.tokens_of_done = self.tokens_new
         self._show()
+
+    def _inside(self) -> float:
+        """Trials' worth of tokens that the batch at hand has written, of rows that may all be as long as allowed."""
+        longest = max(self.new_tokens, default=0) or 1
+        return min((self.tokens_new - self.tokens_of_done) / longest, 0.95 * (self.total - self.done))
 
     def _show(self) -> None:
         passed = time.monotonic() - self.start
-        left = (self.total - self.done) * passed / self.new if self.new else None
+        so_far = self.new + self._inside()
+        left = (self.total - self.done - self._inside()) * passed / so_far if so_far >= 1 else None
         speed = f"{self.tokens_new / max(passed, 1e-9):.0f} tok/s"
         self.bar.update(self.task, completed=self.done, left=left, speed=speed)
         if not self.console.is_terminal and time.monotonic() - self.said > PLAIN_EVERY:

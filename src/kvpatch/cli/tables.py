@@ -19,6 +19,7 @@ from kvpatch.prompts.bank import Bank
 from kvpatch.protocols.schema import Protocol
 from kvpatch.specs.readouts import readouts
 from kvpatch.store.directory import Store
+from kvpatch.store.record import told_of_sessions
 from kvpatch.verdicts.prerequisites import COHERENT_SHARE
 from kvpatch.verdicts.wording import number, p_value, percent
 
@@ -145,6 +146,7 @@ def status_summary(store: Store) -> dict[str, Any]:
         "seconds": record.seconds,
         "seconds_left": progress.left,
         "phases": progress.by_phase,
+        "workers": told_of_sessions(record.sessions),
     }
 
 
@@ -168,22 +170,35 @@ def print_status(summary: dict[str, Any]) -> None:
         "" if summary["finished"] is None else f"finished {summary['finished']}",
     ]
     console.print("; ".join(part for part in told if part))
+    if summary["workers"] is not None:
+        console.print(summary["workers"])
+
+
+WIDE = 120
+"""Columns from which on a table of verdicts is read at a glance; below, its cells break."""
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """The verdict table, and under it the reason for each."""
+    """The verdict table, and under it the reason for each; on a narrow terminal the reasons alone, with the verdict.
+    Hypotheses that have one reason share it."""
     console = PlainConsole()
-    table = Table(title="verdicts")
-    for column in ("hypothesis", "verdict", "contrast", "readout", "estimate [interval]", "p adjusted", "n"):
-        table.add_column(column, no_wrap=column in ("hypothesis", "verdict"))
+    is_wide = console.width >= WIDE
+    if is_wide:
+        table = Table(title="verdicts")
+        for column in ("hypothesis", "verdict", "contrast", "readout", "estimate [interval]", "p adjusted", "n"):
+            table.add_column(column, no_wrap=column in ("hypothesis", "verdict", "estimate [interval]"))
+        for v in verdicts:
+            interval = "" if v.ci_low is None or v.ci_high is None else f" [{number(v.ci_low)}, {number(v.ci_high)}]"
+            estimate = "-" if v.estimate is None else f"{number(v.estimate)}{interval}"
+            p = "-" if v.p_adjusted is None else p_value(v.p_adjusted)
+            table.add_row(v.id, v.verdict, v.contrast, v.readout, estimate, p, str(v.n))
+        console.print(table)
+    reasons: dict[tuple[str, str], list[str]] = {}
     for v in verdicts:
-        interval = "" if v.ci_low is None or v.ci_high is None else f" [{number(v.ci_low)}, {number(v.ci_high)}]"
-        estimate = "-" if v.estimate is None else f"{number(v.estimate)}{interval}"
-        p = "-" if v.p_adjusted is None else p_value(v.p_adjusted)
-        table.add_row(v.id, v.verdict, v.contrast, v.readout, estimate, p, str(v.n))
-    console.print(table)
-    for v in verdicts:
-        console.print(styled(v.id, "bold") + f": {visible(v.because)}")
+        reasons.setdefault((v.verdict, v.because), []).append(v.id)
+    for (verdict, because), ids in reasons.items():
+        told = visible(because) if is_wide else f"{verdict}. {visible(because)}"
+        console.print(styled(", ".join(ids), "bold") + f": {told}")
 
 
 def print_effects(effects: Sequence[Effect]) -> None:
@@ -192,7 +207,13 @@ def print_effects(effects: Sequence[Effect]) -> None:
     for phase in dict.fromkeys(effect.phase for effect in effects):
         rows = [effect for effect in effects if effect.phase == phase]
         measured = list(dict.fromkeys(effect.readout for effect in rows))
-        table = Table(title=f"phase {phase}: difference from the natural run, mean and 95% interval over pairs")
+        title = f"phase {phase}: difference from the natural run, mean and 95% interval over pairs"
+        if any(effect.is_incoherent for effect in rows):
+            title += (
+                f". * below the {percent(COHERENT_SHARE)} a condition needs: its contrasts in readouts of sampled text "
+                "can't be interpreted"
+            )
+        table = Table(title=title)
         for column in ("condition", "n", "coherent", *(_heading(name) for name in measured)):
             table.add_column(column, no_wrap=column == "condition")
         is_wide = console.width >= 140
@@ -206,11 +227,6 @@ def print_effects(effects: Sequence[Effect]) -> None:
             n = str(max(effect.n for effect in own.values()))
             about = [first.about] if is_wide else []
             table.add_row(condition, n, share, *(_interval(own[name]) for name in measured), *about)
-        if any(effect.is_incoherent for effect in rows):
-            table.caption = (
-                f"* below the {percent(COHERENT_SHARE)} a condition needs: its contrasts in readouts of sampled text "
-                "can't be interpreted"
-            )
         console.print(table)
 
 

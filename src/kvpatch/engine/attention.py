@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,13 @@ from torch import Tensor
 from kvpatch.caches.kvcache import PAD, KVCache, Origin, Segment
 from kvpatch.caches.selection import SINKS
 from kvpatch.engine.head_statistics import CLASSES, Block, block_statistics
-from kvpatch.errors import CacheError
+from kvpatch.errors import CacheError, missing_extra
 from kvpatch.models.hf import AttentionInputs
+from kvpatch.specs.arguments import whole
 from kvpatch.specs.attention import STATISTICS
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 """Most bytes of the scores of one block: on a CPU so few that the passes over it stay in its cache, on a GPU so many
@@ -62,15 +67,34 @@ class Attention:
             `specs.attention.STATISTICS`: the mean over the queries that have one, NaN where none has.
         queries: [batch], queries that were counted.
         maps: layer -> [batch, heads, queries, slots] of the maps asked for, zero past a query's own slot.
+        tokens: per row, the text of each of its own slots (padding left out), where a model's call gave it.
+        fed: tokens fed to every row, which stand in the last slots; `Maps.queries` counts them from 0.
+        asked: the maps asked for.
     """
 
     values: Tensor
     queries: Tensor
     maps: dict[int, Tensor]
+    tokens: tuple[tuple[str, ...], ...] = ()
+    fed: int = 0
+    asked: Maps | None = None
 
     def __getitem__(self, statistic: str) -> Tensor:
         """One statistic, [batch, layers, query_heads]."""
         return self.values[..., list(STATISTICS).index(statistic)]
+
+    def map(self, layer: int, row: int = 0) -> xr.DataArray:
+        """The attention of one layer in one row, with its tokens.
+
+        Args:
+            layer: one that `Maps` asked for; row: of the batch.
+        Returns:
+            `xarray.DataArray` (head, query, key). Queries and keys are numbered by slot of the row, padding left out;
+            the coordinates `query_token` and `key_token` are their texts.
+        Raises:
+            CacheError: for a layer without a map, or a row that there is not.
+        """
+        return labelled_map(self, layer, row)
 
     @classmethod
     def concat(cls, parts: Sequence[Attention]) -> Attention:
@@ -80,7 +104,41 @@ class Attention:
             torch.cat([part.values for part in parts]),
             torch.cat([part.queries for part in parts]),
             {layer: torch.cat([part.maps[layer] for part in parts]) for layer in layers},
+            tuple(row for part in parts for row in part.tokens),
+            parts[0].fed,
+            parts[0].asked,
         )
+
+
+def labelled_map(attention: Attention, layer: int, row: int) -> xr.DataArray:
+    """One layer's map of one row as a labelled array; see `Attention.map`."""
+    try:
+        import xarray as xr
+    except ImportError as error:
+        raise (missing_extra(error) or error) from error
+    asked = attention.asked
+    if asked is None or layer not in attention.maps:
+        have = f"there are maps of layers {sorted(attention.maps)}" if attention.maps else "no map was asked for"
+        raise CacheError(f"layer {layer} has no map: {have}; ask with maps=kv.Maps(layers=[{layer}], heads=[0])")
+    count = len(attention.queries)
+    if not -count <= whole("row", row) < count:
+        raise CacheError(f"row {row} is not in a batch of {count}")
+    values = attention.maps[layer][row]  # [heads, queries, slots]
+    slots, tokens = values.shape[2], list(attention.tokens[row]) if attention.tokens else []
+    padding = slots - len(tokens) if tokens else 0
+    fed = [q for q in range(attention.fed) if asked.queries is None or q in asked.queries]
+    own = [(place, slots - attention.fed + q - padding) for place, q in enumerate(fed)]
+    own = [(place, slot) for place, slot in own if slot >= 0]  # a shorter row has no query at its padding
+    coords: dict[str, Any] = {
+        "head": [head % attention.values.shape[2] for head in asked.heads],
+        "query": [slot for _, slot in own],
+        "key": range(slots - padding),
+        "layer": layer,
+    }
+    if tokens:
+        coords |= {"query_token": ("query", [tokens[slot] for _, slot in own]), "key_token": ("key", tokens)}
+    kept = values[:, [place for place, _ in own], padding:].float().cpu().numpy()
+    return xr.DataArray(kept, dims=["head", "query", "key"], coords=coords, name="attention")
 
 
 class AttentionCapture:
@@ -203,7 +261,7 @@ class AttentionCapture:
             layer: torch.stack([torch.nn.functional.pad(p, (0, slots - p.shape[2])) for p in rows], dim=2)
             for layer, rows in self._kept.items()
         }
-        return Attention((sums / counts).float(), self._queries, maps)
+        return Attention((sums / counts).float(), self._queries, maps, fed=self._seen, asked=self.maps)
 
 
 def _queries_of_a_block(before: int, entries: int) -> int:

@@ -1,24 +1,30 @@
-"""Can a model take the engine's own decoding step, and which parts carry it out? Asked once a model, by measuring.
+"""Choose the engine's own way of running a model, once per model, by comparing logits.
 
-A step of the network is compared with the model's own forward pass on a few tokens. Where the two differ, or the model
-is not Llama-like, decoding runs the model's own forward pass, and `note` says why.
+A decoding step of the network, and on a GPU a reading of many tokens, are compared with the model's own forward pass on
+a few tokens. Where they differ, or the model is not Llama-like, the model's own forward pass runs, and `note` says why.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from kvpatch.caches.kvcache import PAD
+from kvpatch.engine.pack import Held, pack_rows
+from kvpatch.engine.residual import disturbed_residual
 from kvpatch.engine.step import Ops, PlainOps, Sampling, feed_step, make_places
 from kvpatch.errors import ModelError
 from kvpatch.models.backbone import Backbone
+from kvpatch.models.hf import Edits
 from kvpatch.models.llamalike import Network, network_of
 
 _CHECKED_ON = 7
 """Cached tokens of the comparison's longer row."""
+MOST_NOISE = 0.2
+"""A step may never differ by more, whatever the model's own noise is."""
 _FURTHEST = 32_767
 """Furthest position of the comparison: its tables take 16 MB a set of frequencies."""
 
@@ -27,12 +33,20 @@ _FURTHEST = 32_767
 class Fast:
     """How a model's decoding step runs: the network and what carries it out ("fused" or "plain"); with no network, the
     model's own forward pass. `error` is the largest difference of a logit from the model's own, over the largest
-    logit."""
+    logit. `reader` reads prompts and continuations on a GPU, an `engine.reading.Reader`; None where the model's own
+    forward pass does. `products` are the matrix products of "fused", an `engine.exact_products.Products`."""
 
     network: Network | None
     ops: str
     note: str
     error: float = 0.0
+    reader: Any = None
+    products: Any = None
+
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether a row's tokens and log-probabilities are the same to the bit whatever rows it runs with."""
+        return self.ops == "fused" and self.reader is not None and self.products is not None and self.products.is_exact
 
     def weights(self, backbone: Backbone) -> list[torch.Tensor]:
         """The matrices that every step multiplies by."""
@@ -47,9 +61,11 @@ class Fast:
         assert self.network is not None
         # A nucleus needs sorted logits, which the fused choice does not have.
         if self.ops == "fused" and (sampling.top_p == 1 or sampling.temperature == 0):
+            from kvpatch.engine.exact_products import Products
             from kvpatch.engine.fused import FusedOps
 
-            return FusedOps(backbone, self.network, sampling, positions)
+            products = self.products or Products(is_exact=backbone.batch_invariant)
+            return FusedOps(backbone, self.network, sampling, positions, products)
         return PlainOps(backbone, self.network, sampling, positions)
 
 
@@ -66,6 +82,16 @@ def fast_of(backbone: Backbone) -> Fast:
     return known
 
 
+def reader_of(backbone: Backbone, edits: Edits | None = None) -> Any:
+    """The `engine.reading.Reader` of a model as it now is; None on a processor, with hooks on the model, for changes of
+    what attention gives, or where the model's own forward pass reads. Takes over what was changed in the model."""
+    if backbone.device.type != "cuda":
+        backbone.catch_up()
+        return None
+    reader = fast_of(backbone).reader
+    return None if any(edit.output is not None for edit in (edits or {}).values()) else reader
+
+
 def _find(backbone: Backbone) -> Fast:
     network = network_of(backbone)
     if isinstance(network, str):
@@ -76,16 +102,27 @@ def _find(backbone: Backbone) -> Fast:
     notes = []
     for ops in _candidates(backbone, network, notes):
         try:
-            error = _difference(backbone, Fast(network, ops, ""))
+            found = _carried_out_by(backbone, network, ops)
+            error, noise = _difference(backbone, found)
         except torch.OutOfMemoryError:
             raise
         except Exception as problem:  # Triton needs a compiler, and its own errors have no common class
             notes.append(f"{ops}: {type(problem).__name__}: {problem}".splitlines()[0])
             continue
-        if error < (1e-4 if backbone.dtype == torch.float32 else 5e-2):
-            return Fast(network, ops, "; ".join(notes), error)
+        if error < _bound(backbone, noise):
+            return replace(found, note="; ".join(notes), error=error)
         notes.append(f"{ops}: logits differ from the model's own by {error:.2g} of their size")
     return Fast(None, "model", "; ".join(notes))
+
+
+def _carried_out_by(backbone: Backbone, network: Network, ops: str) -> Fast:
+    if ops == "plain":
+        return Fast(network, ops, "")
+    from kvpatch.engine.exact_products import Products
+    from kvpatch.engine.reading import Reader
+
+    products = Products(is_exact=backbone.batch_invariant)
+    return Fast(network, ops, "", reader=Reader(backbone, network, products), products=products)
 
 
 def _candidates(backbone: Backbone, network: Network, notes: list[str]) -> list[str]:
@@ -102,8 +139,16 @@ def _candidates(backbone: Backbone, network: Network, notes: list[str]) -> list[
     return ["fused", "plain"]
 
 
-def _difference(backbone: Backbone, fast: Fast) -> float:
-    """How far a step's logits are from the model's own, over the largest of those."""
+def _bound(backbone: Backbone, noise: float) -> float:
+    """What a step's logits may differ by. In 16 bits every rounding moves them, the more the deeper the model is: a
+    step may move them as far as one more unit in the last place per layer does. A step that is wrong moves them by
+    about their size."""
+    return 1e-4 if backbone.dtype == torch.float32 else min(MOST_NOISE, max(5e-2, noise))
+
+
+def _difference(backbone: Backbone, fast: Fast) -> tuple[float, float]:
+    """How far a step's logits are from the model's own, over the largest of those; and how far the model's own move
+    where each layer's input is off by one unit in the last place."""
     far = min(backbone.geometry.context - 1, _FURTHEST)
     spread = torch.linspace(0, far, _CHECKED_ON + 1).long()
     windows = [w for w in backbone.geometry.windows if w and w + _CHECKED_ON < far]
@@ -112,11 +157,12 @@ def _difference(backbone: Backbone, fast: Fast) -> float:
     near = torch.arange(_CHECKED_ON + 1)
     # The near positions come last: a model that sets its own frequencies is left as short texts leave it.
     places = [torch.stack([spread, edge]), torch.stack([near, near - 2])]
-    return max(_difference_at(backbone, fast, positions.to(backbone.device)) for positions in places)
+    found = [_difference_at(backbone, fast, positions.to(backbone.device)) for positions in places]
+    return max(error for error, _ in found), max(noise for _, noise in found)
 
 
 @torch.no_grad()
-def _difference_at(backbone: Backbone, fast: Fast, positions: torch.Tensor) -> float:
+def _difference_at(backbone: Backbone, fast: Fast, positions: torch.Tensor) -> tuple[float, float]:
     """The same for tokens at positions [2, cached tokens and one more], below 0 where padded."""
     generator = torch.Generator().manual_seed(0)
     vocabulary, slots = backbone.geometry.vocabulary, _CHECKED_ON
@@ -143,4 +189,31 @@ def _difference_at(backbone: Backbone, fast: Fast, positions: torch.Tensor) -> f
     chosen = places.token_ids[:, :1]
     if not bool(((chosen >= 0) & (rounded.gather(1, chosen.clamp(min=0)) == rounded.amax(1, keepdim=True))).all()):
         raise ModelError("the chosen token is not the likeliest")
-    return float((own - found).abs().max() / own.abs().max().clamp(min=1e-30))
+    if fast.reader is not None:
+        held = Held(
+            [layer.keys[:, :, :slots] for layer in slab.slab_layers],
+            [layer.values[:, :, :slots] for layer in slab.slab_layers],
+            positions[:, :slots],
+        )
+        found = torch.stack([found, *_as_read(fast.reader, backbone, tokens, positions, held)])
+    with disturbed_residual(backbone):
+        moved = backbone.logits(backbone.forward(tokens, positions, backbone.slab(2, slots + 1))[:, -1])
+    size = own.abs().max().clamp(min=1e-30)
+    return float((own - found).abs().max() / size), float((own - moved).abs().max() / size)
+
+
+def _as_read(
+    reader: Any, backbone: Backbone, tokens: torch.Tensor, positions: torch.Tensor, held: Held
+) -> list[torch.Tensor]:
+    """Logits [2, vocabulary] behind the last of these tokens as the reader gives them: of all of them, and of the last
+    one behind a cache of those before."""
+    is_real = (positions != PAD).tolist()
+    rows = [
+        [(token, at) for token, at, real in zip(*of_row, strict=True) if real]
+        for of_row in zip(tokens.tolist(), positions.tolist(), is_real, strict=True)
+    ]
+    cached = [len(row) - 1 for row in rows]
+    whole = reader.read(pack_rows(rows))
+    ends = torch.tensor([len(row) for row in rows], device=backbone.device).cumsum(0) - 1
+    behind = reader.read(pack_rows([row[-1:] for row in rows], cached, held), held)
+    return [reader.logits(states) for states in (whole[ends], behind)]

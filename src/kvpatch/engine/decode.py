@@ -5,8 +5,8 @@
 until every row has stopped or the limit is reached.
 
 A Llama-like model takes the engine's own step, with rows taking turns in places (`step`, `places`, `fast`). Any other,
-any edit but steering, and a batch whose attention is watched take the model's own forward pass, all rows writing the
-same slot of one slab.
+any edit but steering, and a batch whose attention is watched or whose logits are changed take the model's own forward
+pass, all rows writing the same slot of one slab.
 """
 
 from __future__ import annotations
@@ -29,6 +29,27 @@ from kvpatch.models.backbone import Backbone
 from kvpatch.models.hf import Edits, Slab
 
 OnStep = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class DecodingStep:
+    """What a function given as `on_logits` is shown before each token is chosen.
+
+    Attributes:
+        number: the step, from 0.
+        logits: [batch, vocabulary], float32, of the token to be chosen. A copy: change it and return it.
+        token_ids: [batch, number], what each row wrote so far; -1 after it has stopped.
+        is_going: [batch], False for rows that have stopped, whose logits change nothing any more.
+    """
+
+    number: int
+    logits: Tensor
+    token_ids: Tensor
+    is_going: Tensor
+
+
+OnLogits = Callable[[DecodingStep], Tensor | None]
+"""Logits to choose from in place of the model's, [batch, vocabulary]; None leaves them."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +94,7 @@ def decode(
     edits: Edits | None = None,
     to_capture: AttentionRequest | None = None,
     places: int | None = None,
+    on_logits: OnLogits | None = None,
 ) -> Continuations:
     """Generate from every row of a cache.
 
@@ -87,6 +109,7 @@ def decode(
         edits: changes that every step makes to its queries, keys and values.
         to_capture: what to capture of attention; `marked` is of the cache's slots.
         places: rows decoded at a time; as many as there are, or as fit on the GPU, if None.
+        on_logits: shown every step of all rows; what it returns is chosen from.
     Raises:
         CacheError: where the seeds do not fit the batch, or another model made the cache.
         ProtocolError: where the context has no room for the new tokens.
@@ -109,9 +132,11 @@ def decode(
         on_step=on_step,
     )
     capture = None if to_capture is None else AttentionCapture.after(cache, to_capture)
-    must_be_plain = capture is not None or any(not edit.only_steers for edit in (edits or {}).values())
+    must_be_plain = (
+        capture is not None or on_logits is not None or any(not edit.only_steers for edit in (edits or {}).values())
+    )
     if fast.network is None or must_be_plain:
-        written = _decode_plainly(backbone, cache, request, edits, capture)
+        written = _decode_plainly(backbone, cache, request, edits, (capture, on_logits))
     else:
         written = decode_in_places(backbone, fast, cache, request, places)
         longest_row = int(written.lengths.max())
@@ -124,9 +149,15 @@ def decode(
 
 
 def _decode_plainly(
-    backbone: Backbone, cache: KVCache, request: Request, edits: Edits | None, capture: AttentionCapture | None
+    backbone: Backbone,
+    cache: KVCache,
+    request: Request,
+    edits: Edits | None,
+    watchers: tuple[AttentionCapture | None, OnLogits | None],
 ) -> Written:
-    """The same by the model's own forward pass, for every architecture and every edit; `capture` watches it."""
+    """The same by the model's own forward pass, for every architecture and every edit; the watchers are shown its
+    attention and its logits."""
+    capture, on_logits = watchers
     shape = (cache.batch, request.limit)
     slab = slab_of(backbone, cache, request.limit)
     token_ids = torch.full(shape, PAD, dtype=torch.int64, device=backbone.device)
@@ -139,7 +170,8 @@ def _decode_plainly(
             capture.only(is_going[:, None])
         hidden = backbone.forward(feed[:, None], position[:, None], slab, edits=edits, observer=capture)
         logits = backbone.logits(hidden)[:, -1]  # [batch, vocabulary]
-        chosen = choose(logits, request.seeds, step, request.sampling.temperature, request.sampling.top_p)
+        asked = logits if on_logits is None else _changed(on_logits, step, logits, token_ids[:, :step], is_going)
+        chosen = choose(asked, request.seeds, step, request.sampling.temperature, request.sampling.top_p)
         logprob = logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
         token_ids[:, step] = torch.where(is_going, chosen, PAD)
         logprobs[:, step] = torch.where(is_going, logprob, float("nan"))
@@ -152,6 +184,26 @@ def _decode_plainly(
             break
     values = {layer: _new_values(slab, layer, cache.slots, token_ids) for layer in request.keep_values}
     return Written(token_ids, logprobs, (token_ids != PAD).sum(dim=1), values, steps, {})
+
+
+def _changed(on_logits: OnLogits, step: int, logits: Tensor, token_ids: Tensor, is_going: Tensor) -> Tensor:
+    """The logits that a function makes of a step's.
+
+    Raises:
+        ProtocolError: where it returns anything but finite or -inf logits of the same shape, with one finite a row.
+    """
+    given = on_logits(DecodingStep(step, logits.clone(), token_ids.clone(), is_going.clone()))
+    if given is None:
+        return logits
+    if not isinstance(given, Tensor) or given.shape != logits.shape:
+        got = f"a tensor of shape {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise ProtocolError(f"on_logits must return logits of shape {list(logits.shape)}, or None, got {got}")
+    given = given.to(logits)
+    if bool((given.isnan() | (given == float("inf"))).any()) or not bool(given.isfinite().any(dim=1).all()):
+        raise ProtocolError(
+            f"on_logits left a row without a token to choose, or with a logit that is no number, at step {step}"
+        )
+    return given
 
 
 def _stopped(written: Written, sampling: Sampling) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kvpatch.engine.exact_products import Products
 from kvpatch.engine.kernels import (
     INNER_BLOCK,
     SLOT_BLOCK,
@@ -17,6 +18,7 @@ from kvpatch.engine.kernels import (
     norm_kernel,
     note_kernel,
 )
+from kvpatch.engine.reading_kernels import add_norm_kernel
 from kvpatch.engine.step import Places, Sampling, rotary_tables
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.llamalike import LayerWeights, Network
@@ -32,11 +34,54 @@ def what_is_unfit(network: Network) -> str | None:
     return None
 
 
-class FusedOps:
-    """The parts of a step that are no matrix product, fused."""
+def norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Root mean square norm of [rows, width]."""
+    rows, width = hidden.shape
+    out = torch.empty_like(hidden)
+    norm_kernel[(rows,)](hidden, weight, out, epsilon, width, **_row_of(width))
+    return out
 
-    def __init__(self, backbone: Backbone, network: Network, sampling: Sampling, positions: int) -> None:
-        self.backbone, self.network, self.sampling = backbone, network, sampling
+
+def add_norm(hidden: Tensor, added: Tensor, after: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
+    """Add to hidden [rows, width] in place, `added` first normed where there is an `after`; the norm of the sum."""
+    rows, width = hidden.shape
+    out = torch.empty_like(hidden)
+    add_norm_kernel[(rows,)](
+        hidden,
+        added,
+        weight if after is None else after,
+        weight,
+        out,
+        epsilon,
+        width,
+        HAS_AFTER=after is not None,
+        **_row_of(width),
+    )
+    return out
+
+
+def gated(gate_up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up of [rows, 2 * inner]."""
+    rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, inner)
+    grid = (rows, triton.cdiv(inner, INNER_BLOCK))
+    gated_kernel[grid](gate_up, out, inner, IS_SILU=activation == "silu", BLOCK=INNER_BLOCK)
+    return out
+
+
+def _row_of(width: int) -> dict[str, int]:
+    """How a kernel takes a row of so many numbers."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
+class FusedOps:
+    """The parts of a step that are no matrix product, fused, and products whose rows do not depend on their number."""
+
+    def __init__(
+        self, backbone: Backbone, network: Network, sampling: Sampling, positions: int, products: Products
+    ) -> None:
+        self.backbone, self.network, self.sampling, self.products = backbone, network, sampling, products
         self.tables = rotary_tables(backbone, network, positions)
         self.precision = "ieee" if backbone.dtype == torch.float32 else "tf32"
 
@@ -46,20 +91,16 @@ class FusedOps:
             places.slot_positions.scatter_(1, slot, places.position[:, None].int())
 
     def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        rows, width = hidden.shape
-        out = torch.empty_like(hidden)
-        block = triton.next_power_of_2(width)
-        norm_kernel[(rows,)](
-            hidden, weight, out, self.network.epsilon, width, BLOCK=block, num_warps=min(16, max(1, block // 512))
-        )
-        return out
+        return norm(hidden, weight, self.network.epsilon)
+
+    def add_norm(self, hidden: Tensor, added: Tensor, after: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden, add_norm(hidden, added, after, weight, self.network.epsilon)
 
     def gated(self, gate_up: Tensor) -> Tensor:
-        rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
-        out = gate_up.new_empty(rows, inner)
-        grid = (rows, triton.cdiv(inner, INNER_BLOCK))
-        gated_kernel[grid](gate_up, out, inner, IS_SILU=self.network.activation == "silu", BLOCK=INNER_BLOCK)
-        return out
+        return gated(gate_up, self.network.activation)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.products.linear(x, weight, bias)
 
     def attend(self, layer: int, weights: LayerWeights, qkv: Tensor, places: Places) -> Tensor:
         net, count = self.network, len(places)

@@ -26,6 +26,7 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
     progress: Progress | None = None,
+    batch_invariant: bool = True,
 ) -> Model:
     """Load a model to patch, or take one that is in memory: `kv.load("smollm2-135m")`, or
     `kv.load(model=hf_model, tokenizer=tokenizer)`.
@@ -36,6 +37,7 @@ def load(
         model: a transformers model. It stays the object that it is, on its device and in its type; it is put in
             evaluation mode.
         tokenizer: the tokenizer of `model`.
+        batch_invariant: see `Model.batch_invariant`.
     Raises:
         ModelError: where it can't be found, read, trusted, or patched correctly.
     """
@@ -62,5 +64,6 @@ def load(
             progress=progress,
         )
     made = Model(loaded)
+    made.batch_invariant = batch_invariant
     made.opinion = second_opinion(made.backbone, loaded)
     return made

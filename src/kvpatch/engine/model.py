@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from kvpatch.caches.kvcache import PAD, KVCache
 from kvpatch.caches.selection import beside_mask, chosen_layers, slot_mask, told
 from kvpatch.engine.attention import Attention, AttentionRequest, Maps
-from kvpatch.engine.decode import OnStep, decode
+from kvpatch.engine.decode import OnLogits, OnStep, decode
 from kvpatch.engine.generated import Generated
 from kvpatch.engine.prefill import labels_of, prefill, prefill_with_attention
 from kvpatch.engine.score import score
@@ -73,6 +74,19 @@ class Model:
     def geometry(self) -> Geometry:
         """Shape of the model's cache."""
         return self.backbone.geometry
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a row's tokens and log-probabilities are to be the same to the bit whatever rows it runs with, on a
+        GPU (docs/decisions/020-batch-invariance.md). `run.json` says whether they are. May be set at any time."""
+        return self.backbone.batch_invariant
+
+    @batch_invariant.setter
+    def batch_invariant(self, wanted: bool) -> None:
+        wanted = arguments.switch("batch_invariant", wanted, error=ModelError)
+        if wanted != self.backbone.batch_invariant:
+            self.backbone.batch_invariant = wanted
+            self.backbone.kept.clear()
 
     @property
     def end_tokens(self) -> list[int]:
@@ -180,7 +194,7 @@ class Model:
         Args:
             prompts: one or more prompts, as text or encoded; their last tokens are not read yet.
             marked: slots whose share of attention is `mass_marked`.
-            maps: layers, heads and queries whose whole attention is to be kept.
+            maps: layers, heads and queries whose whole attention is to be kept; `Attention.map(layer)` labels them.
         Returns:
             `Attention`; `attention["entropy"]` is [batch, layers, query_heads]. `specs.attention.STATISTICS` names all
             statistics.
@@ -191,14 +205,25 @@ class Model:
         mask = beside = None
         if marked is not None and encoded:
             given: Any = marked
-            marked = Patch(slots=given).slots  # refuses what is no selection
+            chosen = Patch(slots=given).slots  # refuses what is no selection
             labels = KVCache(keys=(), values=(), rope=(), **labels_of(encoded, self.backbone.device))
-            mask, beside = slot_mask(labels, marked), beside_mask(labels, marked)
+            mask, beside = slot_mask(labels, chosen), beside_mask(labels, chosen)
             if not mask.any():
                 raise EmptySelection(
-                    f"marked {told(marked)} find no slot in any of the prompts; mark slots that they have"
+                    f"marked {told(chosen)} find no slot in any of the prompts; mark slots that they have"
                 )
-        return prefill_with_attention(self.backbone, encoded, AttentionRequest(mask, self._maps(maps), beside))[1]
+        request = AttentionRequest(mask, self._maps(maps), beside)
+        cache, attention = prefill_with_attention(self.backbone, encoded, request)
+        return self._with_tokens(attention, cache)
+
+    def _with_tokens(self, attention: Attention, cache: KVCache, new: Tensor | None = None) -> Attention:
+        """Attention with each token's text: of a cache, and of what was fed after it (all but the last written)."""
+        rows = [list(pieces) for pieces in cache.pieces]
+        if new is not None:
+            for row, pending, written in zip(rows, cache.pending.tolist(), new.tolist(), strict=True):
+                fed = (pending, *written[: attention.fed - 1])
+                row += [self.tokenizer.decode([token]) if token != PAD else "" for token in fed]
+        return replace(attention, tokens=tuple(tuple(row) for row in rows))
 
     def _maps(self, maps: Maps | None) -> Maps | None:
         """Maps to keep, as plain numbers that the model has."""
@@ -225,6 +250,7 @@ class Model:
         seeds: Sequence[int] | None = None,
         stop: bool = True,
         on_step: OnStep | None = None,
+        on_logits: OnLogits | None = None,
         attention: bool | Maps = False,
     ) -> Generated:
         """Let the model go on from a cache. The cache is not changed.
@@ -236,6 +262,9 @@ class Model:
             top_p: keep the likeliest tokens up to this probability.
             seeds: one a row (0, 1, 2, ... if None); a row's text does not depend on the other rows.
             stop: False goes on past an end token.
+            on_step: called after every step with the number of rows that still write.
+            on_logits: a function that is shown each step before its tokens are chosen, a `DecodingStep` of all rows,
+                and may return other logits [batch, vocabulary]; `logprobs` stay the model's own.
             attention: True for statistics of every head over what is fed; `Maps` for whole maps as well.
         Raises:
             ProtocolError: for a number out of its range, or more tokens than the context has room for.
@@ -245,8 +274,9 @@ class Model:
         max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, least=1, error=ProtocolError)
         temperature, top_p = arguments.sampling(temperature, top_p)
         stop = arguments.switch("stop", stop, error=ProtocolError)
-        if on_step is not None and not callable(on_step):
-            raise ProtocolError(f"on_step must be a function of one number, got {arguments.shown(on_step)}")
+        for name, of, given in (("on_step", "number", on_step), ("on_logits", "DecodingStep", on_logits)):
+            if given is not None and not callable(given):
+                raise ProtocolError(f"{name} must be a function of one {of}, got {arguments.shown(given)}")
         if not isinstance(attention, bool):
             attention = self._maps(attention) or False
         out = decode(
@@ -258,11 +288,13 @@ class Model:
             seeds=range(cache.batch) if seeds is None else arguments.seeds(seeds, cache.batch),
             end_tokens=self.end_tokens if stop else (),
             on_step=on_step,
+            on_logits=on_logits,
             to_capture=AttentionRequest(maps=None if attention is True else attention) if attention else None,
         )
         longest = max(out.lengths)
         tokens, logprobs = out.token_ids[:, :longest], out.logprobs[:, :longest]
-        return Generated(self.texts(out.token_ids), tokens, logprobs, out.stopped, out.attention)
+        seen = None if out.attention is None else self._with_tokens(out.attention, cache, tokens)
+        return Generated(self.texts(out.token_ids), tokens, logprobs, out.stopped, seen)
 
     def score(self, cache: KVCache, continuations: str | Sequence[str | Sequence[int]]) -> Tensor:
         """Teacher-forced log-probabilities of given continuations. The cache is not changed.

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kvpatch.caches.kvcache import PAD, KVCache, Origin
 from kvpatch.engine.attention import Attention, AttentionCapture, AttentionRequest
+from kvpatch.engine.backend import reader_of
+from kvpatch.engine.pack import Held, Pack, pack_rows
 from kvpatch.engine.token_budget import run_in_passes
 from kvpatch.errors import ProtocolError
 from kvpatch.models.backbone import Backbone
@@ -33,7 +35,7 @@ def prefill(backbone: Backbone, prompts: Sequence[EncodedPrompt]) -> KVCache:
     """
     if not prompts:
         raise ProtocolError("there is no prompt to prefill")
-    backbone.catch_up()
+    reader_of(backbone)  # first, since it takes over what was changed in the model
     for prompt in prompts:
         if len(prompt.token_ids) > backbone.geometry.context:
             raise ProtocolError(f"a prompt has {len(prompt.token_ids)} tokens; {backbone.geometry.limit}")
@@ -62,36 +64,43 @@ def _shared_beginning(prompts: Sequence[EncodedPrompt]) -> int:
     return shared if shared >= SHARED_AT_LEAST else 0
 
 
-def _beginning(backbone: Backbone, token_ids: Sequence[int]) -> Slab:
-    """A slab of one row that holds the shared beginning."""
+def _beginning(backbone: Backbone, token_ids: Sequence[int]) -> Held:
+    """The shared beginning, in one row."""
+    at = torch.arange(len(token_ids), device=backbone.device)[None]
+    if (reader := reader_of(backbone)) is not None:
+        keys, values = _read(reader, pack_rows([list(zip(token_ids, range(len(token_ids)), strict=True))]))
+        return Held(*([one.transpose(0, 1)[None] for one in layers] for layers in (keys, values)), at)
     slab = backbone.slab(1, len(token_ids))
-    tokens = torch.tensor([list(token_ids)], device=backbone.device)
-    backbone.forward(tokens, torch.arange(len(token_ids), device=backbone.device)[None], slab)
-    return slab
+    backbone.forward(torch.tensor([list(token_ids)], device=backbone.device), at, slab)
+    layers = slab.slab_layers
+    return Held([layer.keys for layer in layers], [layer.values for layer in layers], at)
 
 
 def prefill_pass(
     backbone: Backbone,
     prompts: Sequence[EncodedPrompt],
     shared: int = 0,
-    beginning: Slab | None = None,
+    beginning: Held | None = None,
     edits: Edits | None = None,
     observer: AttentionObserver | None = None,
 ) -> KVCache:
     """One pass over prompts; `prefill` cuts many prompts into such passes.
 
     Args:
-        shared, beginning: tokens all prompts begin with, and a slab of one row that holds them.
+        shared, beginning: number of tokens that all prompts begin with, and one row that holds them.
         edits: changes to queries, keys and values as they are made; the pass must then share no beginning.
         observer: is shown every layer's attention; with a shared beginning, that of the rest alone.
     """
     labels = labels_of(prompts, backbone.device)
     token_ids, positions = labels["token_ids"], labels["positions"]
     batch, slots = positions.shape
+    if observer is None and (reader := reader_of(backbone, edits)) is not None:
+        keys, values = _read_pass(reader, prompts, slots, beginning, edits)
+        return KVCache(keys, values, **labels, rope=backbone.geometry.rope, model=backbone.identity)
     if beginning is not None:
         slab = Slab.holding(
-            tuple(x.keys.expand(batch, -1, -1, -1) for x in beginning.slab_layers),
-            tuple(x.values.expand(batch, -1, -1, -1) for x in beginning.slab_layers),
+            tuple(keys.expand(batch, -1, -1, -1) for keys in beginning.keys),
+            tuple(values.expand(batch, -1, -1, -1) for values in beginning.values),
             beginning.positions.expand(batch, -1),
             slots - shared,
         )
@@ -108,6 +117,60 @@ def prefill_pass(
         rope=backbone.geometry.rope,
         model=backbone.identity,
     )
+
+
+LayerTensors = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+"""Keys and values, a tensor per layer each."""
+
+
+def _read(reader: Any, pack: Pack, held: Held | None = None, edits: Edits | None = None) -> LayerTensors:
+    """Keys and values of a pack's tokens, [tokens, kv_heads, head_dim] per layer."""
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+
+    def on_layer(layer: int, k: Tensor, v: Tensor) -> None:
+        keys.append(k.clone())
+        values.append(v.clone())
+
+    reader.read(pack, held, edits=edits, on_layer=on_layer, wants_states=False)
+    return tuple(keys), tuple(values)
+
+
+def _read_pass(
+    reader: Any, prompts: Sequence[EncodedPrompt], slots: int, beginning: Held | None, edits: Edits | None
+) -> LayerTensors:
+    """Keys and values of prompts by the engine's own kernels, [batch, kv_heads, slots, head_dim] per layer."""
+    backbone, batch = reader.backbone, len(prompts)
+    geometry, device = backbone.geometry, backbone.device
+    shared = 0 if beginning is None else beginning.positions.shape[1]
+    rows = [list(zip(p.token_ids[shared:-1], range(shared, len(p.token_ids)), strict=False)) for p in prompts]
+    held = None
+    if beginning is not None:
+        layers = ([one.expand(batch, -1, -1, -1) for one in of] for of in (beginning.keys, beginning.values))
+        held = Held(*layers, beginning.positions.expand(batch, -1))
+    pack = pack_rows(rows, None if held is None else [shared] * batch, held)
+    row, column = (torch.from_numpy(at).to(device) for at in (pack.row, pack.column + slots - pack.shape[1]))
+    starts = torch.tensor([slots - len(p.token_ids) + 1 for p in prompts], device=device)
+    of_row, of_slot = (torch.arange(count, device=device) for count in (batch, shared))
+    made: LayerTensors = tuple(
+        tuple(
+            torch.zeros(batch, geometry.kv_heads, slots, geometry.head_dim, dtype=backbone.dtype, device=device)
+            for _ in range(geometry.layers)
+        )
+        for _ in range(2)
+    )
+
+    def on_layer(layer: int, *new: Tensor) -> None:
+        for tensors, tensor in zip(made, new, strict=True):
+            tensors[layer][row, :, column] = tensor
+
+    if len(row):
+        reader.read(pack, held, edits=edits, on_layer=on_layer, wants_states=False)
+    if beginning is not None:
+        for tensors, of in zip(made, (beginning.keys, beginning.values), strict=True):
+            for tensor, one in zip(tensors, of, strict=True):
+                tensor[of_row[:, None], :, starts[:, None] + of_slot] = one[0].transpose(0, 1)
+    return made
 
 
 def prefill_with_attention(

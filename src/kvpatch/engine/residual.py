@@ -56,6 +56,21 @@ def replaced_residual(backbone: Backbone, replacement: dict[int, Tensor], at: Te
 
 
 @contextmanager
+def disturbed_residual(backbone: Backbone) -> Generator[Firings, None, None]:
+    """Move every number that enters a layer by one unit in its last place, up or down at random."""
+    layers = list(range(len(backbone.blocks)))
+    firings = Firings(planned=len(layers))
+
+    def change(layer: int, hidden: Tensor) -> Tensor:
+        generator = torch.Generator(hidden.device).manual_seed(layer)
+        signs = torch.randint(2, hidden.shape, generator=generator, device=hidden.device) * 2 - 1
+        return (hidden.float() * (1 + torch.finfo(hidden.dtype).eps * signs)).to(hidden.dtype)
+
+    with _hooked(backbone, layers, change, firings):
+        yield firings
+
+
+@contextmanager
 def _hooked(
     backbone: Backbone, layers: Sequence[int], change: Callable[[int, Tensor], Tensor], firings: Firings
 ) -> Generator[None, None, None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from kvpatch.caches.kvcache import PAD, KVCache
 from kvpatch.engine.attention import Attention, AttentionCapture, AttentionRequest
+from kvpatch.engine.backend import reader_of
 from kvpatch.engine.decode import refuse_foreign, slab_of
+from kvpatch.engine.pack import Pack, Segments
 from kvpatch.engine.token_budget import run_in_passes
 from kvpatch.errors import CacheError, ProtocolError
 from kvpatch.models.backbone import Backbone
@@ -78,7 +81,7 @@ def score(
         raise CacheError(f"{len(continuations)} continuations for a batch of {cache.batch}")
     if not all(row and all(row) for row in continuations):
         raise ProtocolError("a continuation is empty; give it at least one token")
-    backbone.catch_up()
+    reader = reader_of(backbone)  # first, since it takes over what was changed in the model
     refuse_foreign(backbone, cache)
     longest = max(len(branch) for row in continuations for branch in row)
     starts = cache.pending_position.tolist()
@@ -103,6 +106,11 @@ def score(
 
     def run(low: int, high: int) -> None:
         rows = order[low:high]
+        own_edits = edits(slice(low, high)) if edits else None
+        can_read = reader is not None and not any(edit.output is not None for edit in (own_edits or {}).values())
+        if can_read and to_capture is None:
+            _read_rows(reader, cache, continuations, rows, [goes_on_from[row] for row in rows], scores, own_edits)
+            return
         if of is not None:
             part = cache[[of[row] for row in rows]]
         elif rows == list(range(rows[0], rows[0] + len(rows))):
@@ -114,7 +122,6 @@ def score(
             if to_capture is None
             else to_capture.of_rows(rows if of is None else [of[r] for r in rows], part.slots)
         )
-        own_edits = edits(slice(low, high)) if edits else None
         seen = _score_rows(backbone, part, continuations, rows, scores, part_to_capture, own_edits)
         watched.extend([] if seen is None else [seen])
 
@@ -207,3 +214,71 @@ def _score_rows(
         )
         scores.logits[at] = backbone.logits(states)
     return None if capture is None else capture.result()
+
+
+def _read_rows(
+    reader: Any,
+    cache: KVCache,
+    continuations: Sequence[Branches],
+    rows: Sequence[int],
+    of: Sequence[int],
+    scores: Scores,
+    edits: Edits | None,
+) -> None:
+    """The same by the engine's own kernels: rows go on from the rows `of` of the cache, which is read where it lies."""
+    device = reader.backbone.device
+    pending, starts, lengths = cache.pending.tolist(), cache.pending_position.tolist(), cache.row_lengths
+    made = _pack([pending[row] for row in of], continuations, rows, scores.logprobs.shape, bool(scores.values))
+    pack, packed_at = _packed(made, [starts[row] for row in of], of, [lengths[row] for row in of], cache.slots)
+    place, column = pack.row, pack.column
+    is_first = made.branches[place, column] == 1
+    first_at, first_row, first_token = (
+        torch.from_numpy(at).to(device)
+        for at in (np.flatnonzero(is_first), np.asarray(rows)[place[is_first]], column[is_first] - 1)
+    )
+
+    def on_layer(layer: int, keys: Tensor, values: Tensor) -> None:
+        if layer in scores.values:
+            scores.values[layer][first_row, :, first_token] = values[first_at]
+
+    hidden = reader.read(pack, cache, edits=edits, on_layer=on_layer)
+    states_at, state_of = np.unique(packed_at[np.concatenate(made.read_at)], return_inverse=True)
+    states_at, state_of, write_at = (
+        torch.from_numpy(at).to(device) for at in (states_at, state_of, np.concatenate(made.write_at))
+    )
+    wanted = torch.tensor(made.wanted, device=device)
+    found, entropies = reader.token_logprobs(hidden[states_at], wanted, state_of)
+    scores.logprobs.view(-1)[write_at] = found
+    if scores.entropies is not None:
+        scores.entropies.view(-1)[write_at] = entropies
+    if scores.logits is not None:
+        ends = np.array([len(continuations[row][0]) for row in rows])[:, None]
+        step = np.arange(scores.logits.shape[1])
+        # The first branch's token t - 1, which predicts token t, stands t places behind the pending one.
+        states = packed_at[np.arange(len(rows)) * made.tokens.shape[1]][:, None] + np.where(step < ends, step, 0)
+        found = reader.logits(hidden[torch.from_numpy(states.ravel()).to(device)])
+        scores.logits[torch.tensor(rows, device=device)] = found.view(*states.shape, -1)
+
+
+def _packed(
+    made: _Pass, starts: Sequence[int], of: Sequence[int], lengths: Sequence[int], slots: int
+) -> tuple[Pack, np.ndarray]:
+    """A pass without its padding: the pending token of a row is a stretch of its own, and so is every branch.
+
+    Returns:
+        The pack, and for every number of the padded pass its place in the pack.
+    """
+    is_real = made.offsets != PAD
+    packed_at = is_real.ravel().cumsum() - 1
+    row, column = np.nonzero(is_real)
+    branch = made.branches[row, column]
+    is_start = np.ones(len(row), dtype=bool)
+    is_start[1:] = (row[1:] != row[:-1]) | (branch[1:] != branch[:-1])
+    start = np.flatnonzero(is_start)
+    of_stretch, held = row[start], np.asarray(lengths)[row[start]]
+    pending = np.where(branch[start] == 0, -1, packed_at[of_stretch * made.tokens.shape[1]])
+    segments = Segments(
+        np.asarray(of)[of_stretch], slots - held, held, pending, start, np.diff(np.append(start, len(row)))
+    )
+    positions = np.asarray(starts)[row] + made.offsets[row, column]
+    return Pack(made.tokens[row, column], positions, segments, row, column, made.tokens.shape), packed_at

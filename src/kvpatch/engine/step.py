@@ -4,8 +4,8 @@
       -> layers: norm, queries/keys/values in one product, attention, output; norm, gate and up in one product, down
       -> norm -> logits -> choose with the row's own noise -> write down token and log-probability -> feed it next
 
-`Places` are the buffers; a step changes nothing else, so that it can be captured in a CUDA graph. `PlainOps` does the
-parts that are no matrix product with torch alone; `kernels.FusedOps` does the same with Triton.
+`Places` are the buffers; a step changes nothing else, so that it can be captured in a CUDA graph. `PlainOps` carries it
+out with torch alone; `fused.FusedOps` does the same with Triton.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def make_places(
 
 
 class Ops(Protocol):
-    """The parts of a step that are no matrix product. Hidden states are [places, width]."""
+    """The parts of a step. Hidden states are [places, width]."""
 
     def begin(self, places: Places) -> None:
         """Prepare what the layers of one step share."""
@@ -121,8 +121,17 @@ class Ops(Protocol):
         """Root mean square norm."""
         ...
 
+    def add_norm(self, hidden: Tensor, added: Tensor, after: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden + added, `added` first normed where there is an `after`, and the norm of the sum. `hidden` may change
+        in place."""
+        ...
+
     def gated(self, gate_up: Tensor) -> Tensor:
         """activation(gate) * up of [places, 2 * inner]."""
+        ...
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x @ weight.T + bias."""
         ...
 
     def attend(self, layer: int, weights: LayerWeights, qkv: Tensor, places: Places) -> Tensor:
@@ -145,19 +154,16 @@ def feed_step(backbone: Backbone, network: Network, ops: Ops, places: Places) ->
     if network.embedding_scale is not None:
         hidden = hidden * network.embedding_scale
     ops.begin(places)
+    normed = ops.norm(hidden, network.layers[0].before_attention)
     for index, layer in enumerate(network.layers):
-        qkv = F.linear(ops.norm(hidden, layer.before_attention), layer.qkv, layer.qkv_bias)
-        hidden = _added(ops, hidden, ops.attend(index, layer, qkv, places), layer.out, layer.after_attention)
-        inner = ops.gated(F.linear(ops.norm(hidden, layer.before_mlp), layer.gate_up))
-        hidden = _added(ops, hidden, inner, layer.down, layer.after_mlp)
-    return backbone.head(ops.norm(hidden, network.norm))
-
-
-def _added(ops: Ops, hidden: Tensor, inner: Tensor, weight: Tensor, norm: Tensor | None) -> Tensor:
-    """hidden + inner @ weight.T, on a GPU in one product where no norm stands between (hidden may change in place)."""
-    if norm is not None:
-        return hidden + ops.norm(F.linear(inner, weight), norm)
-    return hidden.addmm_(inner, weight.T) if hidden.is_cuda else hidden.add_(F.linear(inner, weight))
+        is_last = index + 1 == len(network.layers)
+        following = network.norm if is_last else network.layers[index + 1].before_attention
+        qkv = ops.linear(normed, layer.qkv, layer.qkv_bias)
+        attended = ops.linear(ops.attend(index, layer, qkv, places), layer.out)
+        hidden, normed = ops.add_norm(hidden, attended, layer.after_attention, layer.before_mlp)
+        inner = ops.linear(ops.gated(ops.linear(normed, layer.gate_up)), layer.down)
+        hidden, normed = ops.add_norm(hidden, inner, layer.after_mlp, following)
+    return ops.linear(normed, backbone.head.weight, backbone.head.bias)
 
 
 class PlainOps:
@@ -188,6 +194,13 @@ class PlainOps:
         x = hidden.float()
         x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.network.epsilon)
         return (x * weight).to(hidden.dtype)
+
+    def add_norm(self, hidden: Tensor, added: Tensor, after: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = hidden.add_(added if after is None else self.norm(added, after))
+        return hidden, self.norm(hidden, weight)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
 
     def gated(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

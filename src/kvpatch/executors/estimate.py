@@ -44,7 +44,7 @@ def estimate(plan: Plan, models: Mapping[str | None, Model], report: Report = un
     """Time and memory of a plan; runs a piece of its first test batch of each model.
 
     Times are those of the batches as planned, nothing of them done, and of every trial that writes as many tokens as
-    it may. Loading, the check and the statistics are not in them.
+    it may. Loading, the check and the statistics are not in them. `report` is told what is timed, before it is.
     """
     start = time.monotonic()
     costs: dict[_Kind, _Cost] = {}

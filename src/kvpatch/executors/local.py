@@ -12,16 +12,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from typing import Protocol as Interface
 
-import torch
+import pyarrow as pa
 
-from kvpatch.engine.batching import release
 from kvpatch.engine.model import Model
 from kvpatch.errors import ProtocolError, StoreError
-from kvpatch.executors.batch import OnTokens, measure
-from kvpatch.executors.groups import groups, merged, rows_that_fit
-from kvpatch.executors.noise import is_worth_repeating, repeated_trials
+from kvpatch.executors.batch import OnTokens
+from kvpatch.executors.groups import groups, rows_that_fit
 from kvpatch.executors.repeats import Repeats
 from kvpatch.executors.rows import Measured, attention_of, rows_of
+from kvpatch.executors.together import measure_together, noise_of
 from kvpatch.planning.plan import Batch, Plan
 from kvpatch.readouts.fluency import CoherenceLimits, coherence_limits
 from kvpatch.readouts.specific_mode import SpecificMode
@@ -31,8 +30,17 @@ OnBatch = Callable[[Batch, int], None]
 """Called when a batch is stored (or found stored): the batch, and the tokens it wrote now."""
 
 
+LIMITING = ("phase", "condition", "error", "excess_context", "nll_target", "repetition_4")
+"""Columns that say what the limits of coherence are."""
+
+
 class Executor(Interface):
-    """Carries out a plan; what it has stored already is not run again."""
+    """Carries out a plan; what it has stored already is not run again.
+
+    noise: for a model's key what repeating some of its trials changed.
+    """
+
+    noise: dict[str | None, Mapping[str, Any]]
 
     def run(
         self, plan: Plan, store: Store, *, on_tokens: OnTokens, on_batch: OnBatch
@@ -58,7 +66,7 @@ class LocalExecutor:
         self.models = models
         self.rows = rows or {}
         self.rules = rules or {}
-        self.noise = dict(noise or {})
+        self.noise: dict[str | None, Mapping[str, Any]] = dict(noise or {})
 
     def run(self, plan: Plan, store: Store, *, on_tokens: OnTokens, on_batch: OnBatch) -> dict[str, CoherenceLimits]:
         """Run what is left of a plan, in its order: the calibration of each model comes before what it judges.
@@ -87,9 +95,7 @@ class LocalExecutor:
                 measured: list[list[Measured]] = [[] for _ in group]
                 if is_left:
                     own = [repeats.own(batch) for batch in group]
-                    measured = self._measure_together(group[0].model, own, on_tokens)
-                    if group[0].split == "test":
-                        self._repeat_some(own, measured)
+                    measured = self._measured(own, on_tokens)
                 for batch, of_batch in zip(group, measured, strict=True):
                     if batch.batch_id in done:
                         writer.found(batch)
@@ -104,33 +110,15 @@ class LocalExecutor:
         key = batches[0].model
         return self.rows.get(key) or rows_that_fit(self.models[key], batches)
 
-    def _repeat_some(self, group: Sequence[Batch], measured: Sequence[Sequence[Measured]]) -> None:
-        """Once for each model: measure some trials of a group again, in other company."""
-        key, whole = group[0].model, merged([batch for batch in group if batch.trials] or group[:1])
-        model = self.models[key]
-        if key in self.noise or not whole.trials or not is_worth_repeating(model):
-            return
-        places = self.rows.get(key)
-        found = [of_trial for of_batch in measured for of_trial in of_batch]
-        self.noise[key] = repeated_trials(
-            model, whole, found, self.rules.get(key), lambda model, batch: measure(model, batch, places=places)
-        )
-
-    def _measure_together(self, key: str | None, batches: Sequence[Batch], on_tokens: OnTokens) -> list[list[Measured]]:
-        """Measure batches of one phase together; half of them at a time where memory runs out."""
-        model = self.models[key]
-        whole = merged([batch for batch in batches if batch.trials] or batches[:1])
-        try:
-            found = iter(measure(model, whole, on_tokens=on_tokens, places=self.rows.get(key)) if whole.trials else [])
-        except torch.OutOfMemoryError:
-            if len(batches) == 1:
-                raise
-        else:
-            return [[next(found) for _ in batch.trials] for batch in batches]
-        release(model.backbone)
-        middle = len(batches) // 2
-        parts = (batches[:middle], batches[middle:])
-        return [of_batch for part in parts for of_batch in self._measure_together(key, part, on_tokens)]
+    def _measured(self, own: Sequence[Batch], on_tokens: OnTokens) -> list[list[Measured]]:
+        """What the trials of a group gave; of each model's first one also how noisy they are."""
+        key = own[0].model
+        model, places = self.models[key], self.rows.get(key)
+        measured = measure_together(model, own, on_tokens=on_tokens, places=places)
+        if own[0].split == "test" and key not in self.noise:
+            if (found := noise_of(model, own, measured, self.rules.get(key), places)) is not None:
+                self.noise[key] = found
+        return measured
 
 
 class _Writer:
@@ -206,7 +194,11 @@ def stored_limits(store: Store, calibration: str, condition: str) -> CoherenceLi
     Raises:
         StoreError: where an earlier version stored the calibration, which did not measure this.
     """
-    table = store.read().to_pandas()
+    parts = [part for part in store.each_once() if part.phase == calibration]
+    tables = [store.rows_of(part, LIMITING) for part in parts]
+    if not tables:
+        raise StoreError(f"{store.directory} holds no trials of phase {calibration!r} yet")
+    table = pa.concat_tables(tables).to_pandas()
     rows = table[(table["phase"] == calibration) & table["error"].isna() & (table["condition"] == condition)]
     if len(rows) and rows["excess_context"].isna().all() and rows["nll_target"].notna().any():
         raise StoreError(

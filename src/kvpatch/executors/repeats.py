@@ -14,11 +14,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from kvpatch.planning.plan import Batch, Plan
+from kvpatch.planning.plan import Batch, Plan, PlannedTrial
 from kvpatch.store.columns import ATTENTION_SCHEMA
 from kvpatch.store.directory import Store
 
 Row = dict[str, Any]
+Copies = dict[str, dict[str, str]]
+"""Earlier batch -> id of a trial there -> id of the trial here that is its copy."""
 
 
 class Repeats:
@@ -34,13 +36,25 @@ class Repeats:
                     self._left[key] += 1
                 else:
                     self._first[key] = batch.batch_id, trial.trial_id
+        self._first = {key: self._first[key] for key in self._left}  # the others need no memory
         self._rows: dict[tuple[str, str], Row] = {}
 
     def own(self, batch: Batch) -> Batch:
         """The batch without the trials that an earlier one computes."""
-        keys = _keys(batch)
-        trials = [t for t, key in zip(batch.trials, keys, strict=True) if self._first[key][0] == batch.batch_id]
-        return batch if len(trials) == len(batch.trials) else batch.model_copy(update={"trials": trials})
+        return own_part(batch, self.copies(batch))
+
+    def copies(self, batch: Batch) -> Copies:
+        """Which trials of a batch are copied from where: earlier batch -> trial there -> trial here."""
+        found: Copies = {}
+        for trial, key in zip(batch.trials, _keys(batch), strict=True):
+            first, there = self._first.get(key, (batch.batch_id, trial.trial_id))
+            if first != batch.batch_id:
+                found.setdefault(first, {})[there] = trial.trial_id
+        return found
+
+    def is_copied(self, batch: Batch) -> bool:
+        """Whether later batches copy rows of this one."""
+        return any(self._first.get(key, ("", ""))[0] == batch.batch_id for key in _keys(batch))
 
     def completed(self, batch: Batch, computed: Sequence[Row]) -> list[Row]:
         """All rows of a batch, in its order, from those it computed itself."""
@@ -49,12 +63,7 @@ class Repeats:
         for trial, key in zip(batch.trials, _keys(batch), strict=True):
             row = own.get(trial.trial_id)
             if row is None:
-                row = self._row(key)
-                row = row | {
-                    "trial_id": trial.trial_id,
-                    "phase": batch.phase,
-                    "condition_role": batch.roles[trial.condition],
-                }
+                row = copied(self._row(key), batch, trial)
                 self._left[key] -= 1
                 if not self._left[key]:
                     del self._rows[key]
@@ -68,18 +77,9 @@ class Repeats:
         from the store, where the parts before this one are. None where the phase watches nothing."""
         if batch.watched is None:
             return None
-        copied: dict[str, dict[str, str]] = {}  # batch -> trial there -> trial here
-        for trial, key in zip(batch.trials, _keys(batch), strict=True):
-            first, there = self._first[key]
-            if first != batch.batch_id:
-                copied.setdefault(first, {})[there] = trial.trial_id
         tables = [] if computed is None else [computed]
-        for first, ids in copied.items():
-            table = self.store.read_attention(batches=[first])
-            here = pa.array([ids.get(trial) for trial in table["trial_id"].to_pylist()], pa.string())
-            place = table.schema.get_field_index("trial_id")
-            table = table.set_column(place, table.schema.field(place), here)
-            tables.append(table.filter(here.is_valid()))
+        for first, ids in self.copies(batch).items():
+            tables.append(copied_attention(self.store.read_attention(batches=[first]), ids))
         return pa.concat_tables([ATTENTION_SCHEMA.empty_table(), *tables])
 
     def _row(self, key: tuple[str, str]) -> Row:
@@ -90,6 +90,25 @@ class Repeats:
                 if self._left[found]:
                     self._rows[found] = row
         return self._rows[key]
+
+
+def own_part(batch: Batch, copies: Copies) -> Batch:
+    """The batch without the trials that are copied."""
+    elsewhere = {here for ids in copies.values() for here in ids.values()}
+    trials = [trial for trial in batch.trials if trial.trial_id not in elsewhere]
+    return batch if len(trials) == len(batch.trials) else batch.model_copy(update={"trials": trials})
+
+
+def copied(row: Row, batch: Batch, trial: PlannedTrial) -> Row:
+    """The row of the same computation as a trial of this batch."""
+    return row | {"trial_id": trial.trial_id, "phase": batch.phase, "condition_role": batch.roles[trial.condition]}
+
+
+def copied_attention(table: pa.Table, ids: dict[str, str]) -> pa.Table:
+    """The heads of the trials that are copied, under their ids here. ids: trial there -> trial here."""
+    here = pa.array([ids.get(trial) for trial in table["trial_id"].to_pylist()], pa.string())
+    place = table.schema.get_field_index("trial_id")
+    return table.set_column(place, table.schema.field(place), here).filter(here.is_valid())
 
 
 def _keys(batch: Batch) -> list[tuple[str, str]]:

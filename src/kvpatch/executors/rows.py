@@ -21,6 +21,8 @@ from kvpatch.readouts.outside import measure_outside
 from kvpatch.readouts.specific_mode import SpecificMode
 from kvpatch.specs.attention import STAGES
 from kvpatch.specs.readouts import TrialRecord, from_outside
+from kvpatch.store.columns import TRIAL_COLUMNS
+from kvpatch.store.record import ModelRecord
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,15 @@ def attention_of(batch: Batch, measured: Sequence[Measured]) -> pa.Table | None:
         return None
     stages = {stage: Attention.concat([of.attention[stage] for of in measured]) for stage in STAGES}
     return attention_table([trial.trial_id for trial in batch.trials], stages)
+
+
+def failed_rows(batch: Batch, told: str, models: Mapping[str | None, ModelRecord] | None) -> list[dict[str, Any]]:
+    """Rows of a batch that could not be measured: which trials they are, and why they have no numbers."""
+    empty = dict.fromkeys(TRIAL_COLUMNS) | {"text": "", "output_token_ids": [], "output_logprobs": [], "n_tokens": 0}
+    empty |= {"changes_planned": 0, "changes_fired": 0, "mode_hits": [], "error": without_private(told)}
+    if models:
+        empty["model"] = models[batch.model].name
+    return [empty | _identity(batch, index) for index in range(len(batch.trials))]
 
 
 def _error(of: Measured, nll: float) -> str | None:

@@ -8,6 +8,7 @@ how often they fire.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,13 +19,15 @@ from kvpatch.caches.selection import Touched, chosen_layers, chosen_mask, refuse
 from kvpatch.engine.decode import refuse_foreign
 from kvpatch.engine.prefill import prefill_pass
 from kvpatch.engine.residual import recorded_residual, replaced_residual
-from kvpatch.errors import ModelError
+from kvpatch.errors import CacheError, EmptySelection, ModelError
 from kvpatch.interventions.kinds import Fitting, Kind, Made, Trials, refuse_missing_layers
 from kvpatch.models.backbone import Backbone
+from kvpatch.models.geometry import Geometry
 from kvpatch.models.hf import LayerEdit
 from kvpatch.models.template import EncodedPrompt
-from kvpatch.specs.interventions import InPrefill
+from kvpatch.specs.interventions import OF_QUERY_HEADS, InPrefill
 from kvpatch.specs.selectors import SlotQuery
+from kvpatch.specs.spans import Span
 
 
 def run_in_prefill(
@@ -58,14 +61,19 @@ def run_in_prefill(
         with replaced_residual(backbone, streams, is_put) as firings:
             cache = prefill_pass(backbone, targets)
         return Made(cache, touched, firings.planned, firings.fired)
-    queries: dict[int, Tensor] = {}
-    taps = {i: LayerEdit(query=_tap(queries, i)) for i in layers} if spec.site == "queries_keys_values" else None
+    heads = _query_heads(spec, backbone.geometry.query_heads)
+    seen_parts: dict[int, Tensor] = {}
+    taps = None if spec.site == "values" else {i: _tapping(spec.site, _tap(seen_parts, i)) for i in layers}
     source = prefill_pass(backbone, sources, edits=taps)
     if taps:
-        _refuse_unseen(queries, layers)
-    edits = {i: _replacement(spec, source, queries, i, is_put, delta, natural.slots) for i in layers}
+        _refuse_unseen(seen_parts, layers)
+    puts = {i: _Replacement(is_put, delta, source.rope[i], heads) for i in layers}
+    edits = {i: put.edit(spec.site, source, seen_parts, i) for i, put in puts.items()}
     cache = prefill_pass(backbone, targets, edits=edits)
     planned, fired = (sum(getattr(edit, name) for edit in edits.values()) for name in ("planned", "fired"))
+    if spec.site in OF_QUERY_HEADS:
+        groups = backbone.geometry.query_heads // backbone.geometry.kv_heads
+        touched = Touched(touched.slots, touched.layers, len({head // groups for head in heads}))
     return Made(cache, touched, planned, fired)
 
 
@@ -75,7 +83,7 @@ def touched_slots(is_put: Tensor, layers: Sequence[int], backbone: Backbone) -> 
 
 
 def landing(
-    slots: str | SlotQuery | Sequence[int],
+    slots: str | SlotQuery | Span | Sequence[int],
     natural: KVCache,
     source_lengths: Sequence[int],
     *,
@@ -117,23 +125,62 @@ def _tap(into: dict[int, Tensor], layer: int) -> Callable[[Tensor], Tensor]:
     return record
 
 
-def _replacement(
-    spec: InPrefill, source: KVCache, queries: dict[int, Tensor], layer: int, is_put: Tensor, delta: Tensor, slots: int
-) -> LayerEdit:
-    mask = is_put[:, None, :, None]
-    rope: LayerRope = source.rope[layer]
+def _tapping(site: str, tap: Callable[[Tensor], Tensor]) -> LayerEdit:
+    """An edit that shows what a site needs of the source, and changes nothing."""
+    return LayerEdit(output=tap) if site == "heads" else LayerEdit(query=tap)
 
-    def put(tensor: Tensor, turns: bool) -> Callable[[Tensor], Tensor]:
-        landed = _aligned(tensor, slots)
+
+@dataclass(frozen=True)
+class _Replacement:
+    """What is put into one layer: at which target slots [batch, slots], turned by how much, in which query heads."""
+
+    is_put: Tensor
+    delta: Tensor
+    rope: LayerRope
+    heads: Sequence[int]
+
+    def put(self, tensor: Tensor, turns: bool, heads: Sequence[int] | None = None) -> Callable[[Tensor], Tensor]:
+        """A change that puts [batch, heads, any, dim] of the source in place of the target's own."""
+        mask = self.is_put[:, None, :, None]
+        landed = _aligned(tensor, self.is_put.shape[1])
         if turns:
-            landed = rotate(landed, torch.where(is_put, delta, 0), rope)
+            landed = rotate(landed, torch.where(self.is_put, self.delta, 0), self.rope)
+        if heads is not None:
+            is_head = torch.zeros(tensor.shape[1], dtype=torch.bool, device=tensor.device)
+            is_head[list(heads)] = True
+            mask = mask & is_head[None, :, None, None]
         return lambda own: torch.where(mask, landed, own)
 
-    if spec.site == "values":
-        return LayerEdit(value=put(source.values[layer], False))
-    return LayerEdit(
-        query=put(queries[layer], True), key=put(source.keys[layer], True), value=put(source.values[layer], False)
-    )
+    def edit(self, site: str, source: KVCache, seen: dict[int, Tensor], layer: int) -> LayerEdit:
+        """seen: layer -> the source's queries, or what its heads read."""
+        if site == "heads":
+            return LayerEdit(output=self.put(seen[layer], False, self.heads))
+        if site == "queries":
+            return LayerEdit(query=self.put(seen[layer], True, self.heads))
+        value = self.put(source.values[layer], False)
+        if site == "values":
+            return LayerEdit(value=value)
+        return LayerEdit(query=self.put(seen[layer], True), key=self.put(source.keys[layer], True), value=value)
+
+
+def _query_heads(spec: InPrefill, count: int) -> list[int]:
+    """The query heads that are meant, of `count` in a layer.
+
+    Raises:
+        CacheError: for one that there is not. EmptySelection: for none.
+    """
+    chosen = spec.query_heads
+    found = list(range(count) if chosen is None else chosen.within(count) if isinstance(chosen, Span) else chosen)
+    if bad := [head for head in found if not -count <= head < count]:
+        raise CacheError(f"query head {bad[0]} does not exist: there are {count} (0 to {count - 1})")
+    if not found:
+        raise EmptySelection(f"query_heads hold none of a layer's {count} query heads, so nothing would change")
+    return sorted({head % count for head in found})
+
+
+def _refuse_model(spec: InPrefill, geometry: Geometry, may_be_empty: bool) -> None:
+    refuse_missing_layers(spec, geometry, may_be_empty)
+    _query_heads(spec, geometry.query_heads)
 
 
 def _build(spec: InPrefill, trials: Trials) -> Made:
@@ -146,6 +193,4 @@ def _refuse_prompts(spec: InPrefill, fitting: Fitting) -> None:
     landing(spec.slots, fitting.empty_caches(fitting.receivers), lengths, may_be_empty=fitting.may_be_empty)
 
 
-IN_PREFILL = Kind(
-    InPrefill, _build, refuse_model=refuse_missing_layers, refuse_prompts=_refuse_prompts, runs_prompts=True
-)
+IN_PREFILL = Kind(InPrefill, _build, refuse_model=_refuse_model, refuse_prompts=_refuse_prompts, runs_prompts=True)

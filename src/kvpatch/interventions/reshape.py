@@ -23,6 +23,7 @@ from kvpatch.models.geometry import Geometry
 from kvpatch.readouts.geometry import participation_ratio
 from kvpatch.specs.interventions import Reshape
 from kvpatch.specs.selectors import LayerAt, LayerBand
+from kvpatch.specs.spans import Span
 
 HIGHEST_POWER = 1e4
 TOLERANCE = 1e-4
@@ -75,7 +76,7 @@ def counted_reshaping(
     return replace(cache, values=tuple(values)), touched
 
 
-def _layers(spec: Reshape, r_v_late: int | None) -> Sequence[int] | LayerBand | LayerAt | None:
+def _layers(spec: Reshape, r_v_late: int | None) -> Sequence[int] | LayerBand | LayerAt | Span | None:
     """The layers that the spec means, where the late layer of R_V is known."""
     if spec.layers != "r_v_late":
         return spec.layers

@@ -34,10 +34,12 @@ class Backbone:
         geometry: its cache's shape.
         kept: what the engine keeps with the model from call to call.
         state: the model as it was when all this was found.
+        batch_invariant: whether a GPU's products are to give a row the same bits whatever rows it runs with.
     """
 
-    def __init__(self, hf: PreTrainedModel, tokenizer: Any = None) -> None:
+    def __init__(self, hf: PreTrainedModel, tokenizer: Any = None, *, batch_invariant: bool = True) -> None:
         self.kept = Kept()
+        self.batch_invariant = batch_invariant
         self.tokenizer = tokenizer
         self.hf = hf.eval()
         self._settle()

@@ -34,19 +34,20 @@ ATTENTION = "kvpatch_slab"
 @dataclass
 class LayerEdit:
     """Changes to the queries, keys and values that one layer makes in a forward pass, after RoPE and before they are
-    cached or used. Each takes and gives [batch, heads, new, head_dim]; `steer` is added to all new values, [batch,
-    kv_heads, head_dim]; `fired` counts the changes made."""
+    cached or used, and to what its query heads read, before they are joined. Each takes and gives [batch, heads, new,
+    head_dim]; `steer` is added to all new values, [batch, kv_heads, head_dim]; `fired` counts the changes made."""
 
     query: Callable[[Tensor], Tensor] | None = None
     key: Callable[[Tensor], Tensor] | None = None
     value: Callable[[Tensor], Tensor] | None = None
+    output: Callable[[Tensor], Tensor] | None = None
     steer: Tensor | None = None
     fired: int = 0
 
     @property
     def planned(self) -> int:
         """Changes one forward pass should make."""
-        return sum(change is not None for change in (self.query, self.key, self.value, self.steer))
+        return sum(change is not None for change in (self.query, self.key, self.value, self.output, self.steer))
 
     @property
     def only_steers(self) -> bool:
@@ -290,7 +291,12 @@ def attend(
     else:
         of_head = None if s_aux is None else s_aux.view(kv_heads, groups, 1).expand(-1, -1, queries).flatten(1)
         out = _written_out(folded, key, value, bias, scale, softcap, of_head)
-    return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
+    out = out.reshape(batch, heads, queries, -1)
+    if (edit := step.edits.get(layer)) is not None and edit.output is not None:
+        if not is_new:
+            raise ModelError(f"layer {layer} attends more than once in a pass, so what its heads read can't be changed")
+        out = edit.apply("output", out)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _written_out(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,8 @@ def parse_protocol(
         shown = (read.errors or error.errors())[:MOST_LOOKED_AT]
         found = _explained([(e, _place(node, _as_written(_loc(e), written, loaded))) for e in shown])
         protocol, wrong = read.protocol, read.names
+        if any(_loc(e)[:1] in (["calibration"], ["pairing"]) for e in shown):
+            asked = replace(asked, planned=None)  # what decides how many pairs there are is not known yet
         if protocol is not None:
             wrong += [Misplaced(str(each), *read.place(each.loc)) for each in _wrong(protocol, asked)]
             wrong = [each for each in wrong if read.is_new(each)]

@@ -13,7 +13,7 @@ from kvpatch.report import charts, forest, specificity, tables
 from kvpatch.report.figure import figure, rounded
 from kvpatch.report.judgements import DIFFERS, FAILED, PASSED, UNKNOWN, Badge, instruments_badge, validation_passed
 from kvpatch.report.text import NOT_RECORDED, facts, number, plain
-from kvpatch.store.record import dumped_sha256
+from kvpatch.store.record import dumped_sha256, sessions_of, told_of_sessions
 from kvpatch.verdicts.measure import units_of
 from kvpatch.verdicts.pairs import shown_of
 from kvpatch.verdicts.specificity import Specificity
@@ -266,6 +266,7 @@ def how_it_was_run(run: dict, trials: pd.DataFrame, protocol: Protocol) -> dict:
             ("finished", plain(run.get("finished"))),
             ("from start to end", f"{number(seconds)} s" if seconds is not None else NOT_RECORDED),
             ("time at work", f"{number(run['seconds'])} s" if run.get("seconds") else NOT_RECORDED),
+            *([("workers", told)] if (told := told_of_sessions(sessions_of(run))) else []),
             ("trials", number(len(trials))),
             ("tokens in these trials", number(tokens) if tokens else NOT_RECORDED),
             ("tokens generated, calibration included", number(run["tokens"]) if run.get("tokens") else NOT_RECORDED),

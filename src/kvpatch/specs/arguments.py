@@ -159,11 +159,11 @@ def chosen_rows(value: object, count: int) -> list[int]:
     return [row % count for row in found]
 
 
-def indices_of_slice(name: str, cut: slice) -> list[int]:
-    """The indices a slice means where the number of things is not known yet.
+def indices_of_slice(name: str, cut: slice) -> list[int] | dict[str, int | None]:
+    """The indices that a slice means; of one that means others in every model, such as [4:], its start, stop and step.
 
     Raises:
-        CacheError: for a slice that means other indices in every model, such as [4:].
+        CacheError: for a slice by anything but whole numbers, or in steps below 1.
     """
     start, stop, step = (plain(part) for part in (cut.start, cut.stop, cut.step))
     if any(part is not None and (isinstance(part, bool) or not isinstance(part, int)) for part in (start, stop, step)):
@@ -176,7 +176,7 @@ def indices_of_slice(name: str, cut: slice) -> list[int]:
     if stop == 0:
         return []
     if stop is None or (first < 0) != (stop < 0):
-        raise CacheError(f"{name} of {cut} depend on the model; give a range with both ends, such as range(0, 8)")
+        return {"start": start, "stop": stop, "step": step}
     return list(range(first, stop, step or 1))
 
 

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from kvpatch.errors import SpecError, as_html
-from kvpatch.specs.arguments import indices_of_slice, real, shown, whole_numbers
+from kvpatch.specs.arguments import real, shown
 from kvpatch.specs.refusals import refusal_of
 
 
@@ -31,11 +31,19 @@ class Frozen(BaseModel):
 _OF_PYDANTIC = frozenset(dir(Frozen)) - frozenset(dir(object)) - {"__module__", "__dict__", "__annotations__"}
 
 
+_OF_A_RUN = frozenset(
+    ("is_fitted", "moves_keys", "uses_pair_number", "keeps_text_whole", "sets_r_v", "is_full_swap", "draws", "told")
+) | {"takes_giver", "kind"}
+"""What a run asks of a spec and a person does not."""
+
+
 class _WithoutPydantic(type(Frozen)):
-    """Leaves out of `dir`, `help` and completion what pydantic gives to every class: hundreds of lines."""
+    """Leaves out of `dir`, `help` and completion what pydantic gives to every class, hundreds of lines, and what only a
+    run asks for."""
 
     def __dir__(cls) -> list[str]:
-        return [name for name in super().__dir__() if name not in _OF_PYDANTIC]
+        hidden = _OF_PYDANTIC | _OF_A_RUN
+        return [name for name in super().__dir__() if name not in hidden and not name.startswith("_")]
 
 
 class Given(Frozen, metaclass=_WithoutPydantic):
@@ -142,20 +150,6 @@ class Change(Given):
     @abstractmethod
     def to_json(self) -> str:
         """Canonical JSON of everything that it says."""
-
-
-def indices_or_all(value: Any, info: ValidationInfo) -> Any:
-    """Indices as a list of Python's numbers; None for all; what is no collection stays as it is."""
-    name = str(info.field_name)
-    if isinstance(value, slice):
-        return None if value == slice(None) else indices_of_slice(name, value)
-    if value is None or isinstance(value, (dict, BaseModel)):
-        return value
-    if isinstance(value, str):
-        if value != "all":
-            raise ValueError(f"{name} must be whole numbers or 'all', got {value!r}")
-        return None
-    return whole_numbers(name, value)
 
 
 def is_false(value: object) -> bool:

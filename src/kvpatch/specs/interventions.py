@@ -13,9 +13,10 @@ from pydantic import Field, model_validator
 
 from kvpatch.specs.base import Change, Number, is_none
 from kvpatch.specs.patch import Parts
-from kvpatch.specs.selectors import LayerAt, Layers, Slots
+from kvpatch.specs.selectors import LayerAt, Layers, QueryHeads, Slots
 
-Site = Literal["values", "queries_keys_values", "residual"]
+Site = Literal["values", "queries_keys_values", "residual", "queries", "heads"]
+OF_QUERY_HEADS = ("queries", "heads")
 
 
 class InterventionSpec(Change):
@@ -45,8 +46,10 @@ class InPrefill(InterventionSpec):
     The source's activations replace the target's, matched from the last cached token backwards. The pending token runs
     after the prompt and is not changed.
 
-    site: "values" at a layer, "queries_keys_values" at a layer (keys and queries turned to where they land), or
-    "residual", the stream that enters a layer.
+    site: "values" at a layer, "queries_keys_values" at a layer (keys and queries turned to where they land),
+    "residual", the stream that enters a layer, or of single query heads: "queries" (turned to where they land), or
+    "heads", what they read, before their outputs are joined.
+    query_heads: which, for the last two sites; all if None.
     """
 
     kind: ClassVar[str] = "InPrefill"
@@ -55,11 +58,18 @@ class InPrefill(InterventionSpec):
     site: Site
     layers: Layers = None
     slots: Slots = "all"
+    query_heads: QueryHeads = Field(default=None, exclude_if=is_none)
+
+    @model_validator(mode="after")
+    def _heads_have_a_site(self) -> InPrefill:
+        if self.query_heads is not None and self.site not in OF_QUERY_HEADS:
+            raise ValueError(f"site {self.site!r} has no query heads to choose; they go with 'queries' and 'heads'")
+        return self
 
     @property
     def moves_keys(self) -> bool:
-        """With keys among what is changed, unless lengths are equal."""
-        return self.site == "queries_keys_values"
+        """With keys or queries among what is changed, unless lengths are equal."""
+        return self.site in ("queries_keys_values", "queries")
 
     @property
     def told(self) -> str:

@@ -39,8 +39,8 @@ class Patch(Change):
     """Which part of a source's cache goes where in a target's cache.
 
     Args:
-        layers: layer indices (a number, a collection, an array or a slice that has an end), a `LayerBand`, a `LayerAt`,
-            or None or "all" for all.
+        layers: layer indices (a number, a collection, an array or a slice, also one without an end), a `LayerBand`, a
+            `LayerAt`, or None or "all" for all.
         kv_heads: KV-head indices (heads of the cache, not query heads), or None or "all" for all.
         slots: a named selection, a `SlotQuery`, or slot indices (0 is a row's first real slot; negative from its end).
             Taken in the source and in the target alike.

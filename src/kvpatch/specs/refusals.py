@@ -22,12 +22,24 @@ _PLAINLY = {
 """pydantic's kinds of error -> what was expected, where its own words are those of a programmer."""
 
 
+_LIMITS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+}
+"""pydantic's kinds of error about a limit -> words, and where it says the limit."""
+
+
 def sentence(details: Any) -> str:
     """What one of pydantic's error details says, with the value that was wrong."""
     if details["type"].startswith("bool"):
         return f"must be True or False, not {shown(details['input'])}"
     if details["type"] in _PLAINLY:
         return f"{_PLAINLY[details['type']]}, not {shown(details['input'])}"
+    if details["type"] in _LIMITS:
+        word, key = _LIMITS[details["type"]]
+        return f"must be {word} {details['ctx'][key]:g}, not {shown(details['input'])}"
     message = details["msg"].removeprefix("Value error, ")
     return message if details["type"] == "value_error" else f"{message}, not {shown(details['input'])}"
 

@@ -13,8 +13,9 @@ from pydantic import (
     model_validator,
 )
 
-from kvpatch.specs.base import Given, indices_or_all, is_false, is_none
+from kvpatch.specs.base import Given, is_false, is_none
 from kvpatch.specs.regexes import Pattern, PatternError
+from kvpatch.specs.spans import Span, indices_or_all
 
 if TYPE_CHECKING:
     pass
@@ -114,6 +115,7 @@ class SlotQuery(Given):
         return self.matched_to is not None or self.at_most is not None
 
 
-Layers = Annotated[list[int] | LayerBand | LayerAt | None, BeforeValidator(indices_or_all)]
-KvHeads = Annotated[list[int] | None, BeforeValidator(indices_or_all)]
-Slots = Annotated[NamedSlots | SlotQuery | list[int], BeforeValidator(_slots)]
+Layers = Annotated[list[int] | LayerBand | LayerAt | Span | None, BeforeValidator(indices_or_all)]
+QueryHeads = Annotated[list[int] | Span | None, BeforeValidator(indices_or_all)]
+KvHeads = Annotated[list[int] | Span | None, BeforeValidator(indices_or_all)]
+Slots = Annotated[NamedSlots | SlotQuery | Span | list[int], BeforeValidator(_slots)]

@@ -182,6 +182,17 @@ class Store:
         Raises:
             StoreError: where they can't be written; nothing stored before is lost.
         """
+        part = self.write_part(name, rows, attention)
+        with explained(self.directory):
+            self.name_part(part)
+
+    def write_part(self, name: str, rows: Iterable[dict[str, Any]], attention: pa.Table | None = None) -> Part:
+        """Write the files of one part, as `append` does, and leave it to whoever holds the directory to name it in
+        parts.jsonl. Until then it does not count.
+
+        Raises:
+            StoreError: where they can't be written.
+        """
         table = pa.Table.from_pylist(list(rows), schema=trial_schema())
         data = _parquet(table)
         sha256 = hashlib.sha256(data).hexdigest()
@@ -195,7 +206,7 @@ class Store:
                 _stored(self.attention / part.part, of_heads)
             self.trials.mkdir(exist_ok=True)
             _stored(self.trials / part.part, data)
-            self.name_part(part)
+        return part
 
     def name_part(self, part: Part) -> None:
         """Name a part, whose files are written, in parts.jsonl.
@@ -325,12 +336,22 @@ class Store:
         columns = tuple(ATTENTION_COLUMNS) if columns is None else columns
         tables = [pa.schema([ATTENTION_SCHEMA.field(name) for name in columns]).empty_table()]
         for part in self.each_once():
-            if part.attention_sha256 is None or (batches is not None and part.batch not in batches):
-                continue
-            stored = (self.attention / part.part, part.attention_sha256, part.attention_rows)
-            table = read_file(*stored, ATTENTION_SCHEMA, NEEDED_OF_HEADS, columns)
-            tables.append(table if stage is None else table.filter(pc.field("stage") == stage))
+            if batches is None or part.batch in batches:
+                table = self.heads_of(part, columns)
+                tables.append(table if stage is None else table.filter(pc.field("stage") == stage))
         return pa.concat_tables(tables)
+
+    def heads_of(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
+        """What the heads did in the trials of one part; no rows where none was watched.
+
+        Raises:
+            StoreError: where its file is missing or damaged.
+        """
+        columns = tuple(ATTENTION_COLUMNS) if columns is None else columns
+        if part.attention_sha256 is None:
+            return pa.schema([ATTENTION_SCHEMA.field(name) for name in columns]).empty_table()
+        stored = (self.attention / part.part, part.attention_sha256, part.attention_rows)
+        return read_file(*stored, ATTENTION_SCHEMA, NEEDED_OF_HEADS, columns)
 
 
 def _parquet(table: pa.Table) -> bytes:

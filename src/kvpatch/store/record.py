@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from kvpatch.errors import StoreError
 from kvpatch.specs.base import Frozen
@@ -48,6 +49,77 @@ class OtherModel(Frozen):
     readout_calibration: ReadoutCalibration | None = None
 
 
+class Session(Frozen):
+    """What carried out a run, or a part of it, from one start of the command to its end.
+
+    executor: "local" or "ray". workers: processes that held the models; cluster: "started here" or "joined"; gpus and
+    threads: of each. deaths: workers that ended meanwhile, whose batches went to others. retried: batches that were
+    measured again after a death or an error. failed: batches that were stored as failed.
+    """
+
+    executor: str
+    cluster: str | None = None
+    workers: int = 1
+    gpus: int = 0
+    threads: int | None = None
+    deaths: int = 0
+    retried: int = 0
+    failed: int = 0
+
+
+def with_session(sessions: Sequence[Session], session: Session | None) -> list[Session]:
+    """Sessions with one more, where it did something; local ones that follow each other count as one."""
+    kept = list(sessions)
+    if session is not None and not (session.executor == "local" and kept and kept[-1] == session):
+        kept.append(session)
+    return kept
+
+
+def sessions_of(run: Mapping[str, Any]) -> list[Session]:
+    """The sessions that a run.json records, as far as this version knows them; none in older ones."""
+    found = run.get("sessions")
+    try:
+        return [Session.model_validate(session) for session in (found if isinstance(found, list) else [])]
+    except ValidationError:
+        return []
+
+
+def told_of_sessions(sessions: Sequence[Session]) -> str | None:
+    """What happened to the workers of a run, in one sentence; None where it ran in one process alone."""
+    of_workers = [session for session in sessions if session.executor != "local"]
+    if not of_workers:
+        return None
+    sizes = sorted({session.workers for session in of_workers})
+    how_many = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    with_gpus = next((f" of {s.gpus} GPU{'s' * (s.gpus > 1)} each" for s in of_workers if s.gpus), "")
+    also_here = ", and partly by one process" if len(of_workers) < len(sessions) else ""
+    deaths, retried, failed = (sum(getattr(s, name) for s in of_workers) for name in ("deaths", "retried", "failed"))
+    ended = (
+        "no worker ended early"
+        if not deaths
+        else f"{_counted(deaths, 'worker')} ended early and {_was(deaths)} replaced"
+    )
+    again = (
+        "no batch was measured again" if not retried else f"{_counted(retried, 'batch')} {_was(retried)} measured again"
+    )
+    lost = "none is stored as failed" if not failed else f"{_counted(failed, 'batch')} {_is(failed)} stored as failed"
+    workers = f"{how_many} Ray worker{'s' * (how_many != '1')}"
+    return f"Carried out by {workers}{with_gpus}{also_here}: {ended}, {again}, {lost}."
+
+
+def _counted(count: int, what: str) -> str:
+    plural = f"{what}es" if what.endswith("ch") else f"{what}s"
+    return f"{count} {what if count == 1 else plural}"
+
+
+def _was(count: int) -> str:
+    return "was" if count == 1 else "were"
+
+
+def _is(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
 class RunRecord(Frozen):
     """run.json: how a run was made. What `differs_from` compares a resumed run must share; the rest is for the reader.
 
@@ -86,6 +158,7 @@ class RunRecord(Frozen):
     readout_calibration: ReadoutCalibration | None = None
     other_models: dict[str, OtherModel] = Field(default_factory=dict)
     validation: dict[str, Any] | None = None
+    sessions: list[Session] = Field(default_factory=list[Session])
     deviations: list[str] = Field(default_factory=list)
     error_statement: str | None = None
 

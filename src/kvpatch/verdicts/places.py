@@ -6,6 +6,7 @@ from kvpatch.protocols.conditions import Condition
 from kvpatch.specs.interventions import InPrefill
 from kvpatch.specs.patch import Patch
 from kvpatch.specs.selectors import LayerAt, LayerBand, SlotQuery
+from kvpatch.specs.spans import Span
 
 _STRETCHES = {
     "all": "all slots",
@@ -34,11 +35,12 @@ def place_of(condition: Condition) -> str:
         heads = "" if change.kv_heads is None else f", {_listed('KV head', change.kv_heads)}"
         return f"{_PARTS[change.parts]}{_slots(change.slots)}, {_layers(change.layers)}{heads}"
     if isinstance(change, InPrefill):
-        return f"{change.site.replace('_', ' ')} of {_slots(change.slots)}, {_layers(change.layers)}"
+        heads = "" if change.query_heads is None else f", {_listed('query head', change.query_heads)}"
+        return f"{change.site.replace('_', ' ')} of {_slots(change.slots)}, {_layers(change.layers)}{heads}"
     return "all slots, all layers" if change is None else condition.about
 
 
-def _slots(slots: str | SlotQuery | list[int]) -> str:
+def _slots(slots: str | SlotQuery | Span | list[int]) -> str:
     if isinstance(slots, str):
         return _STRETCHES[slots]
     if not isinstance(slots, SlotQuery):
@@ -55,7 +57,7 @@ def _slots(slots: str | SlotQuery | list[int]) -> str:
     return told if slots.at_most is None else f"{slots.at_most} of {told}"
 
 
-def _layers(layers: list[int] | LayerBand | LayerAt | None) -> str:
+def _layers(layers: list[int] | LayerBand | LayerAt | Span | None) -> str:
     if layers is None:
         return "all layers"
     if isinstance(layers, LayerAt):
@@ -66,5 +68,10 @@ def _layers(layers: list[int] | LayerBand | LayerAt | None) -> str:
     return _listed("layer", layers)
 
 
-def _listed(what: str, numbers: list[int]) -> str:
+def _listed(what: str, numbers: list[int] | Span) -> str:
+    if isinstance(numbers, Span):
+        first = f" from {numbers.start}" if numbers.start is not None else ""
+        last = f" before {numbers.stop}" if numbers.stop is not None else ""
+        step = f" in steps of {numbers.step}" if numbers.step is not None else ""
+        return f"{what}s{first}{last}{step}"
     return f"{what}{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"

@@ -23,9 +23,11 @@ from kvpatch.verdicts.power import (
     smallest_dz,
     smallest_p,
 )
+from kvpatch.verdicts.prerequisites import primary
 from kvpatch.verdicts.procedures import procedure_of
 from kvpatch.verdicts.rounding import number
 from kvpatch.verdicts.simulated import Noise, Question
+from kvpatch.verdicts.strongest import LEAST_PAIRS
 
 MOST_WARNINGS = 4
 
@@ -109,7 +111,19 @@ def warnings_before(protocol: Protocol, n: int | None = None, phases: Sequence[s
     if len(lines) > MOST_WARNINGS:
         rest = len(lines) - MOST_WARNINGS
         lines = [*lines[:MOST_WARNINGS], f"and {rest} more: see kvpatch power {protocol.protocol}"]
-    return [*(d.told for d in few), *lines]
+    return [*(d.told for d in few), *lines, *_too_few_to_claim(protocol, n, phases)]
+
+
+def _too_few_to_claim(protocol: Protocol, n: int | None, phases: Sequence[str] | None) -> list[str]:
+    """That the pairs are fewer than the strongest sentence may rest on, whatever passes."""
+    main = primary(asked_hypotheses(protocol, phases))
+    pairs = [n or protocol.phases[h.phase].n for h in main]
+    if not main or max(pairs) >= LEAST_PAIRS:
+        return []
+    return [
+        f"n={max(pairs)}: with fewer than {LEAST_PAIRS} pairs no answer says that the mode can be read from the cache, "
+        "whatever passes"
+    ]
 
 
 def _least(protocol: Protocol, h: Hypothesis, n: int, adjusted: float | None) -> str:

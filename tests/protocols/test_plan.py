@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import pickle
 import re
 from collections import Counter, defaultdict
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from kvpatch.errors import ProtocolError
+from kvpatch.planning.names import hashed
 from kvpatch.planning.plan import Batch, Plan, PlanningModel, make_plan
 from kvpatch.prompts.bank import Bank, load_bank
 from kvpatch.protocols.load import load_protocol
@@ -465,3 +468,76 @@ def test_dec7_s_pairs_have_marked_tokens_and_enough_of_them_are_left():
         for pair in batch.pairs if batch.phase in ("3", "6") else []:
             asked = DEC7().phases[batch.phase].having
             assert all(has(pair.texts[role], asked) for role in asked.roles)
+
+
+IDS = {
+    (): "a045a5fd1d989fbc310a1ebffa187f52578151f92e9acfa1dd23b1041f6a8795",
+    (("n", 7), ("phases", ("1", "5", "6")), ("seed", 3)): (
+        "46184b4e14524ee4dc3a635be3e047d84fa079e3d9e65d23d0a3b9f5679b4063"
+    ),
+    (("grown_from", (3, 5)),): "b27d4dadce61a645bc6c8062ce936bf9280d35ed929b55970a52267c7c08d6d3",
+}
+"""Plans of dec7 -> a hash of all ids and seeds in them, as they were when each trial was hashed on its own."""
+
+
+@pytest.mark.parametrize("asked", IDS, ids=["whole", "some phases of seven pairs", "grown twice"])
+def test_no_id_of_a_trial_or_a_batch_has_changed_since_trials_were_hashed_one_by_one(asked):
+    plan = dec7_plan(**dict(asked))
+    found = hashlib.sha256()
+    for batch in (*plan.batches, *plan.forced):
+        trials = "".join(f"{t.trial_id}{t.content_id}{t.seed}" for t in batch.trials)
+        found.update(f"{batch.batch_id}{trials}".encode())
+    assert found.hexdigest() == IDS[asked]
+
+
+def test_an_id_is_the_hash_of_the_trial_s_content_as_canonical_json():
+    """By another way than the planner's: the whole content at once."""
+    plan, protocol = dec7_plan(), DEC7()
+    content = {
+        "model": "m",
+        "generation": protocol.generation.model_dump(mode="json"),
+        "readouts": protocol.readouts.model_dump(mode="json"),
+        "scorer": plan.scorer.sha256,
+    }
+    batch = next(b for b in plan.batches if b.phase == "1")
+    for trial in batch.trials:
+        condition, pair = batch.conditions[trial.condition], batch.pairs[trial.pair]
+        if (change := condition.change) is not None and (change.is_fitted or change.uses_pair_number):
+            continue
+        of_pair = pair.model_dump(mode="json", exclude={"domains", "number"})
+        roles = {"target", "source", "neutral", "shuffled_words", "foreign", "foreign_matched"}
+        used = roles | {*pair.masked_by, condition.from_, condition.text_of}
+        of_pair["texts"] = {role: text for role, text in pair.texts.items() if role in used}
+        own = {
+            "condition": condition.model_dump(mode="json", by_alias=True),
+            "name": trial.condition,
+            "pair": of_pair,
+            "sample": trial.sample,
+            "seed": trial.seed,
+            "reference": [],
+            "watched": None,
+            "geometry": protocol.phases["1"].geometry,
+        }
+        whole = {**content, **own, "fitted_on": fitted_on(protocol, plan)}
+        assert hashed(whole) == trial.content_id
+        assert hashed({**whole, "phase": "1"}) == trial.trial_id
+
+
+def fitted_on(protocol: Protocol, plan: Plan) -> str:
+    """What the mode readout is fitted on, as the planner names it."""
+    names = [*protocol.calibration.neutral, *protocol.calibration.destroyed]
+    pairs = [pair.pair_id for b in plan.batches if b.phase == "calibration" for pair in b.pairs]
+    made = {name: protocol.conditions[name].model_dump(mode="json", by_alias=True) for name in names}
+    return hashed({"pairs": pairs, "conditions": made})
+
+
+def test_a_draft_knows_its_batch_without_making_its_trials():
+    plan = dec7_plan()
+    assert plan.n_trials == sum(len(batch.trials) for batch in plan.batches)
+    for draft, batch in zip(plan.drafts, plan.batches, strict=True):
+        assert draft.batch_id == batch.batch_id and draft.size == len(batch.trials)
+        counted = Counter(trial.condition for trial in batch.trials)
+        assert {name: count for name, count in draft.counts.items() if count} == counted
+        assert pickle.loads(pickle.dumps(draft)).batch_id == batch.batch_id
+    bare = plan_of(load_bank("recursion"), DEC7(), is_listed=False)
+    assert (bare.batches, bare.forced, bare.n_trials) == ([], [], plan.n_trials)

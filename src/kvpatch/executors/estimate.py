@@ -17,7 +17,7 @@ from kvpatch.planning.plan import Batch, Draft, Plan
 from kvpatch.specs.base import Frozen
 
 SECONDS = 8.0
-"""What the two timed runs of a model may take together, about."""
+"""What the two timed runs of a model may take together, about; longer where one pair alone takes longer."""
 FEW, MORE = 2, 10
 """New tokens of the two timed runs; their difference is the time of a decoding step."""
 
@@ -48,9 +48,10 @@ def estimate(plan: Plan, models: Mapping[str | None, Model], report: Report = un
     """
     start = time.monotonic()
     costs: dict[_Kind, _Cost] = {}
+    kinds = {_kind(draft) for draft in plan.drafts if draft.split == "test"}
     for draft in plan.drafts:
         if draft.split == "test" and _kind(draft) not in costs:
-            report("measuring how long some trials take", 0, 0)
+            report("measuring how long some trials take", len(costs), len(kinds))
             costs[_kind(draft)] = _calibrate(models[draft.model], draft.batch())
     for draft in plan.drafts:  # a calibration is not watched: it costs what a test batch that is not watched costs
         if _kind(draft) not in costs:
@@ -80,12 +81,14 @@ def _kind(draft: Draft) -> _Kind:
 def _calibrate(model: Model, batch: Batch) -> _Cost:
     """Time a piece of a batch, as large as the time allows, with few and with more new tokens."""
     piece = _piece(batch, 1, FEW)
-    first = _timed(model, piece)  # the first run also pays for what is made once
-    first = min(first, _timed(model, piece))
+    first = _timed(model, piece)
+    if first < SECONDS / 4:  # the first run also pays for what is made once, which is little beside a longer one
+        first = min(first, _timed(model, piece))
     pairs = max(1, min(len(batch.pairs), int(SECONDS / (2.5 * first))))
-    few, more = _piece(batch, pairs, FEW), _piece(batch, pairs, MORE)
+    more = _piece(batch, pairs, MORE)
     before = _memory(reset=True)
-    short, long = _timed(model, few), _timed(model, more)
+    short = first if pairs == 1 else _timed(model, _piece(batch, pairs, FEW))
+    long = _timed(model, more)
     count = len(more.trials)
     step = max(long - short, 0.0) / (MORE - FEW)
     return _Cost(

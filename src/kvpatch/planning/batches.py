@@ -98,6 +98,11 @@ class Draft:
         self.readouts: Readouts = shared["readouts"]
         self.watched: AttentionSettings | None = shared["watched"]
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Draft) and (self._shared, self.batch_id) == (other._shared, other.batch_id)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
     @functools.cached_property
     def counts(self) -> dict[str, int]:
         """Condition -> trials. Those whose prompt a pair lacks are left out for it."""

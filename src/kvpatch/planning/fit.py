@@ -17,7 +17,6 @@ from kvpatch.interventions.kinds import empty_caches
 from kvpatch.models.geometry import Geometry
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.planning.batches import Draft, PlannedPair
-from kvpatch.planning.listener import Report, unreported
 from kvpatch.protocols.conditions import Condition
 from kvpatch.protocols.schema import Having
 
@@ -57,7 +56,6 @@ def refuse_misfits(
     encode: Callable[[str], EncodedPrompt],
     continuation_ids: Callable[[str], Sequence[int]],
     room: int,
-    report: Report = unreported,
 ) -> None:
     """Check every condition of a plan on every pair that it runs on.
 
@@ -68,14 +66,12 @@ def refuse_misfits(
         encode: tokenises the text of a prompt; the neutral scaffold's is empty.
         continuation_ids: tokenises text as it is (the separator of joined prompts).
         room: tokens that will follow the cache.
-        report: told what is done, how much of it, and of how much.
     Raises:
         ProtocolError: naming the condition that does not fit, its phase, and the pair where it is a pair's.
     """
     place = _Place(geometry, encode, continuation_ids, room)
     of_phase: dict[str, list[_Asked]] = {}
-    for number, draft in enumerate(drafts):
-        report("checking that every condition fits", number, len(drafts))
+    for draft in drafts:
         if draft.phase not in of_phase:
             of_phase[draft.phase] = _asked_of(draft, geometry)
         for asked in of_phase[draft.phase]:

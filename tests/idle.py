@@ -89,4 +89,5 @@ def idle_plan(trials: int, per_batch: int) -> Plan:
         return whole.model_copy(update={"batch_id": f"idle-{place:04d}-{place:012x}", "trials": made})
 
     batches = [batch(place) for place in range(trials // per_batch)]
-    return Plan.model_construct(batches=batches, forced=[], scorer=scorer, skipped=[], dropped_pairs=[], passed_over={})
+    plan = Plan(drafts=[], scorer=scorer, skipped=[], dropped_pairs=[])
+    return plan.model_copy(update={"batches": batches, "forced": []})

@@ -11,7 +11,7 @@ from kvpatch.executors.host import model_record
 from kvpatch.files import remember_tokenizer
 from kvpatch.models.template import has_template
 from kvpatch.planning.fit import refuse_misfits, slots_are_had
-from kvpatch.planning.listener import ProgressListener, Report, unreported
+from kvpatch.planning.listener import ProgressListener
 from kvpatch.planning.plan import Plan, PlanningModel, chosen_phases, make_plan
 from kvpatch.prompts.bank import Bank
 from kvpatch.protocols.schema import Protocol
@@ -35,14 +35,8 @@ def plan_for(
     n: int | None,
     phases: Sequence[str] | None,
     grown_from: Sequence[int | None] = (),
-    is_listed: bool = True,
-    report: Report = unreported,
 ) -> tuple[Plan, dict[str | None, ModelRecord]]:
     """The plan of a protocol on its models, and the record of each.
-
-    Args:
-        is_listed: whether the plan has its batches, with every trial; its drafts alone need little time and memory.
-        report: told what is done, how much of it, and of how much.
 
     Raises:
         ProtocolError: where the protocol can't run on one of these models, or on this bank.
@@ -77,13 +71,11 @@ def plan_for(
         )
         for key, r in records.items()
     }
-    plan = make_plan(
-        protocol, bank, planning, seed=seed, n=n, phases=phases, grown_from=grown_from, is_listed=is_listed
-    )
+    plan = make_plan(protocol, bank, planning, seed=seed, n=n, phases=phases, grown_from=grown_from)
     _try_out(plan.scorer, bank, models[next(iter(models))].continuation_ids)
     for key, model in models.items():
         own = [draft for draft in plan.drafts if draft.model == key]
-        refuse_misfits(own, model.geometry, encoders[key], model.continuation_ids, room, report)
+        refuse_misfits(own, model.geometry, encoders[key], model.continuation_ids, room)
     return plan, records
 
 

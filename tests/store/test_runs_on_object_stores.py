@@ -128,13 +128,13 @@ def test_a_run_that_was_killed_between_a_part_and_its_line_is_resumed_with_every
         from kvpatch.planning import plan
         from kvpatch.store.session import Session
         plan.ROWS_PER_BATCH = 1
-        name_part, named = Session.name_part, []
-        def dies(self, part):
-            named.append(part)
+        name_parts, named = Session.name_parts, []
+        def dies(self, parts):
+            named.extend(parts)
             if len(named) == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
-            name_part(self, part)
-        Session.name_part = dies
+            name_parts(self, parts)
+        Session.name_parts = dies
         kv.run({str(protocol)!r}, {str(tiny_dirs("llama"))!r}, {out!r}, n=2)
         """
     )
@@ -192,8 +192,8 @@ def test_a_former_holder_that_does_not_know_it_yet_can_name_no_part(s3, monkeypa
     newer.begin()
     part = Part(part="x.parquet", rows=0, sha256="0" * 64)
     with pytest.raises(StoreError, match="taken over"):
-        former.name_part(part)
-    newer.name_part(part)
+        former.name_parts([part])
+    newer.name_parts([part])
     assert [each.batch for each in Store(out).parts()] == ["x"]
     newer.lease.release()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,24 +56,40 @@ def loading() -> Iterator[Report]:
 
 @contextmanager
 def planning_progress() -> Iterator[PlanReport]:
-    """A bar of a plan that takes longer than a second; plain lines where there is no terminal."""
+    """A line of a plan that takes longer than a second: a bar, or plain lines where there is no terminal."""
     console = PlainConsole(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[of]}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("planning", total=None, of="", visible=False)
-        begun = said = time.monotonic()
-        last = ""
+        said, stage, line, is_late = 0.0, "", "planning", False
+
+        def say_it() -> None:
+            nonlocal said
+            said = time.monotonic()
+            if not console.is_terminal:
+                console.print(line)
+
+        def late() -> None:
+            nonlocal is_late
+            is_late = True
+            bar.update(task, visible=True)
+            say_it()
 
         def report(what: str, done: int, total: int) -> None:
-            nonlocal said, last
-            now, of = time.monotonic(), f"{done:,} of {total:,}" if total else ""
-            bar.update(task, description=what, completed=done, total=total or None, of=of, visible=now - begun > SHORT)
-            is_due = now - said > (SHORT if what != last else PLAIN_EVERY)
-            if not console.is_terminal and is_due and now - begun > SHORT:
-                said, last = now, what
-                console.print(f"{what}: {of}" if of else what)
+            nonlocal stage, line
+            of = f"{done:,} of {total:,}" if total else ""
+            is_new, stage, line = what != stage, what, f"{what}: {of}" if of else what
+            bar.update(task, description=what, completed=done, total=total or None, of=of)
+            if is_late and (is_new or time.monotonic() - said > PLAIN_EVERY):
+                say_it()
 
-        yield report
+        timer = threading.Timer(SHORT, late)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield report
+        finally:
+            timer.cancel()
 
 
 @contextmanager

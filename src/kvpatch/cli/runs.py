@@ -182,27 +182,18 @@ def plan(
     refuse_code(chosen, allow_code)
     warn_of_deviations(chosen)
     warn_of_too_few(chosen, n, phase_names(phases))
-    from kvpatch.cli.progress import planning_progress
-    from kvpatch.cli.tables import plan_summary, print_plan
-    from kvpatch.planned import clocked, plan_for
+    from kvpatch.cli.planning import planned_summary
+    from kvpatch.cli.tables import print_plan
+    from kvpatch.planned import clocked
     from kvpatch.planning.listener import ProgressListener
-    from kvpatch.prompts.bank import load_bank
     from kvpatch.verdicts.deviations import stated
 
     how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
     loaded = load_all(chosen, model, phase_names(phases), other_model, **how)
     warn_of_clocks(clocked(loaded, ProgressListener()))
-    bank, names = load_bank(chosen.bank, chosen.folder), phase_names(phases)
-    with planning_progress() as report:
-        made, _ = plan_for(loaded, chosen, bank, seed=seed, n=n, phases=names, is_listed=False, report=report)
-        cost = None
-        if timing:
-            from kvpatch.executors.estimate import estimate
-
-            cost = estimate(made, loaded, report)
-        summary = plan_summary(
-            made, chosen, lambda key, text: len(loaded[key].encode(text, may_be_empty=True).token_ids), cost, report
-        ) | stated(chosen, n, names)
+    names = phase_names(phases)
+    summary = planned_summary(chosen, loaded, seed=seed, n=n, phases=names, is_timed=timing)
+    summary |= stated(chosen, n, names)
     show(summary, as_json, lambda: print_plan(summary), is_all)
 
 

@@ -7,6 +7,7 @@ make-up depends on the plan alone, never on what was done before, so that a resu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -51,19 +52,31 @@ class Skipped(Frozen):
 
 
 class Plan(Frozen):
-    """Everything a run will do. `passed_over`: phase -> pairs that lack what the phase asks of its pairs. `forced`: the
-    calibration's neutral and destroyed caches beside the natural ones, which are forced on held-out continuations
-    before any trial runs, and write nothing. `drafts` tells of the batches what is known without their trials."""
+    """Everything a run will do. `passed_over`: phase -> pairs that lack what the phase asks of its pairs.
+
+    `drafts` tell of the batches what is known without their trials; `batches` are made of them when they are first
+    asked for, since millions of trials take time and memory.
+    """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    batches: list[Batch]
-    drafts: SkipValidation[list[Draft]] = Field(default=[], repr=False)
-    forced: list[Batch] = Field(default=[])
+    drafts: SkipValidation[list[Draft]] = Field(repr=False)
+    forced_drafts: SkipValidation[list[Draft]] = Field(default=[], repr=False)
     scorer: Scorer
     skipped: list[Skipped]
     dropped_pairs: list[str]
     passed_over: dict[str, int] = Field(default={})
+
+    @functools.cached_property
+    def batches(self) -> list[Batch]:
+        """All batches, with every trial."""
+        return [draft.batch() for draft in self.drafts]
+
+    @functools.cached_property
+    def forced(self) -> list[Batch]:
+        """The calibration's neutral and destroyed caches beside the natural ones, which are forced on held-out
+        continuations before any trial runs, and write nothing."""
+        return [draft.batch() for draft in self.forced_drafts]
 
     @property
     def n_trials(self) -> int:
@@ -101,7 +114,6 @@ def make_plan(
     n: int | None = None,
     phases: Sequence[str] | None = None,
     grown_from: Sequence[int | None] = (),
-    is_listed: bool = True,
 ) -> Plan:
     """Plan a run.
 
@@ -111,7 +123,6 @@ def make_plan(
         n: pairs per condition, in place of each phase's own. A phase with a pairing of its own takes what that gives.
         phases: names of the phases to run; all if None.
         grown_from: every n that the same run had before, so that batches which are stored are planned as they were.
-        is_listed: whether the batches are made, with every trial; their drafts alone need little time and memory.
     Raises:
         ProtocolError: for an unknown phase or readout, a scorer that can't be read, or more pairs than the bank gives.
     """
@@ -142,9 +153,8 @@ def make_plan(
     for planner in planners.values():
         skipped += planner.skipped
     return Plan(
-        batches=[draft.batch() for draft in drafts] if is_listed else [],
         drafts=drafts,
-        forced=[draft.batch() for draft in forced] if is_listed else [],
+        forced_drafts=forced,
         scorer=scorer,
         skipped=skipped,
         dropped_pairs=dropped,

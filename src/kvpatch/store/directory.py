@@ -216,7 +216,7 @@ class Store:
         """
         own = session_of(self.index) if isinstance(self.index, ObjectPath) else None
         if own is not None:
-            return own.name_part(part)
+            return own.name_parts([part])
         kept = [other for other in self.parts() if other.part != part.part]
         self.write_index([*kept, part])
 

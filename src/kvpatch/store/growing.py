@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from kvpatch.errors import StoreError
 from kvpatch.files import open_flags
 from kvpatch.store.directory import Store, explained
+from kvpatch.store.objects import ObjectPath
 from kvpatch.store.parts import Part
+from kvpatch.store.session import held_session
 
 
 class GrowingIndex:
@@ -29,6 +31,8 @@ class GrowingIndex:
         """
         path = self.store.index
         with explained(self.store.directory):
+            if isinstance(path, ObjectPath):
+                return held_session(path).name_parts(parts)
             if path.is_symlink():
                 raise StoreError(f"{path} is a symbolic link, and a run is not written through one; delete the link")
             if self._size is None or not path.exists() or path.stat().st_size != self._size:

@@ -80,6 +80,8 @@ class ObjectPath:
     def resolve(self) -> ObjectPath:
         return self
 
+    absolute = resolve
+
     def is_symlink(self) -> bool:
         return False
 

@@ -10,7 +10,7 @@ from then on the version that the former holder knows is gone, and nothing that 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from kvpatch.errors import StoreError
@@ -80,19 +80,19 @@ class Session:
                 f"{self.place} was changed by another process that holds no lease; the same command goes on from it"
             ) from None
 
-    def name_part(self, part: Part) -> None:
-        """Add a part to the index.
+    def name_parts(self, parts: Sequence[Part]) -> None:
+        """Add parts to the index.
 
         Raises:
             StoreError: where the lease was lost.
         """
-        if part.part in self._names:
-            kept = [other for other in entries(self._index)[0] if other.part != part.part]
-            content = b"".join(other.line() for other in [*kept, part])
-        else:
-            content = self._index + (b"" if self._index.endswith(b"\n") or not self._index else b"\n") + part.line()
-        self.replace_index(content)
-        self._names.add(part.part)
+        new, before = {part.part for part in parts}, self._index
+        if new & self._names:
+            before = b"".join(other.line() for other in entries(before)[0] if other.part not in new)
+        elif before and not before.endswith(b"\n"):
+            before += b"\n"
+        self.replace_index(before + b"".join(part.line() for part in parts))
+        self._names |= new
 
 
 @contextmanager
@@ -119,6 +119,18 @@ def session_of(place: ObjectPath) -> Session | None:
     return next((found for each in (place, *place.parents) if (found := _held.get(str(each)))), None)
 
 
+def held_session(place: ObjectPath) -> Session:
+    """The same, where only the process that holds the run may write.
+
+    Raises:
+        StoreError: where this process does not hold it.
+    """
+    own = session_of(place)
+    if own is None:
+        raise StoreError(f"{place.parent} is not held, and its index is written by the process that holds it alone")
+    return own
+
+
 def write_object(place: ObjectPath, data: bytes) -> None:
     """Write an object of a run.
 
@@ -130,9 +142,7 @@ def write_object(place: ObjectPath, data: bytes) -> None:
     if own is not None:
         own.lease.require()
     if place.name == "parts.jsonl":
-        if own is None:
-            raise StoreError(f"{place.parent} is not held, and its index is written by the process that holds it alone")
-        own.replace_index(data)
+        held_session(place).replace_index(data)
     elif place.parent.name in PARTS:
         _write_part_file(place, data, own)
         place.forget()

@@ -2,7 +2,7 @@
 
     python benchmarks/workers.py same [--model smollm2-135m] [--n 20] [--workers 2]
     python benchmarks/workers.py cost [--model smollm2-135m] [--n 12] [--workers 2] [--tokens 16] [--repeats 2]
-    python benchmarks/workers.py kills [--kills 5]
+    python benchmarks/workers.py kills [--kills 5] [--n 20]
     python benchmarks/workers.py driver [--trials 1000000] [--workers 4]
 
 same: `kvpatch run` of phase 1 of dec7 with the local executor on all cores and with workers that share them, in turn;
@@ -132,13 +132,13 @@ def cost(name: str, n: int, workers: int, tokens: int, repeats: int) -> None:
         print(f"{what}: local {one:.1f} s, workers {two:.1f} s, ratio {two / one:.3f}")
 
 
-def kills(count: int) -> None:
+def kills(count: int, n: int) -> None:
     """Bar 2."""
     from kvpatch.store.directory import Store
     from kvpatch.store.record import told_of_sessions
 
     out = Path(tempfile.mkdtemp()) / "run"
-    words = ["run", "dec7", "--model", "smollm2-135m", "--phases", "1", "--n", 20, "--out", out]
+    words = ["run", "dec7", "--model", "smollm2-135m", "--phases", "1", "--n", n, "--out", out]
     child = kvpatch(*words, "--on", "ray", "--workers", 2)
     killed: list[int] = []
     while child.poll() is None and len(killed) < count:
@@ -221,7 +221,7 @@ def main(words: Sequence[str] | None = None) -> None:
     elif given.what == "cost":
         cost(given.model, given.n, given.workers or 2, given.tokens, given.repeats)
     elif given.what == "kills":
-        kills(given.kills)
+        kills(given.kills, given.n)
     else:
         driver(given.trials, given.workers or 4)
 

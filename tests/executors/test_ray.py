@@ -285,7 +285,7 @@ def test_ended_driver_leaves_no_process_and_no_file(tmp_path, tiny_dirs):
     pids = [int(word) for word in driver.stdout.readline().split()]
     assert len(pids) >= 3
     driver.send_signal(signal.SIGTERM)
-    _, said = driver.communicate(timeout=60)
+    _, said = driver.communicate(timeout=120)
     assert driver.returncode == 143 and said == ""
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
     assert not [process for process in alive if process.is_running() and process.status() != "zombie"]

@@ -69,7 +69,8 @@ def _beginning(backbone: Backbone, token_ids: Sequence[int]) -> Held:
     at = torch.arange(len(token_ids), device=backbone.device)[None]
     if (reader := reader_of(backbone)) is not None:
         keys, values = _read(reader, pack_rows([list(zip(token_ids, range(len(token_ids)), strict=True))]))
-        return Held(*([one.transpose(0, 1)[None] for one in layers] for layers in (keys, values)), at)
+        keys, values = ([one.transpose(0, 1)[None] for one in layers] for layers in (keys, values))
+        return Held(keys, values, at)
     slab = backbone.slab(1, len(token_ids))
     backbone.forward(torch.tensor([list(token_ids)], device=backbone.device), at, slab)
     layers = slab.slab_layers
@@ -146,19 +147,18 @@ def _read_pass(
     rows = [list(zip(p.token_ids[shared:-1], range(shared, len(p.token_ids)), strict=False)) for p in prompts]
     held = None
     if beginning is not None:
-        layers = ([one.expand(batch, -1, -1, -1) for one in of] for of in (beginning.keys, beginning.values))
-        held = Held(*layers, beginning.positions.expand(batch, -1))
+        keys, values = ([one.expand(batch, -1, -1, -1) for one in of] for of in (beginning.keys, beginning.values))
+        held = Held(keys, values, beginning.positions.expand(batch, -1))
     pack = pack_rows(rows, None if held is None else [shared] * batch, held)
     row, column = (torch.from_numpy(at).to(device) for at in (pack.row, pack.column + slots - pack.shape[1]))
     starts = torch.tensor([slots - len(p.token_ids) + 1 for p in prompts], device=device)
     of_row, of_slot = (torch.arange(count, device=device) for count in (batch, shared))
-    made: LayerTensors = tuple(
-        tuple(
-            torch.zeros(batch, geometry.kv_heads, slots, geometry.head_dim, dtype=backbone.dtype, device=device)
-            for _ in range(geometry.layers)
-        )
-        for _ in range(2)
-    )
+
+    def empty() -> tuple[Tensor, ...]:
+        shape = (batch, geometry.kv_heads, slots, geometry.head_dim)
+        return tuple(torch.zeros(shape, dtype=backbone.dtype, device=device) for _ in range(geometry.layers))
+
+    made = (empty(), empty())
 
     def on_layer(layer: int, *new: Tensor) -> None:
         for tensors, tensor in zip(made, new, strict=True):

@@ -30,6 +30,7 @@ from kvpatch.planning.plan import Batch, Plan
 from kvpatch.readouts.fluency import CoherenceLimits
 from kvpatch.store.directory import Store
 from kvpatch.store.growing import GrowingIndex
+from kvpatch.store.objects import ObjectPath
 from kvpatch.store.parts import Part
 
 MOST_HELD = 4
@@ -97,7 +98,9 @@ class _Run:
         self.crew.on_tokens, self.crew.on_stage = on_tokens, lambda stage: None
         self.index = GrowingIndex(store)
         self.repeats = Repeats(plan, store)
-        self.settings = Settings(str(store.directory.absolute()), executor.rows, executor.rules)
+        place = store.directory
+        address = str(place if isinstance(place, ObjectPath) else place.absolute())
+        self.settings = Settings(address, executor.rows, executor.rules)
         self.limits: dict[str, CoherenceLimits] = {}
         self.seats: dict[Seat, _OfSeat] = {}
         self.parts: dict[str, Part] = {}  # of batches whose rows are copied

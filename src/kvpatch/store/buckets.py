@@ -219,7 +219,9 @@ class _ReadBucket:
     def _known(self, info: dict[str, Any]) -> Found:
         tag = next((str(info[key]) for key in ("blob_id", "ETag", "etag", "mtime", "created") if info.get(key)), "")
         modified: Any = info.get("created") or getattr(info.get("last_commit"), "date", None) or 0.0
-        return Found(tag, info.get("size") or 0, modified if isinstance(modified, float) else modified.timestamp())
+        return Found(
+            tag, info.get("size") or 0, float(modified.timestamp() if hasattr(modified, "timestamp") else modified)
+        )
 
     def _asked(self, call: Any, key: str, **settings: Any) -> Any:
         try:

@@ -11,9 +11,9 @@ import pytest
 import kvpatch as kv
 from kvpatch import readiness
 from kvpatch.errors import ModelError
+from kvpatch.executors.host import model_record
 from kvpatch.files import cache_directory
 from kvpatch.planning.listener import ProgressListener
-from kvpatch.provenance import model_record
 
 HARDWARE: dict[str, object] = {"machine": "m", "processor": "p", "threads": 1}
 Dirs = Callable[..., Path]

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor
 
 from kvpatch.caches.kvcache import PAD, KVCache
 from kvpatch.caches.selection import beside_mask, chosen_layers, slot_mask, told
 from kvpatch.engine.attention import Attention, AttentionRequest, Maps
 from kvpatch.engine.decode import OnLogits, OnStep, decode
-from kvpatch.engine.generated import Generated
+from kvpatch.engine.generated import Generated, end_tokens_of
 from kvpatch.engine.prefill import labels_of, prefill, prefill_with_attention
 from kvpatch.engine.score import score
 from kvpatch.errors import CacheError, EmptySelection, ModelError, ProtocolError
@@ -83,10 +82,8 @@ class Model:
 
     @batch_invariant.setter
     def batch_invariant(self, wanted: bool) -> None:
-        wanted = arguments.switch("batch_invariant", wanted, error=ModelError)
-        if wanted != self.backbone.batch_invariant:
-            self.backbone.batch_invariant = wanted
-            self.backbone.kept.clear()
+        self.backbone.batch_invariant = arguments.switch("batch_invariant", wanted, error=ModelError)
+        self.backbone.kept.clear()  # the way of running it is chosen anew
 
     @property
     def end_tokens(self) -> list[int]:
@@ -95,16 +92,7 @@ class Model:
         Raises:
             ModelError: where what they name is no token id.
         """
-        for config in (self.hf.generation_config, self.hf.config.get_text_config(), self.tokenizer):
-            named = getattr(config, "eos_token_id", None)
-            if isinstance(named, torch.Tensor):
-                named = named.flatten().tolist()
-            ends = list(named) if isinstance(named, (list, tuple, set)) else [] if named is None else [named]
-            if wrong := [end for end in ends if isinstance(end, bool) or not isinstance(end, int)]:
-                raise ModelError(f"the model names {wrong[0]!r} as the token that ends a reply; that is no token id")
-            if known := [end for end in ends if end >= 0]:  # some configurations write -1 for none
-                return known
-        return []
+        return end_tokens_of(self.hf, self.tokenizer)
 
     @property
     def scaffold(self) -> Scaffold | None:

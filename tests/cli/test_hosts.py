@@ -85,3 +85,12 @@ def test_refusal_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path):
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1 and said.startswith("kvpatch: --gpus 2: this machine has")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_and_an_object_store_are_refused_before_anything_is_loaded(monkeypatch, capsys):
+    given = ["run", "dec7", "--model", "no-such-model", "--workers", "2", "--device", "cpu", "--out", "s3://bucket/run"]
+    monkeypatch.setattr(sys, "argv", ["kvpatch", *given])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and "s3://bucket/run is an object store" in said

@@ -4,8 +4,8 @@
 
 Discrete events: one driver, workers that hold a model each on `gpus_per_worker` GPUs, one store. A worker asks the
 driver for a batch, runs it, and writes its part in a second thread while the next batch runs; the driver names what has
-arrived in the index, many parts at a time, and hands out more. Every rate below says if it was measured (where: see
-LOG.md) or is assumed. Any of them can be given: `--set driver=5000`.
+arrived in the index, many parts at a time, and hands out more. Every rate below says whether it was measured (see
+LOG.md) or is assumed, and any of them can be given: `--set driver=5000`.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from kvpatch.store.parts import Part
 from kvpatch.store.repair import repair
 from kvpatch.store.session import Session
 from kvpatch.verdicts.outcome import outcome_of
+from kvpatch.view.runs import Runs
 from small import write_protocol
 
 pytestmark = pytest.mark.model
@@ -196,6 +197,20 @@ def test_a_former_holder_that_does_not_know_it_yet_can_name_no_part(s3, monkeypa
     newer.name_parts([part])
     assert [each.batch for each in Store(out).parts()] == ["x"]
     newer.lease.release()
+
+
+def test_the_view_finds_runs_in_a_folder_of_a_bucket_and_sees_who_is_at_them(s3, on_disk):
+    folder = place_of(s3())
+    for name in ("first", "second"):
+        for file in ("run.json", "parts.jsonl", *(f"trials/{part.part}" for part in on_disk.store.parts())):
+            (folder / name).bucket.put(f"{folder.key}/{name}/{file}", (Path(on_disk.directory) / file).read_bytes())
+    runs = Runs([folder])
+    first, second = sorted(runs.refresh(), key=lambda run: run.key)
+    assert (first.key, second.key, first.trouble) == ("first", "second", None)
+    assert first.progress().done == on_disk.record.planned and first.progress().state == "finished"
+    with Store(folder / "first").locked():
+        assert (first.progress().state, second.progress().state) == ("running", "finished")
+    assert not runs.refresh()
 
 
 def test_nothing_private_stays_in_the_lease_once_it_is_let_go(s3):

@@ -31,7 +31,9 @@ def record_of(
     n: int | None,
     phases: Sequence[str] | None,
     command: Sequence[str],
+    machine: Mapping[str, object],
 ) -> RunRecord:
+    """The record of a run that begins. machine: what `hardware` says where the models are."""
     return RunRecord(
         kvpatch_version=kvpatch.__version__,
         protocol=protocol.model_dump(mode="json", by_alias=True),
@@ -47,7 +49,7 @@ def record_of(
         versions={name: version(name) for name in ("torch", "transformers", "numpy", "scipy", "pyarrow")}
         | _semantic_versions(protocol),
         git=_git(),
-        hardware=hardware(),
+        hardware=dict(machine),
         command=told_command(command),
         created=now(),
         skipped=[s.model_dump() for s in plan.skipped],

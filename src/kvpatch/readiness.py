@@ -162,14 +162,14 @@ def named(key: str | None) -> str:
 
 
 def refuse_other_mode(models: Mapping[str | None, Model], engine: Mapping[str, Mapping[str, object]]) -> None:
-    """Refuse to go on with a GPU's run in the other mode than it was begun in: its trials would not be of one kind.
+    """Refuse to go on without batch invariance with a GPU's run that was begun with it.
 
     Raises:
-        StoreError: where a model is to be batch-invariant and was not, or the other way round.
+        StoreError: naming the way on.
     """
     for key, model in models.items():
         begun = engine.get(named(key), {}).get("batch_invariant")
-        if model.backbone.device.type == "cuda" and begun is not None and begun and not model.batch_invariant:
+        if model.backbone.device.type == "cuda" and begun and not model.batch_invariant:
             raise StoreError("this run was begun batch-invariant; go on without --fast, or give another --out")
 
 

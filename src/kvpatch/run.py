@@ -108,8 +108,7 @@ def _run(protocol: Protocol, host: Host, out: Place, asked: _Asked, listener: Pr
     plan, records, machine = host.ask(_planned, protocol, bank, asked, grown_from, listener=listener)
     listener.planned(plan)
     with store.locked():
-        record = record_of(protocol, bank, plan, records, asked.seed, asked.n, asked.phases, asked.command)
-        record = record.model_copy(update={"hardware": machine})
+        record = record_of(protocol, bank, plan, records, asked.seed, asked.n, asked.phases, asked.command, machine)
         if store.has_record():
             stored = store.read_record()
             stored_protocol(stored)  # one that was changed after the run is told before anything is computed

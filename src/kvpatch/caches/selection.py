@@ -132,7 +132,7 @@ def layer_indices(layers: Sequence[int] | LayerBand | LayerAt | Span | None, cou
         if not inside:
             raise EmptySelection(f"band {list(layers.band)} holds no layer of a model with {count} layers")
         return [layer for layer in range(count) if (layer in inside) != layers.inverse]
-    return _in_range("layer", layers, count)
+    return indices_within("layer", layers, count)
 
 
 def head_indices(kv_heads: Sequence[int] | Span | None, count: int) -> list[int]:
@@ -141,7 +141,7 @@ def head_indices(kv_heads: Sequence[int] | Span | None, count: int) -> list[int]
     Raises:
         CacheError: for a head the layer does not have.
     """
-    return list(range(count)) if kv_heads is None else _in_range("KV head", kv_heads, count)
+    return list(range(count)) if kv_heads is None else indices_within("KV head", kv_heads, count)
 
 
 def slot_indices(
@@ -164,7 +164,7 @@ def slot_indices(
     elif isinstance(chosen, SlotQuery):
         own = _query(cache, row, chosen, seed)
     else:
-        own = _in_range("slot", chosen, length)
+        own = indices_within("slot", chosen, length)
     padding = cache.slots - length
     return sorted(slot + padding for slot in own)
 
@@ -243,7 +243,12 @@ def _none_of(name: str, chosen: object) -> str:
     return f"{name} {chosen if isinstance(chosen, Span) else []}"
 
 
-def _in_range(what: str, indices: Sequence[int] | Span, count: int) -> list[int]:
+def indices_within(what: str, indices: Sequence[int] | Span, count: int) -> list[int]:
+    """Indices of `count` things, each once, ascending; negative ones count from the end.
+
+    Raises:
+        CacheError: for one that there is not.
+    """
     if isinstance(indices, Span):
         return list(indices.within(count))
     bad = [i for i in indices if not -count <= i < count]

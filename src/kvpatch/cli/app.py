@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -188,10 +188,14 @@ def load_all(
     protocol: Protocol, model: str, phases: list[str] | None, replaced: list[str] | None, **settings: Any
 ) -> dict[str | None, Model]:
     """The same, loaded."""
+    return loaded(sources_of(protocol, model, phases, replaced, **settings))
+
+
+def loaded(sources: Mapping[str | None, tuple[str, dict[str, Any]]]) -> dict[str | None, Model]:
+    """The models of `sources_of`, loaded under a bar."""
     from kvpatch.cli.progress import loading
     from kvpatch.engine.loading import load
 
-    sources = sources_of(protocol, model, phases, replaced, **settings)
     with loading() as report:
         return {key: load(name, progress=report, **how) for key, (name, how) in sources.items()}
 

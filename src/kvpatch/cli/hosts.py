@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpatch.cli.app import loaded
 from kvpatch.cli.console import say
 from kvpatch.errors import KvpatchError, MissingExtra, is_installed
 
@@ -85,15 +86,10 @@ def asked_for(
 @contextmanager
 def host_of(asked: Asked | None, sources: Sources) -> Iterator[Host]:
     """What has the models of a run; its workers are gone when the block is left."""
-    from kvpatch.cli.progress import loading
     from kvpatch.executors.host import Here
 
     if asked is None:
-        from kvpatch.engine.loading import load
-
-        with loading() as report:
-            models = {key: load(name, progress=report, **how) for key, (name, how) in sources.items()}
-        yield Here(models)
+        yield Here(loaded(sources))
         return
     from kvpatch.executors.crew import crew_of
     from kvpatch.executors.ray import WithWorkers

@@ -34,19 +34,18 @@ class Fast:
     """How a model's decoding step runs: the network and what carries it out ("fused" or "plain"); with no network, the
     model's own forward pass. `error` is the largest difference of a logit from the model's own, over the largest
     logit. `reader` reads prompts and continuations on a GPU, an `engine.reading.Reader`; None where the model's own
-    forward pass does. `products` are the matrix products of "fused", an `engine.exact_products.Products`."""
+    forward pass does. "fused" has one, and multiplies with its products."""
 
     network: Network | None
     ops: str
     note: str
     error: float = 0.0
     reader: Any = None
-    products: Any = None
 
     @property
     def is_batch_invariant(self) -> bool:
         """Whether a row's tokens and log-probabilities are the same to the bit whatever rows it runs with."""
-        return self.ops == "fused" and self.reader is not None and self.products is not None and self.products.is_exact
+        return self.ops == "fused" and self.reader.products.is_exact
 
     def weights(self, backbone: Backbone) -> list[torch.Tensor]:
         """The matrices that every step multiplies by."""
@@ -61,11 +60,9 @@ class Fast:
         assert self.network is not None
         # A nucleus needs sorted logits, which the fused choice does not have.
         if self.ops == "fused" and (sampling.top_p == 1 or sampling.temperature == 0):
-            from kvpatch.engine.exact_products import Products
             from kvpatch.engine.fused import FusedOps
 
-            products = self.products or Products(is_exact=backbone.batch_invariant)
-            return FusedOps(backbone, self.network, sampling, positions, products)
+            return FusedOps(backbone, self.network, sampling, positions, self.reader.products)
         return PlainOps(backbone, self.network, sampling, positions)
 
 
@@ -83,13 +80,13 @@ def fast_of(backbone: Backbone) -> Fast:
 
 
 def reader_of(backbone: Backbone, edits: Edits | None = None) -> Any:
-    """The `engine.reading.Reader` of a model as it now is; None on a processor, with hooks on the model, for changes of
-    what attention gives, or where the model's own forward pass reads. Takes over what was changed in the model."""
+    """The `engine.reading.Reader` of a model as it now is; None on a processor, with hooks on the model, for edits that
+    it does not make, or where the model's own forward pass reads. Takes over what was changed in the model."""
     if backbone.device.type != "cuda":
         backbone.catch_up()
         return None
     reader = fast_of(backbone).reader
-    return None if any(edit.output is not None for edit in (edits or {}).values()) else reader
+    return reader if reader is not None and reader.makes(edits) else None
 
 
 def _find(backbone: Backbone) -> Fast:
@@ -121,8 +118,7 @@ def _carried_out_by(backbone: Backbone, network: Network, ops: str) -> Fast:
     from kvpatch.engine.exact_products import Products
     from kvpatch.engine.reading import Reader
 
-    products = Products(is_exact=backbone.batch_invariant)
-    return Fast(network, ops, "", reader=Reader(backbone, network, products), products=products)
+    return Fast(network, ops, "", reader=Reader(backbone, network, Products(is_exact=backbone.batch_invariant)))
 
 
 def _candidates(backbone: Backbone, network: Network, notes: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from kvpatch.caches.kvcache import PAD, KVCache
-from kvpatch.caches.selection import beside_mask, chosen_layers, slot_mask, told
+from kvpatch.caches.selection import beside_mask, chosen_layers, indices_within, slot_mask, told
 from kvpatch.engine.attention import Attention, AttentionRequest, Maps
 from kvpatch.engine.decode import OnLogits, OnStep, decode
 from kvpatch.engine.generated import Generated, end_tokens_of
@@ -223,8 +223,7 @@ class Model:
         count = self.geometry.query_heads
         if not heads:
             raise CacheError("maps of no query head are asked for; name at least one")
-        if bad := [head for head in heads if not -count <= head < count]:
-            raise CacheError(f"query head {bad[0]} does not exist: there are {count} (0 to {count - 1})")
+        indices_within("query head", heads, count)  # refuses one that there is not; the order asked for stays
         queries = None if maps.queries is None else arguments.whole_numbers("queries", maps.queries)
         return Maps(layers, heads, queries)
 

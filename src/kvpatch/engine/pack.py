@@ -40,7 +40,7 @@ class Segments:
     count: np.ndarray
 
     def tiles(self, queries: int) -> np.ndarray:
-        """[tiles, TILE_FIELDS]: stretches cut into tiles of at most so many queries."""
+        """[tiles, 8]: stretches cut into tiles of at most so many queries."""
         pieces = -(-self.count // queries)
         of = np.repeat(np.arange(len(self.count)), pieces)
         piece = np.arange(len(of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)

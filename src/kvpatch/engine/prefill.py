@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpatch.caches.kvcache import PAD, KVCache, Origin
 from kvpatch.engine.attention import Attention, AttentionCapture, AttentionRequest
 from kvpatch.engine.backend import reader_of
-from kvpatch.engine.pack import Held, Pack, pack_rows
+from kvpatch.engine.pack import Held, pack_rows
 from kvpatch.engine.token_budget import run_in_passes
 from kvpatch.errors import ProtocolError
 from kvpatch.models.backbone import Backbone
@@ -35,12 +35,12 @@ def prefill(backbone: Backbone, prompts: Sequence[EncodedPrompt]) -> KVCache:
     """
     if not prompts:
         raise ProtocolError("there is no prompt to prefill")
-    reader_of(backbone)  # first, since it takes over what was changed in the model
+    reader = reader_of(backbone)  # first, since it takes over what was changed in the model
     for prompt in prompts:
         if len(prompt.token_ids) > backbone.geometry.context:
             raise ProtocolError(f"a prompt has {len(prompt.token_ids)} tokens; {backbone.geometry.limit}")
     shared = _shared_beginning(prompts)
-    beginning = _beginning(backbone, prompts[0].token_ids[:shared]) if shared else None
+    beginning = _beginning(backbone, reader, prompts[0].token_ids[:shared]) if shared else None
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
     parts: list[KVCache] = []
 
@@ -64,13 +64,11 @@ def _shared_beginning(prompts: Sequence[EncodedPrompt]) -> int:
     return shared if shared >= SHARED_AT_LEAST else 0
 
 
-def _beginning(backbone: Backbone, token_ids: Sequence[int]) -> Held:
+def _beginning(backbone: Backbone, reader: Any, token_ids: Sequence[int]) -> Held:
     """The shared beginning, in one row."""
     at = torch.arange(len(token_ids), device=backbone.device)[None]
-    if (reader := reader_of(backbone)) is not None:
-        keys, values = _read(reader, pack_rows([list(zip(token_ids, range(len(token_ids)), strict=True))]))
-        keys, values = ([one.transpose(0, 1)[None] for one in layers] for layers in (keys, values))
-        return Held(keys, values, at)
+    if reader is not None:
+        return Held(*_read_pass(reader, [token_ids], len(token_ids), None, None), at)
     slab = backbone.slab(1, len(token_ids))
     backbone.forward(torch.tensor([list(token_ids)], device=backbone.device), at, slab)
     layers = slab.slab_layers
@@ -96,7 +94,7 @@ def prefill_pass(
     token_ids, positions = labels["token_ids"], labels["positions"]
     batch, slots = positions.shape
     if observer is None and (reader := reader_of(backbone, edits)) is not None:
-        keys, values = _read_pass(reader, prompts, slots, beginning, edits)
+        keys, values = _read_pass(reader, [p.token_ids[:-1] for p in prompts], slots, beginning, edits)
         return KVCache(keys, values, **labels, rope=backbone.geometry.rope, model=backbone.identity)
     if beginning is not None:
         slab = Slab.holding(
@@ -124,34 +122,22 @@ LayerTensors = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 """Keys and values, a tensor per layer each."""
 
 
-def _read(reader: Any, pack: Pack, held: Held | None = None, edits: Edits | None = None) -> LayerTensors:
-    """Keys and values of a pack's tokens, [tokens, kv_heads, head_dim] per layer."""
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-
-    def on_layer(layer: int, k: Tensor, v: Tensor) -> None:
-        keys.append(k.clone())
-        values.append(v.clone())
-
-    reader.read(pack, held, edits=edits, on_layer=on_layer, wants_states=False)
-    return tuple(keys), tuple(values)
-
-
 def _read_pass(
-    reader: Any, prompts: Sequence[EncodedPrompt], slots: int, beginning: Held | None, edits: Edits | None
+    reader: Any, token_ids: Sequence[Sequence[int]], slots: int, beginning: Held | None, edits: Edits | None
 ) -> LayerTensors:
-    """Keys and values of prompts by the engine's own kernels, [batch, kv_heads, slots, head_dim] per layer."""
-    backbone, batch = reader.backbone, len(prompts)
+    """Keys and values of rows of tokens, right-aligned, by the engine's own kernels: [batch, kv_heads, slots, head_dim]
+    per layer."""
+    backbone, batch = reader.backbone, len(token_ids)
     geometry, device = backbone.geometry, backbone.device
     shared = 0 if beginning is None else beginning.positions.shape[1]
-    rows = [list(zip(p.token_ids[shared:-1], range(shared, len(p.token_ids)), strict=False)) for p in prompts]
+    rows = [list(zip(row[shared:], range(shared, len(row)), strict=True)) for row in token_ids]
     held = None
     if beginning is not None:
         keys, values = ([one.expand(batch, -1, -1, -1) for one in of] for of in (beginning.keys, beginning.values))
         held = Held(keys, values, beginning.positions.expand(batch, -1))
     pack = pack_rows(rows, None if held is None else [shared] * batch, held)
     row, column = (torch.from_numpy(at).to(device) for at in (pack.row, pack.column + slots - pack.shape[1]))
-    starts = torch.tensor([slots - len(p.token_ids) + 1 for p in prompts], device=device)
+    starts = torch.tensor([slots - len(row) for row in token_ids], device=device)
     of_row, of_slot = (torch.arange(count, device=device) for count in (batch, shared))
 
     def empty() -> tuple[Tensor, ...]:

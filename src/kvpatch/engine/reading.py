@@ -52,6 +52,10 @@ class Reader:
         self.precision = "ieee" if backbone.dtype == torch.float32 else "tf32"
         self._tables: list[tuple[Tensor, Tensor]] = []
 
+    def makes(self, edits: Edits | None) -> bool:
+        """Whether `read` makes these edits: not those of what attention gives."""
+        return all(edit.output is None for edit in (edits or {}).values())
+
     @torch.no_grad()
     def read(
         self,
@@ -76,6 +80,7 @@ class Reader:
         count = len(pack.token_ids)
         room = _rounded(count)
         token_ids, positions = (_padded(numbers, room, device) for numbers in (pack.token_ids, pack.positions))
+        place = tuple(torch.from_numpy(at).to(device) for at in (pack.row, pack.column)) if edits else ()
         tiles = torch.from_numpy(pack.segments.tiles(self.queries)).to(device)
         tables = self._tables_for(int(pack.positions.max(initial=0)) + 1)
         hidden = F.embedding(token_ids, network.embedding)  # [room, width]
@@ -89,7 +94,7 @@ class Reader:
             self._turn(qkv, layer, tables[layer.rope], positions)
             heads = qkv.view(room, -1, network.head_dim)[:count]
             if edits and (edit := edits.get(index)):
-                self._edit(heads, edit, pack)
+                self._edit(heads, edit, pack.shape, place)
             if on_layer is not None:
                 _, keys, values = heads.split([network.query_heads, network.kv_heads, network.kv_heads], dim=1)
                 on_layer(index, keys, values)
@@ -218,20 +223,19 @@ class Reader:
         )
         return out
 
-    def _edit(self, heads: Tensor, edit: LayerEdit, pack: Pack) -> None:
+    def _edit(self, heads: Tensor, edit: LayerEdit, shape: tuple[int, int], place: tuple[Tensor, ...]) -> None:
         """Make an edit in the padded table it is written for, [rows, heads, columns, head_dim]. heads: [tokens, heads,
-        head_dim], changed in place."""
+        head_dim], changed in place; place: row and column of each token, of a table of this shape."""
         net = self.network
-        row, column = (torch.from_numpy(at).to(heads.device) for at in (pack.row, pack.column))
         parts = zip(
             ("query", "key", "value"), heads.split([net.query_heads, net.kv_heads, net.kv_heads], dim=1), strict=True
         )
         for part, own in parts:
             if getattr(edit, part) is None and not (part == "value" and edit.steer is not None):
                 continue
-            table = own.new_zeros(pack.shape[0], pack.shape[1], own.shape[1], net.head_dim)
-            table[row, column] = own
-            own.copy_(edit.apply(part, table.transpose(1, 2)).transpose(1, 2)[row, column])
+            table = own.new_zeros(*shape, own.shape[1], net.head_dim)
+            table[place] = own
+            own.copy_(edit.apply(part, table.transpose(1, 2)).transpose(1, 2)[place])
 
 
 def _rounded(rows: int) -> int:

@@ -18,8 +18,6 @@ KEY_BLOCK = 64
 QUERY_BLOCK = 64
 """Rows of the product of queries and keys: query heads of a KV head times queries."""
 VOCABULARY_BLOCK = 4096
-TILE_FIELDS = 8
-"""Numbers that describe a tile of queries; see `packed.Tiles`."""
 
 
 @triton.jit
@@ -96,7 +94,7 @@ def packed_attend_kernel(
     cached_keys,  # [rows, KV_HEADS, slots, DIM], turned
     cached_values,
     out,  # [tokens, GROUP * KV_HEADS * DIM]
-    tiles,  # [tiles, TILE_FIELDS]
+    tiles,  # [tiles, 8], see `pack.Segments.tiles`
     position,  # [tokens]
     cached_position,  # [rows, slots]
     scale,

@@ -107,8 +107,7 @@ def score(
     def run(low: int, high: int) -> None:
         rows = order[low:high]
         own_edits = edits(slice(low, high)) if edits else None
-        can_read = reader is not None and not any(edit.output is not None for edit in (own_edits or {}).values())
-        if can_read and to_capture is None:
+        if reader is not None and to_capture is None and reader.makes(own_edits):
             _read_rows(reader, cache, continuations, rows, [goes_on_from[row] for row in rows], scores, own_edits)
             return
         if of is not None:

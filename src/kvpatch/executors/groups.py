@@ -16,14 +16,19 @@ from kvpatch.interventions.build import prompts_in_cache
 from kvpatch.planning.plan import Batch
 
 
+def phases_of(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
+    """Consecutive batches that may run together: of one phase, and not some of before a run grew with some of after."""
+    for _, phase in groupby(batches, key=lambda batch: (batch.model, batch.phase, batch.split, batch.segment)):
+        yield list(phase)
+
+
 def groups(batches: Sequence[Batch], most: Callable[[Sequence[Batch]], int]) -> Iterator[list[Batch]]:
     """Consecutive batches of one phase, of up to `most` trials and about equally many. What a run had before it grew
     and what came to it are apart, so that the first is not run again.
 
     most: most trials to run together, asked of all batches of a phase; 1 runs each batch by itself.
     """
-    for _, phase in groupby(batches, key=lambda batch: (batch.model, batch.phase, batch.split, batch.segment)):
-        of_phase = list(phase)
+    for of_phase in phases_of(batches):
         total = sum(len(batch.trials) for batch in of_phase)
         even = total / math.ceil(total / max(1, most(of_phase))) if total else 1
         group: list[Batch] = []

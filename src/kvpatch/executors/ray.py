@@ -12,14 +12,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 from kvpatch.errors import StoreError
 from kvpatch.executors.batch import OnTokens
 from kvpatch.executors.crew import Crew, Event, Seat, raised
 from kvpatch.executors.dispatch import Dispatcher, Work
-from kvpatch.executors.groups import groups
+from kvpatch.executors.groups import groups, phases_of
 from kvpatch.executors.host import How, OnChange
 from kvpatch.executors.local import Executor, OnBatch, natural_target, stored_limits
 from kvpatch.executors.repeats import Repeats
@@ -136,8 +135,7 @@ class _Run:
         is_on_gpu = any(record.device == "cuda" for record in records.values())
         if not is_on_gpu:
             return lambda batches: rows.get(batches[0].model) or 1
-        key_of = lambda batch: (batch.model, batch.phase, batch.split, batch.segment)  # noqa: E731
-        phases = [list(batches) for _, batches in groupby(self.plan.batches, key=key_of)]
+        phases = list(phases_of(self.plan.batches))
         fitting = self.crew.ask(rows_of_phases, phases, listener=ProgressListener())
         known = {batches[0].batch_id: most for batches, most in zip(phases, fitting, strict=True)}
         return lambda batches: rows.get(batches[0].model) or known[batches[0].batch_id]

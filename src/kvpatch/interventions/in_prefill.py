@@ -15,11 +15,11 @@ from torch import Tensor
 
 from kvpatch.caches.kvcache import KVCache
 from kvpatch.caches.rope import LayerRope, rotate
-from kvpatch.caches.selection import Touched, chosen_layers, chosen_mask, refuse_empty
+from kvpatch.caches.selection import Touched, chosen_layers, chosen_mask, indices_within, refuse_empty
 from kvpatch.engine.decode import refuse_foreign
 from kvpatch.engine.prefill import prefill_pass
 from kvpatch.engine.residual import recorded_residual, replaced_residual
-from kvpatch.errors import CacheError, EmptySelection, ModelError
+from kvpatch.errors import EmptySelection, ModelError
 from kvpatch.interventions.kinds import Fitting, Kind, Made, Trials, refuse_missing_layers
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.geometry import Geometry
@@ -170,12 +170,10 @@ def _query_heads(spec: InPrefill, count: int) -> list[int]:
         CacheError: for one that there is not. EmptySelection: for none.
     """
     chosen = spec.query_heads
-    found = list(range(count) if chosen is None else chosen.within(count) if isinstance(chosen, Span) else chosen)
-    if bad := [head for head in found if not -count <= head < count]:
-        raise CacheError(f"query head {bad[0]} does not exist: there are {count} (0 to {count - 1})")
+    found = indices_within("query head", range(count) if chosen is None else chosen, count)
     if not found:
         raise EmptySelection(f"query_heads hold none of a layer's {count} query heads, so nothing would change")
-    return sorted({head % count for head in found})
+    return found
 
 
 def _refuse_model(spec: InPrefill, geometry: Geometry, may_be_empty: bool) -> None:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from kvpatch.errors import StoreError
 from kvpatch.files import bytes_within
@@ -30,7 +30,7 @@ class ObjectPath:
     It has those names of `pathlib.Path` that a run directory is asked for.
     """
 
-    _listings: dict[str, tuple[float, dict[str, Found]]] = {}  # noqa: RUF012
+    _listings: ClassVar[dict[str, tuple[float, dict[str, Found]]]] = {}
     _lock = threading.Lock()
 
     def __init__(self, scheme: str, bucket_name: str, key: str) -> None:

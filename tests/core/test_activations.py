@@ -409,15 +409,20 @@ def test_hooks_are_gone_after_an_exception_inside_the_block(architecture, tiny):
     for block in blocks:
         with pytest.raises(Broken), block:
             raise Broken
-        assert hooks_of(model) == before
+        assert hooks_of(model) == before and model.backbone.changed_streams == {}
 
 
-def test_hooks_are_there_inside_the_block(tiny):
+def test_hooks_are_there_while_a_pass_runs_and_no_longer(tiny):
     model = tiny("llama")
     before = hooks_of(model)
-    with recorded_residual(model.backbone, [0, 2]):
-        assert hooks_of(model) == before + 2
-    assert hooks_of(model) == before
+    with recorded_residual(model.backbone, [0, 2]), replaced_residual(model.backbone, {}, torch.zeros(1, 1)):
+        assert hooks_of(model) == before
+        seen: list[int] = []
+        handle = model.backbone.blocks[3].register_forward_pre_hook(lambda *_: seen.append(hooks_of(model)))
+        prefill_pass(model.backbone, random_prompts(LENGTHS))
+        handle.remove()
+        assert seen == [before + 3] and hooks_of(model) == before
+    assert hooks_of(model) == before and model.backbone.changed_streams == {}
 
 
 @FOUR
@@ -429,7 +434,7 @@ def test_hooks_are_gone_and_attention_is_restored_after_a_hook_failed_inside_the
     at = torch.ones(7, 5, dtype=torch.bool)
     with pytest.raises(RuntimeError), replaced_residual(model.backbone, wrong, at):
         prefill_pass(model.backbone, prompts)
-    assert hooks_of(model) == before
+    assert hooks_of(model) == before and model.backbone.changed_streams == {}
     assert model.backbone.config._attn_implementation == attention
     assert is_same(tensors(natural), tensors(prefill_pass(model.backbone, prompts)))
 

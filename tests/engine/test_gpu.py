@@ -11,6 +11,7 @@ import transformers
 from kvpatch.engine.backend import Fast, fast_of
 from kvpatch.engine.decode import decode
 from kvpatch.engine.prefill import prefill, prefill_pass
+from kvpatch.engine.residual import recorded_residual, replaced_residual
 from kvpatch.engine.score import score
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.hf import LayerEdit
@@ -106,10 +107,17 @@ def test_reading_equals_the_model_s_own_forward_pass(architecture: str):
         scored = score(backbone, cache, given, of=of, keep_values=[1], keep_logits=2, keep_entropies=True)
         edited = prefill_pass(backbone, prompts, edits=edits())
         steered = score(backbone, cache, given, edits=lambda rows: edits())
+        with recorded_residual(backbone, [0, 2]) as seen:
+            prefill_pass(backbone, prompts)
+        is_put = torch.arange(cache.slots, device="cuda") % 3 == 0
+        streams = {layer: stream.flip(-1) for layer, stream in seen.seen.items()}
+        with replaced_residual(backbone, streams, is_put.expand(len(prompts), -1)) as firings:
+            replaced = prefill_pass(backbone, prompts)
+        assert firings.fired == firings.planned == 2
         real = (cache.positions >= 0)[:, None, :, None]
         firsts = [scored.values[1][i, :, : len(given[i][0])] for i in range(40)]
         numbers = [scored.logprobs, scored.entropies, scored.logits, steered.logprobs, *firsts]
-        return [*numbers, *(real * tensor for one in (cache, edited) for tensor in (*one.keys, *one.values))]
+        return [*numbers, *(real * tensor for one in (cache, edited, replaced) for tensor in (*one.keys, *one.values))]
 
     assert fast_of(backbone).reader is not None
     found = all_of()

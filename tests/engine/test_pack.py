@@ -42,4 +42,4 @@ def test_every_continuation_is_counted_as_if_it_stood_alone_behind_the_pending_t
     assert pack.segments.pending.tolist() == [-1, 0, 0, -1, 4]
     assert pack.segments.cache_row.tolist() == [1, 1, 1, 0, 0]
     assert pack.positions.tolist() == [10, 11, 12, 11, 20, 21, 22, 23]
-    assert [int(packed_at[at]) for at in np.concatenate(made.read_at)] == [0, 1, 2, 0, 3, 4, 5, 6, 7]
+    assert [int(packed_at[at]) for at in made.read_at] == [0, 1, 2, 0, 3, 4, 5, 6, 7]

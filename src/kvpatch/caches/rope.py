@@ -58,32 +58,50 @@ def rotate(keys: Tensor, delta: Tensor, rope: LayerRope) -> Tensor:
         CacheError: for a model with absolute position embeddings, or a rotation that is unknown or can't be undone,
             where delta is not 0 everywhere.
     """
-    if not bool((delta != 0).any()) or rope.layout == "none":
-        return keys
-    if rope.layout == "unknown":
-        raise CacheError(
-            "this cache does not say how its keys are turned, so they can't be moved to another position; give "
-            "KVCache.from_dynamic the model"
-        )
-    if rope.layout == "absolute":
-        raise CacheError(
-            "this model adds positions to its embeddings, so cached keys can't be moved to another position"
-        )
-    if rope.layout == "fixed":
-        raise CacheError(
-            "this model changes its keys after it has turned them (a norm behind the rotation, say), so cached keys "
-            "can't be moved to another position; patch values alone (parts='v'), or slots that stay where they are"
-        )
-    work = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float64, device=keys.device)
-    angle = delta.to(torch.float64)[:, None, :, None] * inv_freq  # [batch, 1, slots, rotary_dim / 2]
-    cos, sin = angle.cos().to(work), angle.sin().to(work)
-    rotary, rest = keys[..., : rope.rotary_dim].to(work), keys[..., rope.rotary_dim :]
-    if rope.layout == "half":
-        first, second = rotary.chunk(2, dim=-1)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    else:
-        first, second = rotary[..., 0::2], rotary[..., 1::2]
-        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
-    moved = torch.cat([turned.to(keys.dtype), rest], dim=-1)
-    return torch.where((delta == 0)[:, None, :, None], keys, moved)
+    return Turns(delta).turn(keys, rope)
+
+
+class Turns:
+    """One table of turns, `delta` [batch, slots] as in `rotate`, for the keys of every layer: what it says is read, and
+    its angles are made, once."""
+
+    def __init__(self, delta: Tensor) -> None:
+        self._moves = delta != 0
+        self._moves_any = bool(self._moves.any())
+        self._delta = delta
+        self._made: dict[tuple[LayerRope, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def turn(self, keys: Tensor, rope: LayerRope) -> Tensor:
+        """`rotate` of one layer's keys."""
+        if not self._moves_any or rope.layout == "none":
+            return keys
+        if told := _UNMOVABLE.get(rope.layout):
+            raise CacheError(told)
+        work = torch.float64 if keys.dtype == torch.float64 else torch.float32
+        cos, sin = self._angles(rope, work)
+        rotary, rest = keys[..., : rope.rotary_dim].to(work), keys[..., rope.rotary_dim :]
+        if rope.layout == "half":
+            first, second = rotary.chunk(2, dim=-1)
+            turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        else:
+            first, second = rotary[..., 0::2], rotary[..., 1::2]
+            turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+        moved = turned.to(keys.dtype) if not rest.shape[-1] else torch.cat([turned.to(keys.dtype), rest], dim=-1)
+        return torch.where(self._moves[:, None, :, None], moved, keys)
+
+    def _angles(self, rope: LayerRope, work: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, [batch, 1, slots, rotary_dim / 2] each."""
+        if (rope, work) not in self._made:
+            inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float64, device=self._delta.device)
+            angle = self._delta.to(torch.float64)[:, None, :, None] * inv_freq
+            self._made[rope, work] = angle.cos().to(work), angle.sin().to(work)
+        return self._made[rope, work]
+
+
+_UNMOVABLE = {
+    "unknown": "this cache does not say how its keys are turned, so they can't be moved to another position; give "
+    "KVCache.from_dynamic the model",
+    "absolute": "this model adds positions to its embeddings, so cached keys can't be moved to another position",
+    "fixed": "this model changes its keys after it has turned them (a norm behind the rotation, say), so cached keys "
+    "can't be moved to another position; patch values alone (parts='v'), or slots that stay where they are",
+}

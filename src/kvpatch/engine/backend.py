@@ -7,6 +7,8 @@ a few tokens. Where they differ, or the model is not Llama-like, the model's own
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,9 +76,25 @@ def fast_of(backbone: Backbone) -> Fast:
     known = backbone.kept.backend
     if known is None:
         backbone.kept.backend = known = _find(backbone)
-    elif known.network is not None:
+    elif known.network is not None and not backbone.is_left_alone:
         known.network.refresh()
     return known
+
+
+@contextmanager
+def left_alone(backbone: Backbone) -> Iterator[None]:
+    """Look at the model once, and not again within the block, in which nobody may change it.
+
+    Raises:
+        ModelError: where the model as it now is can't be patched, or drops numbers at random.
+    """
+    was = backbone.is_left_alone
+    fast_of(backbone)
+    backbone.is_left_alone = True
+    try:
+        yield
+    finally:
+        backbone.is_left_alone = was
 
 
 def reader_of(backbone: Backbone, edits: Edits | None = None) -> Any:

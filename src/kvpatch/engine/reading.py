@@ -70,7 +70,8 @@ class Reader:
 
         Args:
             cache: what the stretches go on from; not changed.
-            edits: changes to queries, keys and values, made in the pack's padded table.
+            edits: changes to queries, keys and values, made in the pack's padded table; there the residual stream is
+                changed too, as `Backbone.changed_streams` says.
             on_layer: is given every layer's new keys and values.
             wants_states: False where keys and values are all that is asked for.
         Returns:
@@ -80,7 +81,8 @@ class Reader:
         count = len(pack.token_ids)
         room = _rounded(count)
         token_ids, positions = (_padded(numbers, room, device) for numbers in (pack.token_ids, pack.positions))
-        place = tuple(torch.from_numpy(at).to(device) for at in (pack.row, pack.column)) if edits else ()
+        streams = self.backbone.changed_streams
+        place = tuple(torch.from_numpy(at).to(device) for at in (pack.row, pack.column)) if edits or streams else ()
         tiles = torch.from_numpy(pack.segments.tiles(self.queries)).to(device)
         tables = self._tables_for(int(pack.positions.max(initial=0)) + 1)
         hidden = F.embedding(token_ids, network.embedding)  # [room, width]
@@ -90,6 +92,9 @@ class Reader:
         for index, layer in enumerate(network.layers):
             is_last = index + 1 == len(network.layers)
             following = network.norm if is_last else network.layers[index + 1].before_attention
+            for change in streams.get(index, ()):
+                hidden[:count] = change(_table(hidden[:count], pack.shape, place))[place]
+                normed = norm(hidden, layer.before_attention, network.epsilon)
             qkv = self.products.linear(normed, layer.qkv, layer.qkv_bias)
             self._turn(qkv, layer, tables[layer.rope], positions)
             heads = qkv.view(room, -1, network.head_dim)[:count]
@@ -233,9 +238,16 @@ class Reader:
         for part, own in parts:
             if getattr(edit, part) is None and not (part == "value" and edit.steer is not None):
                 continue
-            table = own.new_zeros(*shape, own.shape[1], net.head_dim)
-            table[place] = own
-            own.copy_(edit.apply(part, table.transpose(1, 2)).transpose(1, 2)[place])
+            table = _table(own, shape, place).transpose(1, 2)
+            own.copy_(edit.apply(part, table).transpose(1, 2)[place])
+
+
+def _table(own: Tensor, shape: tuple[int, int], place: tuple[Tensor, ...]) -> Tensor:
+    """Tokens [tokens, ...] in their padded table [rows, columns, ...], zeros where padded. place: row and column of
+    each token."""
+    table = own.new_zeros(*shape, *own.shape[1:])
+    table[place] = own
+    return table
 
 
 def _rounded(rows: int) -> int:

@@ -1,19 +1,15 @@
-"""Hooks on the residual stream while prompts run: record it, or put another in its place."""
+"""Changes to the residual stream while prompts run: record it, or put another in its place."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvpatch.models.backbone import Backbone
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a layer is called with: by place and by name."""
 
 
 @dataclass
@@ -74,23 +70,21 @@ def disturbed_residual(backbone: Backbone) -> Generator[Firings, None, None]:
 def _hooked(
     backbone: Backbone, layers: Sequence[int], change: Callable[[int, Tensor], Tensor], firings: Firings
 ) -> Generator[None, None, None]:
-    """Hooks on what enters some layers, gone on any exit."""
+    """Change what enters some layers in every pass of the block, the model's own or the engine's."""
 
-    def hook(layer: int) -> Callable[..., Arguments]:
-        def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    def counted(layer: int) -> Callable[[Tensor], Tensor]:
+        def run(hidden: Tensor) -> Tensor:
             firings.fired += 1
-            if args:
-                return (change(layer, args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": change(layer, kwargs["hidden_states"])}
+            return change(layer, hidden)
 
         return run
 
-    handles = [backbone.blocks[i].register_forward_pre_hook(hook(i), with_kwargs=True) for i in layers]
+    before = backbone.changed_streams
+    backbone.changed_streams = before | {i: (*before.get(i, ()), counted(i)) for i in layers}
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        backbone.changed_streams = before
 
 
 @contextmanager

@@ -6,6 +6,7 @@ row's cache is held once however many continuations it is asked about.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,40 +134,73 @@ class _Pass:
     """The rows of one pass as they are fed, and what is read where.
 
     A row's tokens are its pending token, then branch after branch; `offsets` count positions from the pending token's.
-    `read_at` counts the pass's tokens, `write_at` the numbers of `Scores.logprobs`.
+    `read_at` counts the pass's tokens, `write_at` the numbers of `Scores.logprobs`; both and `wanted` have a number per
+    token that is asked about.
     """
 
     tokens: np.ndarray  # [rows, width]
     branches: np.ndarray
     offsets: np.ndarray  # -1 where padded
-    read_at: list[np.ndarray]
-    write_at: list[np.ndarray]
-    wanted: list[int]
+    read_at: np.ndarray
+    write_at: np.ndarray
+    wanted: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a pass without its pending token: what is fed, and for every token that is asked about (`wanted`) its
+    branch, its place in the branch, and the place in the row that it is read at."""
+
+    tokens: np.ndarray  # [fed]
+    branches: np.ndarray
+    offsets: np.ndarray
+    read: np.ndarray  # [asked about]
+    branch: np.ndarray
+    token: np.ndarray
+    wanted: np.ndarray
+
+
+@functools.lru_cache(maxsize=4096)
+def _row(continuations: tuple[tuple[int, ...], ...], is_kept: bool) -> _Row:
+    """Lay a row out. A branch's last token predicts nothing that is asked for, so it is fed only where its values are:
+    in the first branch, if they are kept."""
+    lengths = np.array(list(map(len, continuations)))
+    fed = lengths - 1
+    fed[0] += is_kept
+    wanted = np.array([token for branch in continuations for token in branch], dtype=np.int64)
+    branch, token = _numbered(lengths)
+    fed_branch, fed_token = _numbered(fed)
+    first = 1 + np.cumsum(fed) - fed  # a branch's first place in the row
+    read = np.where(token == 0, 0, first[branch] + token - 1)  # the pending token predicts a branch's first
+    of_fed = (np.cumsum(lengths) - lengths)[fed_branch] + fed_token
+    return _Row(wanted[of_fed], fed_branch + 1, fed_token + 1, read, branch, token, wanted)
+
+
+def _numbered(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For every item of stretches of these lengths its stretch, and its number there."""
+    of = np.repeat(np.arange(len(lengths)), lengths)
+    return of, np.arange(len(of)) - (np.cumsum(lengths) - lengths)[of]
 
 
 def _pack(
     pending: Sequence[int], continuations: Sequence[Branches], rows: Sequence[int], shape: Sequence[int], is_kept: bool
 ) -> _Pass:
-    """Lay a pass out. A branch's last token predicts nothing that is asked for, so it is fed only where its values are:
-    in the first branch, if they are kept."""
-    fed = [[len(b) - (not (is_kept and i == 0)) for i, b in enumerate(continuations[row])] for row in rows]
-    width = 1 + max(map(sum, fed))
-    blank = np.zeros((len(rows), width), dtype=np.int64)
-    made = _Pass(blank, blank.copy(), np.full_like(blank, PAD), [], [], [])
-    for place, (row, sizes) in enumerate(zip(rows, fed, strict=True)):
-        made.tokens[place, 0], made.offsets[place, 0] = pending[place], 0
-        at = 1
-        for index, (branch, size) in enumerate(zip(continuations[row], sizes, strict=True)):
-            made.tokens[place, at : at + size] = branch[:size]
-            made.branches[place, at : at + size] = index + 1
-            made.offsets[place, at : at + size] = np.arange(1, size + 1)
-            read = place * width + np.arange(at - 1, at - 1 + len(branch))
-            read[0] = place * width  # the pending token predicts a branch's first
-            made.read_at.append(read)
-            made.write_at.append((row * shape[1] + index) * shape[2] + np.arange(len(branch)))
-            made.wanted.extend(branch)
-            at += size
-    return made
+    """Lay a pass out; `shape` is that of `Scores.logprobs`."""
+    laid = [_row(tuple(map(tuple, continuations[row])), is_kept) for row in rows]
+    width = 1 + max(len(row.tokens) for row in laid)
+    tokens = np.zeros((len(rows), width), dtype=np.int64)
+    branches, offsets = np.zeros_like(tokens), np.full_like(tokens, PAD)
+    tokens[:, 0], offsets[:, 0] = pending, 0
+    for place, row in enumerate(laid):
+        fed = slice(1, 1 + len(row.tokens))
+        tokens[place, fed], branches[place, fed], offsets[place, fed] = row.tokens, row.branches, row.offsets
+    sizes = [len(row.wanted) for row in laid]
+    place, number = np.repeat(np.arange(len(rows)), sizes), np.repeat(np.asarray(rows), sizes)
+    read, branch, token, wanted = (
+        np.concatenate([getattr(row, name) for row in laid]) for name in ("read", "branch", "token", "wanted")
+    )
+    write_at = (number * shape[1] + branch) * shape[2] + token
+    return _Pass(tokens, branches, offsets, place * width + read, write_at, wanted)
 
 
 def _score_rows(
@@ -192,9 +226,9 @@ def _score_rows(
         capture.only(branches <= 1)
     hidden = backbone.forward(tokens, positions, slab, None if one_each else branches, edits, capture).flatten(0, 1)
     # The pending token predicts the first token of every branch, so its logits are made once.
-    states_at, of = np.unique(np.concatenate(made.read_at), return_inverse=True)
-    states_at, of, write_at = (torch.from_numpy(at).to(device) for at in (states_at, of, np.concatenate(made.write_at)))
-    wanted = torch.tensor(made.wanted, device=device)
+    states_at, of = np.unique(made.read_at, return_inverse=True)
+    states_at, of, write_at = (torch.from_numpy(at).to(device) for at in (states_at, of, made.write_at))
+    wanted = torch.from_numpy(made.wanted).to(device)
     if scores.entropies is None:
         scores.logprobs.view(-1)[write_at] = backbone.token_logprobs(hidden[states_at], wanted, of)
     else:
@@ -241,11 +275,9 @@ def _read_rows(
             scores.values[layer][first_row, :, first_token] = values[first_at]
 
     hidden = reader.read(pack, cache, edits=edits, on_layer=on_layer)
-    states_at, state_of = np.unique(packed_at[np.concatenate(made.read_at)], return_inverse=True)
-    states_at, state_of, write_at = (
-        torch.from_numpy(at).to(device) for at in (states_at, state_of, np.concatenate(made.write_at))
-    )
-    wanted = torch.tensor(made.wanted, device=device)
+    states_at, state_of = np.unique(packed_at[made.read_at], return_inverse=True)
+    states_at, state_of, write_at = (torch.from_numpy(at).to(device) for at in (states_at, state_of, made.write_at))
+    wanted = torch.from_numpy(made.wanted).to(device)
     found, entropies = reader.token_logprobs(hidden[states_at], wanted, state_of)
     scores.logprobs.view(-1)[write_at] = found
     if scores.entropies is not None:

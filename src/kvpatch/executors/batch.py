@@ -10,6 +10,7 @@ can do it while the next batch decodes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,13 @@ from torch import Tensor
 
 from kvpatch.caches.kvcache import PAD
 from kvpatch.engine.attention import Attention, AttentionRequest
+from kvpatch.engine.backend import left_alone
 from kvpatch.engine.decode import Continuations, decode
 from kvpatch.engine.model import Model
 from kvpatch.engine.score import score
 from kvpatch.executors.conditions import Built, Natural, build_all, giver_role, prefill_all
 from kvpatch.executors.contexts import fluency, held_prompts
+from kvpatch.executors.distinct import distinct
 from kvpatch.executors.equal_texts import equal_texts
 from kvpatch.executors.optional_columns import (
     attention_means,
@@ -96,13 +99,19 @@ def measure(
     model: Model, batch: Batch, *, on_tokens: OnTokens | None = None, places: int | None = None
 ) -> list[Measured]:
     """Run every trial of a batch and measure it; `places` as in `decode`."""
+    with left_alone(model.backbone):
+        return _measured(model, batch, on_tokens, places)
+
+
+def _measured(model: Model, batch: Batch, on_tokens: OnTokens | None, places: int | None) -> list[Measured]:
     natural = prefill_all(model, batch)
     built = build_all(model, batch, natural)
-    mixed = built.cache
-    before = mixed.checksums()
-    equal = equal_texts(batch, natural, mixed)
+    before = built.cache.checksums()
+    equal = equal_texts(batch, natural, built.cache)
+    own = distinct(batch, built, before)
+    mixed = own.built.cache
     layers = _rv_layers(model, batch)
-    steering = built.steering.edits() if built.steering else {}
+    steering = own.built.steering.edits() if own.built.steering else {}
     to_capture = None if batch.watched is None else attention_request(batch.watched, mixed)
     written = decode(
         model.backbone,
@@ -110,7 +119,7 @@ def measure(
         max_new_tokens=batch.generation.max_new_tokens,
         temperature=batch.generation.temperature,
         top_p=batch.generation.top_p,
-        seeds=[trial.seed for trial in batch.trials],
+        seeds=[trial.seed for trial in own.batch.trials],
         end_tokens=model.end_tokens,
         keep_values=layers,
         on_step=on_tokens,
@@ -121,49 +130,49 @@ def measure(
     outputs = [row[:length] for row, length in zip(written.token_ids.tolist(), lengths, strict=True)]
     _count_steered_steps(built, steering, max(lengths))
     rv_own = _rv_own(written, lengths, layers, batch.readouts.r_v.window).tolist()
-    forced = _force(model, batch, natural, built, layers, to_capture)
-    own_attention = None if to_capture is None else _own_attention(model, built, outputs, to_capture)
-    read = fluency(model, batch, natural, outputs, held_prompts(batch, built, equal))
+    forced = _force(model, own.batch, natural, own.built, layers, to_capture)
+    own_attention = None if to_capture is None else _own_attention(model, own.built, outputs, to_capture)
+    read = fluency(model, batch, natural, [outputs[at] for at in own.of], held_prompts(batch, built, equal))
     after = mixed.checksums()
     rv_prompt = r_v(mixed, early=layers[1], late=layers[0], window=batch.readouts.r_v.window).tolist()
     texts = model.texts(written.token_ids)
     direction = batch.readouts.semantic
     by_meaning = [None] * len(texts) if direction is None else semantic_scores(direction, texts, model.backbone.device)
-    asked, heads = _asked_for(batch, built, to_capture, layers, written, forced, own_attention)
+    asked, heads = _asked_for(own.batch, own.built, to_capture, layers, written, forced, own_attention)
     logprobs = written.logprobs.tolist()
     source_ids, target_ids = _prompt_ids(batch, natural)
-    pending = mixed.pending.tolist()
-    cached = [[token for token in row if token != PAD] for row in mixed.token_ids.tolist()]
+    pending = built.cache.pending.tolist()
+    cached = [[token for token in row if token != PAD] for row in built.cache.token_ids.tolist()]
     return [
         Measured(
             model=model.loaded.published_name,
             source_token_ids=source_ids[i],
             target_token_ids=target_ids[i],
             cache_token_ids=[*cached[i], pending[i]],
-            output_token_ids=outputs[i],
-            output_logprobs=logprobs[i][: lengths[i]],
-            text=texts[i],
-            semantic_score=by_meaning[i],
-            stopped=written.stopped[i],
-            rv_prompt=rv_prompt[i],
-            rv_output=forced.rv_output[i],
-            rv_own=rv_own[i],
+            output_token_ids=outputs[at],
+            output_logprobs=logprobs[at][: lengths[at]],
+            text=texts[at],
+            semantic_score=by_meaning[at],
+            stopped=written.stopped[at],
+            rv_prompt=rv_prompt[at],
+            rv_output=forced.rv_output[at],
+            rv_own=rv_own[at],
             nll_target=read.nll_target[i],
             nll_context=read.nll_context[i],
             excess_context=read.excess_context[i],
-            js_pull=forced.js_pull[i],
-            cells=forced.cells[i],
+            js_pull=forced.js_pull[at],
+            cells=forced.cells[at],
             checksum_before=before[i],
-            checksum_after=after[i],
+            checksum_after=after[at],
             changes_planned=built.planned[i],
             changes_fired=built.fired[i],
             touched=built.touched[i],
             equals_text=equal[i],
             error=built.errors[i],
-            asked=asked[i],
-            attention=heads[i],
+            asked=asked[at],
+            attention=heads[at],
         )
-        for i in range(len(batch.trials))
+        for i, at in enumerate(own.of)
     ]
 
 
@@ -229,9 +238,10 @@ def _force(
 ) -> _Forced:
     """Force the fixed continuation and the held-out ones on every trial, and the fixed one on the natural prompts."""
     settings = batch.readouts
-    forced = [model.continuation_ids(pair.forced)[: settings.forced_tokens] for pair in batch.pairs]
+    ids = functools.cache(model.continuation_ids)  # many pairs have a text in common
+    forced = [ids(pair.forced)[: settings.forced_tokens] for pair in batch.pairs]
     held_out = [
-        [[model.continuation_ids(text)[: settings.likelihood_tokens] for text in cell] for cell in pair.continuations]
+        [[ids(text)[: settings.likelihood_tokens] for text in cell] for cell in pair.continuations]
         for pair in batch.pairs
     ]
     n_pairs, positions = len(batch.pairs), settings.js_positions
@@ -252,9 +262,13 @@ def _force(
     logprobs: list[Tensor] = []
     geometry: list[dict[str, Any]] = []
     watched: list[Attention] = []
+    of_pair = [
+        tuple(map(tuple, [first, *(text for cell in cells for text in cell)]))
+        for first, cells in zip(forced, held_out, strict=True)
+    ]
     for low in range(0, len(batch.trials), ROWS_AT_ONCE):
         trials = batch.trials[low : low + ROWS_AT_ONCE]
-        wanted = [[forced[t.pair], *(ids for cell in held_out[t.pair] for ids in cell)] for t in trials]
+        wanted = [of_pair[t.pair] for t in trials]
         cache = built.cache.rows(low, low + len(trials))
         part = score(
             model.backbone,

@@ -74,19 +74,19 @@ def fluency(
     held: Sequence[Sequence[str]],
 ) -> Fluency:
     """Read every output under its pair's target, and under the prompts whose words the trial's cache holds."""
-    roles = [tuple(dict.fromkeys(("target", *of_trial))) for of_trial in held]
-    asked = [(i, role) for i, of_trial in enumerate(roles) for role in of_trial]
+    once: dict[tuple[int, tuple[int, ...]], int] = {}  # trials that wrote one text share its reading
+    place: dict[tuple[int, str], int] = {}
+    for i, of_trial in enumerate(held):
+        for role in ("target", *of_trial):
+            row = natural.row[batch.trials[i].pair, role]
+            place[i, role] = once.setdefault((row, tuple(outputs[i])), len(once))
     read = score(
-        model.backbone,
-        natural.cache,
-        [[outputs[i]] for i, _ in asked],
-        of=[natural.row[batch.trials[i].pair, role] for i, role in asked],
-        keep_entropies=True,
+        model.backbone, natural.cache, [[text] for _, text in once], of=[row for row, _ in once], keep_entropies=True
     )
     assert read.entropies is not None
     surprise = -read.logprobs[:, 0].nanmean(dim=1)
-    nll = dict(zip(asked, surprise.tolist(), strict=True))
-    excess = dict(zip(asked, (surprise - read.entropies[:, 0].nanmean(dim=1)).tolist(), strict=True))
+    surprises, excesses = surprise.tolist(), (surprise - read.entropies[:, 0].nanmean(dim=1)).tolist()
+    nll, excess = ({key: of[at] for key, at in place.items()} for of in (surprises, excesses))
     return Fluency(
         [nll[i, "target"] for i in range(len(outputs))],
         [min(nll[i, role] for role in of_trial) for i, of_trial in enumerate(held)],

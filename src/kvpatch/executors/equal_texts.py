@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpatch.caches.kvcache import PAD, KVCache
-from kvpatch.caches.rope import rotate
+from kvpatch.caches.rope import Turns
 from kvpatch.executors.conditions import Natural
 from kvpatch.planning.plan import Batch
 from kvpatch.protocols.conditions import ROLES
@@ -89,8 +89,9 @@ def _are_equal(cache: KVCache, natural: KVCache, rows: Sequence[tuple[int, int]]
         holds &= shift == 0
         delta = torch.zeros_like(delta)
     in_row = is_real[:, None, :, None]
+    turns = Turns(delta)
     for layer, rope in enumerate(mine.rope):
-        turned = rotate(theirs.keys[layer], delta, rope)
+        turned = turns.turn(theirs.keys[layer], rope)
         for one, other in ((mine.values[layer], theirs.values[layer]), (mine.keys[layer], turned)):
             apart = torch.where(in_row, (one - other).abs(), 0).amax(dim=(1, 2, 3))
             size = torch.where(in_row, other.abs(), 0).amax(dim=(1, 2, 3))

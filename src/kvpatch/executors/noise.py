@@ -2,9 +2,10 @@
 
 trials of the first group of a model -> a share of their pairs, measured again in smaller batches -> what changed
 
-In bfloat16 a trial depends on the shape of the batch that it is computed in, and how much differs between conditions:
-prompts that are read behind another (M1) and destroyed caches change more than natural ones. So a second run, resumed
-or with another number of pairs, gives other texts for some trials. What is stored here says for how many.
+In bfloat16, where the model is not batch-invariant, a trial depends on the shape of the batch that it is computed in.
+How much differs between conditions: prompts that are read behind another (M1) and destroyed caches change more than
+natural ones. So a second run, resumed or with another number of pairs, gives other texts for some trials. What is
+stored here says for how many.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from scipy.stats import binomtest
 
+from kvpatch.engine.backend import fast_of
 from kvpatch.engine.model import Model
 from kvpatch.executors.groups import part_of
 from kvpatch.executors.rows import Measured, forced_readouts
@@ -24,6 +26,8 @@ from kvpatch.readouts.specific_mode import SpecificMode
 
 SHARES = ((0, 1 / 8), (1 / 8, 1 / 2))
 """Shares of the pairs that are measured again, each as a batch of its own."""
+INVARIANT_SHARES = ((0, 1 / 16),)
+"""The same where rows are made not to depend on their company (decision 020), which a few show as well."""
 Measure = Callable[[Model, Batch], list[Measured]]
 
 
@@ -36,7 +40,8 @@ def is_worth_repeating(model: Model) -> bool:
 def repeated_trials(
     model: Model, batch: Batch, first: Sequence[Measured], rule: SpecificMode | None, measure: Measure
 ) -> dict[str, Any]:
-    """Measure half of a batch's pairs again, in two smaller batches, and compare.
+    """Measure half of a batch's pairs again, in two smaller batches, and compare; few of them in one batch where the
+    model is batch-invariant.
 
     Args:
         first: what the batch gave, in the order of its trials.
@@ -50,7 +55,7 @@ def repeated_trials(
     pairs = len(batch.pairs)
     same: dict[str, list[bool]] = {}
     largest: dict[str, float] = {}
-    for low, high in SHARES:
+    for low, high in INVARIANT_SHARES if fast_of(model.backbone).is_batch_invariant else SHARES:
         chosen = range(math.floor(low * pairs), math.ceil(high * pairs))
         part = part_of(batch, chosen)
         if not part.trials:

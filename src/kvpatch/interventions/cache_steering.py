@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpatch.caches.kvcache import KVCache
-from kvpatch.caches.rope import rotate
+from kvpatch.caches.rope import Turns
 from kvpatch.caches.selection import Touched, chosen_layers, chosen_mask
 from kvpatch.interventions.directions import place_of_values, refuse_foreign_directions, rows_of
 from kvpatch.interventions.kinds import Kind, Made, Trials, refuse_missing_layers
@@ -52,7 +52,7 @@ def counted_steering(
         refuse_foreign_directions(known, cache.model)
     if spec.strength == 0:
         return cache, touched
-    at = torch.where(is_put, cache.positions, 0)
+    to_places = Turns(torch.where(is_put, cache.positions, 0))
     keys, values = list(cache.keys), list(cache.values)
     for layer in layers:
         for part, tensors, known in (("k", keys, directions[0]), ("v", values, directions[1])):
@@ -62,7 +62,7 @@ def counted_steering(
             step = rows_of(known[layer], which, place, spec.random_directions)  # [batch, kv_heads, head_dim]
             added = step[:, :, None].expand(-1, -1, cache.slots, -1)
             if part == "k" and not cache.rope[layer].keeps_its_place:
-                added = rotate(added, at, cache.rope[layer])
+                added = to_places.turn(added, cache.rope[layer])
             moved = (tensors[layer].float() + spec.strength * added).to(tensors[layer].dtype)
             tensors[layer] = torch.where(is_put[:, None, :, None], moved, tensors[layer])
     return replace(cache, keys=tuple(keys), values=tuple(values)), touched

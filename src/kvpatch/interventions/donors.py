@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from kvpatch.caches.kvcache import KVCache, refuse_unlike
 from kvpatch.caches.noise import int64_seeds, normal
-from kvpatch.caches.rope import rotate
+from kvpatch.caches.rope import Turns
 from kvpatch.errors import CacheError
 
 Seeds = Sequence[int]
@@ -76,12 +76,10 @@ def _shuffle_rerotate(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCa
     """E2: un-rotate, permute keys and values together, rotate to the slot each landed on."""
     order = _permutations(source, seeds)
     came_from = source.positions.gather(1, order)
-    delta = torch.where(source.is_real, source.positions - came_from, 0)
+    turns = Turns(torch.where(source.is_real, source.positions - came_from, 0))
     return replace(
         source,
-        keys=tuple(
-            rotate(_gather_slots(k, order), delta, rope) for k, rope in zip(source.keys, source.rope, strict=True)
-        ),
+        keys=tuple(turns.turn(_gather_slots(k, order), rope) for k, rope in zip(source.keys, source.rope, strict=True)),
         values=tuple(_gather_slots(v, order) for v in source.values),
     )
 
@@ -119,7 +117,7 @@ def _gaussian_isotropic(source: KVCache, seeds: Seeds, reference: KVCache) -> KV
 def _gaussian_fitted(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
     """F2: Gaussian with the mean and covariance of each layer and head over the reference's slots (first slot left
     out: a sink's norm would swamp them). Keys are fitted before RoPE and rotated to the slot's position."""
-    at = torch.where(source.is_real, source.positions, 0)
+    to_places = Turns(torch.where(source.is_real, source.positions, 0))
 
     def drawn(fit: _Fit, like: Tensor, stream: int) -> Tensor:
         noise = _normal(source, seeds, stream, like.shape[1], fit.root.shape[1])  # [batch, kv_heads, slots, width]
@@ -129,7 +127,7 @@ def _gaussian_fitted(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCac
     fits = _fits(reference)
     for layer, (k, v, rope) in enumerate(zip(source.keys, source.values, source.rope, strict=True)):
         of_keys, of_values = fits[layer]
-        keys.append(rotate(drawn(of_keys, k, 2 * layer), at, rope))
+        keys.append(to_places.turn(drawn(of_keys, k, 2 * layer), rope))
         values.append(drawn(of_values, v, 2 * layer + 1))
     return replace(source, keys=tuple(keys), values=tuple(values))
 
@@ -158,7 +156,7 @@ def _fit(reference: KVCache) -> list[tuple[_Fit, _Fit]]:
     count = int(used.sum())
     if count < 2:
         raise CacheError(f"a Gaussian can't be fitted to {count} slots; give a longer reference")
-    back = -torch.where(reference.is_real, reference.positions, 0)
+    back = Turns(-torch.where(reference.is_real, reference.positions, 0))
 
     def fit(tensor: Tensor) -> _Fit:
         vectors = tensor.float().transpose(1, 2)[used]  # [count, kv_heads, head_dim]
@@ -167,7 +165,7 @@ def _fit(reference: KVCache) -> list[tuple[_Fit, _Fit]]:
         return _Fit(mean, torch.linalg.qr(centred, mode="r").R)
 
     layers = zip(reference.keys, reference.values, reference.rope, strict=True)
-    return [(fit(rotate(k, back, rope)), fit(v)) for k, v, rope in layers]
+    return [(fit(back.turn(k, rope)), fit(v)) for k, v, rope in layers]
 
 
 def _mean(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
@@ -178,8 +176,8 @@ def _mean(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
     order = (torch.arange(source.slots) + reference.slots - source.slots).clamp(min=0).to(reference.positions.device)
     real = reference.is_real[:, order]
     share = (real / real.sum(dim=0))[:, None, :, None]  # [batch, 1, slots, 1]
-    at = torch.where(source.is_real, source.positions, 0)
-    back = -torch.where(reference.is_real, reference.positions, 0)
+    to_places = Turns(torch.where(source.is_real, source.positions, 0))
+    back = Turns(-torch.where(reference.is_real, reference.positions, 0))
 
     def averaged(tensor: Tensor, like: Tensor) -> Tensor:
         tail = tensor[:, :, order].float()
@@ -189,7 +187,7 @@ def _mean(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
     for k, v, ref_k, ref_v, rope in zip(
         source.keys, source.values, reference.keys, reference.values, source.rope, strict=True
     ):
-        keys.append(rotate(averaged(rotate(ref_k, back, rope), k), at, rope))
+        keys.append(to_places.turn(averaged(back.turn(ref_k, rope), k), rope))
         values.append(averaged(ref_v, v))
     return replace(source, keys=tuple(keys), values=tuple(values))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvpatch.caches.kvcache import KVCache
-from kvpatch.caches.rope import LayerRope, rotate
+from kvpatch.caches.rope import LayerRope, Turns
 from kvpatch.caches.selection import Touched, chosen_layers, chosen_mask, indices_within, refuse_empty
 from kvpatch.engine.decode import refuse_foreign
 from kvpatch.engine.prefill import prefill_pass
@@ -67,7 +67,8 @@ def run_in_prefill(
     source = prefill_pass(backbone, sources, edits=taps)
     if taps:
         _refuse_unseen(seen_parts, layers)
-    puts = {i: _Replacement(is_put, delta, source.rope[i], heads) for i in layers}
+    turns = Turns(torch.where(is_put, delta, 0))
+    puts = {i: _Replacement(is_put, turns, source.rope[i], heads) for i in layers}
     edits = {i: put.edit(spec.site, source, seen_parts, i) for i, put in puts.items()}
     cache = prefill_pass(backbone, targets, edits=edits)
     planned, fired = (sum(getattr(edit, name) for edit in edits.values()) for name in ("planned", "fired"))
@@ -132,10 +133,10 @@ def _tapping(site: str, tap: Callable[[Tensor], Tensor]) -> LayerEdit:
 
 @dataclass(frozen=True)
 class _Replacement:
-    """What is put into one layer: at which target slots [batch, slots], turned by how much, in which query heads."""
+    """What is put into one layer: at which target slots [batch, slots], turned how, in which query heads."""
 
     is_put: Tensor
-    delta: Tensor
+    turns: Turns
     rope: LayerRope
     heads: Sequence[int]
 
@@ -144,7 +145,7 @@ class _Replacement:
         mask = self.is_put[:, None, :, None]
         landed = _aligned(tensor, self.is_put.shape[1])
         if turns:
-            landed = rotate(landed, torch.where(self.is_put, self.delta, 0), self.rope)
+            landed = self.turns.turn(landed, self.rope)
         if heads is not None:
             is_head = torch.zeros(tensor.shape[1], dtype=torch.bool, device=tensor.device)
             is_head[list(heads)] = True

@@ -8,12 +8,11 @@ from dataclasses import replace
 import torch
 
 from kvpatch.caches.kvcache import KVCache, Segment, refuse_unlike
-from kvpatch.caches.rope import rotate
 from kvpatch.caches.selection import Touched
 from kvpatch.engine.prefill import prefill
 from kvpatch.errors import CacheError
 from kvpatch.interventions.kinds import Fitting, Kind, Made, Trials
-from kvpatch.interventions.splice import take
+from kvpatch.interventions.splice import Taken
 from kvpatch.models.template import EncodedPrompt
 from kvpatch.specs.interventions import Joined
 
@@ -61,15 +60,14 @@ def without_giver(joined: KVCache, natural: KVCache) -> KVCache:
         kept = [*range(start), *range(whole - (length - start), whole)]
         index[row, natural.slots - length :] = torch.tensor(kept) + joined.slots - whole
     index = index.to(natural.positions.device)
-    came_from = joined.positions.gather(1, index.clamp(min=0))
     tokens = torch.where(index >= 0, joined.token_ids.gather(1, index.clamp(min=0)), -1)
     if not torch.equal(tokens, natural.token_ids):
         raise CacheError("the slots kept of a joined prompt are not those of the receiver's own prompt")
-    delta = torch.where(natural.is_real, natural.positions - came_from, 0)
+    kept = Taken(index, joined.positions, natural.positions)
     return replace(
         natural,
-        keys=tuple(rotate(take(k, index), delta, rope) for k, rope in zip(joined.keys, joined.rope, strict=True)),
-        values=tuple(take(v, index) for v in joined.values),
+        keys=tuple(kept.keys(k, rope) for k, rope in zip(joined.keys, joined.rope, strict=True)),
+        values=tuple(map(kept.values, joined.values)),
     )
 
 

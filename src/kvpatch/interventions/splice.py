@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpatch.caches.kvcache import PAD, KVCache, Origin, refuse_unlike
-from kvpatch.caches.rope import LayerRope, rotate
+from kvpatch.caches.rope import LayerRope, Turns
 from kvpatch.caches.selection import (
     Touched,
     chosen_heads,
@@ -90,23 +90,22 @@ def counted_splice(
         source, reference = without_keys(source), None if reference is None else without_keys(reference)
     donor = make_donor(patch.donor, source, seeds, reference)
     layout = plan(patch, donor, target, seeds, may_be_empty=may_be_empty)
+    own = Taken(layout.target, target.positions, layout.positions)
+    put = Taken(layout.source, donor.positions, layout.positions if patch.rotate else None)
     keys, values = [], []
     for layer, rope in enumerate(target.rope):
-        moved = rotate_to(target.keys[layer], target.positions, layout.target, layout.positions, rope)
-        own_v = take(target.values[layer], layout.target)
-        is_put = _mask(layout.source != PAD, heads[layer], target.keys[layer].shape[1])
-        is_chosen = layer in layers and patch.strength != 0
-        if is_chosen and "k" in patch.parts:
-            landing = layout.positions if patch.rotate else None
-            put_k = rotate_to(donor.keys[layer], donor.positions, layout.source, landing, rope)
-            moved = blend(moved, put_k, is_put, patch.strength)
-        if is_chosen and "v" in patch.parts:
-            own_v = blend(own_v, take(donor.values[layer], layout.source), is_put, patch.strength)
-        keys.append(moved)
+        own_k, own_v = own.keys(target.keys[layer], rope), own.values(target.values[layer])
+        if layer in layers and patch.strength != 0:
+            is_put = _mask(put.is_real, heads[layer], own_k.shape[1])
+            if "k" in patch.parts:
+                own_k = blend(own_k, put.keys(donor.keys[layer], rope), is_put, patch.strength)
+            if "v" in patch.parts:
+                own_v = blend(own_v, put.values(donor.values[layer]), is_put, patch.strength)
+        keys.append(own_k)
         values.append(own_v)
     mixed = _labelled(patch, donor, target, layout, tuple(keys), tuple(values))
-    put = (layout.source != PAD).sum(dim=1).tolist()
-    return mixed, Touched(tuple(put), len(layers), max((len(heads[layer]) for layer in layers), default=0))
+    changed = (layout.source != PAD).sum(dim=1).tolist()
+    return mixed, Touched(tuple(changed), len(layers), max((len(heads[layer]) for layer in layers), default=0))
 
 
 def _seeds(seed: object, batch: int) -> list[int]:
@@ -199,20 +198,33 @@ def _row_plan(align: str, source: list[int], target: list[int], first: int, slot
     return [(slot, pairs.get(slot, PAD)) for slot in own]
 
 
-def take(tensor: Tensor, slots: Tensor) -> Tensor:
-    """Slots of [batch, kv_heads, slots, dim] by [batch, new_slots]; zeros where -1."""
-    if tensor.shape[2] == 0:
-        return tensor.new_zeros(*tensor.shape[:2], slots.shape[1], tensor.shape[3])
-    index = slots.clamp(min=0)[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
-    return torch.where((slots != PAD)[:, None, :, None], tensor.gather(2, index), 0)
+class Taken:
+    """Slots taken out of every layer of a cache, keys turned to where they land."""
 
+    def __init__(self, slots: Tensor, positions: Tensor, landing: Tensor | None) -> None:
+        """Args:
+        slots: [batch, new_slots], slots of the cache; -1 for none.
+        positions: [batch, slots] of the cache.
+        landing: [batch, new_slots], positions that keys are turned to; None leaves keys as they are.
+        """
+        self._index = slots.clamp(min=0)[:, None, :, None]
+        self.is_real = (slots != PAD)[:, None, :, None]
+        self._turns = None
+        if landing is not None:
+            self._turns = Turns(torch.where(slots != PAD, landing - _pick(positions, slots), 0))
 
-def rotate_to(keys: Tensor, positions: Tensor, slots: Tensor, landing: Tensor | None, rope) -> Tensor:
-    """Take key slots and turn each from its position to where it lands (as it is when landing is None)."""
-    taken = take(keys, slots)
-    if landing is None:
-        return taken
-    return rotate(taken, torch.where(slots != PAD, landing - _pick(positions, slots), 0), rope)
+    def values(self, tensor: Tensor) -> Tensor:
+        """The slots of [batch, heads, slots, dim] as they are; zeros for none."""
+        batch, heads, slots, dim = tensor.shape
+        if slots == 0:
+            return tensor.new_zeros(batch, heads, self._index.shape[2], dim)
+        taken = tensor.gather(2, self._index.expand(-1, heads, -1, dim))
+        return torch.where(self.is_real, taken, 0)
+
+    def keys(self, tensor: Tensor, rope: LayerRope) -> Tensor:
+        """The same of keys, turned."""
+        taken = self.values(tensor)
+        return taken if self._turns is None else self._turns.turn(taken, rope)
 
 
 def _pick(labels: Tensor, slots: Tensor) -> Tensor:
@@ -220,9 +232,12 @@ def _pick(labels: Tensor, slots: Tensor) -> Tensor:
 
 
 def _mask(is_put: Tensor, heads: list[int], count: int) -> Tensor:
+    """[batch, heads or 1, slots, 1]: where something is put, of [batch, 1, slots, 1], in these heads of so many."""
+    if len(set(heads)) == count:
+        return is_put
     chosen = torch.zeros(count, dtype=torch.bool, device=is_put.device)
     chosen[heads] = True
-    return is_put[:, None, :, None] & chosen[None, :, None, None]
+    return is_put & chosen[None, :, None, None]
 
 
 def blend(own: Tensor, put: Tensor, is_put: Tensor, strength: float) -> Tensor:

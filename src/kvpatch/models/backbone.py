@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from kvpatch.errors import ModelError, ProtocolError
 from kvpatch.models.changes import ModelState, dropout_in_training, is_plain_linear, without_hooks
+from kvpatch.models.entering import Change, changed_streams
 from kvpatch.models.fingerprint import identity, tensors_sha256, vocabulary_sha256
 from kvpatch.models.hf import AttentionObserver, Edits, Slab, Step, slab_attention
 from kvpatch.models.kept import Kept
@@ -35,10 +36,14 @@ class Backbone:
         kept: what the engine keeps with the model from call to call.
         state: the model as it was when all this was found.
         batch_invariant: whether a GPU's products are to give a row the same bits whatever rows it runs with.
+        changed_streams: what passes over it do to the residual stream that enters some layers (`engine.residual`).
+        is_left_alone: whether nobody changes the model for now, so that it need not be looked at again.
     """
 
     def __init__(self, hf: PreTrainedModel, tokenizer: Any = None, *, batch_invariant: bool = True) -> None:
         self.kept = Kept()
+        self.changed_streams: dict[int, tuple[Change, ...]] = {}
+        self.is_left_alone = False
         self.batch_invariant = batch_invariant
         self.tokenizer = tokenizer
         self.hf = hf.eval()
@@ -84,6 +89,8 @@ class Backbone:
         Raises:
             ModelError: where the model as it now is can't be patched, or drops numbers at random.
         """
+        if self.is_left_alone:
+            return
         now, before = ModelState.of(self.hf), self.state
         if now == before:
             return
@@ -171,7 +178,8 @@ class Backbone:
 
     def run(self, token_ids: Tensor, position_ids: Tensor, slab: Cache, step: Step) -> Tensor:
         reset_rotaries(self._growing)
-        with slab_attention(self.configs, step), fast_products(self.head.weight):
+        streams = changed_streams(self.blocks, self.changed_streams)
+        with slab_attention(self.configs, step), fast_products(self.head.weight), streams:
             out = self.decoder(
                 input_ids=token_ids, position_ids=position_ids, use_cache=True, **{self._cache_argument: slab}
             )

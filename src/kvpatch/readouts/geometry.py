@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpatch.caches.kvcache import PAD, KVCache
-from kvpatch.caches.rope import rotate
+from kvpatch.caches.rope import Turns
 from kvpatch.caches.selection import SINKS
 from kvpatch.errors import CacheError
 from kvpatch.specs.arguments import plain, refuse_other, shown, whole
@@ -106,12 +106,12 @@ def cache_ratios(
     if not isinstance(part, str) or part not in ("k", "v"):
         raise CacheError(f"part must be 'k' or 'v', got {shown(part)}")
     ratio = corrected_participation_ratio if corrected else participation_ratio
-    back = -torch.where(cache.positions != PAD, cache.positions, 0)[:, -window:]
+    back = Turns(-torch.where(cache.positions != PAD, cache.positions, 0)[:, -window:])
     found = []
     for layer, rope in enumerate(cache.rope):
         vectors = (cache.values if part == "v" else cache.keys)[layer][:, :, -window:]
         if part == "k" and not rope.keeps_its_place and rope.layout != "none":
-            vectors = rotate(vectors, back, rope)
+            vectors = back.turn(vectors, rope)
         found.append(ratio(_joined(vectors) if joined else vectors))
     out = torch.stack(found, dim=1)
     has_window = cache.lengths >= window + SINKS

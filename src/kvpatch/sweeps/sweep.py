@@ -14,7 +14,7 @@ from kvpatch.caches.selection import chosen_heads, chosen_layers
 from kvpatch.engine.variants import Variants, run_variants
 from kvpatch.errors import CacheError
 from kvpatch.interventions.donors import make_donor
-from kvpatch.interventions.splice import blend, broadcast, plan, rotate_to, take, without_keys
+from kvpatch.interventions.splice import Taken, blend, broadcast, plan, without_keys
 from kvpatch.offline import is_watched
 from kvpatch.specs.arguments import refuse_other, switch, whole
 from kvpatch.specs.patch import Patch
@@ -152,12 +152,12 @@ def _spliced(
     if bool((has_keys := places.keys[at]).any()):
         landing = target.positions.expand(rows) if patch.rotate else None
         slots = torch.where(has_keys[:, None], of, PAD)  # what is not put in need not be turned
-        put = rotate_to(
-            donor.keys[layer].expand(shape), donor.positions.expand(rows), slots, landing, donor.rope[layer]
-        )
+        taken = Taken(slots, donor.positions.expand(rows), landing)
+        put = taken.keys(donor.keys[layer].expand(shape), donor.rope[layer])
         keys = blend(keys, put, is_put(has_keys), patch.strength)
     if bool((has_values := places.values[at]).any()):
-        values = blend(values, take(donor.values[layer].expand(shape), of), is_put(has_values), patch.strength)
+        put = Taken(of, donor.positions.expand(rows), None).values(donor.values[layer].expand(shape))
+        values = blend(values, put, is_put(has_values), patch.strength)
     return keys, values
 
 

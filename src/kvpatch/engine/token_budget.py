@@ -11,12 +11,20 @@ from kvpatch.models.backbone import VOCABULARY_CHUNK, Backbone
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 16_384}
 """Tokens, padding counted, that one pass takes; bounds its memory, not its result. On a CPU larger activations leave
 the cache and cost a third of the speed (benchmarks/LOG.md)."""
+NARROW, LARGE_CARD = 1024, 32 << 30
+"""A narrow model takes twice as many tokens on a card of so many bytes: its kernels are short, and launching them takes
+longer than running them."""
 FEWEST_TOKENS = 256
 
 
 def tokens_at_once(backbone: Backbone) -> int:
     """Tokens that one pass takes on a model's device."""
-    return backbone.kept.tokens_at_once or TOKENS_AT_ONCE.get(backbone.device.type, 4096)
+    if backbone.kept.tokens_at_once:
+        return backbone.kept.tokens_at_once
+    most = TOKENS_AT_ONCE.get(backbone.device.type, 4096)
+    if backbone.device.type == "cuda" and backbone.config.hidden_size <= NARROW:
+        most *= 1 + (torch.cuda.get_device_properties(backbone.device).total_memory >= LARGE_CARD)
+    return most
 
 
 def run_in_passes(backbone: Backbone, lengths: Sequence[int], run: Callable[[int, int], None]) -> None:

@@ -48,8 +48,9 @@ from kvpatch.readouts.specific_mode import SpecificMode
 
 OnTokens = Callable[[int], None]
 OnAttention = Callable[[pa.Table], None]
-ROWS_AT_ONCE = 64
-"""Rows whose distributions over the whole vocabulary are held at a time."""
+LOGITS_AT_ONCE = 1 << 27
+"""Numbers of distributions over the whole vocabulary that are held at a time."""
+MOST_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -266,8 +267,9 @@ def _force(
         tuple(map(tuple, [first, *(text for cell in cells for text in cell)]))
         for first, cells in zip(forced, held_out, strict=True)
     ]
-    for low in range(0, len(batch.trials), ROWS_AT_ONCE):
-        trials = batch.trials[low : low + ROWS_AT_ONCE]
+    step = min(MOST_ROWS_AT_ONCE, max(1, LOGITS_AT_ONCE // (positions * model.geometry.vocabulary)))
+    for low in range(0, len(batch.trials), step):
+        trials = batch.trials[low : low + step]
         wanted = [of_pair[t.pair] for t in trials]
         cache = built.cache.rows(low, low + len(trials))
         part = score(
@@ -294,7 +296,7 @@ def _force(
         logprobs.append(part.logprobs[:, 1:, : settings.likelihood_tokens])
     cells = np.concatenate(
         [
-            cell_means(part.cpu().numpy(), [held_out[t.pair] for t in batch.trials[i * ROWS_AT_ONCE :][: len(part)]])
+            cell_means(part.cpu().numpy(), [held_out[t.pair] for t in batch.trials[i * step :][: len(part)]])
             for i, part in enumerate(logprobs)
         ]
     )

@@ -6,6 +6,7 @@ the next ones decode
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,11 @@ OnBatch = Callable[[Batch, int], None]
 
 LIMITING = ("phase", "condition", "error", "nll_target", *(limit.name for limit in fields(CoherenceLimits)))
 """Columns that say what the limits of coherence are."""
+
+
+SWITCH_AFTER = 2e-4
+"""Seconds for which the writing thread may keep Python from the one that feeds the device. With Python's 5 ms each of
+the device's kernels, whose launch lets the other thread in, would wait that long."""
 
 
 class Executor(Interface):
@@ -136,10 +142,13 @@ class _Writer:
         self._handed: deque[tuple[Batch, Future[int]]] = deque()
 
     def __enter__(self) -> _Writer:
+        self._switched_after = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_AFTER)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown(wait=True)
+        sys.setswitchinterval(self._switched_after)
 
     def write(self, batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits | None) -> None:
         """Hand a batch over; `measured` is of the trials it computes itself."""

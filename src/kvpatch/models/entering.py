@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @contextmanager
-def changed_streams(blocks: Sequence[nn.Module], changes: Changes) -> Iterator[None]:
+def changed_streams(blocks: nn.ModuleList, changes: Changes) -> Iterator[None]:
     """Hooks on what enters some layers, gone on any exit."""
     handles = [
         blocks[layer].register_forward_pre_hook(_hook(change), with_kwargs=True)

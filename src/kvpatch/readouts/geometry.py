@@ -207,7 +207,7 @@ def principal_angles(a: Tensor, b: Tensor, rank: int) -> Tensor:
     (basis_a, a_has_rank), (basis_b, b_has_rank) = _leading(a, rank), _leading(b, rank)
     cosines = torch.linalg.svdvals(basis_a @ basis_b.mT).clamp(max=1)  # descending
     outside = basis_b - basis_b @ basis_a.mT @ basis_a
-    sines = torch.linalg.svdvals(outside).flip(-1).clamp(max=1)  # ascending
+    sines = torch.linalg.svdvals(_flat(outside)[0]).flip(-1).clamp(max=1)  # ascending
     angles = torch.where(cosines.square() > 0.5, torch.asin(sines), torch.acos(cosines))
     return torch.where((a_has_rank & b_has_rank)[..., None], angles, float("nan"))
 
@@ -216,9 +216,21 @@ def _leading(v: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The first right singular vectors, [..., rank, dim], and whether there are that many."""
     v = v.double()
     is_finite = v.isfinite().all(dim=-1).all(dim=-1)
-    _, s, directions = torch.linalg.svd(torch.where(is_finite[..., None, None], v, 0.0), full_matrices=False)
+    narrow, basis = _flat(torch.where(is_finite[..., None, None], v, 0.0))
+    _, s, within = torch.linalg.svd(narrow, full_matrices=False)
+    directions = within[..., :rank, :] if basis is None else within[..., :rank, :] @ basis
     limit = s[..., 0] * max(v.shape[-2:]) * torch.finfo(torch.float32).eps
-    return directions[..., :rank, :], is_finite & (s[..., rank - 1] > limit)
+    return directions, is_finite & (s[..., rank - 1] > limit)
+
+
+def _flat(v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Few long vectors [..., tokens, dim] as [..., tokens, tokens] in an orthonormal basis [..., tokens, dim] of them,
+    whose decomposition is the same and takes half the time; as they are, without a basis, where they are no fewer than
+    their dimensions."""
+    if v.shape[-2] >= v.shape[-1]:
+        return v, None
+    basis, coefficients = torch.linalg.qr(v.mT)
+    return coefficients.mT, basis.mT
 
 
 def _joined(values: Tensor) -> Tensor:

@@ -123,6 +123,7 @@ from kvpatch.models.template import EncodedPrompt
 from kvpatch.planned import plan_for
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.load import load_protocol
+from kvpatch.specs.patch import Patch
 from kvpatch.store.directory import Store
 
 
@@ -471,10 +472,13 @@ def reading(bench: Bench) -> None:
 
 
 def peers(bench: Bench) -> None:
-    """What researchers do: a token loop, batched `generate`, nnsight."""
+    """What researchers do, and kvpatch: a token loop, batched `generate`, the same with a static cache and compiled,
+    nnsight generating under a patch; prompts read anew in each. Values of one layer are another prompt's where a patch
+    is made."""
     model = bench.model("8b")
     hf: Any = model.hf
-    ids = torch.tensor([p.token_ids for p in random_prompts(100, PROMPT, 1000)], device=DEVICE)
+    prompts = random_prompts(512, PROMPT, 1000)
+    ids = torch.tensor([p.token_ids for p in prompts], device=DEVICE)
 
     def loop(count: int) -> None:
         tokens, past = ids[:1], None
@@ -483,26 +487,62 @@ def peers(bench: Bench) -> None:
             past = out.past_key_values
             tokens = out.logits[:, -1:].argmax(dim=-1)
 
+    def generate(rows: int, new: int, **settings: Any) -> None:
+        some = ids[:rows]
+        settings |= {"max_new_tokens": new, "min_new_tokens": new, "do_sample": True, "top_k": 0, "temperature": 0.7}
+        hf.generate(some, attention_mask=torch.ones_like(some), pad_token_id=0, **settings)
+
+    def patched(rows: int) -> None:
+        cache = prefill(model.backbone, prompts[:rows])
+        mixed = Patch(layers=[20], parts="v").apply(cache[list(reversed(range(rows)))], cache)
+        decode(model.backbone, mixed, max_new_tokens=NEW, temperature=0.7, seeds=range(rows))
+
     with torch.no_grad():
         loop(4)
-        print(f"naive loop: {32 / timed(lambda: loop(32)):,.1f} tokens/s")
-        new = 48
-        settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": True, "top_k": 0, "temperature": 0.7}
-        settings |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
-        print(f"generate, batch 100: {100 * new / timed(lambda: hf.generate(ids, **settings)):,.0f} tokens/s")
-    try:
-        from nnsight import LanguageModel
-    except ImportError:
-        print("nnsight is not installed")
-        return
-    traced: Any = LanguageModel(hf, tokenizer=model.tokenizer)
-    with torch.no_grad():
+        naive = NEW / timed(lambda: loop(NEW))
+        print(f"naive loop, one prompt: {naive:,.1f} tokens/s")
+        for rows in (100, 512):
+            rate = rows * NEW / timed(lambda rows=rows: generate(rows, NEW))
+            print(f"generate, batch {rows}: {rate:,.0f} tokens/s, {rate / naive:,.0f} naive loops")
+        for rows in (100, 512):
+            patched(rows)
+            rate = rows * NEW / timed(lambda rows=rows: patched(rows))
+            print(f"kvpatch under a patch, batch {rows}: {rate:,.0f} tokens/s, {rate / naive:,.0f} naive loops")
+        _nnsight(model, ids, naive)
+        start = time.perf_counter()
+        try:
+            generate(100, NEW, cache_implementation="static")
+        except Exception as problem:
+            print(f"generate with a static cache: {type(problem).__name__}: {problem}".splitlines()[0])
+            return
+        made = time.perf_counter() - start
+        rate = 100 * NEW / timed(lambda: generate(100, NEW, cache_implementation="static"))
+        print(f"generate, static cache and compiled, batch 100: {rate:,.0f} tokens/s (compiled in {made:.0f} s)")
 
-        def trace() -> None:
-            with traced.generate(ids[:1].tolist(), max_new_tokens=16):
+
+def _nnsight(model: Any, ids: torch.Tensor, naive: float) -> None:
+    """nnsight generating from one prompt, and from 100, while values of one layer are those of another prompt."""
+    try:
+        import nnsight
+    except ImportError as problem:
+        print(f"nnsight can't be imported: {problem}")
+        return
+    traced: Any = nnsight.LanguageModel(model.hf, tokenizer=model.tokenizer)
+    put = torch.randn(PROMPT, model.hf.config.num_key_value_heads * 128, device=DEVICE, dtype=torch.bfloat16)
+    for rows, new in ((1, 64), (100, 64)):
+
+        def run(rows: int = rows, new: int = new) -> None:
+            with traced.generate(ids[:rows], max_new_tokens=new, min_new_tokens=new, do_sample=False):
+                traced.model.layers[20].self_attn.v_proj.output[:] = put
                 traced.generator.output.save()
 
-        print(f"nnsight, one trial: {16 / timed(trace):,.1f} tokens/s")
+        try:
+            run()
+            rate = rows * new / timed(run)
+        except Exception as problem:
+            print(f"nnsight: {type(problem).__name__}: {problem}".splitlines()[0])
+            return
+        print(f"nnsight under a patch, batch {rows}: {rate:,.1f} tokens/s, {rate / naive:,.1f} naive loops")
 
 
 def experiment(bench: Bench, shape: str, name: str, new: int, phases: dict[str, int], **settings: Any) -> None:

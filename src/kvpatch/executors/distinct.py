@@ -1,8 +1,8 @@
 """Trials of a batch that are one computation: equal caches, to the bit, that go on with the same noise.
 
-The conditions of a pair draw the same noise. So the natural target, its cache put into itself and a swap that brings
-the target's own cache back give the same tokens and the same readouts; each such computation is made once. Whether
-caches are equal is read off their numbers (`KVCache.checksums`) and never off how they were made.
+The conditions of a pair draw the same noise. So the natural source and a swap of all its slots into the target give the
+same tokens and the same readouts; each such computation is made once. Whether caches are equal is read off their
+numbers (`KVCache.checksums`) and never off how they were made.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class Distinct:
 def distinct(batch: Batch, built: Built, checksums: Sequence[str]) -> Distinct:
     """The computations that a batch's trials come to.
 
-    Trials that are steered while they write are computed each by itself, and so are all trials of a phase that watches
-    attention, since what is captured depends on which slots a condition touched.
+    Trials of integrity conditions are computed each by itself, since they are there to show that equal caches give
+    equal texts. So are trials that are steered while they write, and all of a phase that watches attention, since what
+    is captured depends on which slots a condition touched.
 
     Args:
         checksums: of the rows of the built cache.
@@ -65,13 +66,16 @@ def distinct(batch: Batch, built: Built, checksums: Sequence[str]) -> Distinct:
 def _keys(batch: Batch, built: Built, checksums: Sequence[str]) -> list[Hashable]:
     """Equal for trials that are one computation."""
     cache, count = built.cache, len(batch.trials)
-    steps = () if built.steering is None else built.steering.steps.values()
     is_steered = torch.zeros(count, dtype=torch.bool, device=cache.positions.device)
-    for step in steps:
+    for step in () if built.steering is None else built.steering.steps.values():
         is_steered |= step.flatten(1).any(dim=1)
+    is_alone = [
+        steered or batch.roles[trial.condition] == "integrity"
+        for trial, steered in zip(batch.trials, is_steered.tolist(), strict=True)
+    ]
     pending, starts = cache.pending.tolist(), cache.pending_position.tolist()
     positions = [tuple(at for at in row if at != PAD) for row in cache.positions.tolist()]
     return [
         i if alone else (trial.pair, trial.seed, checksums[i], pending[i], starts[i], positions[i])
-        for i, (trial, alone) in enumerate(zip(batch.trials, is_steered.tolist(), strict=True))
+        for i, (trial, alone) in enumerate(zip(batch.trials, is_alone, strict=True))
     ]

@@ -1,32 +1,105 @@
-"""Every block of docs/coming-from.md runs, on the model that it names, and does what its heading says."""
+"""docs/coming-from.md shows the code of benchmarks/peer_tasks, which runs, agrees with the peers' and is no longer.
+
+The peers run in an environment of their own, since they want another transformers. Where KVPATCH_PEERS names its
+interpreter the tasks run there too.
+"""
 
 from __future__ import annotations
 
-import re
+import importlib.util
+import os
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
-import torch
 
 import kvpatch as kv
+from kvpatch.models.load import pull
 
-pytestmark = pytest.mark.model
-PAGE = Path(__file__).parents[1] / "docs" / "coming-from.md"
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "coming-from.md").read_text("utf-8")
+PEERS = os.environ.get("KVPATCH_PEERS")
+TITLES = {
+    "kvpatch": "python",
+    "nnsight": 'python title="nnsight"',
+    "transformer_lens": 'python title="TransformerLens"',
+}
 
 
-def test_the_six_tasks_run_and_agree_with_one_another() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
-    assert len(blocks) == 7
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), names)
-    model, grid = names["model"], names["grid"]
-    assert len(names["texts"]) == 1 and len(names["rows"]) == 2
-    assert grid.data.dims == ("layers", "slots") and grid.data.sizes["layers"] == 30
-    logits = model.logits(kv.Patch(layers=12, slots=1).apply(names["source"], names["target"]))[0]
-    first, other = (model.tokenizer(word, add_special_tokens=False).input_ids[0] for word in (" Rome", " Madrid"))
-    assert names["one"] == pytest.approx(float(logits[first] - logits[other]), abs=1e-4)
-    assert names["to_slot_2"].shape == (9,) and 0 < float(names["to_slot_2"].sum()) < 9
-    assert not torch.allclose(names["logits"], model.logits(names["target"]), atol=1e-3)
-    single = kv.Patch(layers=range(10, 20)).apply(names["source"], names["target"])
-    assert model.generate(single, max_new_tokens=4, temperature=0).texts == names["rows"][:1]
+def _benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks" / "peers.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["peers"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+peers = _benchmark()
+
+
+@pytest.fixture(scope="module")
+def ours() -> dict[str, Any]:
+    """What the tasks leave behind in kvpatch: every name of its file."""
+    names: dict[str, Any] = {"__name__": "kvpatch_tasks"}
+    results = {}
+    cells = peers.cells_of("kvpatch")
+    for task in ("load", "prepare", *peers.TASKS):
+        peers.run_cell("kvpatch", cells[task], names)
+        if task in peers.TASKS:
+            results[task] = peers.plain(names[peers.TASKS[task]])
+    return {"names": names, "results": results}
+
+
+@pytest.mark.parametrize("library", peers.LIBRARIES)
+def test_the_page_shows_every_task_as_it_stands_in_its_file(library: str) -> None:
+    cells = peers.cells_of(library)
+    shown = [task for task in cells if library == "kvpatch" or task != "load"]
+    assert set(peers.TASKS) < set(shown)
+    for task in shown:
+        assert f"```{TITLES[library]}\n{cells[task][1]}```\n" in PAGE, f"{library}: {task}"
+
+
+@pytest.mark.parametrize("task", peers.TASKS)
+def test_kvpatch_needs_at_most_as_many_lines_as_the_better_peer(task: str) -> None:
+    code = {library: peers.cells_of(library)[task][1] for library in peers.LIBRARIES}
+    lines = {library: peers.lines_of(text) for library, text in code.items()}
+    assert lines["kvpatch"] <= min(lines.values())
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| {task} |"))
+    told = [cell.split(",")[0].strip() for cell in row.strip("|").split("|")[1:]]
+    assert told == [peers.told_lines(code[library]) for library in peers.LIBRARIES]
+
+
+def test_comments_and_empty_lines_are_no_lines() -> None:
+    assert peers.lines_of("# a\n\nx = 1  # b\n    # c\n") == 1
+    assert peers.tokens_of("# a\nx = 1\n") == 3
+
+
+@pytest.mark.model
+def test_the_tasks_do_what_their_headings_say(ours: dict[str, Any]) -> None:
+    names, results = ours["names"], ours["results"]
+    model: kv.Model = names["model"]
+    source, target = names["source"], names["target"]
+    assert isinstance(results["swap"], str) and len(results["batch"]) == 2
+    assert names["grid"].dims == ("layers", "slots") and names["grid"].shape == (30, 8)
+    logits = model.logits(kv.Patch(layers=12, slots=1).apply(source, target))[0]
+    first, other = (model.tokenizer(word, add_special_tokens=False).input_ids[0] for word in (" Athens", " Madrid"))
+    assert results["slot"] == pytest.approx(float(logits[first] - logits[other]), abs=1e-4)
+    assert results["slot"] == pytest.approx(float(names["grid"].sel(layers=12, slots=1)), abs=1e-4)
+    assert len(results["attention"]) == 9 and 0 < sum(results["attention"]) < 9
+    assert peers.difference(results["residual"], model.logits(target)[0].tolist()) > 1e-3
+    assert results["batch"][0] == results["swap"]
+
+
+@pytest.mark.model
+@pytest.mark.skipif(
+    not PEERS,
+    reason="KVPATCH_PEERS names no interpreter of an environment with the peers (benchmarks/peers.py says how)",
+)
+@pytest.mark.parametrize("library", ["nnsight", "transformer_lens"])
+def test_a_peer_gives_the_same_numbers(library: str, ours: dict[str, Any]) -> None:
+    found = peers.elsewhere(str(PEERS), library, pull("smollm2-135m"), 0, 1)["results"]
+    off = {task: peers.difference(ours["results"][task], found[task]) for task in peers.TASKS}
+    assert [task for task, much in off.items() if not much <= peers.TOLERANCE] == [], off

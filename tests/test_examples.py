@@ -68,16 +68,9 @@ def test_no_source_shares_a_word_with_two_texts_of_each_mode_that_it_is_scored_o
         assert min(modes[str(protocol.mode)], modes["plain"]) >= 2, source.id
 
 
-NOT_RUN_YET = {"joy", "refusal"}
-"""Examples without a finished run, whose pages say so."""
-
-
 @each
 def test_its_page_shows_a_figure_and_a_verdict(example: Path) -> None:
     text = (example / "README.md").read_text("utf-8")
-    if example.name in NOT_RUN_YET:
-        assert "No verdict of this example is recorded yet" in text and not (example / "figure.svg").exists()
-        return
     assert "](figure.svg)" in text and (example / "figure.svg").read_text("utf-8").startswith("<svg")
     verdicts = ("supported", "contradicted", "inconclusive", "equivalent", "not interpretable")
     assert any(f"| {verdict}" in text for verdict in verdicts)

@@ -51,7 +51,6 @@ NOT_RUN = {
     ("README.md", "make"): "makes an environment from the package index; `make test` is what runs this test",
     ("CONTRIBUTING.md", "make"): "the same",
     ("docs/installing.md", "docker"): "builds and runs a container, for which a test has no daemon",
-    ("docs/architecture.md", "flowchart LR"): "a drawing",
     ("docs/findings/gemma3.md", "kvpatch run"): "five minutes on a GPU; README.md's block runs the same command small",
     ("docs/findings/smollm2.md", "kvpatch run"): "five minutes on a GPU; README.md's block runs the same command small",
     ("docs/notebook.md", 'run = kv.run("dec7"'): "minutes; docs/how-to/own-readout.md calls kv.run on a tiny model",
@@ -98,6 +97,7 @@ KINDS: dict[str, Callable[[Block], bool]] = {
     "by its page": is_read_by_its_page,
     "files": lambda block: block.text.startswith("mine/"),
     "schema": lambda block: block.text.startswith("# yaml-language-server"),
+    "in another library, by tests/test_coming_from_page.py": lambda block: block.language.startswith("python title="),
 }
 
 

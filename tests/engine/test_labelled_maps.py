@@ -26,6 +26,14 @@ def test_a_map_names_heads_slots_and_tokens_and_leaves_padding_out(tiny) -> None
     assert len(cache.pieces[0]) > len(cache.pieces[1])
 
 
+def test_one_layer_may_be_a_number_and_heads_left_out_are_all(tiny) -> None:
+    model = tiny("llama")
+    every = range(model.geometry.query_heads)
+    named = model.attention(PROMPTS, maps=kv.Maps(layers=[1], heads=every)).map(1)
+    assert model.attention(PROMPTS, maps=kv.Maps(1)).map(1).identical(named)
+    assert model.attention(PROMPTS, maps=kv.Maps(1, heads=2)).map(1).identical(named.sel(head=[2]))
+
+
 def test_some_queries_keep_their_slots(tiny) -> None:
     model = tiny("llama")
     last = len(model.prefill(PROMPTS[0]).pieces[0]) - 1

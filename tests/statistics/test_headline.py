@@ -20,8 +20,8 @@ UP = [1 + i / 100 for i in range(N)]
 DOWN = [-value for value in UP]
 NOISE = [9.0 * (-1) ** i for i in range(N)]
 STRONGEST = "Information sufficient for recursive-style output can be read from these cache slots"
-SLOTS = "n = 30, the body's slots, all layers"
-RESTS = f" (X - N1 in recursive_score, {SLOTS}; X - N2 in recursive_score, {SLOTS})"
+SLOTS = "(n = 30; the body's slots, all layers)"
+RESTS = f". It rests on X - N1 in recursive_score {SLOTS}, and on X - N2 in recursive_score {SLOTS}."
 
 
 @pytest.fixture
@@ -87,27 +87,27 @@ def say(protocol: Protocol, make_trials: Make) -> Callable[..., str]:
 
 
 def test_the_strongest_sentence(say: Make):
-    assert say() == STRONGEST + RESTS + "."
+    assert say() == STRONGEST + RESTS
 
 
 def test_controls_that_are_not_inert_stand_beside_it(say: Make):
     lifted = [0.5 + i / 1000 for i in range(N)]
     assert say(X=[2 + v for v in UP], N1=lifted) == (
-        STRONGEST + RESTS + "; 1 of 1 control caches were not shown to leave the target as it is."
+        STRONGEST + RESTS + " 1 of 1 control caches was not shown to leave the target as it is."
     )
 
 
 def test_a_model_whose_data_speak_against_the_mode_is_told_plainly(say: Make):
     sentence = say(B=DOWN)
     assert sentence.startswith("This model does not show recursive mode under these prompts (exists: not supported)")
-    assert sentence.endswith("so nothing about transfer was or could be shown.")
+    assert sentence.endswith("So nothing about transfer was or could be shown.")
 
 
 @pytest.mark.parametrize("b", [FLAT, NOISE], ids=["flat", "noise"])
 def test_a_mode_that_data_decide_neither_way_is_not_called_absent(say: Make, b: list[float]):
     sentence = say(B=b)
     assert sentence.startswith("This run did not establish that the model shows recursive mode under these prompts")
-    assert sentence.endswith("so nothing about transfer was or could be shown.")
+    assert sentence.endswith("So nothing about transfer was or could be shown.")
 
 
 def test_a_mode_that_was_seen_in_too_few_pairs_is_not_called_absent(protocol: Protocol, make_trials: Make):
@@ -123,10 +123,10 @@ def test_a_mode_that_was_not_measured_is_not_called_absent(say: Make):
 @pytest.mark.parametrize(
     ("scores", "says"),
     [
-        ({"X": DOWN}, "was not seen to move with the cache; the data speak against it"),
+        ({"X": DOWN}, "was not seen to move with the cache. The data speak against it"),
         ({"X": NOISE}, "can't tell whether recursive mode moves with the cache"),
         ({"N2": NOISE}, "is incomplete, so it is not shown (moves: supported, also: inconclusive)"),
-        ({"X": NOISE, "N2": [99.0] * N}, "is not shown; part of the data speak against it"),
+        ({"X": NOISE, "N2": [99.0] * N}, "is not shown. Part of the data speak against it"),
     ],
 )
 def test_anything_less_than_every_primary_hypothesis_is_less_than_the_strongest(

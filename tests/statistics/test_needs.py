@@ -14,7 +14,7 @@ from kvpatch.verdicts.decide import Verdict, headline, verdicts, verdicts_json
 from kvpatch.verdicts.prerequisites import all_needed, decision_order, gate_states, prerequisites
 
 Make = Callable[..., Any]
-SLOTS = "n = 30, the body's slots, all layers"
+SLOTS = "(n = 30; the body's slots, all layers)"
 N = 30
 FLAT = [0.0] * N
 UP = [1 + i / 100 for i in range(N)]
@@ -197,8 +197,8 @@ def test_every_hypothesis_of_dec7_names_what_it_needs():
 def test_every_primary_hypothesis_that_passed_gives_the_strongest_sentence(decide: Make):
     protocol, found = decide({})
     assert headline(protocol, list(found.values())) == (
-        "Information sufficient for recursive-style output can be read from these cache slots "
-        f"(X - N1 in recursive_score, {SLOTS}; X - N1 in mode_llr, {SLOTS})."
+        "Information sufficient for recursive-style output can be read from these cache slots. "
+        f"It rests on X - N1 in recursive_score {SLOTS}, and on X - N1 in mode_llr {SLOTS}."
     )
 
 
@@ -207,7 +207,7 @@ def test_what_passed_in_one_readout_is_told_where_the_mode_is_not_seen_in_the_ot
     protocol, found = decide({"B": NOISE}) if one == LLR else decide({}, {"B": NOISE})
     other = "score" if one == LLR else "llr"
     assert headline(protocol, list(found.values())) == (
-        f"In {one} alone, recursive mode was seen to move with the cache (X - N1, {SLOTS}); "
+        f"In {one} alone, recursive mode was seen to move with the cache. It rests on X - N1 {SLOTS}. "
         f"moves_{other} can't be read (exists_{other}: inconclusive)."
     )
 
@@ -215,8 +215,8 @@ def test_what_passed_in_one_readout_is_told_where_the_mode_is_not_seen_in_the_ot
 def test_what_did_not_pass_is_not_told_to_have_passed_for_want_of_the_other(decide: Make):
     protocol, found = decide({"B": NOISE}, {"X": DOWN})
     assert headline(protocol, list(found.values())) == (
-        "In this model recursive mode was not seen to move with the cache; the data speak against it "
-        "(moves_llr: not supported); moves_score can't be read (exists_score: inconclusive)."
+        "In this model recursive mode was not seen to move with the cache. The data speak against it "
+        "(moves_llr: not supported). moves_score can't be read (exists_score: inconclusive)."
     )
 
 
@@ -224,7 +224,7 @@ def test_a_mode_that_no_readout_shows_leaves_nothing_to_tell_of_transfer(decide:
     protocol, found = decide({"B": DOWN}, {"B": DOWN})
     assert headline(protocol, list(found.values())) == (
         "This model does not show recursive mode under these prompts (exists_score: not supported, exists_llr: "
-        "not supported), so nothing about transfer was or could be shown."
+        "not supported). So nothing about transfer was or could be shown."
     )
 
 
@@ -233,7 +233,7 @@ def test_outputs_that_are_not_coherent_stop_the_readouts_of_text_alone(make_prot
     trials = make_trials(RUNS_WELL, incoherent={"X": 0.5}).rename(columns={"score": SCORE})
     found = verdicts(protocol, trials.assign(mode_llr=trials[SCORE]))
     assert headline(protocol, found) == (
-        f"In mode_llr alone, recursive mode was seen to move with the cache (X - N1, {SLOTS}); "
+        f"In mode_llr alone, recursive mode was seen to move with the cache. It rests on X - N1 {SLOTS}. "
         "moves_score can't be read (outputs that are not coherent)."
     )
 
@@ -243,7 +243,7 @@ def test_controls_of_a_protocol_with_needs_are_the_family_of_nulls(decide: Make)
     lifted = {"N1": [0.5 + i / 1000 for i in range(N)], "X": [2 + v for v in UP]}
     protocol, found = decide(lifted, hypotheses=(*TWO_READOUTS, null))
     assert headline(protocol, list(found.values())).endswith(
-        "; 1 of 1 control caches were not shown to leave the target as it is."
+        " 1 of 1 control caches was not shown to leave the target as it is."
     )
 
 

@@ -68,8 +68,8 @@ def told(protocol: Protocol, trials: pd.DataFrame) -> tuple[str, dict[str, str]]
 
 def test_a_joined_cache_gives_it_and_tells_n_slots_and_layers(protocol_of: Make, trials_of: Make):
     sentence, _ = told(protocol_of(*JOINS), trials_of())
-    where = "n = 30, the target's own slots, read after the other prompt, all layers"
-    assert sentence == f"{STRONGEST} (M1 - M1n in mode_llr, {where}; M1 - M1y in mode_llr, {where})."
+    where = "(n = 30; the target's own slots, read after the other prompt, all layers)"
+    assert sentence == f"{STRONGEST}. It rests on M1 - M1n in mode_llr {where}, and on M1 - M1y in mode_llr {where}."
 
 
 def test_one_readout_does_not_wait_for_another(protocol_of: Make, trials_of: Make):
@@ -81,7 +81,7 @@ def test_one_readout_does_not_wait_for_another(protocol_of: Make, trials_of: Mak
     trials.loc[trials["condition"] == "M1", SCORE] = [value * 1.1 for value in noise]
     sentence, words = told(protocol, trials)
     assert words["joined_score"] == "inconclusive"
-    assert sentence.startswith(STRONGEST) and sentence.endswith("; beside it joined_score: inconclusive.")
+    assert sentence.startswith(STRONGEST) and sentence.endswith(" Not passed beside it: joined_score: inconclusive.")
 
 
 NEVER: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any]]] = {

@@ -33,12 +33,22 @@ that launching them is not what takes the time."""
 
 @dataclass(frozen=True)
 class Maps:
-    """Whole attention maps to keep: of these layers, query heads, and queries (all where None; the first token fed is
-    query 0, in prefill as in decoding)."""
+    """Whole attention maps to keep: of these layers, query heads, and queries. Heads or queries that are None mean all;
+    the first token fed is query 0, in prefill as in decoding. A call of a model takes one number for a list of one."""
 
-    layers: Sequence[int]
-    heads: Sequence[int]
+    layers: Sequence[int] | int
+    heads: Sequence[int] | int | None = None
     queries: Sequence[int] | None = None
+
+    @property
+    def layers_named(self) -> list[int]:
+        """The layers as a list."""
+        return [self.layers] if isinstance(self.layers, int) else list(self.layers)
+
+    def heads_of(self, count: int) -> list[int]:
+        """The query heads asked for, from 0 to `count`."""
+        asked = range(count) if self.heads is None else [self.heads] if isinstance(self.heads, int) else self.heads
+        return [head % count for head in asked]
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,7 @@ def labelled_map(attention: Attention, layer: int, row: int) -> xr.DataArray:
     own = [(place, slots - attention.fed + q - padding) for place, q in enumerate(fed)]
     own = [(place, slot) for place, slot in own if slot >= 0]  # a shorter row has no query at its padding
     coords: dict[str, Any] = {
-        "head": [head % attention.values.shape[2] for head in asked.heads],
+        "head": asked.heads_of(attention.values.shape[2]),
         "query": [slot for _, slot in own],
         "key": range(slots - padding),
         "layer": layer,
@@ -236,11 +246,11 @@ class AttentionCapture:
 
     def _keep(self, layer: int, p: Tensor, queries: range) -> None:
         """p: [batch, query_heads, queries, slots]."""
-        if self.maps is None or layer not in self.maps.layers:
+        if self.maps is None or layer not in self.maps.layers_named:
             return
         wanted = self.maps.queries
         chosen = [i for i, query in enumerate(queries) if wanted is None or query in wanted]
-        kept = p[:, list(self.maps.heads)][:, :, chosen]
+        kept = p[:, self.maps.heads_of(p.shape[1])][:, :, chosen]
         self._kept.setdefault(layer, []).extend(kept.unbind(dim=2))
 
     def result(self) -> Attention:

@@ -219,8 +219,8 @@ class Model:
             return None
         arguments.refuse_other("maps", maps, Maps)
         layers = chosen_layers(arguments.whole_numbers("layers", maps.layers), self.geometry.layers)
-        heads = arguments.whole_numbers("heads", maps.heads)
         count = self.geometry.query_heads
+        heads = list(range(count)) if maps.heads is None else arguments.whole_numbers("heads", maps.heads)
         if not heads:
             raise CacheError("maps of no query head are asked for; name at least one")
         indices_within("query head", heads, count)  # refuses one that there is not; the order asked for stays

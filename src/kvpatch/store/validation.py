@@ -56,18 +56,21 @@ class Validation(Frozen):
 
 
 def gate_zero(summary: Mapping[str, Any] | None) -> str:
-    """One sentence on the validation that a run recorded, or on its absence."""
+    """Whether the tool itself can be trusted, which is asked before any hypothesis (gate 0): what the validation that a
+    run recorded found on models with planted truth, or that there was none."""
+    asked = "Can kvpatch itself be trusted (gate 0)?"
     if not summary or not isinstance(summary.get("passed"), bool):
         return (
-            "Gate 0: this version of kvpatch was not validated where the run was made; "
-            "kvpatch validate --quick does that in a few minutes."
+            f"{asked} This version was not validated where the run was made: it was not tried on models whose truth is "
+            "known. kvpatch validate --quick does that in a few minutes."
         )
-    which = f"kvpatch {summary.get('version')} on {str(summary.get('created'))[:10]} ({summary.get('scope')})"
+    when = f"{str(summary.get('created'))[:10]}, {summary.get('scope')}"
+    which = f"{asked} kvpatch {summary.get('version')} was tried on models whose truth is known ({when})."
     if summary["passed"]:
-        return f"Gate 0: the validation of {which} recovered everything planted, {summary.get('findings')} findings."
+        return f"{which} It recovered everything planted, {summary.get('findings')} findings."
     failed = list(summary.get("failed") or ["not recorded"])
     more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-    return f"Gate 0: the validation of {which} FAILED ({failed[0]}{more}), so no verdict of this run can be trusted."
+    return f"{which} It FAILED ({failed[0]}{more}), so no verdict of this run can be trusted."
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The one sentence that answers the protocol's question, and never says more than the verdicts allow."""
+"""The sentences that answer the protocol's question, and never say more than the verdicts allow: one thought each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def by_word(verdicts: Sequence[Verdict]) -> str:
 
 
 def headline(protocol: Protocol, verdicts: Sequence[Verdict], *, is_checked: bool = True, names: Names = by_id) -> str:
-    """Return the report's first sentence.
+    """Return the report's first sentences: the answer, then what it rests on and what stands beside it.
 
     is_checked: whether it was checked that the model is patched correctly; what the check found is in the verdicts.
     names: how the verdicts that the sentence rests on are told. The mode is the protocol's ("recursive" gives
@@ -71,13 +71,17 @@ def _strongest(
     """The strongest sentence, where verdicts allow it. Others of a protocol without families must have been read."""
     if not basis.rests_on or (not protocol.families and any(v.blocked_by is not None for v in main)):
         return None
-    rests = "; ".join(rests_text(protocol, v) for v in basis.rests_on)
     others = [v for v in main if v.verdict not in PASSED]
-    open_ones = f"; beside it {names(others)}" if others else ""
+    open_ones = f" Not passed beside it: {names(others)}." if others else ""
     return (
-        f"Information sufficient for {_style(protocol)} can be read from these cache slots ({rests})"
-        f"{controls}{open_ones}."
+        f"Information sufficient for {_style(protocol)} can be read from these cache slots. "
+        f"{_rests(protocol, basis.rests_on)}{controls}{open_ones}"
     )
+
+
+def _rests(protocol: Protocol, on: Sequence[Verdict], *, names_readout: bool = True) -> str:
+    """The sentence on what a claim rests on."""
+    return f"It rests on {', and on '.join(rests_text(protocol, v, names_readout=names_readout) for v in on)}."
 
 
 def _has_needs(protocol: Protocol, v: Verdict) -> bool:
@@ -97,14 +101,14 @@ def _no_mode(protocol: Protocol, first: Sequence[Verdict], names: Names) -> str:
     failed = [v for v in first if v.verdict not in PASSED]
     told = names(failed)
     if all(v.n == 0 for v in failed):
-        return f"Whether this model shows {mode} was not measured ({told}), so nothing about its transfer can be said."
-    end = f"({told}), so nothing about transfer was or could be shown"
+        return f"Whether this model shows {mode} was not measured ({told}). So nothing about its transfer can be said."
+    end = f"({told}). So nothing about transfer was or could be shown."
     if all(_is_seen(v) for v in failed):
-        return f"This run saw {mode} under these prompts but could not establish it {end}."
+        return f"This run saw {mode} under these prompts but could not establish it {end}"
     measures = "" if len(failed) == len(first) else " on every readout asked for"
     if any(v.verdict not in AGAINST for v in failed):
-        return f"This run did not establish that the model shows {mode} under these prompts{measures} {end}."
-    return f"This model does not show {mode} under these prompts{measures} {end}."
+        return f"This run did not establish that the model shows {mode} under these prompts{measures} {end}"
+    return f"This model does not show {mode} under these prompts{measures} {end}"
 
 
 def _is_seen(v: Verdict) -> bool:
@@ -129,10 +133,10 @@ def _unread(verdicts: Sequence[Verdict], verdict_of: Mapping[str, Verdict], name
     lacks = [verdict_of[name] for name in needed if not has_passed(verdict_of[name].verdict)]
     others = dict.fromkeys(_UNREAD[v.blocked_by] for v in verdicts if v.blocked_by in _UNREAD)
     if names is not by_id:
-        lacking = [f"what it needs: {names(lacks)}"] if lacks else []
-        return f"; {len(verdicts)} more can't be read ({', '.join([*lacking, *others])})"
+        lacking = [f"what {'it needs' if len(verdicts) == 1 else 'they need'}: {names(lacks)}"] if lacks else []
+        return f" {len(verdicts)} more can't be read ({', '.join([*lacking, *others])})."
     why = ", ".join([f"{v.id}: {v.verdict}" for v in lacks] + list(others))
-    return f"; {', '.join(v.id for v in verdicts)} can't be read ({why})"
+    return f" {', '.join(v.id for v in verdicts)} can't be read ({why})."
 
 
 def _transfer(
@@ -142,34 +146,34 @@ def _transfer(
     others, each of which names its prerequisites. controls: what is said of control caches."""
     mode, told = _mode(protocol), names(primary)
     passed = [v for v in primary if v.verdict in PASSED]
-    moved, lacks = basis.moved, f" ({basis.lacks})" if basis.lacks else ""
+    moved, lacks = basis.moved, f" What is missing: {basis.lacks}." if basis.lacks else ""
     if len(passed) == len(primary) and not moved:
         texts = sum(v.evidence == "text" for v in primary)
-        which = f"{texts} of {len(primary)} compare texts, which checks the manipulation alone; " if texts else ""
+        which = f" {texts} of {len(primary)} compare texts, which checks the manipulation alone." if texts else ""
         return (
-            f"What passed does not show that {mode} can be read from the cache ({told}): {which}none is a directional "
-            f"test of a readout of the mode, on at least {LEAST_PAIRS} pairs, of a cache that no text equals, "
-            f"where the mode was shown to exist{lacks}{unread}."
+            f"What passed does not show that {mode} can be read from the cache ({told}).{which} That takes a "
+            "directional test of a readout of the mode, on a cache that no text equals. It takes at least "
+            f"{LEAST_PAIRS} pairs, and a mode that was shown to exist. No test had all of this.{lacks}{unread}"
         )
     if len(passed) == len(primary):
         readable = " and ".join(dict.fromkeys(v.readout for v in moved))
-        rests = "; ".join(rests_text(protocol, v, names_readout=False) for v in moved)
-        return f"In {readable} alone, {mode} was seen to move with the cache ({rests}){controls}{unread or lacks}."
+        rests = _rests(protocol, moved, names_readout=False)
+        return f"In {readable} alone, {mode} was seen to move with the cache. {rests}{controls}{unread or lacks}"
     blocked = [v for v in primary if v.blocked_by == "coherence"]
     if blocked:
         return (
-            f"Whether {mode} moves with the cache can't be read from this run: the outputs of a condition it"
-            f" needs are not coherent ({told}){unread}."
+            f"Whether {mode} moves with the cache can't be read from this run. The outputs of a condition that "
+            f"it needs are not coherent ({told}).{unread}"
         )
     if passed:
-        return f"The evidence that {mode} moves with the cache is incomplete, so it is not shown ({told}){unread}."
+        return f"The evidence that {mode} moves with the cache is incomplete, so it is not shown ({told}).{unread}"
     if all(v.verdict in AGAINST for v in primary):
-        return f"In this model {mode} was not seen to move with the cache; the data speak against it ({told}){unread}."
+        return f"In this model {mode} was not seen to move with the cache. The data speak against it ({told}).{unread}"
     if any(v.verdict in AGAINST for v in primary):
         return (
-            f"The transfer of {mode} with the cache is not shown; part of the data speak against it ({told}){unread}."
+            f"The transfer of {mode} with the cache is not shown. Part of the data speak against it ({told}).{unread}"
         )
-    return f"This run can't tell whether {mode} moves with the cache ({told}){unread}."
+    return f"This run can't tell whether {mode} moves with the cache ({told}).{unread}"
 
 
 def _controls(inert: Sequence[Verdict]) -> str:
@@ -177,7 +181,8 @@ def _controls(inert: Sequence[Verdict]) -> str:
     open_ones = [v.id for v in inert if v.verdict != kind_named(v.test).passes]
     if not open_ones:
         return ""
-    return f"; {len(open_ones)} of {len(inert)} control caches were not shown to leave the target as it is"
+    were = "was" if len(open_ones) == 1 else "were"
+    return f" {len(open_ones)} of {len(inert)} control caches {were} not shown to leave the target as it is."
 
 
 def _without_primary(protocol: Protocol, asked: Sequence[Verdict], names: Names) -> str:

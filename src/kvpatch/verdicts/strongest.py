@@ -122,8 +122,8 @@ def _is_natural_gap(h: Hypothesis) -> bool:
 
 
 def rests_text(protocol: Protocol, v: Verdict, *, names_readout: bool = True) -> str:
-    """What a sentence rests on: the contrast, its readout, n, slots and layers."""
+    """What a sentence rests on: the contrast, its readout, and in brackets n, slots and layers."""
     weights = protocol.hypothesis(v.id).weights()
     places = dict.fromkeys(place_of(protocol.conditions[name]) for name, weight in weights.items() if weight > 0)
     readout = f" in {v.readout}" if names_readout else ""
-    return f"{v.contrast}{readout}, n = {v.n}, {' and '.join(places)}"
+    return f"{v.contrast}{readout} (n = {v.n}; {' and '.join(places)})"

@@ -239,7 +239,7 @@ if (printAll) {
   });
 }
 
-// A link into something folded opens it.
+// A link into something folded opens it, and so does one to a section that is one fold.
 const unfold = () => {
   let target;
   try {
@@ -247,6 +247,8 @@ const unfold = () => {
   } catch {
     return;
   }
+  const own = target?.querySelector(":scope > details.fold");
+  if (own) own.open = true;
   for (let at = target?.closest("details"); at; at = at.parentElement.closest("details")) at.open = true;
   target?.scrollIntoView();
 };

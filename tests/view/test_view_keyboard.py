@@ -1,0 +1,72 @@
+"""The view without a mouse: everything on its pages is reached, shown and worked by keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from chromium import NEEDED, chromium, expect, opened, served
+from keyboard import assert_keyboard_reaches_everything, remember, walk
+from synthetic import write_run
+
+pytestmark = NEEDED
+DRAWN = {"": "#beside", "run/first/": "#estimates"}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as opened_one:
+        yield opened_one
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    home = tmp_path_factory.mktemp("runs")
+    write_run(home / "first", n=4, phases=["1", "6"])
+    write_run(home / "second", n=4, phases=["1"])
+    with served(home) as where:
+        yield where
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("where", ["", "run/first/", "run/first/trials", "run/first/trial/6-C-0-0"])
+def test_tab_reaches_everything_and_only_this_server_is_asked(
+    browser: Any, address: str, where: str, width: int
+) -> None:
+    with opened(browser, width, offline=False) as (page, said):
+        asked: list[str] = []
+        page.on("request", lambda sent: asked.append(sent.url))
+        remember(page)
+        page.goto(f"{address}/{where}")
+        if where in DRAWN:
+            expect(page.locator(DRAWN[where])).to_have_attribute("data-drawn", "yes")
+        met = assert_keyboard_reaches_everything(page, unfolds=True)
+        assert met[0]["kind"] == "a" and "Skip" in met[0]["name"]
+        assert said == []
+        assert [url for url in asked if not url.startswith((f"{address}/", "data:"))] == []
+
+
+def test_a_trial_is_found_and_opened_by_keys_alone(browser: Any, address: str) -> None:
+    with opened(browser, offline=False) as (page, said):
+        remember(page)
+        page.goto(f"{address}/run/first/trials")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")  # the skip link
+        page.keyboard.press("Tab")
+        expect(page.get_by_label("Words, all of which")).to_be_focused()
+        page.keyboard.type("awareness")
+        page.keyboard.press("Enter")
+        page.wait_for_url("**q=awareness**")
+        first = page.locator("table.trials tbody a").first
+        expect(first).to_be_visible()
+        names = [here["name"] for here in walk(page)]
+        assert any(first.inner_text() in name for name in names)
+        first.focus()
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/trial/**")
+        page.locator("nav.beside a").nth(1).focus()
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/trial/**")
+        assert said == []

@@ -49,7 +49,7 @@ def rotate(keys: Tensor, delta: Tensor, rope: LayerRope) -> Tensor:
 
     Args:
         keys: [batch, kv_heads, slots, head_dim], after RoPE, any floating dtype.
-        delta: [batch, slots], new position minus old position, in tokens.
+        delta: [batch, slots], new position minus old position, in tokens; on any device.
         rope: the layer's rotation.
     Returns:
         Keys of the same shape and dtype. Angles are made in float64, the rotation is done in float32 (float64 for
@@ -74,6 +74,7 @@ def rotate(keys: Tensor, delta: Tensor, rope: LayerRope) -> Tensor:
             "this model changes its keys after it has turned them (a norm behind the rotation, say), so cached keys "
             "can't be moved to another position; patch values alone (parts='v'), or slots that stay where they are"
         )
+    delta = delta.to(keys.device)
     work = torch.float64 if keys.dtype == torch.float64 else torch.float32
     inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float64, device=keys.device)
     angle = delta.to(torch.float64)[:, None, :, None] * inv_freq  # [batch, 1, slots, rotary_dim / 2]

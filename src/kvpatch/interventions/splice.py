@@ -203,6 +203,7 @@ def take(tensor: Tensor, slots: Tensor) -> Tensor:
     """Slots of [batch, kv_heads, slots, dim] by [batch, new_slots]; zeros where -1."""
     if tensor.shape[2] == 0:
         return tensor.new_zeros(*tensor.shape[:2], slots.shape[1], tensor.shape[3])
+    slots = slots.to(tensor.device)
     index = slots.clamp(min=0)[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
     return torch.where((slots != PAD)[:, None, :, None], tensor.gather(2, index), 0)
 
@@ -227,6 +228,7 @@ def _mask(is_put: Tensor, heads: list[int], count: int) -> Tensor:
 
 def blend(own: Tensor, put: Tensor, is_put: Tensor, strength: float) -> Tensor:
     """`put` in place of `own` where `is_put`, or so much of the way there."""
+    is_put = is_put.to(own.device)
     if strength == 1:
         return torch.where(is_put, put, own)
     work = torch.promote_types(own.dtype, torch.float32)

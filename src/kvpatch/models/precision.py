@@ -12,7 +12,7 @@ from kvpatch.errors import MissingExtra, ModelError
 from kvpatch.models.processor import fastest_type
 
 QUANTISED = ("int8", "int4")
-"""Weights of 8 and of 4 bits; what is multiplied with them stays in the floating type of the device."""
+"""Weights of 8 and of 4 bits. What is multiplied with them is float16 for 8 bits, else the usual type of the device."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def precision_of(dtype: str | torch.dtype | None, device: str) -> Precision:
             raise MissingExtra(
                 f"{dtype} weights need bitsandbytes, which is not installed: pip install 'kvpatch[quantised]'"
             )
-        return Precision(usual, str(dtype))
+        # bitsandbytes' 8-bit products take float16 alone, and cast anything else with a warning for each.
+        return Precision(torch.float16 if dtype == "int8" else usual, str(dtype))
     if dtype is None or (dtype == "auto" and device != "cpu"):
         return Precision(usual)
     if dtype == "auto":

@@ -46,6 +46,26 @@ def test_a_device_map_of_one_device_leaves_the_model_as_it_is(tiny_dirs) -> None
     assert fast_of(model.backbone).network is not None
 
 
+def test_the_plan_says_what_lies_where_and_whether_it_fits(tiny_dirs, tmp_path: Path, capsys) -> None:
+    from kvpatch.cli.planning import planned_summary
+    from kvpatch.cli.tables import print_plan
+    from kvpatch.protocols.load import load_protocol
+    from small import write_protocol
+
+    model = kv.load(tiny_dirs("llama"), device_map=ON_DISK)
+    protocol = load_protocol(str(write_protocol(tmp_path, hypotheses=[])))
+    summary = planned_summary(protocol, {None: model}, seed=0, n=1, phases=None, is_timed=True)
+    whole = sum(p.numel() * p.element_size() for p in (*model.hf.parameters(), *model.hf.buffers()))
+    places = summary["placement"]["llama"]
+    assert set(places) == {"cpu", "disk"} and sum(places.values()) == whole
+    assert summary["fits"] is True and 0 < summary["peak_memory_bytes"] < summary["available_memory_bytes"]
+    print_plan(summary | {"error_statement": ""})
+    told = " ".join(capsys.readouterr().out.split())
+    assert "it fits:" in told and "weights of llama:" in told and "GB on disk" in told
+    print_plan(summary | {"error_statement": "", "fits": False})
+    assert "it does not fit:" in " ".join(capsys.readouterr().out.split())
+
+
 def test_weights_that_are_not_numbers_are_found_on_disk_too(tiny_dirs, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -205,6 +205,19 @@ def with_numbers(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Ite
             yield name, tensor
 
 
+def weight_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of parameters and buffers by the device that they lie on; of offloaded ones by "cpu" or "disk"."""
+    given: Any = getattr(model, "hf_device_map", None) or {}
+    by_length = sorted(given, key=len, reverse=True)
+    found: dict[str, int] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        place = str(tensor.device)
+        if tensor.is_meta:
+            place = _told(next((given[part] for part in by_length if _is_inside(name, part)), "memory or disk"))
+        found[place] = found.get(place, 0) + tensor.numel() * tensor.element_size()
+    return found
+
+
 def told_placement(model: nn.Module) -> dict[str, str]:
     """Where the parts of a dispatched model lie, by name of the part, for records and persons; nothing of any other."""
     if not is_dispatched(model):

@@ -92,7 +92,7 @@ def floor_of(
     before = torch.get_num_threads()
     threads = int(str(how.get("threads", 0))) or before
     # Float32 does not depend on the batch's size, so that a few rows tell enough, and cost little.
-    rows = 0 if model.backbone.dtype == torch.float32 else int(str(how.get("rows", 0))) or together
+    rows = 0 if model.backbone.is_exact else int(str(how.get("rows", 0))) or together
     generation = batches[0].generation if batches else Generation()
     asked: dict[str, Any] = {
         "rows": rows,

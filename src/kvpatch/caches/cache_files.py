@@ -88,7 +88,7 @@ def load_cache(path: str | os.PathLike[str], model: Any = None) -> KVCache:
         rope=tuple(LayerRope(layout, tuple(frequencies)) for layout, frequencies in note["rope"]),
         model=note["model"],
     )
-    return cache if model is None else cache.to(model.backbone.device)
+    return cache if model is None else cache.to(model.backbone.device, model.backbone.layer_devices)
 
 
 def _refuse_other_model(where: Path, identity: str, model: Any) -> None:

@@ -55,7 +55,8 @@ class KVCache:
     """Keys and values of a batch, after prefill and before the pending token.
 
     Attributes:
-        keys, values: one tensor a layer, [batch, kv_heads, slots, head_dim]; keys after RoPE.
+        keys, values: one tensor a layer, [batch, kv_heads, slots, head_dim]; keys after RoPE. Of a model that is split
+            over devices each layer's are where the layer runs; all labels are where the logits come out.
         positions: [batch, slots], the integer RoPE was applied with; -1 where padded.
         token_ids: [batch, slots]; -1 where padded.
         segments: [batch, slots], `Segment` codes; -1 where padded.
@@ -126,8 +127,8 @@ class KVCache:
         cut = self.slots - max(self.row_lengths[row] for row in index)
         return replace(
             self,
-            keys=tuple(k[at, :, cut:] for k in self.keys),
-            values=tuple(v[at, :, cut:] for v in self.values),
+            keys=tuple(k[at.to(k.device), :, cut:] for k in self.keys),
+            values=tuple(v[at.to(v.device), :, cut:] for v in self.values),
             positions=self.positions[at, cut:],
             token_ids=self.token_ids[at, cut:],
             segments=self.segments[at, cut:],
@@ -223,13 +224,19 @@ class KVCache:
             pieces=tuple(row for c in caches for row in c.pieces),
         )
 
-    def to(self, device: str | torch.device) -> KVCache:
-        """The same cache on another device."""
+    def to(self, device: str | torch.device, layers: Sequence[torch.device] | None = None) -> KVCache:
+        """The same cache on another device.
+
+        Args:
+            device: where labels go, and keys and values too if `layers` is not given.
+            layers: the device of each layer's keys and values, as a model that is split over devices has them.
+        """
         names = ("positions", "token_ids", "segments", "origins", "pending", "pending_position")
+        places = [device] * self.layers if layers is None else layers
         return replace(
             self,
-            keys=tuple(k.to(device) for k in self.keys),
-            values=tuple(v.to(device) for v in self.values),
+            keys=tuple(k.to(place) for k, place in zip(self.keys, places, strict=True)),
+            values=tuple(v.to(place) for v, place in zip(self.values, places, strict=True)),
             **{name: getattr(self, name).to(device) for name in names},
         )
 
@@ -312,10 +319,11 @@ class KVCache:
             for part, tensor in enumerate(pair):
                 heads, dim = tensor.shape[1], tensor.shape[3]
                 place = torch.arange(1, heads * dim + 1, device=tensor.device).view(heads, 1, dim) * 0x9E3779B97F4A7C1
-                place = place + (from_end * 0x5851F42D4C957F2 + (2 * layer + part) * 0x14057B7EF767814)[:, None]
+                of_slot = from_end.to(tensor.device) * 0x5851F42D4C957F2
+                place = place + (of_slot + (2 * layer + part) * 0x14057B7EF767814)[:, None]
                 # The fold is what makes the hash more than a weighted sum, in which swapped slots could cancel out.
                 mixed = _fold_((_bits(tensor) ^ place).mul_(0x2545F4914F6CDD1D))
-                total += (mixed.sum(dim=(1, 3)) * self.is_real).sum(dim=1)
+                total += (mixed.sum(dim=(1, 3)).to(total.device) * self.is_real).sum(dim=1)
         return [f"{value % 2**64:016x}" for value in total.tolist()]
 
 

@@ -49,7 +49,7 @@ def rotate(keys: Tensor, delta: Tensor, rope: LayerRope) -> Tensor:
 
     Args:
         keys: [batch, kv_heads, slots, head_dim], after RoPE, any floating dtype.
-        delta: [batch, slots], new position minus old position, in tokens.
+        delta: [batch, slots], new position minus old position, in tokens; on any device.
         rope: the layer's rotation.
     Returns:
         Keys of the same shape and dtype. Angles are made in float64, the rotation is done in float32 (float64 for
@@ -69,7 +69,7 @@ class Turns:
         self._moves = delta != 0
         self._moves_any = bool(self._moves.any())
         self._delta = delta
-        self._made: dict[tuple[LayerRope, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._made: dict[tuple[LayerRope, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def turn(self, keys: Tensor, rope: LayerRope) -> Tensor:
         """`rotate` of one layer's keys."""
@@ -78,7 +78,7 @@ class Turns:
         if told := _UNMOVABLE.get(rope.layout):
             raise CacheError(told)
         work = torch.float64 if keys.dtype == torch.float64 else torch.float32
-        cos, sin = self._angles(rope, work)
+        cos, sin = self._angles(rope, work, keys.device)
         rotary, rest = keys[..., : rope.rotary_dim].to(work), keys[..., rope.rotary_dim :]
         if rope.layout == "half":
             first, second = rotary.chunk(2, dim=-1)
@@ -87,15 +87,15 @@ class Turns:
             first, second = rotary[..., 0::2], rotary[..., 1::2]
             turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
         moved = turned.to(keys.dtype) if not rest.shape[-1] else torch.cat([turned.to(keys.dtype), rest], dim=-1)
-        return torch.where(self._moves[:, None, :, None], moved, keys)
+        return torch.where(self._moves.to(keys.device)[:, None, :, None], moved, keys)
 
-    def _angles(self, rope: LayerRope, work: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _angles(self, rope: LayerRope, work: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines, [batch, 1, slots, rotary_dim / 2] each."""
-        if (rope, work) not in self._made:
-            inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float64, device=self._delta.device)
-            angle = self._delta.to(torch.float64)[:, None, :, None] * inv_freq
-            self._made[rope, work] = angle.cos().to(work), angle.sin().to(work)
-        return self._made[rope, work]
+        if (rope, work, device) not in self._made:
+            inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float64, device=device)
+            angle = self._delta.to(device, torch.float64)[:, None, :, None] * inv_freq
+            self._made[rope, work, device] = angle.cos().to(work), angle.sin().to(work)
+        return self._made[rope, work, device]
 
 
 _UNMOVABLE = {

@@ -83,7 +83,7 @@ def noise_floor(
     before = torch.get_num_threads()
     # With one thread float32 is left out unless asked for: its sums do not depend on threads
     # (docs/decisions/009-products.md), and a second thread on a busy machine costs more than all the rest.
-    is_asked = other_threads is not None or before > 1 or model.backbone.dtype != torch.float32
+    is_asked = other_threads is not None or before > 1 or not model.backbone.is_exact
     if model.backbone.device.type == "cpu" and is_asked:
         other = other_threads or (before - 1 if before > 1 else 2)
         found |= {"threads": before, "other_number_of_threads": other}
@@ -146,7 +146,7 @@ def _random(cache: KVCache, rows: Sequence[int]) -> KVCache:
 def _size(like: Tensor, cache: KVCache) -> Tensor:
     """Root mean square of each row's real numbers, [rows, 1, 1, 1]."""
     counts = torch.tensor(cache.row_lengths, device=like.device) * like.shape[1] * like.shape[3]
-    real = (cache.positions >= 0)[:, None, :, None]
+    real = (cache.positions >= 0)[:, None, :, None].to(like.device)
     return (torch.where(real, like, 0).float().square().sum((1, 2, 3)) / counts).sqrt().to(like)[:, None, None, None]
 
 

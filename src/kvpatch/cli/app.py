@@ -65,8 +65,19 @@ Directory = Annotated[
     Path, typer.Argument(help="A run directory, or its address: s3://BUCKET/RUN.", parser=as_place, metavar="DIRECTORY")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="Split the model over GPUs, memory and disk, in place of --device: auto, balanced, sequential, or JSON (a "
+        "file, or text) of modules and devices."
+    ),
+]
 Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16, float16 or auto. Default: float32 on a CPU, bfloat16 on a GPU.")
+    str | None,
+    typer.Option(
+        help="float32, bfloat16, float16, auto, or int8 or int4 (bitsandbytes). Default: float32 on a CPU, bfloat16 "
+        "on a GPU."
+    ),
 ]
 OtherModels = Annotated[
     list[str] | None,
@@ -153,12 +164,18 @@ def warn_of_clocks(names: list[str]) -> None:
 
 
 def how_to_read(
-    device: str | None, dtype: str | None, trust_remote_code: bool, allow_pickle: bool, revision: str | None
+    device: str | None,
+    dtype: str | None,
+    device_map: str | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    revision: str | None,
 ) -> dict[str, Any]:
     """The options that every command with a model takes, as `load` takes them."""
     return {
         "device": device,
         "dtype": dtype,
+        "device_map": device_map,
         "trust_remote_code": trust_remote_code,
         "allow_pickle": allow_pickle,
         "revision": revision,
@@ -249,6 +266,9 @@ def _crashed(error: Exception) -> str:
 _FLAGS = {
     "allow_pickle=True": "--allow-pickle",
     "trust_remote_code=True": "--trust-remote-code",
+    "device and device_map both": "--device and --device-map both",
+    "device_map='auto'": "--device-map auto",
+    "dtype='int8'": "--dtype int8",
 }
 """Arguments of Python that messages name, and the options of the command line that stand for them."""
 

@@ -40,7 +40,12 @@ Sources = Mapping[str | None, tuple[str, dict[str, Any]]]
 
 
 def asked_for(
-    on: str | None, device: str | None, workers: int | None, gpus: str | None, address: str | None
+    on: str | None,
+    device: str | None,
+    workers: int | None,
+    gpus: str | None,
+    address: str | None,
+    device_map: str | None = None,
 ) -> Asked | None:
     """The workers that a run asks for; None where it runs in this process.
 
@@ -50,7 +55,7 @@ def asked_for(
     if on not in (None, "local", "ray"):
         raise KvpatchError(f"no executor {on!r}: there are 'local' and 'ray'")
     wants_workers = workers is not None or gpus is not None or address is not None
-    if on == "local":
+    if on == "local" or _is_split(device_map, wants_workers or on == "ray"):
         if wants_workers:
             raise KvpatchError("--gpus, --workers and --address are for `--on ray`; leave out --on local, or them")
         return None
@@ -81,6 +86,20 @@ def asked_for(
     if workers is None and device == "cpu":
         raise KvpatchError("--gpus is for workers on GPUs; --workers is for workers with --device cpu")
     return asked
+
+
+def _is_split(device_map: str | None, wants_workers: bool) -> bool:
+    """Whether the model is to be split over devices, which is done in this process.
+
+    Raises:
+        KvpatchError: where workers are asked for as well.
+    """
+    if device_map is not None and wants_workers:
+        raise KvpatchError(
+            "--device-map splits one model over the devices of this process, and each worker holds a whole model; "
+            "leave out --device-map, or --on ray, --gpus, --workers and --address"
+        )
+    return device_map is not None
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvpatch.cli.progress import planning_progress
 from kvpatch.cli.tables import plan_summary
+from kvpatch.models.placement import weight_bytes
 from kvpatch.planned import Models, plan_for
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.schema import Protocol
@@ -32,4 +33,5 @@ def planned_summary(
         def tokens(key: str | None, text: str) -> int:
             return len(models[key].encode(text, may_be_empty=True).token_ids)
 
-        return plan_summary(plan, protocol, tokens, cost, report)
+        summary = plan_summary(plan, protocol, tokens, cost, report)
+        return summary | {"placement": {m.loaded.published_name: weight_bytes(m.hf) for m in models.values()}}

@@ -15,6 +15,7 @@ from kvpatch.cli.app import (
     AllowOutside,
     AllowPickle,
     Device,
+    DeviceMap,
     Dtype,
     Json,
     ModelName,
@@ -68,6 +69,7 @@ def run(
     address: Address = None,
     device: Device = None,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     revision: Revision = None,
@@ -85,7 +87,7 @@ def run(
 
     Example: kvpatch run dec7 --model smollm2-135m --phases 1 --n 20 --out results
     """
-    asked = asked_for(on, device, workers, gpus, address)
+    asked = asked_for(on, device, workers, gpus, address, device_map)
     from kvpatch.planning.plan import chosen_phases
     from kvpatch.protocols.load import load_protocol
     from kvpatch.protocols.names import Planned
@@ -107,7 +109,7 @@ def run(
     from kvpatch.planning.listener import ProgressListener
     from kvpatch.run import run as run_protocol
 
-    how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
+    how = how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision)
     sources = sources_of(chosen, model, phase_names(phases), other_model, **how, batch_invariant=not fast)
     with host_of(asked, sources) as host:
         clocks = host.ask(clocked, listener=ProgressListener())
@@ -162,6 +164,7 @@ def plan(
     ] = True,
     device: Device = None,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     revision: Revision = None,
@@ -188,7 +191,7 @@ def plan(
     from kvpatch.planning.listener import ProgressListener
     from kvpatch.verdicts.deviations import stated
 
-    how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
+    how = how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision)
     loaded = load_all(chosen, model, phase_names(phases), other_model, **how)
     warn_of_clocks(clocked(loaded, ProgressListener()))
     names = phase_names(phases)

@@ -82,6 +82,8 @@ def plan_summary(
         "new_tokens_at_most": new,
         "seconds": None if cost is None else round(cost.seconds, 1),
         "peak_memory_bytes": None if cost is None else cost.peak_bytes,
+        "available_memory_bytes": None if cost is None else cost.available_bytes,
+        "fits": None if cost is None else cost.peak_bytes <= cost.available_bytes,
         "calibrated_in_seconds": None if cost is None else round(cost.calibrated_in, 1),
         "skipped": [s.model_dump() for s in plan.skipped],
         "dropped_pairs": plan.dropped_pairs,
@@ -109,6 +111,15 @@ def print_plan(summary: dict[str, Any]) -> None:
             f"about {_clock(summary['seconds'])} (h:mm:ss) and {summary['peak_memory_bytes'] / 1e9:.1f} GB on this "
             f"machine, from a calibration of {summary['calibrated_in_seconds']:.0f} s; loading and check not counted"
         )
+        have = f"{summary['available_memory_bytes'] / 1e9:.1f} GB can be had"
+        console.print(
+            f"it fits: {have}"
+            if summary["fits"]
+            else f"it does not fit: {have}; --device-map auto splits or offloads the model, --dtype makes it smaller"
+        )
+    for name, places in summary.get("placement", {}).items():
+        told = ", ".join(f"{size / 1e9:.2g} GB on {place}" for place, size in places.items())
+        console.print(f"weights of {name}: {told}")
     for phase, count in summary["passed_over"].items():
         console.print(
             f"passed over in phase {phase}: {count} pairs whose prompts lack what it compares; others take their place"

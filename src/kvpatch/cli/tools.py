@@ -12,6 +12,7 @@ from kvpatch.cli.app import (
     All,
     AllowPickle,
     Device,
+    DeviceMap,
     Dtype,
     Json,
     Revision,
@@ -36,6 +37,7 @@ def check(
     as_json: Json = False,
     device: Device = None,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     revision: Revision = None,
@@ -51,7 +53,7 @@ def check(
     from kvpatch.engine.loading import load
 
     with loading() as report:
-        how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
+        how = how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision)
         loaded = load(model, progress=report, **how)
     found = check_model(loaded)
     summary = {
@@ -144,6 +146,7 @@ def bank(
     ] = "recursion",
     device: Device = None,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     revision: Revision = None,
@@ -162,7 +165,7 @@ def bank(
 
     found = load_bank(name)
     with loading() as report:
-        how = how_to_read(device, dtype, trust_remote_code, allow_pickle, revision)
+        how = how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision)
         loaded = load(model, progress=report, **how)
     if balance:
         _show_balance(found, lexicon, lambda text: loaded.encode(text).body_length, as_json, is_all)

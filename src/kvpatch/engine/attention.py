@@ -229,9 +229,9 @@ class AttentionCapture:
             block = Block(
                 scores,
                 inputs.bias[:, :, low:high, :end].float(),
-                self._classes[..., :end],
-                self._positions[:, :end],
-                self._token_ids[:, :end],
+                self._classes[..., :end].to(scores.device),
+                self._positions[:, :end].to(scores.device),
+                self._token_ids[:, :end].to(scores.device),
                 inputs.sinks,
             )
             found, p = block_statistics(block)
@@ -240,7 +240,7 @@ class AttentionCapture:
 
     def _add(self, layer: int, values: Tensor, counted: Tensor) -> None:
         """values: [batch, query_heads, queries, statistics]; counted: [batch, queries]."""
-        is_there = counted[:, None, :, None] & ~values.isnan()
+        is_there = counted[:, None, :, None].to(values.device) & ~values.isnan()
         self._sums[layer] += torch.where(is_there, values, 0).sum(dim=2, dtype=torch.float64)
         self._counts[layer] += is_there.sum(dim=2)
 
@@ -264,11 +264,13 @@ class AttentionCapture:
             raise CacheError(
                 f"none of the queries {list(self.maps.queries or ())} of the maps was fed; {self._seen} were, from 0"
             )
-        layers = range(len(self._sums))
-        sums, counts = (torch.stack([of[layer] for layer in layers], dim=1) for of in (self._sums, self._counts))
+        layers, device = range(len(self._sums)), self._queries.device
+        sums, counts = (
+            torch.stack([of[layer].to(device) for layer in layers], dim=1) for of in (self._sums, self._counts)
+        )
         slots = self._positions.shape[1]
         maps = {
-            layer: torch.stack([torch.nn.functional.pad(p, (0, slots - p.shape[2])) for p in rows], dim=2)
+            layer: torch.stack([torch.nn.functional.pad(p, (0, slots - p.shape[2])) for p in rows], dim=2).to(device)
             for layer, rows in self._kept.items()
         }
         return Attention((sums / counts).float(), self._queries, maps, fed=self._seen, asked=self.maps)

@@ -157,7 +157,7 @@ def _bound(backbone: Backbone, noise: float) -> float:
     """What a step's logits may differ by. In 16 bits every rounding moves them, the more the deeper the model is: a
     step may move them as far as one more unit in the last place per layer does. A step that is wrong moves them by
     about their size."""
-    return 1e-4 if backbone.dtype == torch.float32 else min(MOST_NOISE, max(5e-2, noise))
+    return 1e-4 if backbone.is_exact else min(MOST_NOISE, max(5e-2, noise))
 
 
 def _difference(backbone: Backbone, fast: Fast) -> tuple[float, float]:

@@ -182,7 +182,9 @@ def _decode_plainly(
             request.on_step(left)
         if left == 0:
             break
-    values = {layer: _new_values(slab, layer, cache.slots, token_ids) for layer in request.keep_values}
+    values = {
+        layer: _new_values(slab, layer, cache.slots, token_ids).to(backbone.device) for layer in request.keep_values
+    }
     return Written(token_ids, logprobs, (token_ids != PAD).sum(dim=1), values, steps, {})
 
 
@@ -228,13 +230,26 @@ def refuse_foreign(backbone: Backbone, cache: KVCache) -> None:
         raise CacheError(
             f"this cache holds {dtypes.pop()}, the model makes {geometry.dtype}; load the model in one type"
         )
-    if cache.positions.device != backbone.device or cache.keys[0].device != backbone.device:
-        raise CacheError(f"this cache is on {cache.keys[0].device}, the model on {backbone.device}; move it with .to()")
+    _refuse_elsewhere(backbone, cache)
     if cache.model != backbone.identity:
         raise CacheError(
             f"this cache was made by another model ({cache.model or 'unknown'}, this one is {backbone.identity}); "
             "prefill the prompts with this model"
         )
+
+
+def _refuse_elsewhere(backbone: Backbone, cache: KVCache) -> None:
+    """Refuse a cache of which a part is on another device than the model has it."""
+    if cache.positions.device != backbone.device:
+        raise CacheError(
+            f"this cache is on {cache.positions.device}, the model on {backbone.device}; move it with .to()"
+        )
+    for layer, (keys, values, device) in enumerate(zip(cache.keys, cache.values, backbone.layer_devices, strict=True)):
+        if keys.device != device or values.device != device:
+            where = f"this cache is on {keys.device}, the model on {device}"
+            if backbone.is_split:
+                where = f"layer {layer} of this cache is on {keys.device}, the model runs it on {device}"
+            raise CacheError(f"{where}; move it with .to(model.backbone.device, model.backbone.layer_devices)")
 
 
 def slab_of(backbone: Backbone, cache: KVCache, room: int) -> Slab:
@@ -251,4 +266,4 @@ def _new_values(slab: Slab, layer: int, slots: int, token_ids: Tensor) -> Tensor
     have = max(0, slab.length - slots - 1)
     out[:, :, :have] = values[:, :, slots + 1 : slots + 1 + have]
     is_fed = torch.arange(new, device=token_ids.device) < (token_ids != PAD).sum(dim=1, keepdim=True) - 1
-    return out * is_fed[:, None, :, None]
+    return out * is_fed[:, None, :, None].to(out.device)

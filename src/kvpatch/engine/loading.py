@@ -12,6 +12,7 @@ from kvpatch.errors import ModelError
 from kvpatch.models.in_memory import held_model, refuse_as_name
 from kvpatch.models.load import load_model
 from kvpatch.models.named import Progress
+from kvpatch.models.placement import DeviceMap
 from kvpatch.models.second_opinion import second_opinion
 
 
@@ -22,6 +23,7 @@ def load(
     tokenizer: Any = None,
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -33,9 +35,10 @@ def load(
 
     Args:
         name: a named model, a local directory, a `.gguf` file, or a hub id. See `models.load.load_model` for `device`,
-            `dtype`, `allow_pickle`, `trust_remote_code`, `revision` and `progress`, which say how it is read.
-        model: a transformers model. It stays the object that it is, on its device and in its type; it is put in
-            evaluation mode.
+            `dtype`, `device_map`, `allow_pickle`, `trust_remote_code`, `revision` and `progress`, which say how it is
+            read.
+        model: a transformers model. It stays the object that it is, on its device or devices and in its type; it is put
+            in evaluation mode.
         tokenizer: the tokenizer of `model`.
         batch_invariant: see `Model.batch_invariant`.
     Raises:
@@ -46,8 +49,10 @@ def load(
             raise ModelError("a name and a model in memory are given; give one of the two")
         if revision is not None:
             raise ModelError("revision says which version of a hub model is read; leave it out for one in memory")
-        if device is not None or dtype is not None:
-            raise ModelError("device and dtype say how a model is read; move one in memory with .to() before")
+        if device is not None or dtype is not None or device_map is not None:
+            raise ModelError(
+                "device, dtype and device_map say how a model is read; move one in memory with .to() before"
+            )
         loaded: Any = held_model(model, tokenizer)
     else:
         if not isinstance(name, str | os.PathLike):
@@ -58,6 +63,7 @@ def load(
             cast(str, name),
             device=device,
             dtype=dtype,
+            device_map=device_map,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
             revision=revision,

@@ -211,5 +211,5 @@ def _right_aligned(tensor: Tensor, positions: Tensor, shared: int) -> Tensor:
     if not shared:
         return tensor[:, :, :slots]
     own = torch.arange(slots, device=positions.device).expand_as(positions)
-    index = torch.where((positions >= 0) & (positions < shared), positions, own)
+    index = torch.where((positions >= 0) & (positions < shared), positions, own).to(tensor.device)
     return tensor.gather(2, index[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))

@@ -45,7 +45,7 @@ def replaced_residual(backbone: Backbone, replacement: dict[int, Tensor], at: Te
     firings = Firings(planned=len(replacement))
 
     def change(layer: int, hidden: Tensor) -> Tensor:
-        return torch.where(at[..., None], replacement[layer], hidden)
+        return torch.where(at[..., None].to(hidden.device), replacement[layer].to(hidden.device), hidden)
 
     with _hooked(backbone, list(replacement), change, firings):
         yield firings

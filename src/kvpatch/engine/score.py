@@ -237,7 +237,8 @@ def _score_rows(
     at = torch.tensor(rows, device=device)
     first = max(len(continuations[row][0]) for row in rows)
     for layer, values in scores.values.items():
-        values[at, :, :first] = slab.slab_layers[layer].values[:, :, cache.slots + 1 : cache.slots + 1 + first]
+        new = slab.slab_layers[layer].values[:, :, cache.slots + 1 : cache.slots + 1 + first]
+        values[at, :, :first] = new.to(device)
     if scores.logits is not None:
         ends = torch.tensor([len(continuations[row][0]) for row in rows], device=device)[:, None]
         step = torch.arange(scores.logits.shape[1], device=device)

@@ -68,7 +68,7 @@ def _keys(batch: Batch, built: Built, checksums: Sequence[str]) -> list[Hashable
     cache, count = built.cache, len(batch.trials)
     is_steered = torch.zeros(count, dtype=torch.bool, device=cache.positions.device)
     for step in () if built.steering is None else built.steering.steps.values():
-        is_steered |= step.flatten(1).any(dim=1)
+        is_steered |= step.flatten(1).any(dim=1).to(is_steered.device)
     is_alone = [
         steered or batch.roles[trial.condition] == "integrity"
         for trial, steered in zip(batch.trials, is_steered.tolist(), strict=True)

@@ -63,17 +63,18 @@ def _marks(cache: KVCache, of_slots: Tensor) -> Tensor:
 
     of_slots: a weight for each slot, those of the last slots last; at least as many as the cache has.
     """
-    slot_weights = of_slots[len(of_slots) - cache.slots :].reshape(1, 1, -1, 1).to(cache.positions.device)
+    slot_weights = of_slots[len(of_slots) - cache.slots :].reshape(1, 1, -1, 1)
     layers = []
     is_real = (cache.positions != PAD)[:, None, :, None]
     for values in cache.values:
         _, heads, _, dim = values.shape
         generator = torch.Generator().manual_seed(0)
         weights = torch.randn(1, heads, 1, dim, generator=generator)
-        real = torch.where(is_real, values, 0).float()
-        weighted = real * weights.to(real.device) * slot_weights
+        real = torch.where(is_real.to(values.device), values, 0).float()
+        weighted = real * weights.to(real.device) * slot_weights.to(real.device)
         layers.append(weighted.sum((1, 2, 3)) / real.square().sum((1, 2, 3)).sqrt().clamp(min=1e-20))
-    return torch.stack(layers, dim=1).cpu()
+    # One transfer per device.
+    return torch.stack([marks.to(cache.positions.device) for marks in layers], dim=1).cpu()
 
 
 def _are_equal(cache: KVCache, natural: KVCache, rows: Sequence[tuple[int, int]], tolerance: float) -> list[bool]:
@@ -93,7 +94,8 @@ def _are_equal(cache: KVCache, natural: KVCache, rows: Sequence[tuple[int, int]]
     for layer, rope in enumerate(mine.rope):
         turned = turns.turn(theirs.keys[layer], rope)
         for one, other in ((mine.values[layer], theirs.values[layer]), (mine.keys[layer], turned)):
-            apart = torch.where(in_row, (one - other).abs(), 0).amax(dim=(1, 2, 3))
-            size = torch.where(in_row, other.abs(), 0).amax(dim=(1, 2, 3))
-            holds &= apart <= tolerance * size
+            here = in_row.to(one.device)
+            apart = torch.where(here, (one - other).abs(), 0).amax(dim=(1, 2, 3))
+            size = torch.where(here, other.abs(), 0).amax(dim=(1, 2, 3))
+            holds &= (apart <= tolerance * size).to(holds.device)
     return holds.tolist()

@@ -23,11 +23,13 @@ FEW, MORE = 2, 10
 
 
 class Estimate(Frozen):
-    """What a plan will cost. Memory is the process' (on a GPU the card's), the models included."""
+    """What a plan will cost. Memory is the process' (on GPUs that of the cards), the models included; `available_bytes`
+    is what it can have of it, with what it has already."""
 
     seconds: float
     seconds_by_phase: dict[str, float]
     peak_bytes: int
+    available_bytes: int
     calibrated_in: float
 
 
@@ -66,6 +68,7 @@ def estimate(plan: Plan, models: Mapping[str | None, Model], report: Report = un
         seconds=sum(seconds.values()),
         seconds_by_phase=seconds,
         peak_bytes=int(most),
+        available_bytes=_available(),
         calibrated_in=time.monotonic() - start,
     )
 
@@ -111,13 +114,20 @@ def _timed(model: Model, batch: Batch) -> float:
     return time.monotonic() - start
 
 
+def _available() -> int:
+    """Bytes that this process can have, on the GPUs where there are some, with those that it has."""
+    if cards := range(torch.cuda.device_count()):
+        return sum(torch.cuda.mem_get_info(card)[0] + torch.cuda.memory_reserved(card) for card in cards)
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+
+
 def _memory(*, reset: bool) -> int:
     """Bytes in use; with `reset` those of now, from where the highest mark is then kept, else that mark."""
-    if torch.cuda.is_available():
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.memory_allocated()
-        return torch.cuda.max_memory_allocated()
+    if cards := range(torch.cuda.device_count()):
+        for card in cards if reset else ():
+            torch.cuda.reset_peak_memory_stats(card)
+        read = torch.cuda.memory_allocated if reset else torch.cuda.max_memory_allocated
+        return sum(read(card) for card in cards)
     status = Path("/proc/self/status")
     if reset:
         try:

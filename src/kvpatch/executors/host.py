@@ -16,6 +16,7 @@ import torch
 from kvpatch.engine.model import Model
 from kvpatch.executors.local import Executor, LocalExecutor
 from kvpatch.models.load import template_sha256, tokenizer_sha256, weights_sha256
+from kvpatch.models.placement import told_placement
 from kvpatch.planning.listener import ProgressListener
 from kvpatch.readouts.specific_mode import SpecificMode
 from kvpatch.store.record import ModelRecord, Session
@@ -85,11 +86,18 @@ def model_record(model: Model) -> ModelRecord:
         kv_heads=g.kv_heads,
         query_heads=g.query_heads,
         head_dim=g.head_dim,
-        dtype=str(model.backbone.dtype).removeprefix("torch."),
+        dtype=_type_of(model),
         device=str(model.backbone.device.type),
         weights_sha256=weights_sha256(model.loaded),
         tokenizer_sha256=tokenizer_sha256(model.tokenizer),
         template_sha256=template_sha256(model.tokenizer),
         scaffold_sha256=None if model.scaffold is None else model.scaffold.sha256,
         revision=model.loaded.revision,
+        placement=told_placement(model.hf),
     )
+
+
+def _type_of(model: Model) -> str:
+    """The type of a model's weights, and of those that are quantised how."""
+    plain, quantised = str(model.backbone.dtype).removeprefix("torch."), model.backbone.quantization
+    return f"{plain}, {quantised} weights" if quantised else plain

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from scipy.stats import binomtest
 
 from kvpatch.engine.backend import fast_of
@@ -34,7 +33,7 @@ Measure = Callable[[Model, Batch], list[Measured]]
 def is_worth_repeating(model: Model) -> bool:
     """Whether a trial may depend on its company by more than rounding: not in float32 on a processor."""
     backbone = model.backbone
-    return backbone.dtype != torch.float32 or backbone.device.type == "cuda"
+    return not backbone.is_exact or backbone.device.type == "cuda"
 
 
 def repeated_trials(

@@ -64,7 +64,7 @@ def counted_steering(
             if part == "k" and not cache.rope[layer].keeps_its_place:
                 added = to_places.turn(added, cache.rope[layer])
             moved = (tensors[layer].float() + spec.strength * added).to(tensors[layer].dtype)
-            tensors[layer] = torch.where(is_put[:, None, :, None], moved, tensors[layer])
+            tensors[layer] = torch.where(is_put[:, None, :, None].to(moved.device), moved, tensors[layer])
     return replace(cache, keys=tuple(keys), values=tuple(values)), touched
 
 

@@ -93,7 +93,7 @@ def _body_means(cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
     unturned = cache.keys[layer] if rope.keeps_its_place else rotate(cache.keys[layer], back, rope)
 
     def mean(part: Tensor) -> Tensor:
-        return (part.float() * share).sum(dim=2).mean(dim=0)
+        return (part.float() * share.to(part.device)).sum(dim=2).mean(dim=0)
 
     return mean(unturned), mean(cache.values[layer])
 

@@ -103,7 +103,7 @@ def _gaussian_isotropic(source: KVCache, seeds: Seeds, reference: KVCache) -> KV
     """F1: Gaussian directions, each vector with the norm of the source's vector in that layer, head and slot."""
 
     def like(tensor: Tensor, stream: int) -> Tensor:
-        noise = _normal(source, seeds, stream, tensor.shape[1], tensor.shape[3])
+        noise = _normal(source, seeds, stream, tensor.shape[1], tensor.shape[3]).to(tensor.device)
         norm = tensor.float().norm(dim=-1, keepdim=True)
         return (noise / noise.norm(dim=-1, keepdim=True) * norm).to(tensor.dtype)
 
@@ -121,6 +121,7 @@ def _gaussian_fitted(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCac
 
     def drawn(fit: _Fit, like: Tensor, stream: int) -> Tensor:
         noise = _normal(source, seeds, stream, like.shape[1], fit.root.shape[1])  # [batch, kv_heads, slots, width]
+        noise = noise.to(like.device)
         return (fit.mean[:, None] + noise @ fit.root).to(like.dtype)
 
     keys, values = [], []
@@ -159,7 +160,7 @@ def _fit(reference: KVCache) -> list[tuple[_Fit, _Fit]]:
     back = Turns(-torch.where(reference.is_real, reference.positions, 0))
 
     def fit(tensor: Tensor) -> _Fit:
-        vectors = tensor.float().transpose(1, 2)[used]  # [count, kv_heads, head_dim]
+        vectors = tensor.float().transpose(1, 2)[used.to(tensor.device)]  # [count, kv_heads, head_dim]
         mean = vectors.mean(dim=0)
         centred = (vectors - mean).transpose(0, 1) / (count - 1) ** 0.5  # [kv_heads, count, head_dim]
         return _Fit(mean, torch.linalg.qr(centred, mode="r").R)
@@ -180,8 +181,8 @@ def _mean(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
     back = Turns(-torch.where(reference.is_real, reference.positions, 0))
 
     def averaged(tensor: Tensor, like: Tensor) -> Tensor:
-        tail = tensor[:, :, order].float()
-        return (tail * share).sum(dim=0, keepdim=True).expand(like.shape).to(like.dtype)
+        tail = tensor[:, :, order.to(tensor.device)].float()
+        return (tail * share.to(tensor.device)).sum(dim=0, keepdim=True).expand(like.shape).to(like.dtype)
 
     keys, values = [], []
     for k, v, ref_k, ref_v, rope in zip(
@@ -215,7 +216,7 @@ def _derangement(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _gather_slots(tensor: Tensor, order: Tensor) -> Tensor:
-    return tensor.gather(2, order[:, None, :, None].expand(tensor.shape))
+    return tensor.gather(2, order[:, None, :, None].to(tensor.device).expand(tensor.shape))
 
 
 def _normal(source: KVCache, seeds: Sequence[int], stream: int, heads: int, width: int) -> Tensor:

@@ -142,7 +142,7 @@ class _Replacement:
 
     def put(self, tensor: Tensor, turns: bool, heads: Sequence[int] | None = None) -> Callable[[Tensor], Tensor]:
         """A change that puts [batch, heads, any, dim] of the source in place of the target's own."""
-        mask = self.is_put[:, None, :, None]
+        mask = self.is_put[:, None, :, None].to(tensor.device)
         landed = _aligned(tensor, self.is_put.shape[1])
         if turns:
             landed = self.turns.turn(landed, self.rope)

@@ -218,8 +218,8 @@ class Taken:
         batch, heads, slots, dim = tensor.shape
         if slots == 0:
             return tensor.new_zeros(batch, heads, self._index.shape[2], dim)
-        taken = tensor.gather(2, self._index.expand(-1, heads, -1, dim))
-        return torch.where(self.is_real, taken, 0)
+        taken = tensor.gather(2, self._index.to(tensor.device).expand(-1, heads, -1, dim))
+        return torch.where(self.is_real.to(tensor.device), taken, 0)
 
     def keys(self, tensor: Tensor, rope: LayerRope) -> Tensor:
         """The same of keys, turned."""
@@ -242,6 +242,7 @@ def _mask(is_put: Tensor, heads: list[int], count: int) -> Tensor:
 
 def blend(own: Tensor, put: Tensor, is_put: Tensor, strength: float) -> Tensor:
     """`put` in place of `own` where `is_put`, or so much of the way there."""
+    is_put = is_put.to(own.device)
     if strength == 1:
         return torch.where(is_put, put, own)
     work = torch.promote_types(own.dtype, torch.float32)

@@ -46,7 +46,7 @@ def run_value_steering(
 
     def steer(layer: int) -> LayerEdit:
         step = steps[layer][:, :, None]
-        return LayerEdit(value=lambda v: v + torch.where(mask, step, 0).to(v.dtype))
+        return LayerEdit(value=lambda v: v + torch.where(mask.to(step.device), step, 0).to(v))
 
     edits = {i: steer(i) for i in layers}
     cache = prefill_pass(backbone, targets, edits=edits)

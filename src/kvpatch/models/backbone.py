@@ -19,6 +19,7 @@ from kvpatch.models.hf import AttentionObserver, Edits, Slab, Step, slab_attenti
 from kvpatch.models.kept import Kept
 from kvpatch.models.kinds import decoder_of, refuse_other_states, refuse_placeless
 from kvpatch.models.limits import reset_rotaries, rotaries_that_grow
+from kvpatch.models.placement import is_dispatched, runs_on
 from kvpatch.models.probe import geometry_of, refuse_what_is_passed_by
 from kvpatch.models.products import fast_products
 
@@ -35,6 +36,8 @@ class Backbone:
         geometry: its cache's shape.
         kept: what the engine keeps with the model from call to call.
         state: the model as it was when all this was found.
+        is_dispatched: whether it is split over devices or partly offloaded; its own forward pass alone then runs it.
+        quantization: how its weights are quantised ("int4", say), empty where they are not.
         batch_invariant: whether a GPU's products are to give a row the same bits whatever rows it runs with.
         changed_streams: what passes over it do to the residual stream that enters some layers (`engine.residual`).
         is_left_alone: whether nobody changes the model for now, so that it need not be looked at again.
@@ -69,6 +72,8 @@ class Backbone:
         held = [self.config, *(vars(m).get("config") for m in self.decoder.modules())]
         self.configs = list({id(c): c for c in held if isinstance(c, type(self.config))}.values())
         self._growing = rotaries_that_grow(self.decoder)
+        self.is_dispatched = is_dispatched(hf)
+        self.quantization = quantization_of(hf)
         self.geometry = geometry_of(self)
 
     @cached_property
@@ -122,13 +127,36 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.head.weight.device
+        """Where logits come out, and with them tokens and labels of slots; all of a model that is not split."""
+        return runs_on(self.head) if self.is_dispatched else self.head.weight.device
+
+    @property
+    def layer_devices(self) -> tuple[torch.device, ...]:
+        """Where each layer runs, and its keys and values are."""
+        found = self.geometry.devices
+        return found if self.is_dispatched and found else (self.device,) * self.config.num_hidden_layers
+
+    @property
+    def is_split(self) -> bool:
+        """Whether parts of the model run on different devices."""
+        return len({self.device, *self.layer_devices}) > 1
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Type of the weights, of those that are not quantised."""
         return self.head.weight.dtype
+
+    @property
+    def rounding(self) -> float:
+        """What one rounding moves a number by at most, as a share of it: half a unit in the last place of the type, or
+        half of one of the 127 steps that 8-bit products round to."""
+        of_type = torch.finfo(self.dtype).eps / 2
+        return max(of_type, 1 / 254) if self.quantization == "int8" else of_type
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all it computes is float32, so that two ways to compute the same differ by its rounding alone."""
+        return self.dtype == torch.float32 and not self.quantization
 
     def slab(self, batch: int, capacity: int) -> Slab:
         """An empty slab for this model."""
@@ -180,10 +208,16 @@ class Backbone:
         reset_rotaries(self._growing)
         streams = changed_streams(self.blocks, self.changed_streams)
         with slab_attention(self.configs, step), fast_products(self.head.weight), streams:
-            out = self.decoder(
-                input_ids=token_ids, position_ids=position_ids, use_cache=True, **{self._cache_argument: slab}
-            )
-        return out[0]  # the last hidden state; some configurations ask for a plain tuple
+            out = self.decoder(**self.entering(token_ids, position_ids), use_cache=True, **{self._cache_argument: slab})
+        return out[0].to(self.device)  # the last hidden state; some configurations ask for a plain tuple
+
+    def entering(self, token_ids: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+        """Tokens and positions by the names that the decoder takes, on the device that it begins on."""
+        given = {"input_ids": token_ids, "position_ids": position_ids}
+        if not self.is_dispatched:
+            return given
+        first: Any = self.hf.get_input_embeddings()
+        return {name: tensor.to(runs_on(first)) for name, tensor in given.items()}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] in float32 of hidden states [..., width]."""
@@ -273,6 +307,17 @@ def _blocks(decoder: nn.Module, layers: int) -> nn.ModuleList:
                 "number the layers anew after taking some out"
             )
     return found[0]
+
+
+def quantization_of(hf: PreTrainedModel) -> str:
+    """How a model's weights are quantised: "int8", "int4" or the method's name; empty where they are not."""
+    if not getattr(hf, "is_quantized", False) and getattr(hf, "hf_quantizer", None) is None:
+        return ""
+    for attribute, name in (("is_loaded_in_8bit", "int8"), ("is_loaded_in_4bit", "int4")):
+        if getattr(hf, attribute, False):
+            return name
+    method = getattr(hf, "quantization_method", None)
+    return str(getattr(method, "value", method) or "quantised")
 
 
 def _is_linear_head(head: Any) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpatch.errors import ModelError
+from kvpatch.models.placement import with_numbers
 from kvpatch.models.told import damage, one_line
 
 NAMED_AT_MOST = 3
@@ -108,7 +109,10 @@ def refuse_doubtful_names(hf: PreTrainedModel, tensors: Sequence[tuple[str, str]
     lacking = [
         name
         for name, parameter in hf.named_parameters(remove_duplicate=False)
-        if ignored.search(name) and parameter.data_ptr() not in given and bool(parameter.count_nonzero())
+        if ignored.search(name)
+        and not parameter.is_meta  # offloaded, so it was found in a file
+        and parameter.data_ptr() not in given
+        and bool(parameter.count_nonzero())
     ]
     if lacking:
         raise ModelError(
@@ -161,13 +165,18 @@ def refuse_not_finite(hf: PreTrainedModel) -> None:
     Raises:
         ModelError: naming the first of the tensors.
     """
-    found = [name for name, tensor in hf.named_parameters() if not _is_finite(tensor)]
-    found += [
-        name for name, tensor in hf.named_buffers() if not _is_finite(tensor) and bool(tensor.float().isnan().any())
-    ]
-    if found:
-        tensors = {**dict(hf.named_parameters()), **dict(hf.named_buffers())}
-        kind = "NaN" if any(bool(tensors[name].float().isnan().any()) for name in found) else "infinite"
+    with_nan = {
+        name: bool(tensor.float().isnan().any())
+        for name, tensor in with_numbers(hf, hf.named_parameters())
+        if not _is_finite(tensor)
+    }
+    with_nan |= {
+        name: True
+        for name, tensor in with_numbers(hf, hf.named_buffers())
+        if not _is_finite(tensor) and bool(tensor.float().isnan().any())
+    }
+    if with_nan:
+        found, kind = list(with_nan), "NaN" if any(with_nan.values()) else "infinite"
         raise ModelError(
             f"{_some(found)} {'hold' if len(found) > 1 else 'holds'} NaN or infinity in {hf.dtype} ({kind} weights); "
             "fetch the checkpoint again, or load it in a type with more room (float32)"

@@ -41,7 +41,9 @@ def from_dynamic(
             f"layer {short} holds {keys[short].shape[2]} slots and layer 0 holds {slots}; kvpatch wants all slots of "
             "every layer: run the model with a DynamicCache() made without a configuration"
         )
-    device = keys[0].device
+    origin, rope = _ORIGINS.get(dynamic, (None, (LayerRope("unknown"),) * len(keys)))
+    device = keys[0].device if origin is None else origin.positions.device
+    device = device if model is None else model.backbone.device
     table = {
         "positions": _table("positions", positions, (batch, slots), device),
         "token_ids": _table("token_ids", token_ids, (batch, slots), device),
@@ -49,7 +51,6 @@ def from_dynamic(
     is_real = table["positions"] != PAD
     _refuse_gaps(is_real)
     table["token_ids"] = torch.where(is_real, table["token_ids"], PAD)
-    origin, rope = _ORIGINS.get(dynamic, (None, (LayerRope("unknown"),) * len(keys)))
     is_as_it_was = origin is not None and torch.equal(origin.token_ids.to(device), table["token_ids"])
     known = origin if is_as_it_was else None
     if segments is not None:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvpatch.models.placement import with_numbers
+
 PIECE = 8 << 20
 """Bytes hashed at a time; part of the hash."""
 
@@ -25,15 +27,20 @@ def tensors_sha256(model: nn.Module) -> str:
 
     Tied weights stand in it under each of their names, so that it is the same whether they share memory or not.
     """
-    tensors = model.state_dict()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     # Tensors that share memory, as tied weights do, are hashed once.
-    distinct = {_place(tensor): tensor for tensor in tensors.values()}
+    distinct = {_place(tensor): tensor for tensor in tensors.values() if not tensor.is_meta}
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as threads:  # hashing lets go of the interpreter
         pieces = {place: [threads.submit(_digest, piece) for piece in _pieces(t)] for place, t in distinct.items()}
         digests = {place: b"".join(piece.result() for piece in found) for place, found in pieces.items()}
+        offloaded = {
+            name: b"".join(threads.map(_digest, _pieces(tensor)))
+            for name, tensor in with_numbers(model, ((n, t) for n, t in tensors.items() if t.is_meta))
+        }
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode() + digests[_place(tensor)])
+        own = offloaded[name] if tensor.is_meta else digests[_place(tensor)]
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode() + own)
     return total.hexdigest()
 
 

@@ -22,6 +22,7 @@ class Geometry:
         rope: how each layer turns its keys.
         dtype: type of the keys that are cached.
         chunks: size of the pieces that each layer's attention is cut into, in tokens, None for no pieces.
+        devices: where each layer runs, as it was found.
         ends_because: what changes past the context, where kvpatch ends it before the model does; else empty.
     """
 
@@ -37,6 +38,7 @@ class Geometry:
     dtype: torch.dtype
     ends_because: str = ""
     chunks: tuple[int | None, ...] = ()
+    devices: tuple[torch.device, ...] = ()
 
     @property
     def limit(self) -> str:

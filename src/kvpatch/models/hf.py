@@ -58,7 +58,7 @@ class LayerEdit:
         """Change one part, if this edit has something to change in it."""
         if part == "value" and self.steer is not None:
             self.fired += 1
-            tensor = tensor + self.steer[:, :, None].to(tensor.dtype)
+            tensor = tensor + self.steer[:, :, None].to(tensor)
         change = getattr(self, part)
         if change is None:
             return tensor
@@ -207,7 +207,7 @@ class Step:
     windows: tuple[int | None, ...] = ()  # by layer; all look at all where empty, as while one token is probed
     chunks: tuple[int | None, ...] = ()  # by layer; pieces of so many positions that do not see one another
     attended: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None  # by layer: query, key, value; None: not kept
-    _bias: dict[tuple[int | None, int | None, int], Tensor] = field(default_factory=dict)
+    _bias: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
     _queries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer: as given, and as edited
 
     def query_of(self, layer: int, query: Tensor) -> tuple[Tensor, bool]:
@@ -220,10 +220,14 @@ class Step:
         self._queries[layer] = (query, edit.apply("query", query) if edit else query)
         return self._queries[layer][1], True
 
-    def bias_of(self, layer: int, groups: int = 1) -> Tensor:
-        """The additive mask of a layer; see `bias`."""
+    def bias_of(self, layer: int, groups: int, device: torch.device) -> Tensor:
+        """The additive mask of a layer, on the device that the layer runs on; see `bias`."""
         window = self.windows[layer] if self.windows else None
-        return self.bias(window, groups, self.chunks[layer] if self.chunks else None)
+        chunk = self.chunks[layer] if self.chunks else None
+        key = (window, chunk, groups, device)
+        if key not in self._bias:
+            self._bias[key] = self.bias(window, groups, chunk).to(device)
+        return self._bias[key]
 
     def bias(self, window: int | None, groups: int = 1, chunk: int | None = None) -> Tensor:
         """Additive mask [batch, 1, queries, slots]: 0 where a query may look, -inf elsewhere.
@@ -282,7 +286,7 @@ def attend(
     kv_heads = key.shape[1]
     groups = heads // kv_heads
     folded = query.reshape(batch, kv_heads, groups * queries, dim)
-    bias = step.bias_of(layer, groups)
+    bias = step.bias_of(layer, groups, query.device)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if step.observer is not None and is_new:
         step.observer.observe(layer, AttentionInputs(query, key, bias[:, :, :queries], scale, softcap, s_aux))
@@ -371,6 +375,7 @@ class GrowingLayer(SlabLayer):
         keys, values = self.keys.expand(shape), self.values.expand(shape)
         if self.change is not None:
             rows, own_keys, own_values = self.change()
+            rows = rows.to(keys.device)
             keys, values = keys.index_copy(0, rows, own_keys), values.index_copy(0, rows, own_values)
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from kvpatch.errors import ModelError
 from kvpatch.models.checkpoint import refuse_not_finite, refuse_other_vocabulary
 from kvpatch.models.load import Loaded
+from kvpatch.models.placement import is_dispatched
 
 TOGETHER = "kv.load(model=hf_model, tokenizer=tokenizer)"
 
@@ -35,10 +36,15 @@ def held_model(hf: object, tokenizer: Any) -> Loaded:
     if not hasattr(tokenizer, "convert_ids_to_tokens") or not callable(tokenizer):
         raise ModelError(f"tokenizer must be a transformers tokenizer, got {_told(tokenizer)}")
     places = sorted({str(tensor.device) for tensor in (*hf.parameters(), *hf.buffers())})
+    if is_dispatched(hf):
+        places = []  # accelerate's hooks bring weights and inputs together, offloaded ones too
     if "meta" in places:
         raise ModelError(f"weights of the {type(hf).__name__} are on the device meta, so they have no numbers yet")
     if len(places) > 1:
-        raise ModelError(f"the {type(hf).__name__} lies on {', '.join(places)}; put it on one device with .to()")
+        raise ModelError(
+            f"the {type(hf).__name__} lies on {', '.join(places)}; put it on one device with .to(), or split it with "
+            "accelerate's dispatch_model"
+        )
     refuse_not_finite(hf)
     refuse_other_vocabulary(hf, tokenizer)
     return Loaded(hf, tokenizer, name_of(hf), None, is_converted=False, is_held=True)

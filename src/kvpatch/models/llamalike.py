@@ -99,6 +99,10 @@ class Network:
 def network_of(backbone: Backbone) -> Network | str:
     """The network of a model, or why it is not Llama-like. Joins the model's weights in place."""
     config = backbone.config
+    if backbone.is_dispatched:
+        return "the model is split over devices or partly offloaded"
+    if backbone.quantization:
+        return f"the weights are quantised ({backbone.quantization})"
     if config.model_type not in LIKE_LLAMA:
         return f"{config.model_type} models take the general decoding step"
     if reason := what_runs_other_code(backbone.hf) or _what_is_unknown(backbone):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -45,7 +46,16 @@ from kvpatch.models.named import (
     unwritable_cache,
 )
 from kvpatch.models.note import refuse_changed, write_note
-from kvpatch.models.processor import fastest_type
+from kvpatch.models.placement import (
+    POLICIES,
+    DeviceMap,
+    expanded,
+    offload_folder,
+    read_device_map,
+    refuse_too_large,
+    usual_device,
+)
+from kvpatch.models.precision import Precision, precision_of
 from kvpatch.models.told import one_line, why_unread
 
 OWNERLESS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "openai-gpt")
@@ -84,6 +94,7 @@ def load_model(
     *,
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -95,6 +106,9 @@ def load_model(
         name: a named model, an organism, a local directory, a `.gguf` file, or a hub id.
         device: "cuda" where there is one, else "cpu".
         dtype: float32 on a CPU, bfloat16 elsewhere. "auto" on a CPU: bfloat16 where the processor multiplies it faster.
+            "int8" and "int4" quantise the weights with bitsandbytes.
+        device_map: splits the model over devices, or offloads parts to memory or disk, in place of `device`: "auto",
+            or names of modules with their devices (`placement.read_device_map`).
         allow_pickle: also take weights in pickled files, which can run code when read.
         trust_remote_code: run modelling code that comes with the model.
         revision: of a hub model, a branch, a tag or a commit.
@@ -103,8 +117,11 @@ def load_model(
         ModelError: where the model can't be found, read or trusted.
     """
     report = progress or (lambda what, done, total: None)
+    if device is not None and device_map is not None:
+        raise ModelError("device and device_map both say where a model goes; give one of them")
+    placed = None if device_map is None else read_device_map(device_map)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = _dtype(dtype, device)
+    precision = precision_of(dtype, device if placed is None else usual_device(placed))
     found, is_converted = resolve(str(name), report)
     if isinstance(found, Path) and revision is not None:
         raise ModelError(f"a revision is of a hub model (owner/name), which {name} is not; leave it out")
@@ -120,20 +137,42 @@ def load_model(
     settings = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     with _quiet():
         try:
-            auto = auto_class(AutoConfig.from_pretrained(where, **settings))
             tokenizer = AutoTokenizer.from_pretrained(where, **settings)
-            use = {"dtype": kind, "use_safetensors": None if allow_pickle else True}
-            hf, info = _from_pretrained(where, auto, generation_config=_generation_tokens(where), **use, **settings)
-            refuse_incomplete(hf, info)
-            recompute_buffers(hf)
-            refuse_doubtful_names(hf, tensors_of(where))
-            hf.to(device=torch.device(device))
-            refuse_not_finite(hf)
+            hf = _read(where, precision, placed or device, allow_pickle, settings)
             refuse_other_vocabulary(hf, tokenizer)
         except Exception as error:
             raise ModelError(f"{name}: {why_unread(error, where)}") from error
-    hf.requires_grad_(False)
     return Loaded(hf, tokenizer, str(name), where, is_converted, revision=commit)
+
+
+def _read(
+    where: Path, precision: Precision, place: str | dict[str, Any], allow_pickle: bool, settings: dict[str, Any]
+) -> PreTrainedModel:
+    """A model of a directory, its weights whole, finite and where they belong.
+
+    Args:
+        place: a device, or a map as `placement.read_device_map` gives it.
+        settings: what each of transformers' readers is given.
+    """
+    config = AutoConfig.from_pretrained(where, **settings)
+    auto = auto_class(config)
+    use: dict[str, Any] = precision.settings | {"use_safetensors": None if allow_pickle else True}
+    is_device = isinstance(place, str) and place not in POLICIES
+    if is_device and (precision.quantised or getattr(config, "quantization_config", None)):
+        place, is_device = {"": place}, False  # quantised weights are made on their device and can't be moved
+    if not is_device:
+        with torch.device("meta"):
+            modules = auto.from_config(config, trust_remote_code=settings["trust_remote_code"])
+        use |= {"device_map": expanded(place, modules), "offload_folder": str(offload_folder())}
+    hf, info = _from_pretrained(where, auto, generation_config=_generation_tokens(where), **use, **settings)
+    refuse_incomplete(hf, info)
+    recompute_buffers(hf)
+    refuse_doubtful_names(hf, tensors_of(where))
+    if is_device:
+        refuse_too_large(hf, torch.device(str(place)))
+        hf.to(device=torch.device(str(place)))
+    refuse_not_finite(hf)
+    return hf.requires_grad_(False)
 
 
 def _refuse_unreadable(where: Path, allow_pickle: bool) -> None:
@@ -306,23 +345,13 @@ def _from_pretrained(
             raise ModelError(reports.explain(error)) from error
 
 
-def _dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype:
-    if dtype is None or (dtype == "auto" and device != "cpu"):
-        return torch.float32 if device == "cpu" else torch.bfloat16
-    if dtype == "auto":
-        return fastest_type()
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise ModelError(f"no dtype {dtype!r}; use float32, bfloat16, float16 or auto")
-    return found
-
-
 class _quiet:
-    """Silence transformers' own progress bars and warnings while it loads."""
+    """Silence transformers' own progress bars and warnings while it loads, and accelerate's."""
 
     def __enter__(self) -> None:
+        self.accelerate = logging.getLogger("accelerate")
+        self.accelerate_level = self.accelerate.level
+        self.accelerate.setLevel(logging.ERROR)
         self.level = transformers_logging.get_verbosity()
         self.has_bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.set_verbosity_error()
@@ -330,5 +359,6 @@ class _quiet:
 
     def __exit__(self, *_: object) -> None:
         transformers_logging.set_verbosity(self.level)
+        self.accelerate.setLevel(self.accelerate_level)
         if self.has_bars:
             transformers_logging.enable_progress_bar()

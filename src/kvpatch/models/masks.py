@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -55,6 +56,25 @@ class _Made:
 class _Recording:
     made: list[_Made] = field(default_factory=list)
     given: dict[int, Tensor | None] = field(default_factory=dict)  # by layer
+    copies: dict[int, tuple[Tensor, Tensor]] = field(
+        default_factory=dict
+    )  # by identity: copy on another device, source
+
+
+class _Copying(TorchFunctionMode):
+    """Notes copies to other devices: a layer of a split model is given a copy of the mask that was made for it."""
+
+    def __init__(self, recording: _Recording) -> None:
+        super().__init__()
+        self.recording = recording
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is Tensor.to and out is not args[0] and out.dtype == args[0].dtype:
+            self.recording.copies[id(out)] = (out, args[0])
+        return out
 
 
 _running = threading.local()
@@ -121,7 +141,7 @@ def read_masks(
     """
     vocabulary = configs[0].vocab_size
     tokens = torch.arange(min(TOKENS, context, vocabulary), device=device)[None] + vocabulary // 3
-    with _recording(configs) as recording:
+    with _recording(configs) as recording, _Copying(recording):
         decoder(input_ids=tokens % vocabulary, use_cache=False)
     found, known = [], {}
     for layer in range(layers):
@@ -135,13 +155,15 @@ def read_masks(
 def _rule_of(recording: _Recording, layer: int) -> Rule:
     """The rule that a layer's mask was filled by.
 
-    The layer must have been given that very tensor. One that is made from it, be it of the same numbers here, may hide
-    more in longer texts: sparse attention that keeps the best so many slots does. A layer that is given none attends
-    both ways or makes its mask by itself.
+    The layer must have been given that very tensor, or a copy of it on another device. One that is made from it, be it
+    of the same numbers here, may hide more in longer texts: sparse attention that keeps the best so many slots does. A
+    layer that is given none attends both ways or makes its mask by itself.
     """
     given = recording.given.get(layer)
     if given is None:
         raise ModelError(f"layer {layer} gets no mask from transformers, so what it attends to can't be known")
+    while id(given) in recording.copies:
+        given = recording.copies[id(given)][1]
     for made in recording.made:
         if given.data_ptr() == made.mask.data_ptr() and given.shape == made.mask.shape:
             return made.rule

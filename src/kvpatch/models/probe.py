@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,19 +30,43 @@ _PROBE_POSITION = 37
 @torch.no_grad()
 def native_logits(hf: PreTrainedModel, token_ids: Tensor) -> Tensor:
     """Logits [batch, tokens, vocabulary] of the model's own forward pass over unpadded rows, no part of ours in it."""
-    return hf(input_ids=token_ids, use_cache=False)[0].float()  # some configurations ask for a plain tuple
+    with attention_as_written(hf):
+        return hf(input_ids=token_ids, use_cache=False)[0].float()  # some configurations ask for a plain tuple
 
 
-def native_greedy(hf: PreTrainedModel, token_ids: list[int], count: int) -> list[int]:
+@contextlib.contextmanager
+def attention_as_written(hf: PreTrainedModel, *, everywhere: bool = False) -> Iterator[None]:
+    """Let a model whose attention caps its scores run the attention that its own file writes out: the default one of
+    older versions of transformers leaves the cap away, so that the model's own logits would not be the model's.
+
+    everywhere: whether its attention caps its scores or not.
+    """
+    held = {id(own): own for module in hf.modules() if (own := vars(module).get("config")) is not None}
+    configs: list[Any] = [
+        c for c in held.values() if everywhere or getattr(c, "attn_logit_softcapping", None) is not None
+    ]
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
+
+
+def native_greedy(
+    hf: PreTrainedModel, token_ids: list[int], count: int, device: torch.device | None = None
+) -> list[int]:
     """The `count` likeliest next tokens, one after the other, by the model's own forward pass over the whole text, with
     no cache and no part of ours.
 
     transformers' `generate` would give the same, but for what the model's generation settings ask for besides:
-    penalties, beams, forced or forbidden tokens.
+    penalties, beams, forced or forbidden tokens. device: where tokens enter, of a model that is split.
     """
     ids = list(token_ids)
     for _ in range(count):
-        ids.append(int(native_logits(hf, torch.tensor([ids], device=hf.device))[0, -1].argmax()))
+        ids.append(int(native_logits(hf, torch.tensor([ids], device=device or hf.device))[0, -1].argmax()))
     return ids[len(token_ids) :]
 
 
@@ -56,7 +80,7 @@ def refuse_what_is_passed_by(backbone: Backbone) -> None:
         own = native_logits(backbone.hf, ids)
         slab = backbone.slab(1, count)
         ours = backbone.logits(backbone.forward(ids, torch.arange(count, device=ids.device)[None], slab))
-    bound = 1e-3 if backbone.dtype == torch.float32 else 5e-2
+    bound = 1e-3 if backbone.is_exact else 5e-2
     if not float((own - ours).abs().max()) / (float(own.abs().max()) + 1e-9) < bound:
         raise ModelError(
             f"{backbone.geometry.architecture}: the whole model gives other logits than its decoder and its output "
@@ -119,6 +143,7 @@ def geometry_of(backbone: Backbone) -> Geometry:
         dtype=first.keys.dtype,
         ends_because=ends[end],
         chunks=tuple(mask.chunk for mask in masks),
+        devices=tuple(layer.keys.device for layer in slabs[0].slab_layers),
     )
 
 
@@ -129,7 +154,7 @@ def _refuse_other_logits(backbone: Backbone, token: Tensor, hidden: Tensor, own:
     if hidden.shape[-1] == width:
         ours = backbone.logits(hidden)[0, -1]
         is_same = ours.shape == own.shape
-        if is_same and _off(ours, own) < (1e-3 if backbone.dtype == torch.float32 else 5e-2):
+        if is_same and _off(ours, own) < (1e-3 if backbone.is_exact else 5e-2):
             return
     reads: list[Tensor] = []
     handle = backbone.head.register_forward_pre_hook(lambda _, given: reads.append(given[0]))
@@ -138,7 +163,8 @@ def _refuse_other_logits(backbone: Backbone, token: Tensor, hidden: Tensor, own:
     finally:
         handle.remove()
     fed = reads[-1][0, -1] if reads else None
-    if fed is None or fed.shape != hidden[0, -1].shape or _off(fed.float(), hidden[0, -1].float()) > _bound(backbone):
+    last = hidden[0, -1].float()
+    if fed is None or fed.shape != last.shape or _off(fed.float().to(last.device), last) > _bound(backbone):
         raise ModelError(
             f"{name}: our forward pass does not give the model's own logits: something stands between its last layer "
             "and its output head (a transform, a scaling or a pass of its own), which kvpatch does not run"
@@ -203,7 +229,7 @@ def _layer_rope(backbone: Backbone, layer: int, slabs: list[Slab]) -> LayerRope:
 
 def _bound(backbone: Backbone) -> float:
     """What two ways of making the same keys may differ by, over their norm."""
-    return 1e-3 if backbone.dtype == torch.float32 else 3e-2
+    return 1e-3 if backbone.is_exact else 3e-2
 
 
 def _off(a: Tensor, b: Tensor) -> float:

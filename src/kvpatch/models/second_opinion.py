@@ -30,6 +30,8 @@ from kvpatch.files import cache_directory, write_whole
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.limits import lengths_around, named_limits
 from kvpatch.models.load import Loaded
+from kvpatch.models.placement import told_placement
+from kvpatch.models.probe import attention_as_written
 
 BOUND = 1e-4
 """Largest difference of a logit in float32, over the largest logit."""
@@ -39,6 +41,8 @@ PIECE = 512
 """Tokens the engine is fed at a time."""
 WORK = {"cpu": 3e11, "cuda": 3e13}
 """Multiplications that may be spent on lengths past the shortest two: a few seconds."""
+WRITTEN_OUT_AT_MOST = 1024
+"""Tokens for which all scores of attention are held at once."""
 DRAWS = 3
 """Prompts that a model of experts is given before it is said to differ: rounding may send a token to another expert."""
 SMALL_ENOUGH_TO_HASH = 1 << 26
@@ -118,7 +122,7 @@ def compare(backbone: Backbone, work: float = 1.0) -> Opinion:
         work: how much may be spent on long prompts, 1 as at load.
     """
     lengths, left_out = lengths_to_compare(backbone, work)
-    bound = BOUND if backbone.dtype == torch.float32 else _bound_of_noise(backbone, lengths[-1])
+    bound = BOUND if backbone.is_exact else _bound_of_noise(backbone, lengths[-1])
     errors = _errors(backbone, lengths, 0)
     for seed in range(1, DRAWS if _has_experts(backbone.config) else 1):
         if all(error <= bound for error in errors):
@@ -191,7 +195,18 @@ def of_model(backbone: Backbone, row: Tensor) -> Tensor:
     """The same of one row by transformers alone, uncached."""
     hf: Any = backbone.hf
     less = {"logits_to_keep": READ} if "logits_to_keep" in inspect.signature(hf.forward).parameters else {}
-    return hf(input_ids=row[None], use_cache=False, **less)[0][0, -READ:].float()
+    with attention_as_written(hf):
+        return hf(input_ids=row[None], use_cache=False, **less)[0][0, -READ:].float()
+
+
+@torch.no_grad()
+def own_attentions_differ(backbone: Backbone, length: int) -> float:
+    """How far a model's own logits move from its usual attention to the one that its file writes out, at a length; no
+    part of ours in it. What only rounds differently tells how much the model enlarges rounding."""
+    row = _tokens(backbone, min(length, WRITTEN_OUT_AT_MOST), 0)
+    usual = of_model(backbone, row)
+    with attention_as_written(backbone.hf, everywhere=True):
+        return _off(of_model(backbone, row), usual)
 
 
 def _tokens(backbone: Backbone, length: int, seed: int) -> Tensor:
@@ -211,9 +226,10 @@ def _bound_of_noise(backbone: Backbone, longest: int) -> float:
     hf: Any = backbone.hf
     off = []
     for rows in (longer[None], torch.stack([row, row.flip(0)])):
-        logits = hf(input_ids=rows, use_cache=False)[0][0, : len(row)]
+        with attention_as_written(hf):
+            logits = hf(input_ids=rows, use_cache=False)[0][0, : len(row)]
         off.append(_off(logits[-READ:].float(), alone))
-    return 10 * max(*off, torch.finfo(backbone.dtype).eps / 2)
+    return 10 * max(*off, backbone.rounding)
 
 
 def _off(found: Tensor, expected: Tensor) -> float:
@@ -242,7 +258,7 @@ def _place(backbone: Backbone, loaded: Loaded) -> tuple[Path, str] | None:
         weights,
         json.dumps(settings, sort_keys=True, default=str),
         str(backbone.hf.config._attn_implementation),
-        str(backbone.dtype),
+        f"{backbone.dtype} {backbone.quantization} {told_placement(backbone.hf)}",
         torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         kvpatch.__version__,
         *(version(name) for name in ("transformers", "torch")),

@@ -113,7 +113,7 @@ def cache_ratios(
         if part == "k" and not rope.keeps_its_place and rope.layout != "none":
             vectors = back.turn(vectors, rope)
         found.append(ratio(_joined(vectors) if joined else vectors))
-    out = torch.stack(found, dim=1)
+    out = torch.stack([of_layer.to(cache.positions.device) for of_layer in found], dim=1)
     has_window = cache.lengths >= window + SINKS
     return torch.where(has_window.reshape(-1, *[1] * (out.ndim - 1)), out, float("nan"))
 
@@ -151,7 +151,7 @@ def r_v(cache: KVCache, early: int | float = 4, late: int | float = 24, window: 
         raise CacheError(f"window must be at least 2 slots, got {window}")
     layers = [layer_at(layer, cache.layers) for layer in (late, early)]
     has_window = cache.lengths >= window
-    late_v, early_v = (cache.values[layer][:, :, -window:] for layer in layers)
+    late_v, early_v = (cache.values[layer][:, :, -window:].to(cache.positions.device) for layer in layers)
     return torch.where(has_window, r_v_of(late_v, early_v), float("nan"))
 
 

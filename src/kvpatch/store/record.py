@@ -22,7 +22,8 @@ def dumped_sha256(dumped: dict[str, Any]) -> str:
 class ModelRecord(Frozen):
     """The model of a run. The hashes name weights, tokenizer, chat template, and the text that the template wrote
     around the user's words (None without a template, and in records of runs that did not store it). `revision` is the
-    hub's commit of a model that came from there."""
+    hub's commit of a model that came from there; `placement` says where the parts lie of one that is split over devices
+    or partly offloaded."""
 
     name: str
     architecture: str
@@ -37,6 +38,7 @@ class ModelRecord(Frozen):
     template_sha256: str | None
     scaffold_sha256: str | None = None
     revision: str | None = None
+    placement: dict[str, str] = Field(default_factory=dict)
 
 
 class OtherModel(Frozen):

@@ -35,29 +35,21 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ.pop("KVPATCH_DEBUG", None)
 
 import kvpatch as kv
+from bad_calls import VALUES, bad_calls
 from forked import command as command_of
 from kvpatch.cli import main as cli
 from kvpatch.errors import KvpatchError
-from kvpatch.prompts.bank import load_bank
-from kvpatch.protocols.load import load_protocol, parse_protocol
-from kvpatch.readouts.behavior import Lexicon
-from kvpatch.store.directory import Store
+from kvpatch.protocols.load import parse_protocol
 from synthetic import write_run
 
 LIMIT = 5.0
 COUNTS = {"command lines": 400, "protocols": 5_000, "damages": 300, "calls": 300}
 TEXTS = [
     "", " ", "-", "--", "..", "/", "/dev/null", "/dev/zero", "nowhere", "nowhere.yaml", "a\x1b[2Jb", "[bold]", "\u202e",
-    "é" * 300, "~nobody/x",
+    "é" * 300, "~no-such-user-here/x",
     "x" * 5_000, "~", "$HOME", "1e999", "nan", "-1", "0", "99999999999999999999", "1.5", "true", "None", "{}", "[]",
     "a,b", ",",
     "\udcff", "a=b", "=", "http://x", "organism-nowhere", "dec7", "demo.yaml", "%s%n", "'; --", "../../etc/passwd",
-]  # fmt: skip
-VALUES: list[Any] = [
-    None, True, False, 0, -1, 1.5, 1e400, float("nan"), 10**30, "", "x", "x" * 3_000,
-    "[/]", "\x1b[31m", "\u202e", [], [None],
-    {}, {"a": 1},
-    [[1]], ["A", "A"], {"kind": "x"}, "A - B - C", "A <", "../x", "/etc", b"x", 2**63, -(2**63), "log", "all",
 ]  # fmt: skip
 
 
@@ -312,31 +304,11 @@ def damage(rng: random.Random, run: Path) -> str:
 
 def calls(rng: random.Random, n: int, table: Table, folder: Path) -> None:
     """Functions of the package with arguments that can't be meant."""
-    values = [*VALUES, object(), 3 + 4j, math.inf, -math.inf, range(3), {1, 2}, "0", Path("/nowhere"), folder]
-    keys = ["layers", "kv_heads", "slots", "parts", "align", "strength", "rotate", "donor", "nowhere"]
-
-    def pick() -> Any:
-        return rng.choice(values)
-
-    def text() -> str:
-        return rng.choice(TEXTS)
-
-    made: list[tuple[str, Callable[[], Callable[[], object]]]] = [
-        ("Patch", lambda: (lambda given: lambda: kv.Patch(**given))({key: pick() for key in rng.sample(keys, 2)})),
-        ("SlotQuery", lambda: (lambda k, v: lambda: kv.SlotQuery(**{k: v}))(
-            rng.choice(["of", "without", "fraction", "keywords", "at_most", "in_source", "x"]), pick())),
-        ("LayerBand", lambda: (lambda a, b: lambda: kv.LayerBand(**{"from": a, "to": b}))(pick(), pick())),
-        ("Run", lambda: (lambda name: lambda: kv.Run(name))(text())),
-        ("Store.read", lambda: (lambda name: lambda: Store(name).read())(text())),
-        ("load_protocol", lambda: (lambda name: lambda: load_protocol(name, needs_files=True))(text())),
-        ("load_bank", lambda: (lambda name: lambda: load_bank(name, folder))(text())),
-        ("load", lambda: (lambda name: lambda: kv.load(name, device="cpu"))(
-            rng.choice([name for name in TEXTS if not name.startswith(("http", "dec7", "demo"))]))),
-        ("Lexicon.load", lambda: (lambda name: lambda: Lexicon.load(name))(text())),
-    ]  # fmt: skip
-    for _ in range(n):
-        name, make = rng.choice(made)
-        table.try_out("calls", name, make())
+    run = write_run(folder / "read", n=3, calibration=3, phases=["6"], heads=(2, 2)).directory
+    (folder / "here").mkdir()
+    os.chdir(folder / "here")  # where files go whose names are drawn
+    for name, call in bad_calls(rng, n, folder, TEXTS, run):
+        table.try_out("calls", name, call)
 
 
 def main() -> None:

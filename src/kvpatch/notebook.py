@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import pandas as pd
 
-from kvpatch.errors import ProtocolError, StoreError, as_html, missing_extra
+from kvpatch.errors import ProtocolError, StoreError, as_html, missing_extra, visible
 from kvpatch.offline import drawn_offline
 from kvpatch.report.build import watched_rows
 from kvpatch.specs.readouts import MODE
@@ -111,9 +111,8 @@ class Run:
     def __repr__(self) -> str:
         record = self.record
         done = sum(part.rows for part in self.store.parts())
-        return (
-            f"Run({self.directory!r}: {record.protocol['protocol']} on {record.model.name}, {done} of {record.planned})"
-        )
+        which = visible(f"{record.protocol['protocol']} on {record.model.name}")
+        return f"Run({self.directory!r}: {which}, {done} of {record.planned})"
 
     def _repr_html_(self) -> str:
         try:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import altair as alt
 import vl_convert
 
-from kvpatch.errors import all_visible
+from kvpatch.errors import all_visible, visible
 
 Chart = TypeVar("Chart")
 
@@ -20,7 +20,7 @@ class _Offline:
         return {"image/svg+xml": as_svg(self), "text/plain": repr(self)}
 
     def __repr__(self: Any) -> str:
-        return f"<chart: {self.title}>" if isinstance(self.title, str) else f"<{type(self).__name__}>"
+        return f"<chart: {visible(self.title)}>" if isinstance(self.title, str) else f"<{type(self).__name__}>"
 
 
 def drawn_offline(chart: Chart) -> Chart:

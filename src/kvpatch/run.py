@@ -19,7 +19,7 @@ import kvpatch
 from kvpatch.crash import write_crash
 from kvpatch.engine.loading import load
 from kvpatch.engine.model import Model
-from kvpatch.errors import KvpatchError, ModelError, ProtocolError, StoreError
+from kvpatch.errors import KvpatchError, ModelError, ProtocolError, StoreError, visible
 from kvpatch.executors.host import Here, Host, How
 from kvpatch.executors.specificity import calibrate_readouts, rule_of
 from kvpatch.files import cache_directory
@@ -330,7 +330,7 @@ class _NotebookBar(ProgressListener):
         self.bar.close()
 
     def stage(self, what: str) -> None:
-        self.bar.set_description(what)
+        self.bar.set_description(visible(what))
 
     def planned(self, plan: Plan) -> None:
         self.bar.total = len(plan.batches)

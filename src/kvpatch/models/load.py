@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 from kvpatch.errors import ModelError
-from kvpatch.files import cache_directory, held, is_directory, is_file
+from kvpatch.files import cache_directory, held, is_directory, is_file, read_json
 from kvpatch.models.checkpoint import (
     Reports,
     recompute_buffers,
@@ -152,7 +152,7 @@ def _generation_tokens(where: Path) -> GenerationConfig:
     """
     for file in ("generation_config.json", "config.json"):
         try:
-            content = json.loads((where / file).read_text())
+            content = read_json(where / file)
         except (OSError, ValueError):  # no such file, or no settings in it
             continue
         if isinstance(content, dict):

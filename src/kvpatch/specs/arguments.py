@@ -20,7 +20,10 @@ Refusal = type[KvpatchError]
 
 def shown(value: object) -> str:
     """A value as it stands in a message: one line of at most 80 characters."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an integer of too many digits, or an object that can't tell what it is
+        text = f"a {type(value).__name__} that can't be printed"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -51,9 +54,9 @@ def whole(
     if isinstance(number, bool) or not isinstance(number, int):
         raise error(f"{name} must be a whole number, got {shown(value)}")
     if least is not None and number < least:
-        raise error(f"{name} must be at least {least}, got {number}")
+        raise error(f"{name} must be at least {least}, got {shown(number)}")
     if most is not None and number > most:
-        raise error(f"{name} must be at most {most}, got {number}")
+        raise error(f"{name} must be at most {most}, got {shown(number)}")
     return number
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvpatch.errors import ProtocolError
+from kvpatch.errors import ProtocolError, visible
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.changes import is_plain_linear
 from kvpatch.specs.arguments import shown
@@ -59,7 +59,7 @@ class Metric:
     reading: Callable[[Context], Reading]
 
     def __repr__(self) -> str:
-        return f"<metric: {self.name}>"
+        return f"<metric: {visible(self.name)}>"
 
 
 def logit_difference(answer: str, other: str) -> Metric:

@@ -255,7 +255,7 @@ def damages(rng: random.Random, n: int, table: Table, folder: Path) -> None:
 def damage(rng: random.Random, run: Path) -> str:
     """Damage one thing of a run; returns what."""
     parts = sorted((run / "trials").glob("*.parquet"))
-    kinds = ["bytes", "cut", "delete", "swap", "copy", "line", "json", "directory", "link"]
+    kinds = ["bytes", "cut", "delete", "swap", "copy", "line", "json", "directory", "link", "pipe", "entry"]
     kind, index = rng.choice(kinds), run / "parts.jsonl"
     file = rng.choice([*parts, *parts, *sorted((run / "attention").glob("*.parquet")), index, run / "run.json"])
     told = f"{kind} {file.relative_to(run)}"
@@ -290,6 +290,15 @@ def damage(rng: random.Random, run: Path) -> str:
         )
         where[key] = rng.choice([None, [], {}, "x", -1, "[/]"])
         (run / "run.json").write_text(json.dumps(content))
+    elif kind == "entry":
+        lines = [json.loads(line) for line in index.read_text().splitlines()]
+        entry = rng.choice(lines)
+        key = rng.choice(list(entry))
+        entry[key] = rng.choice([None, "x", -1, 0, 10**9, "../../x.parquet", "0" * 64, [], lines[0][key], True, 1.0])
+        index.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    elif kind == "pipe":
+        file.unlink()
+        os.mkfifo(file)
     elif kind == "directory":
         file.unlink()
         file.mkdir()

@@ -162,7 +162,11 @@ def bytes_within(path: Path, most: int = MOST_BYTES) -> bytes:
     Raises:
         OSError: where it can't be read, or is no regular file, such as a pipe, which might never end.
     """
-    with open(os.open(path, os.O_RDONLY | _flags("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")), "rb") as file:
+    try:
+        handle = os.open(path, os.O_RDONLY | _flags("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    except ValueError as error:  # a zero byte, or a letter that no name of a file can have
+        raise FileNotFoundError(errno.ENOENT, "no file can have this name") from error
+    with open(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
         return file.read(most + 1)

@@ -35,7 +35,7 @@ from kvpatch.provenance import hardware, now, record_of
 from kvpatch.readiness import checked, engine_of, floor_of, named, refuse_other_mode
 from kvpatch.readouts.scorer import names_code
 from kvpatch.report.build import write_report
-from kvpatch.specs.arguments import plain, whole
+from kvpatch.specs.arguments import path, plain, whole
 from kvpatch.store.directory import Store
 from kvpatch.store.objects import Place, place_of
 from kvpatch.store.readout_calibration import ReadoutCalibration
@@ -287,7 +287,10 @@ def run_in_notebook(
     Raises:
         KvpatchError: before anything is written, where something can't be right.
     """
-    chosen = protocol if isinstance(protocol, Protocol) else load_protocol(os.fspath(protocol), needs_files=True)
+    place_of(out)  # what is no path is told before anything is loaded
+    if not isinstance(protocol, Protocol):
+        protocol = load_protocol(path("protocol", protocol, error=ProtocolError), needs_files=True)
+    chosen = protocol
     if names_code(name := chosen.readouts.lexicon) and not allow_code:
         raise ProtocolError(
             f"{chosen.protocol} scores with the function {name}; allow_code=True runs it, if you trust it"

@@ -46,7 +46,7 @@ class _Note(BaseModel):
         for name in sorted(tensors):
             tensor = tensors[name]
             total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            total.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+            total.update(tensor.flatten().view(torch.uint8).numpy().data)
         return total.hexdigest()
 
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from kvpatch.caches.devices import device_of
 from kvpatch.caches.display import Layers, cache_as_html, shortened
 from kvpatch.caches.rope import LayerRope
 from kvpatch.errors import CacheError
-from kvpatch.specs.arguments import chosen_rows
+from kvpatch.specs.arguments import chosen_rows, refuse_other, shown, whole
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -197,8 +198,12 @@ class KVCache:
         Raises:
             CacheError: for no cache, or caches of different models, types or devices.
         """
+        if not isinstance(caches, (list, tuple)):
+            raise CacheError(f"caches must be a list of KVCaches, got {shown(caches)}")
         if not caches:
             raise CacheError("there is nothing to concatenate")
+        for cache in caches:
+            refuse_other("each of the caches", cache, KVCache)
         first = caches[0]
         for other in caches[1:]:
             refuse_unlike(first, other, "two caches of a batch")
@@ -224,7 +229,12 @@ class KVCache:
         )
 
     def to(self, device: str | torch.device) -> KVCache:
-        """The same cache on another device."""
+        """The same cache on another device.
+
+        Raises:
+            CacheError: where there is no such device.
+        """
+        device = device_of(device)
         names = ("positions", "token_ids", "segments", "origins", "pending", "pending_position")
         return replace(
             self,
@@ -234,7 +244,12 @@ class KVCache:
         )
 
     def row_token_ids(self, row: int, *, with_pending: bool = True) -> list[int]:
-        """Token ids of one row, padding left out, the pending token last."""
+        """Token ids of one row, padding left out, the pending token last.
+
+        Raises:
+            CacheError: for a row that there is not.
+        """
+        row = whole("row", row, least=-self.batch, most=self.batch - 1)
         ids = self.token_ids[row][self.is_real[row]].tolist()
         return [*ids, int(self.pending[row])] if with_pending else ids
 

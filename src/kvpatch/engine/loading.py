@@ -13,6 +13,7 @@ from kvpatch.models.in_memory import held_model, refuse_as_name
 from kvpatch.models.load import load_model
 from kvpatch.models.named import Progress
 from kvpatch.models.second_opinion import second_opinion
+from kvpatch.specs.arguments import switch
 
 
 def load(
@@ -64,6 +65,6 @@ def load(
             progress=progress,
         )
     made = Model(loaded)
-    made.batch_invariant = batch_invariant
+    made.batch_invariant = switch("batch_invariant", batch_invariant, error=ModelError)
     made.opinion = second_opinion(made.backbone, loaded)
     return made

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from kvpatch.caches.devices import device_of
 from kvpatch.errors import ModelError
 from kvpatch.files import cache_directory, held, is_directory, is_file, read_json
 from kvpatch.models.checkpoint import (
@@ -47,6 +48,7 @@ from kvpatch.models.named import (
 from kvpatch.models.note import refuse_changed, write_note
 from kvpatch.models.processor import fastest_type
 from kvpatch.models.told import one_line, why_unread
+from kvpatch.specs.arguments import shown, switch
 
 OWNERLESS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "openai-gpt")
 """Models of the hub that are mostly named without their owner."""
@@ -103,7 +105,11 @@ def load_model(
         ModelError: where the model can't be found, read or trusted.
     """
     report = progress or (lambda what, done, total: None)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(device_of(_usual_device() if device is None else device, error=ModelError))
+    allow_pickle = switch("allow_pickle", allow_pickle, error=ModelError)
+    trust_remote_code = switch("trust_remote_code", trust_remote_code, error=ModelError)
+    if revision is not None and not isinstance(revision, str):
+        raise ModelError(f"revision must be a branch, a tag or a commit of a hub model, got {shown(revision)}")
     kind = _dtype(dtype, device)
     found, is_converted = resolve(str(name), report)
     if isinstance(found, Path) and revision is not None:
@@ -306,16 +312,19 @@ def _from_pretrained(
             raise ModelError(reports.explain(error)) from error
 
 
+def _usual_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype:
-    if dtype is None or (dtype == "auto" and device != "cpu"):
+    is_auto = isinstance(dtype, str) and dtype == "auto"
+    if dtype is None or (is_auto and device != "cpu"):
         return torch.float32 if device == "cpu" else torch.bfloat16
-    if dtype == "auto":
+    if is_auto:
         return fastest_type()
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise ModelError(f"no dtype {dtype!r}; use float32, bfloat16, float16 or auto")
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise ModelError(f"no dtype {shown(dtype)}; use float32, bfloat16, float16 or auto")
     return found
 
 

@@ -6,7 +6,7 @@ others make one; a function of logits is one too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from kvpatch.errors import ProtocolError, visible
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.changes import is_plain_linear
-from kvpatch.specs.arguments import shown
+from kvpatch.specs.arguments import plain as as_plain
+from kvpatch.specs.arguments import shown, unicode_text
 
 if TYPE_CHECKING:
     from kvpatch.engine.model import Model
@@ -108,7 +109,8 @@ def mode_likelihood_ratio(mode: Sequence[str], plain: Sequence[str]) -> Metric:
     Raises:
         ProtocolError: where either side has no text.
     """
-    texts = [[side] if isinstance(side, str) else list(side) for side in (mode, plain)]
+    sides = [as_plain(side) for side in (mode, plain)]
+    texts = [[side] if isinstance(side, str) or not isinstance(side, Iterable) else list(side) for side in sides]
     if not all(texts):
         raise ProtocolError("mode_likelihood_ratio needs at least one text of the mode and one plain text")
     _refuse_no_text(*texts[0], *texts[1])
@@ -146,7 +148,8 @@ def metric_of(given: Any) -> Metric:
     if isinstance(given, Metric):
         return given
     known = "logit_difference, log_likelihood, probability, mode_likelihood_ratio, kl_to_source and kl_to_target"
-    if given in (logit_difference, log_likelihood, probability, mode_likelihood_ratio, kl_to_source, kl_to_target):
+    makers = (logit_difference, log_likelihood, probability, mode_likelihood_ratio, kl_to_source, kl_to_target)
+    if any(given is maker for maker in makers):
         raise ProtocolError(f"metric {given.__name__} is not called yet; write kv.{given.__name__}(...)")
     if not callable(given):
         raise ProtocolError(f"metric must be one of kv.{known}, or a function of logits, got {shown(given)}")
@@ -217,3 +220,4 @@ def _refuse_no_text(*texts: object) -> None:
     for text in texts:
         if not isinstance(text, str) or not text:
             raise ProtocolError(f'an answer must be text, such as " Rome", got {shown(text)}')
+        unicode_text("an answer", text, error=ProtocolError)

@@ -101,6 +101,14 @@ def test_bank_of_too_many_files_is_refused(tmp_path, monkeypatch):
         load_bank("bank", tmp_path)
 
 
+def test_tens_of_thousands_of_wrong_hypotheses_are_told_soon():
+    content = protocol_content("bank") | {"hypotheses": ["x"] * 60_000}
+    begun = time.process_time()
+    with pytest.raises(ProtocolError, match=r"hypotheses\.0: must be a mapping"):
+        parse_protocol(yaml.safe_dump(content), "p.yaml")
+    assert time.process_time() - begun < 20
+
+
 @pytest.mark.parametrize("what", ["pipe", "device", "long"])
 def test_scorer_that_is_no_regular_file_or_too_long_is_not_read_for_ever(tmp_path, what):
     path = tmp_path / "s.py"
@@ -148,13 +156,22 @@ def test_pattern_that_tries_too_many_ways_ends_soon(pattern):
     assert time.monotonic() - begun < 10
 
 
+def test_repetitions_within_the_limit_are_patterns():
+    for pattern in (r"(?:a{0,200}){0,200}", r"[a-z]{3,}(?: \w+){0,40}", "(a|b)*", r"(?:(?<=a)b){0,999}", "(?>a{9})?"):
+        assert Pattern(pattern).match("abc") is not None
+
+
 def test_some_pattern_is_stopped():
     with pytest.raises(ProtocolError, match=r"the pattern '\(a\|a\)\*b' took more than 1 s on the text"):
         Pattern("(a|a)*b").match("a" * 60 + "! b")
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(", "[a", "(?P<n>a)(?P<n>b)", "(" * 5_000, "a{2,1}", "a" * 300_000, "a{99999999999}"]
+    "pattern",
+    [
+        *("(", "[a", "(?P<n>a)(?P<n>b)", "(" * 5_000, "a{2,1}", "a" * 300_000, "a{99999999999}", "(?:a{65535}){65535}"),
+        *("(?=(a{999}|b){999})c", "(?:(a{999})|b){999}", "()(?(1)a|(b{999}){999})", "(?:a{9999}?){9999}"),
+    ],
 )
 def test_what_is_no_pattern_is_refused_by_its_reason(pattern):
     with pytest.raises(PatternError):

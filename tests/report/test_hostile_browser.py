@@ -96,10 +96,11 @@ def test_what_a_model_shows_in_a_notebook_is_harmless(browser: Any, tiny: Any) -
     model = tiny("llama")
     shown: list[str] = []
     for text in HOSTILE:
-        cache = model.prefill([text[:150]], chat=False)
+        cache = model.prefill([text[:60]], chat=False)
         shown.append(cache._repr_html_())
     source, target = model.prefill([HOSTILE[0], HOSTILE[41][:9]], chat=False), model.prefill(["a"] * 2, chat=False)
-    metrics = [kv.logit_difference(HOSTILE[0], HOSTILE[41]), kv.probability(HOSTILE[49])]
+    ends = '\\" + (datum.value * 0) + "'  # would end the text of a tooltip where that is an expression
+    metrics = [kv.logit_difference(HOSTILE[0], HOSTILE[41]), kv.probability(HOSTILE[49]), kv.probability(ends)]
     for metric in metrics:
         swept = model.sweep(source[0], target[0], {"layers": "each", "slots": "each"}, metric)
         shown += [swept._repr_html_(), swept.plot()._repr_mimebundle_()["image/svg+xml"]]
@@ -108,6 +109,8 @@ def test_what_a_model_shows_in_a_notebook_is_harmless(browser: Any, tiny: Any) -
         page.set_content(f"<main>{''.join(shown)}</main>")
         assert page.evaluate("window.ran") is None and hidden(page.evaluate(READ)) == []
         assert page.locator("main img, main script, main iframe, main a").count() == 0
+        labels = page.locator("[aria-label*='datum.value']")
+        assert labels.count() > 3 and "+ (datum.value * 0) +" in labels.first.get_attribute("aria-label")
         assert said == []
 
 

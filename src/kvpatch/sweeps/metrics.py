@@ -83,13 +83,15 @@ def logit_difference(answer: str, other: str) -> Metric:
         read = _logits_of(context.model.backbone, [one, two])
         return Reading([Pass((), lambda hidden: read(hidden[:, 0]).diff(dim=1)[:, 0].neg())])
 
-    return Metric(f"logit of {answer!r} less that of {other!r}", reading)
+    return Metric(f"logit of {_quoted(answer)} less that of {_quoted(other)}", reading)
 
 
 def log_likelihood(answer: str) -> Metric:
     """The log-probability of an answer behind the cache, natural logarithm, summed over all of its tokens."""
     _refuse_no_text(answer)
-    return Metric(f"log-likelihood of {answer!r} (nats)", lambda context: Reading([_likelihood(context.model, answer)]))
+    return Metric(
+        f"log-likelihood of {_quoted(answer)} (nats)", lambda context: Reading([_likelihood(context.model, answer)])
+    )
 
 
 def probability(answer: str) -> Metric:
@@ -99,7 +101,7 @@ def probability(answer: str) -> Metric:
     def reading(context: Context) -> Reading:
         return Reading([_likelihood(context.model, answer)], lambda values: values[0].exp())
 
-    return Metric(f"probability of {answer!r}", reading)
+    return Metric(f"probability of {_quoted(answer)}", reading)
 
 
 def mode_likelihood_ratio(mode: Sequence[str], plain: Sequence[str]) -> Metric:
@@ -214,6 +216,11 @@ def _ids(model: Model, text: str) -> list[int]:
     if not ids:
         raise ProtocolError(f"the answer {text!r} has no token")
     return ids
+
+
+def _quoted(answer: str) -> str:
+    """An answer in quotes, all of it to be seen."""
+    return "'" + visible(answer).replace("\n", "\u2424").replace("\t", "\u2409") + "'"
 
 
 def _refuse_no_text(*texts: object) -> None:

@@ -141,7 +141,7 @@ def is_held(path: Path) -> bool:
         lock.release()
         return False
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | _flags("O_NONBLOCK"))
     except OSError:
         return False
     try:

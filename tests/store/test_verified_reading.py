@@ -323,6 +323,12 @@ def test_what_is_no_regular_file_is_refused_and_not_read_for_ever(directory, rea
         assert said.code == 2 and said.err.count("\n") <= 1 and path.name in said.err, (reader, said)
 
 
+def test_lock_that_is_a_pipe_is_not_waited_for(directory, read):
+    (directory / ".lock").unlink(missing_ok=True)
+    os.mkfifo(directory / ".lock")
+    assert read("status", directory).code == 0
+
+
 def test_index_longer_than_that_of_any_run_is_refused(directory, read, monkeypatch):
     monkeypatch.setattr(parts, "MOST_JSON", 100)
     said = read("status", directory)

@@ -81,7 +81,7 @@ Revision = Annotated[
 ]
 AllowCode = Annotated[bool, typer.Option(help="Allow the scoring function that the protocol names to run.")]
 AllowOutside = Annotated[
-    bool, typer.Option(help="Allow a bank and a lexicon that lie outside the folder of the protocol's file.")
+    bool, typer.Option(help="Allow a bank, a lexicon and models that lie outside the folder of the protocol's file.")
 ]
 Phases = Annotated[str | None, typer.Option(help="Phases to run, separated by commas. Default: all.")]
 

@@ -60,7 +60,7 @@ class Kills:
     def __init__(self, folder: Path, rng: random.Random, show: int) -> None:
         self.folder, self.rng, self.show, self.until = folder, rng, show, math.inf
         self.counts: dict[tuple[str, str], Counter[str]] = {}
-        self.said, self.temporary = folder / "said", folder / "temporary"
+        self.said, self.temporary = folder / "said", folder / "tmp"
         for made in (self.said, self.temporary):
             made.mkdir()
         os.environ["TMPDIR"] = str(self.temporary)
@@ -377,7 +377,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["runs", "ends", "pulls", "workers"])
     options = parser.parse_args()
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kvpatch-kills-") as name:
+    with tempfile.TemporaryDirectory(prefix="kills-") as name:
         kills = Kills(Path(name), random.Random(options.seed), options.show)
         (Path(name) / "small").mkdir()
         small = Small(Path(name) / "small")

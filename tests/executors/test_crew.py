@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kvpatch.errors import ModelError
+from kvpatch.executors import cluster
 from kvpatch.executors import crew as room
 from kvpatch.executors.cluster import Cluster, Size
 from kvpatch.executors.crew import MOST_FAILED_STARTS, MOST_LATER_STARTS, Crew, Seat
@@ -91,3 +93,10 @@ def test_pause_before_a_start_grows_and_nothing_is_started_within_it(monkeypatch
             pauses[-1] += 1
             crew._start_due()
     assert pauses == [0, 1, 2, 4, 8, 16, 30, 30]
+
+
+@pytest.mark.parametrize("folder", ["/tmp", "/" + "t" * 28, "/" + "t" * 29, "/" + "t" * 36, "/" + "é" * 20])
+def test_sockets_of_a_cluster_have_names_that_a_system_allows_wherever_temporary_files_go(monkeypatch, folder):
+    monkeypatch.setattr(cluster.tempfile, "gettempdir", lambda: folder)
+    name = f"{cluster._short_folder()}/kvp-abcdefgh/session_2026-11-29_11-14-10_391662_1234567/sockets/plasma_store"
+    assert len(os.fsencode(name)) <= 107

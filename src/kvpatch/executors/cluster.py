@@ -17,8 +17,10 @@ from kvpatch.errors import KvpatchError
 
 OBJECTS = 512 << 20
 """Bytes that Ray may hold in shared memory; a plan goes through it."""
-LONGEST_FOLDER = 40
-"""Characters of the folder for Ray's sockets, whose names a system limits to 107."""
+LONGEST_SOCKET = 107
+"""Bytes that a system allows the name of a socket."""
+BELOW = "/kvp-12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+"""What of a socket's name stands behind the folder for temporary files, at its longest."""
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -163,7 +165,7 @@ def _join(address: str, quiet: dict[str, Any]) -> None:
 def _short_folder() -> str | None:
     """A folder for temporary files whose name is short enough for sockets in it."""
     usual = tempfile.gettempdir()
-    return usual if len(usual) <= LONGEST_FOLDER else "/tmp"
+    return usual if len(os.fsencode(usual) + BELOW.encode()) <= LONGEST_SOCKET else "/tmp"
 
 
 class Ended(SystemExit):

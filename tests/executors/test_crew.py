@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvpatch.errors import ModelError
+from kvpatch.errors import KvpatchError, ModelError
 from kvpatch.executors import cluster
 from kvpatch.executors import crew as room
 from kvpatch.executors.cluster import Cluster, Size
@@ -100,3 +100,20 @@ def test_sockets_of_a_cluster_have_names_that_a_system_allows_wherever_temporary
     monkeypatch.setattr(cluster.tempfile, "gettempdir", lambda: folder)
     name = f"{cluster._short_folder()}/kvp-abcdefgh/session_2026-11-29_11-14-10_391662_1234567/sockets/plasma_store"
     assert len(os.fsencode(name)) <= 107
+
+
+@pytest.mark.parametrize("error", [OSError("no room"), RuntimeError("no room"), ValueError("no\nroom")])
+def test_cluster_that_can_not_be_started_is_told_in_one_line_and_leaves_nothing(monkeypatch, tmp_path, error):
+    import ray
+
+    def init(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(cluster, "_short_folder", lambda: str(tmp_path))
+    with (
+        pytest.raises(KvpatchError, match=r"Ray could not start workers on this machine \(no room\)"),
+        cluster.opened(None),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -116,7 +116,7 @@ def opened(address: str | None) -> Iterator[Cluster]:
     A signal that asks this process to end ends the block as Ctrl-C does, and what was started is taken down.
 
     Raises:
-        KvpatchError: where there is no cluster at the address.
+        KvpatchError: where there is no cluster at the address, or none can be started here.
         MissingExtra: where Ray is not installed.
     """
     os.environ.update(QUIET)
@@ -130,15 +130,7 @@ def opened(address: str | None) -> Iterator[Cluster]:
         try:
             if address is None:
                 os.environ.pop("RAY_ADDRESS", None)
-                folder = tempfile.mkdtemp(prefix="kvp-", dir=_short_folder())
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    num_cpus=cores_here(),
-                    object_store_memory=OBJECTS,
-                    _temp_dir=folder,
-                    **quiet,
-                )
+                folder = _start(quiet)
             else:
                 _join(address, quiet)
             with ended_by_signals():  # Ray puts a handler of its own in place
@@ -147,6 +139,29 @@ def opened(address: str | None) -> Iterator[Cluster]:
             ray.shutdown()
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(quiet: dict[str, Any]) -> str:
+    """Start a cluster on this machine; returns the folder that its files are in."""
+    import ray
+
+    folder = None
+    settings = {"include_dashboard": False, "num_cpus": cores_here(), "object_store_memory": OBJECTS}
+    try:
+        folder = tempfile.mkdtemp(prefix="kvp-", dir=_short_folder())
+        ray.init(address="local", _temp_dir=folder, **settings, **quiet)
+    except BaseException as error:
+        if folder is not None:
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, (OSError, RuntimeError, ValueError, ray.exceptions.RayError)):
+            raise
+        told = " ".join(str(error).split())[:160]
+        raise KvpatchError(
+            f"Ray could not start workers on this machine ({told}); without --on ray and --workers the run goes on in "
+            "this process"
+        ) from error
+    return folder
 
 
 def _join(address: str, quiet: dict[str, Any]) -> None:

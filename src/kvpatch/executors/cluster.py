@@ -144,6 +144,7 @@ def opened(address: str | None) -> Iterator[Cluster]:
 def _start(quiet: dict[str, Any]) -> str:
     """Start a cluster on this machine; returns the folder that its files are in."""
     import ray
+    from ray.exceptions import RayError
 
     folder = None
     settings = {"include_dashboard": False, "num_cpus": cores_here(), "object_store_memory": OBJECTS}
@@ -154,7 +155,7 @@ def _start(quiet: dict[str, Any]) -> str:
         if folder is not None:
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
-        if not isinstance(error, (OSError, RuntimeError, ValueError, ray.exceptions.RayError)):
+        if not isinstance(error, (OSError, RuntimeError, ValueError, RayError)):
             raise
         told = " ".join(str(error).split())[:160]
         raise KvpatchError(

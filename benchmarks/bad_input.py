@@ -294,7 +294,9 @@ def damage(rng: random.Random, run: Path) -> str:
         lines = [json.loads(line) for line in index.read_text().splitlines()]
         entry = rng.choice(lines)
         key = rng.choice(list(entry))
-        entry[key] = rng.choice([None, "x", -1, 0, 10**9, "../../x.parquet", "0" * 64, [], lines[0][key], True, 1.0])
+        entry[key] = rng.choice(
+            [None, "x", -1, 0, 10**9, "../../x.parquet", "0" * 64, [], lines[0].get(key), True, 1.0]
+        )
         index.write_text("".join(json.dumps(line) + "\n" for line in lines))
     elif kind == "pipe":
         file.unlink()
@@ -333,14 +335,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["KVPATCH_CACHE"] = str(folder / "cache")
-        if "protocols" in counts:
-            protocols(rng, counts["protocols"], table)
-        if "calls" in counts:
-            calls(rng, counts["calls"], table, folder)
-        if "damages" in counts:
-            damages(rng, counts["damages"], table, folder)
-        if "command lines" in counts:
-            command_lines(rng, counts["command lines"], table, folder)
+        kinds: dict[str, Callable[[int], None]] = {
+            "damages": lambda n: damages(rng, n, table, folder),
+            "command lines": lambda n: command_lines(rng, n, table, folder),
+            "calls": lambda n: calls(rng, n, table, folder),
+            "protocols": lambda n: protocols(rng, n, table),
+        }
+        for kind, carry_out in kinds.items():
+            if kind in counts:
+                carry_out(counts[kind])
+                print(f"{kind}: {dict(table.counts[kind])}", flush=True)
+        os.chdir("/")
     table.print()
     sys.exit(any(c[bad] for c in table.counts.values() for bad in ("traceback", "hang", "accepted")))
 

@@ -197,9 +197,11 @@ def write_whole(path: Path, content: bytes, *, is_flushed: bool = False) -> None
     is_flushed: whether file and name are on the disk when this returns. What is kept in a cache can be made again.
 
     Raises:
-        OSError: where it can't be written; what was there before stays.
+        OSError: where it can't be written, or is a device or a pipe; what was there before stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # moving a file there would take /dev/null away
+        raise OSError(errno.EINVAL, f"{path.name} is no regular file")
     _clear_leftovers(path)
     part = path
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,14 @@ def test_what_is_no_path_is_told_in_one_line(tiny, path: Any) -> None:
     for call in (kv.KVCache.load, tiny("llama").prefill([TEXT]).save):
         with pytest.raises(kv.CacheError):
             call(path)
+
+
+def test_cache_is_not_written_in_the_place_of_a_device_or_a_pipe(tiny, tmp_path: Path) -> None:
+    cache = tiny("llama").prefill([TEXT])
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("pipe", "null"):
+        with pytest.raises(kv.CacheError, match=f"can't be written: {name} is no regular file"):
+            cache.save(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "null").is_char_device()
+    assert len(list(tmp_path.iterdir())) == 2

@@ -157,7 +157,10 @@ def command_lines(rng: random.Random, n: int, table: Table, folder: Path) -> Non
             words += ["--model", "no/such/model"]
         words = [str(folder / "out") if before == "--out" else word for before, word in zip(["", *words], words)]  # noqa: B905
         code, _, err = command_of(words, folder, lambda: limited().__enter__())
-        is_bad = code not in (0, 1, 2) or "Traceback" in err or (set("\x1b\u202e") & set(err))
+        told = [line for line in err.splitlines() if not line.startswith("warning: ")]
+        # Each mistake of a protocol has a line of its own.
+        is_told = code != 2 or (told and all(line.startswith("kvpatch: ") for line in told))
+        is_bad = code not in (0, 1, 2) or "Traceback" in err or (set("\x1b\u202e") & set(err)) or not is_told
         came = "traceback" if is_bad else "refused" if code == 2 else "carried out"
         came = "hang" if code is None or Hang.__name__ in err else came
         table.add("command lines", came, words, f"exit code {code}\n{err[-700:]}")

@@ -12,18 +12,51 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import kvpatch
 from kvpatch.cli.console import print_briefly, say, say_json
-from kvpatch.errors import KvpatchError, ProtocolMistakes, missing_extra, quoted_briefly
+from kvpatch.errors import MOST_QUOTED, KvpatchError, ProtocolMistakes, missing_extra, quoted_briefly
 
 if TYPE_CHECKING:
     from kvpatch.engine.model import Model
     from kvpatch.protocols.schema import Protocol
 
 
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+class OneLineUsage(TyperGroup):
+    """The commands; a command line that is none of theirs is told of in one line, as every other error is."""
+
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **settings: Any) -> Any:
+        with _told_as_ours():
+            return super().make_context(info_name, args, *more, **settings)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _told_as_ours():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _told_as_ours() -> Iterator[None]:
+    try:
+        yield
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a command without words shows its help
+            raise
+        words, context = list[str](), error.ctx
+        while context is not None and context.parent is not None:
+            words, context = [context.info_name, *words], context.parent
+        told = " ".join(error.format_message().split()).rstrip(".")
+        told = told if len(told) <= 2 * MOST_QUOTED else f"{told[: 2 * MOST_QUOTED]}…"
+        where = " ".join(["kvpatch", *words, "--help"])
+        raise KvpatchError(f"{told[:1].lower()}{told[1:]}; `{where}` lists what it takes") from error
+
+
 app = typer.Typer(
     name="kvpatch",
+    cls=OneLineUsage,
     help="Causal experiments on the KV cache of language models.\n\n"
     "Example: kvpatch run dec7 --model smollm2-135m --n 20 --out results\n\n"
     "Completion: kvpatch --install-completion makes your shell complete commands and options with the Tab key.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,3 +49,34 @@ def test_words_that_are_none_of_a_command_s_show_symbols(monkeypatch, capsys, be
 def test_no_words_show_the_help(monkeypatch, capsys):
     _, out, err = said(monkeypatch, capsys)
     assert "Usage:" in out + err and "preregister" in out + err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_finds_no_room_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvpatch", "schema"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    told = (
+        "kvpatch: what this command prints can't be written: No space left on device; make room, or send it elsewhere"
+    )
+    assert (done.returncode, done.stderr) == (2, f"{told}\n")
+
+
+def test_command_without_a_standard_error_ends_with_its_exit_code(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kvpatch", "nowhere"])
+    monkeypatch.setenv("KVPATCH_DEBUG", "")
+    monkeypatch.setattr(sys, "stderr", None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+
+
+def test_package_that_is_installed_and_broken_is_no_traceback(monkeypatch, capsys, tmp_path):
+    def broken() -> None:
+        raise ImportError("cannot import name 'x' from 'y'")
+
+    monkeypatch.setenv("KVPATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(cli, "app", broken)
+    code, out, err = said(monkeypatch, capsys, "models")
+    assert (code, out) == (70, "") and err.count("\n") == 1 and "ImportError: cannot import name 'x'" in err

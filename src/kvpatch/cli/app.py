@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -299,18 +300,16 @@ def one_line_errors() -> Iterator[None]:
     shows where they came from."""
     try:
         yield
-    except (KvpatchError, ImportError) as error:
-        told = error if isinstance(error, KvpatchError) else missing_extra(error)
-        if told is None or os.environ.get("KVPATCH_DEBUG"):
-            raise
-        for line in told.lines if isinstance(told, ProtocolMistakes) else (str(told),):
-            sys.stderr.write(f"kvpatch: {' '.join(quoted_briefly(with_flags(line)).split())}\n")
-        sys.exit(2)
     except Exception as error:
         if os.environ.get("KVPATCH_DEBUG"):
             raise
-        sys.stderr.write(f"kvpatch: {_crashed(error)}\n")
-        sys.exit(70)
+        told = error if isinstance(error, KvpatchError) else _meant(error)
+        if told is None:
+            _tell(_crashed(error))
+            sys.exit(70)
+        for line in told.lines if isinstance(told, ProtocolMistakes) else (str(told),):
+            _tell(" ".join(quoted_briefly(with_flags(line)).split()))
+        sys.exit(2)
     except SystemExit as stop:
         # typer turns Ctrl-C into the first of these exit codes; a run with workers SIGTERM into the other.
         if stop.code in (130, 143):
@@ -321,7 +320,28 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(130)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def _meant(error: Exception) -> KvpatchError | None:
+    """What a person is to do about an error that is none of kvpatch's own: a missing package, a disk that takes no
+    more. None of any other."""
+    if isinstance(error, ImportError):
+        return missing_extra(error)
+    if isinstance(error, OSError) and error.errno in FULL:
+        what = "what this command prints" if error.filename is None else str(error.filename)
+        return KvpatchError(f"{what} can't be written: {error.strerror}; make room, or send it elsewhere")
+    return None
+
+
+def _tell(told: str) -> None:
+    """Write a line to standard error, where there is one."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(f"kvpatch: {told}\n")
+
+
 def _say_stopped() -> None:
     is_run = next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "run"
     rest = "; what was stored is kept, and the same command goes on from there" if is_run else ""
-    sys.stderr.write(f"kvpatch: stopped{rest}\n")
+    _tell(f"stopped{rest}")

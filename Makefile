@@ -7,7 +7,7 @@ DEMO ?= demo
 # A set variable of this name would have every process compile all modules anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install install-test demo test lint pytest docs bench clean
+.PHONY: help install install-test demo test lint pytest docs bench audit clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -47,6 +47,11 @@ docs: install-test  ## the documentation as a site, in site/; a warning stops it
 
 bench: install-test  ## benchmarks, as ratios to a named peer measured in the same run
 	$(BIN)/python benchmarks/decode.py
+
+audit: install-test  ## known vulnerabilities of the pinned versions; asks a service
+	$(BIN)/python -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(VENV)/audit/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt
 
 clean:           ## remove the environment and the demo's results
 	rm -rf $(VENV) $(DEMO) site

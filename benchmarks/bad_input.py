@@ -35,29 +35,21 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ.pop("KVPATCH_DEBUG", None)
 
 import kvpatch as kv
+from bad_calls import VALUES, bad_calls
 from forked import command as command_of
 from kvpatch.cli import main as cli
 from kvpatch.errors import KvpatchError
-from kvpatch.prompts.bank import load_bank
-from kvpatch.protocols.load import load_protocol, parse_protocol
-from kvpatch.readouts.behavior import Lexicon
-from kvpatch.store.directory import Store
+from kvpatch.protocols.load import parse_protocol
 from synthetic import write_run
 
 LIMIT = 5.0
 COUNTS = {"command lines": 400, "protocols": 5_000, "damages": 300, "calls": 300}
 TEXTS = [
     "", " ", "-", "--", "..", "/", "/dev/null", "/dev/zero", "nowhere", "nowhere.yaml", "a\x1b[2Jb", "[bold]", "\u202e",
-    "é" * 300, "~nobody/x",
+    "é" * 300, "~no-such-user-here/x",
     "x" * 5_000, "~", "$HOME", "1e999", "nan", "-1", "0", "99999999999999999999", "1.5", "true", "None", "{}", "[]",
     "a,b", ",",
     "\udcff", "a=b", "=", "http://x", "organism-nowhere", "dec7", "demo.yaml", "%s%n", "'; --", "../../etc/passwd",
-]  # fmt: skip
-VALUES: list[Any] = [
-    None, True, False, 0, -1, 1.5, 1e400, float("nan"), 10**30, "", "x", "x" * 3_000,
-    "[/]", "\x1b[31m", "\u202e", [], [None],
-    {}, {"a": 1},
-    [[1]], ["A", "A"], {"kind": "x"}, "A - B - C", "A <", "../x", "/etc", b"x", 2**63, -(2**63), "log", "all",
 ]  # fmt: skip
 
 
@@ -159,13 +151,18 @@ def command_lines(rng: random.Random, n: int, table: Table, folder: Path) -> Non
             words.append(rng.choice(texts) if command != "view" else "/nowhere/at/all")
         for option in rng.sample(commands[command], rng.randint(0, len(commands[command]))):
             words += [option, rng.choice(texts)]
+        if "--only" not in words and command == "validate":
+            words += ["--only", "nowhere"]  # the whole takes hours
         if "--draws" not in words and command == "power":
             words += ["--draws", "0"]
         if "--model" not in words and "--model" in commands[command]:
             words += ["--model", "no/such/model"]
         words = [str(folder / "out") if before == "--out" else word for before, word in zip(["", *words], words)]  # noqa: B905
         code, _, err = command_of(words, folder, lambda: limited().__enter__())
-        is_bad = code not in (0, 1, 2) or "Traceback" in err or (set("\x1b\u202e") & set(err))
+        told = [line for line in err.splitlines() if not line.startswith("warning: ")]
+        # Each mistake of a protocol has a line of its own.
+        is_told = code != 2 or (told and all(line.startswith("kvpatch: ") for line in told))
+        is_bad = code not in (0, 1, 2) or "Traceback" in err or (set("\x1b\u202e") & set(err)) or not is_told
         came = "traceback" if is_bad else "refused" if code == 2 else "carried out"
         came = "hang" if code is None or Hang.__name__ in err else came
         table.add("command lines", came, words, f"exit code {code}\n{err[-700:]}")
@@ -263,7 +260,7 @@ def damages(rng: random.Random, n: int, table: Table, folder: Path) -> None:
 def damage(rng: random.Random, run: Path) -> str:
     """Damage one thing of a run; returns what."""
     parts = sorted((run / "trials").glob("*.parquet"))
-    kinds = ["bytes", "cut", "delete", "swap", "copy", "line", "json", "directory", "link"]
+    kinds = ["bytes", "cut", "delete", "swap", "copy", "line", "json", "directory", "link", "pipe", "entry"]
     kind, index = rng.choice(kinds), run / "parts.jsonl"
     file = rng.choice([*parts, *parts, *sorted((run / "attention").glob("*.parquet")), index, run / "run.json"])
     told = f"{kind} {file.relative_to(run)}"
@@ -298,6 +295,17 @@ def damage(rng: random.Random, run: Path) -> str:
         )
         where[key] = rng.choice([None, [], {}, "x", -1, "[/]"])
         (run / "run.json").write_text(json.dumps(content))
+    elif kind == "entry":
+        lines = [json.loads(line) for line in index.read_text().splitlines()]
+        entry = rng.choice(lines)
+        key = rng.choice(list(entry))
+        entry[key] = rng.choice(
+            [None, "x", -1, 0, 10**9, "../../x.parquet", "0" * 64, [], lines[0].get(key), True, 1.0]
+        )
+        index.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    elif kind == "pipe":
+        file.unlink()
+        os.mkfifo(file)
     elif kind == "directory":
         file.unlink()
         file.mkdir()
@@ -312,31 +320,11 @@ def damage(rng: random.Random, run: Path) -> str:
 
 def calls(rng: random.Random, n: int, table: Table, folder: Path) -> None:
     """Functions of the package with arguments that can't be meant."""
-    values = [*VALUES, object(), 3 + 4j, math.inf, -math.inf, range(3), {1, 2}, "0", Path("/nowhere"), folder]
-    keys = ["layers", "kv_heads", "slots", "parts", "align", "strength", "rotate", "donor", "nowhere"]
-
-    def pick() -> Any:
-        return rng.choice(values)
-
-    def text() -> str:
-        return rng.choice(TEXTS)
-
-    made: list[tuple[str, Callable[[], Callable[[], object]]]] = [
-        ("Patch", lambda: (lambda given: lambda: kv.Patch(**given))({key: pick() for key in rng.sample(keys, 2)})),
-        ("SlotQuery", lambda: (lambda k, v: lambda: kv.SlotQuery(**{k: v}))(
-            rng.choice(["of", "without", "fraction", "keywords", "at_most", "in_source", "x"]), pick())),
-        ("LayerBand", lambda: (lambda a, b: lambda: kv.LayerBand(**{"from": a, "to": b}))(pick(), pick())),
-        ("Run", lambda: (lambda name: lambda: kv.Run(name))(text())),
-        ("Store.read", lambda: (lambda name: lambda: Store(name).read())(text())),
-        ("load_protocol", lambda: (lambda name: lambda: load_protocol(name, needs_files=True))(text())),
-        ("load_bank", lambda: (lambda name: lambda: load_bank(name, folder))(text())),
-        ("load", lambda: (lambda name: lambda: kv.load(name, device="cpu"))(
-            rng.choice([name for name in TEXTS if not name.startswith(("http", "dec7", "demo"))]))),
-        ("Lexicon.load", lambda: (lambda name: lambda: Lexicon.load(name))(text())),
-    ]  # fmt: skip
-    for _ in range(n):
-        name, make = rng.choice(made)
-        table.try_out("calls", name, make())
+    run = write_run(folder / "read", n=3, calibration=3, phases=["6"], heads=(2, 2)).directory
+    (folder / "here").mkdir()
+    os.chdir(folder / "here")  # where files go whose names are drawn
+    for name, call in bad_calls(rng, n, folder, TEXTS, run):
+        table.try_out("calls", name, call)
 
 
 def main() -> None:
@@ -352,14 +340,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["KVPATCH_CACHE"] = str(folder / "cache")
-        if "protocols" in counts:
-            protocols(rng, counts["protocols"], table)
-        if "calls" in counts:
-            calls(rng, counts["calls"], table, folder)
-        if "damages" in counts:
-            damages(rng, counts["damages"], table, folder)
-        if "command lines" in counts:
-            command_lines(rng, counts["command lines"], table, folder)
+        kinds: dict[str, Callable[[int], None]] = {
+            "damages": lambda n: damages(rng, n, table, folder),
+            "command lines": lambda n: command_lines(rng, n, table, folder),
+            "calls": lambda n: calls(rng, n, table, folder),
+            "protocols": lambda n: protocols(rng, n, table),
+        }
+        for kind, carry_out in kinds.items():
+            if kind in counts:
+                carry_out(counts[kind])
+                print(f"{kind}: {dict(table.counts[kind])}", flush=True)
+        os.chdir("/")
     table.print()
     sys.exit(any(c[bad] for c in table.counts.values() for bad in ("traceback", "hang", "accepted")))
 

@@ -1,18 +1,20 @@
-"""Kills of a run, of the writing of its verdicts and report, and of a model's pull and conversion, at random moments.
+"""Kills of a run, of its workers, of the writing of its verdicts and report, and of a model's pull and conversion.
 
     python benchmarks/kills.py [--kills 1000] [--seed 0] [--show 5]
 
-SIGKILL, SIGTERM and SIGINT, a third each. After one to six kills the same command is carried out to its end. Then every
-file must be what an undisturbed one leaves, byte for byte but for times, with no other file beside it, no temporary
-file in TMPDIR and no process left. A third of the kills falls at any moment of a run; a third while verdicts and report
-are decided and written; a third while a wheel with a tiny GGUF file is fetched, by pip or from a copy, checked and
-converted. A command is a forked child of a process that has loaded everything. The whole takes about 15 minutes on one
-core.
+SIGKILL, SIGTERM and SIGINT, a third each, at random moments. After one to six kills the same command is carried out to
+its end. Then every file must be what an undisturbed one leaves, byte for byte but for times, with no other file beside
+it, no temporary file in TMPDIR and no process left. A third falls while verdicts and report are decided and
+written; a third while a wheel with a tiny GGUF file is fetched, by pip or from a copy, checked and converted; a tenth,
+by SIGKILL, falls on workers of a run with two of them on a Ray cluster, which must end by itself with the same files;
+the rest at any moment of a run. A command is a forked child of a process that has loaded everything. The whole takes
+about 15 minutes on one core, and as long again for the workers, each of which imports everything anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -44,6 +46,12 @@ OUTCOMES = ("killed", "too late", "badly told", "not resumed", "differs", "left 
 NAME = "tiny"
 PIP_SHARE = 0.15
 """Of the pulls that pip carries out; it takes a second to begin."""
+PHASES_FOR_WORKERS = 5
+"""Phases of the run with workers, each a part."""
+MOST_BEFORE = 3
+"""Kills of workers before any has loaded the model; a run gives up after the fourth, as it should."""
+GRACE = 10.0
+"""Seconds for processes to end when the command has."""
 
 
 class Kills:
@@ -52,7 +60,7 @@ class Kills:
     def __init__(self, folder: Path, rng: random.Random, show: int) -> None:
         self.folder, self.rng, self.show, self.until = folder, rng, show, math.inf
         self.counts: dict[tuple[str, str], Counter[str]] = {}
-        self.said, self.temporary = folder / "said", folder / "temporary"
+        self.said, self.temporary = folder / "said", folder / "tmp"
         for made in (self.said, self.temporary):
             made.mkdir()
         os.environ["TMPDIR"] = str(self.temporary)
@@ -91,7 +99,13 @@ class Kills:
             self.count(kind, "then", "equal")
 
     def _left(self) -> list[str]:
-        """Temporary files, and processes that work in this folder."""
+        """Temporary files, and processes that work in this folder; those of a cluster have a while to end."""
+        end = time.monotonic() + GRACE
+        while (left := self._left_now()) and time.monotonic() < end:
+            time.sleep(0.5)
+        return left
+
+    def _left_now(self) -> list[str]:
         files = [path.name for path in self.temporary.iterdir()]
         for process in psutil.Process().children(recursive=True):
             files.append(f"process {process.pid}")
@@ -203,6 +217,74 @@ def _tell(names: list[str], writing: int) -> None:
                 setattr(module, name, told(getattr(module, name)))
 
 
+# Workers
+
+
+def workers(kills: Kills, wanted: int) -> None:
+    """Kill workers of a run, which replaces them and ends as if nothing had been."""
+    (folder := kills.folder / "of-workers").mkdir()
+    small = Small(folder, PHASES_FOR_WORKERS)
+    out = kills.folder / "worked" / "run"
+    words = [*small.words(out), "--on", "ray", "--workers", 2]
+
+    def differs() -> list[str]:
+        return [name for name in small.differs(out) if name != "parts.jsonl"] + _beside(out) + _lines_differ(small, out)
+
+    goal = kills.kills + wanted
+    out.parent.mkdir()
+    start, child = time.monotonic(), begun(words, kills.said)
+    _worker_of(child)
+    before = time.monotonic() - start
+    kills.finish("worker", child, differs)
+    longest = time.monotonic() - start - before
+    while kills.is_short_of(goal):
+        shutil.rmtree(out.parent)
+        out.parent.mkdir()
+        child = begun(words, kills.said)
+        for number in range(min(kills.rng.randint(1, 5), goal - kills.kills)):
+            # Half of the blows fall at any moment since there are workers, half while parts are made.
+            is_late = number >= MOST_BEFORE or kills.rng.random() < 0.5
+            _wait_until(child, lambda is_late=is_late: not is_late or (out / "trials").is_dir())
+            time.sleep(kills.rng.random() * (1.0 if is_late else longest / 2))
+            victim = _worker_of(child, kills.rng)
+            if victim is None:
+                kills.count("worker", "SIGKILL", "too late")
+                break
+            victim.kill()
+            kills.count("worker", "SIGKILL", "killed")
+        kills.finish("worker", child, differs)
+    shutil.rmtree(out.parent)
+
+
+def _lines_differ(small: Small, out: Path) -> list[str]:
+    """parts.jsonl, unless its lines are those of the undisturbed run; workers end in any order."""
+    found = sorted((out / "parts.jsonl").read_bytes().splitlines())
+    return [] if found == sorted(small.expected["parts.jsonl"].splitlines()) else ["parts.jsonl"]
+
+
+def _has_ended(child: Child) -> bool:
+    return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _wait_until(child: Child, holds: Callable[[], bool]) -> None:
+    """Wait, unless a command ends before."""
+    while not holds() and not _has_ended(child):
+        time.sleep(0.01)
+
+
+def _worker_of(child: Child, rng: random.Random | None = None) -> psutil.Process | None:
+    """A process of a worker, as soon as there is one; None where the command has ended before."""
+    while not _has_ended(child):
+        with contextlib.suppress(psutil.Error):
+            found = [
+                p for p in psutil.Process(child.pid).children(recursive=True) if p.name().startswith("ray::Worker")
+            ]
+            if found:
+                return (rng or random).choice(found)
+        time.sleep(0.02)
+    return None
+
+
 # Pulls
 
 
@@ -291,19 +373,20 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=1_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", type=int, default=5, help="examples of each that went wrong")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="for each third")
-    parser.add_argument("--only", choices=["runs", "ends", "pulls"])
+    parser.add_argument("--minutes", type=float, default=math.inf, help="for each of the four")
+    parser.add_argument("--only", choices=["runs", "ends", "pulls", "workers"])
     options = parser.parse_args()
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kvpatch-kills-") as name:
+    with tempfile.TemporaryDirectory(prefix="kills-") as name:
         kills = Kills(Path(name), random.Random(options.seed), options.show)
         (Path(name) / "small").mkdir()
         small = Small(Path(name) / "small")
-        third = options.kills // 3
+        third, tenth = options.kills // 3, options.kills // 10
         parts: dict[str, Callable[[], None]] = {
             "ends": lambda: ends(kills, small, third),
             "pulls": lambda: pulls(kills, third),
-            "runs": lambda: runs(kills, small, options.kills - 2 * third),
+            "runs": lambda: runs(kills, small, options.kills - 2 * third - tenth),
+            "workers": lambda: workers(kills, tenth),
         }
         for part, carry_out in parts.items():
             if options.only in (None, part):

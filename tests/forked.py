@@ -162,15 +162,19 @@ class Small:
     """A small run on a tiny model: its command, what an undisturbed one leaves, and what another should have left.
 
     folder: where model, protocol and the undisturbed run are put; KVPATCH_CACHE is set to a folder in it.
+    phases: how many, of two pairs each; the trials of the first are computed, and the others copy them, but for their
+    last condition.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, phases: int = 1) -> None:
         self.folder, self.whole = folder, folder / "whole"
         os.environ["KVPATCH_CACHE"] = str(folder / "cache")
         watched = {"question": "?", "n": 2, "conditions": list(CONDITIONS), "attention": True}
+        own = ("E1", "F2", "N2", "N3", "P", "D")
+        more = {f"{i + 2}": {**watched, "conditions": [*CONDITIONS, own[i]]} for i in range(phases - 1)}
         self.protocol = write_protocol(
             folder,
-            phases={"1": watched},
+            phases={"1": watched, **more},
             generation={"max_new_tokens": 5, "temperature": 0.7},
             readouts={"r_v": {"window": 4}, "forced_tokens": 6, "likelihood_tokens": 4, "js_positions": 2},
         )

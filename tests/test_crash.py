@@ -48,6 +48,44 @@ def test_secrets_and_paths_are_taken_out_of_a_text(monkeypatch):
     assert without_private("a plain sentence, 3 of 4.") == "a plain sentence, 3 of 4."
 
 
+@pytest.mark.parametrize(
+    "secret",
+    [
+        *("AKIAIOSFODNN7EXAMPLE", "AIzaSyA1234567890abcdefghijklmnop", "ghs_0123456789abcdef", "glpat-0123456789abcd"),
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl",
+    ],
+)
+def test_tokens_are_known_by_their_form(secret):
+    assert without_private(f"401 for {secret}: denied") == "401 for ***: denied"
+
+
+def test_tokens_are_known_by_what_stands_before_them():
+    told = without_private(
+        "GET /x?a=1&X-Amz-Signature=ab12cd&b=2 Authorization: Bearer zz.99 --password=hunter2 token=q1"
+    )
+    assert not {"ab12cd", "zz.99", "hunter2", "q1"} & set(told.replace("=", " ").replace("&", " ").split())
+    assert "a=1&X-Amz-Signature=***&b=2" in told
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "PRIVATE_KEY", "PGPASS", "SESSION_COOKIE", "OPENAI_KEY"])
+def test_values_of_variables_named_like_secrets_are_taken_out(monkeypatch, name):
+    monkeypatch.setenv(name, "v4lue-of-it")
+    assert without_private("with v4lue-of-it in it") == "with *** in it"
+
+
+def test_user_without_a_home_in_a_folder_that_is_gone_is_told_of_errors_all_the_same(monkeypatch):
+    def gone(*_: object) -> str:
+        raise FileNotFoundError
+
+    def homeless(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(os, "getcwd", gone)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("HOME")
+    assert without_private("3 of 4 in /somewhere/else") == "3 of 4 in /somewhere/else"
+
+
 def test_command_line_is_stored_without_directories():
     words = ["/opt/me/bin/kvpatch", "run", "/home/me/p.yaml", "--model", "~/m/tiny", "--out=/data/me/run/", "a/b"]
     assert told_command(words) == ["kvpatch", "run", "p.yaml", "--model", "tiny", "--out=run", "a/b"]

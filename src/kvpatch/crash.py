@@ -10,7 +10,7 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,8 +19,15 @@ from kvpatch.files import write_whole
 
 NAME = "crash.txt"
 PACKAGES = ("kvpatch", "torch", "transformers", "numpy", "pyarrow", "duckdb", "pydantic")
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL|AUTH", re.IGNORECASE)
-_SECRET = re.compile(r"\b(?:hf|sk|ghp|gho|github_pat|glpat|xox[abp])[_-][A-Za-z0-9_-]{8,}|(?<=://)[^/@\s]+(?=@)")
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASS|KEY(?!BOARD)|CREDENTIAL|AUTH|COOKIE|BEARER|SIGNATURE", re.IGNORECASE)
+_SECRET = re.compile(
+    r"\b(?:hf|sk|ghp|gho|ghs|github_pat|glpat|xox[abprs])[_-][A-Za-z0-9_-]{8,}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{12,}|\bAIza[A-Za-z0-9_-]{20,}"
+    r"|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]*)?"  # a signed token, in three parts
+    r"|(?<=://)[^/@\s]+(?=@)"  # user and password of an address
+    r"|(?i:(?:(?<=bearer )|(?<=token=)|(?<=signature=)|(?<=secret=)|(?<=password=)|(?<=passwd=)|(?<=api_key=)))"
+    r"[^&\s'\"]+"
+)
 _FEWEST = 3
 """Letters of a user's or a host's name; shorter ones would be found within other words."""
 
@@ -32,8 +39,8 @@ def without_private(text: str) -> str:
         if _SECRET_NAME.search(name) and len(value) >= 6:
             text = text.replace(value, "***")
     text = _SECRET.sub("***", text)
-    homes = {str(Path.home()), os.environ.get("HOME", "")} - {"", "/"}
-    places = [(sys.prefix, "<environment>"), (os.getcwd(), "."), (tempfile.gettempdir(), "<temporary>")]
+    homes = {_or_nothing(lambda: str(Path.home())), os.environ.get("HOME", "")} - {"", "/"}
+    places = [(sys.prefix, "<environment>"), (_or_nothing(os.getcwd), "."), (tempfile.gettempdir(), "<temporary>")]
     places += [(home, "~") for home in homes]
     for place, shown in sorted(places, key=lambda each: -len(each[0])):
         if len(place) > 1:
@@ -45,9 +52,15 @@ def without_private(text: str) -> str:
 
 
 def _user() -> str:
+    return _or_nothing(getpass.getuser)
+
+
+def _or_nothing(ask: Callable[[], str]) -> str:
+    """What the system says; nothing of a user without a name or a home, as in some containers, or a folder that is
+    gone."""
     try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a user without a name, as in some containers
+        return ask()
+    except (OSError, KeyError, ImportError, RuntimeError):
         return ""
 
 

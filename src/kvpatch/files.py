@@ -141,7 +141,7 @@ def is_held(path: Path) -> bool:
         lock.release()
         return False
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | _flags("O_NONBLOCK"))
     except OSError:
         return False
     try:
@@ -162,7 +162,11 @@ def bytes_within(path: Path, most: int = MOST_BYTES) -> bytes:
     Raises:
         OSError: where it can't be read, or is no regular file, such as a pipe, which might never end.
     """
-    with open(os.open(path, os.O_RDONLY | _flags("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")), "rb") as file:
+    try:
+        handle = os.open(path, os.O_RDONLY | _flags("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    except ValueError as error:  # a zero byte, or a letter that no name of a file can have
+        raise FileNotFoundError(errno.ENOENT, "no file can have this name") from error
+    with open(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
         return file.read(most + 1)
@@ -193,9 +197,11 @@ def write_whole(path: Path, content: bytes, *, is_flushed: bool = False) -> None
     is_flushed: whether file and name are on the disk when this returns. What is kept in a cache can be made again.
 
     Raises:
-        OSError: where it can't be written; what was there before stays.
+        OSError: where it can't be written, or is a device or a pipe; what was there before stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # moving a file there would take /dev/null away
+        raise OSError(errno.EINVAL, f"{path.name} is no regular file")
     _clear_leftovers(path)
     part = path
     try:

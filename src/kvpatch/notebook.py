@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import pandas as pd
 
-from kvpatch.errors import ProtocolError, StoreError, as_html, missing_extra
+from kvpatch.errors import ProtocolError, StoreError, as_html, missing_extra, visible
 from kvpatch.offline import drawn_offline
 from kvpatch.report.build import watched_rows
+from kvpatch.specs.arguments import shown
+from kvpatch.specs.attention import STATISTICS
+from kvpatch.specs.nearest import instead
 from kvpatch.specs.readouts import MODE
 from kvpatch.store.directory import Store
 from kvpatch.store.record import RunRecord
@@ -88,11 +91,11 @@ class Run:
             ProtocolError: for another kind.
             MissingExtra: for a Polars frame where Polars is not installed.
         """
-        frame = pd.DataFrame([verdict.model_dump() for verdict in self.outcome.verdicts])
+        _refuse_kind(kind)
         if kind == "polars":
             rows = [verdict.model_dump(mode="json") for verdict in self.outcome.verdicts]
             return _polars().DataFrame(rows, infer_schema_length=None)
-        _refuse_kind(kind)
+        frame = pd.DataFrame([verdict.model_dump() for verdict in self.outcome.verdicts])
         return frame.set_index("id")
 
     def plan_table(self) -> pd.DataFrame:
@@ -111,9 +114,8 @@ class Run:
     def __repr__(self) -> str:
         record = self.record
         done = sum(part.rows for part in self.store.parts())
-        return (
-            f"Run({self.directory!r}: {record.protocol['protocol']} on {record.model.name}, {done} of {record.planned})"
-        )
+        which = visible(f"{record.protocol['protocol']} on {record.model.name}")
+        return f"Run({self.directory!r}: {which}, {done} of {record.planned})"
 
     def _repr_html_(self) -> str:
         try:
@@ -150,8 +152,10 @@ class Plots:
         from kvpatch.report import charts, tables
 
         protocol = self._run.outcome.protocol
-        phase = phase or next(iter(protocol.phases))
+        phase = self._phase(phase)
         rows = self._tested()
+        known = [name for name in rows.columns if str(rows[name].dtype).startswith(("float", "int"))]
+        readout = _among("readout", readout, known)
         _, means = tables.condition_means(rows[rows["phase"] == phase], readout, protocol)
         drawn = charts.conditions_chart(means, readout, tables.baseline_of(protocol))
         return drawn_offline(charts.built(drawn))
@@ -161,7 +165,7 @@ class Plots:
         from kvpatch.report import charts, tables
 
         protocol = self._run.outcome.protocol
-        phase = phase or next(iter(protocol.phases))
+        phase = self._phase(phase)
         rows = self._tested()
         return drawn_offline(charts.coherence_chart(tables.coherence(rows[rows["phase"] == phase], protocol)))
 
@@ -172,16 +176,21 @@ class Plots:
     def effects(self, readout: str = MODE, phase: str | None = None) -> AnyChart:
         """Every condition of a phase, less the natural run of the same prompt."""
         protocol = self._run.outcome.protocol
-        phase = phase or next(iter(protocol.phases))
+        phase = self._phase(phase)
         return self._figure(lambda f: f.effect_charts(self._effects(), protocol, phase), readout)
 
     def _figure(self, charts_of: Callable[[Any], dict[str, Drawn]], wanted: str) -> AnyChart:
         from kvpatch.report import charts, forest
 
         found = charts_of(forest)
-        if wanted not in found:
-            raise ProtocolError(f"no chart of {wanted!r}; there are {', '.join(found) or 'none'}")
-        return drawn_offline(charts.built(found[wanted]))
+        return drawn_offline(charts.built(found[_among("chart of", wanted, found)]))
+
+    def _phase(self, phase: object) -> str:
+        """A phase by its name, the first if None."""
+        phases = self._run.outcome.protocol.phases
+        if phase is None:
+            return next(iter(phases))
+        return _among("phase", str(phase) if isinstance(phase, int) and phase in range(1_000) else phase, phases)
 
     def trajectory(self, phase: str = "5", column: str = "rv_forced_trajectory") -> AnyChart:
         """R_V along the tokens, a line a condition."""
@@ -189,7 +198,9 @@ class Plots:
         from kvpatch.report import head_maps as attention
 
         outcome = self._run.outcome
+        phase = self._phase(phase)
         rows, _ = watched_rows(self._run.store, outcome)
+        column = _among("column", column, [name for name in rows.columns if str(name).endswith("_trajectory")])
         window = outcome.protocol.readouts.r_v.window
         return drawn_offline(attention_charts.trajectory_chart(attention.trajectories(rows, phase, column, window)))
 
@@ -198,6 +209,9 @@ class Plots:
         from kvpatch.report import head_charts as attention_charts
         from kvpatch.verdicts.head_contrasts import head_differences
 
+        phase, statistic = self._phase(phase), _among("statistic", statistic, STATISTICS)
+        if not isinstance(contrast, str):
+            raise ProtocolError(f"a contrast must be text, such as 'C - N1', got {shown(contrast)}")
         rows, heads = watched_rows(self._run.store, self._run.outcome)
         found = head_differences(rows, heads, phase=phase, contrast=contrast, statistic=statistic)
         return drawn_offline(attention_charts.head_map_chart(found, f"{statistic}, {contrast}"))
@@ -209,9 +223,7 @@ class Plots:
 
         outcome = self._run.outcome
         found = {item["id"]: item for item in estimates.estimates(outcome.protocol, outcome.rows)}
-        if hypothesis not in found:
-            raise ProtocolError(f"no hypothesis {hypothesis!r} has trials; there are {', '.join(found)}")
-        item = found[hypothesis]
+        item = found[_among("hypothesis with trials", hypothesis, found)]
         return drawn_offline(charts.built(estimates.narrowing_chart(item["path"], item["readout"], item["counts"])))
 
     def _tested(self) -> pd.DataFrame:
@@ -229,6 +241,19 @@ class Plots:
         return [effect.model_dump() for effect in self._run.outcome.effects]
 
 
+def _among(what: str, name: object, known: Iterable[str]) -> str:
+    """A name that there is.
+
+    Raises:
+        ProtocolError: with the nearest that there is.
+    """
+    names = list(known)
+    if not isinstance(name, str) or name not in names:
+        told = instead(name, names) if isinstance(name, str) else instead("", names)
+        raise ProtocolError(f"no {what} {shown(name)}; {told}")
+    return name
+
+
 def _polars() -> Any:
     """The package, which only these frames need."""
     try:
@@ -239,5 +264,5 @@ def _polars() -> Any:
 
 
 def _refuse_kind(kind: object) -> None:
-    if kind not in ("polars", "pandas"):
-        raise ProtocolError(f"kind is 'polars' or 'pandas', not {kind!r}")
+    if not isinstance(kind, str) or kind not in ("polars", "pandas"):
+        raise ProtocolError(f"kind is 'polars' or 'pandas', not {shown(kind)}")

@@ -19,7 +19,7 @@ import kvpatch
 from kvpatch.crash import write_crash
 from kvpatch.engine.loading import load
 from kvpatch.engine.model import Model
-from kvpatch.errors import KvpatchError, ModelError, ProtocolError, StoreError
+from kvpatch.errors import KvpatchError, ModelError, ProtocolError, StoreError, visible
 from kvpatch.executors.host import Here, Host, How
 from kvpatch.executors.specificity import calibrate_readouts, rule_of
 from kvpatch.files import cache_directory
@@ -35,7 +35,7 @@ from kvpatch.provenance import hardware, now, record_of
 from kvpatch.readiness import checked, engine_of, floor_of, named, refuse_other_mode
 from kvpatch.readouts.scorer import names_code
 from kvpatch.report.build import write_report
-from kvpatch.specs.arguments import plain, whole
+from kvpatch.specs.arguments import path, plain, whole
 from kvpatch.store.directory import Store
 from kvpatch.store.objects import Place, place_of
 from kvpatch.store.readout_calibration import ReadoutCalibration
@@ -287,7 +287,10 @@ def run_in_notebook(
     Raises:
         KvpatchError: before anything is written, where something can't be right.
     """
-    chosen = protocol if isinstance(protocol, Protocol) else load_protocol(os.fspath(protocol), needs_files=True)
+    place_of(out)  # what is no path is told before anything is loaded
+    if not isinstance(protocol, Protocol):
+        protocol = load_protocol(path("protocol", protocol, error=ProtocolError), needs_files=True)
+    chosen = protocol
     if names_code(name := chosen.readouts.lexicon) and not allow_code:
         raise ProtocolError(
             f"{chosen.protocol} scores with the function {name}; allow_code=True runs it, if you trust it"
@@ -330,7 +333,7 @@ class _NotebookBar(ProgressListener):
         self.bar.close()
 
     def stage(self, what: str) -> None:
-        self.bar.set_description(what)
+        self.bar.set_description(visible(what))
 
     def planned(self, plan: Plan) -> None:
         self.bar.total = len(plan.batches)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import tomllib
+from datetime import date, timedelta
+from pathlib import Path
 
+import pytest
 from blocks import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
@@ -49,3 +54,19 @@ def test_what_is_asked_for_is_pinned() -> None:
     for line in [*PROJECT["dependencies"], *(line for lines in extras for line in lines)]:
         (name, *_) = asked([line]) or {"numpy"}
         assert name.lower().replace("_", "-") in pinned | {"pip"}, name
+
+
+@pytest.mark.parametrize(("days", "code"), [(0, 0), (360, 0), (370, 1), (None, 1)])
+def test_lock_that_nobody_looked_over_for_a_year_is_refused_by_ci(tmp_path: Path, days: int | None, code: int) -> None:
+    looked = "" if days is None else f"# Last looked over: {date.today() - timedelta(days=days)}\n"
+    (tmp_path / "constraints.txt").write_text(f"# Versions.\n{looked}a==1\n")
+    (tmp_path / ".ci").mkdir()
+    script = shutil.copy(REPOSITORY / ".ci" / "lock-date", tmp_path / ".ci")
+    assert subprocess.run(["bash", script], capture_output=True, timeout=60).returncode == code
+
+
+def test_lock_says_when_it_was_looked_over_and_ci_asks() -> None:
+    assert re.search(
+        r"^# Last looked over: \d{4}-\d\d-\d\d$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE
+    )
+    assert ".ci/lock-date\n" in (REPOSITORY / ".ci" / "run").read_text()

@@ -215,6 +215,36 @@ def test_shards_that_are_missing_truncated_or_short_of_tensors_are_refused(tmp_p
         assert shard.name in refusal(where) or name == "short"
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "more"])
+def test_directory_with_a_pipe_is_refused_and_not_read_for_ever(tiny_dirs, tmp_path: Path, name: str):
+    home = Path(shutil.copytree(tiny_dirs("llama"), tmp_path / "m"))
+    (home / name).unlink(missing_ok=True)
+    os.mkfifo(home / name)
+    with pytest.raises(ModelError, match=f"holds {name}, which is neither a file nor a folder|without config.json"):
+        load_model(home, device="cpu")
+
+
+@pytest.mark.parametrize("outside", ["../other/model.safetensors", "/etc/model.safetensors", "a/../../b.safetensors"])
+def test_index_that_names_a_file_of_another_directory_is_refused(tiny_dirs, tmp_path: Path, outside: str):
+    home = Path(shutil.copytree(tiny_dirs("llama"), tmp_path / "m"))
+    (tmp_path / "other").mkdir()
+    (home / "model.safetensors").rename(tmp_path / "other" / "model.safetensors")
+    names = load_file(tmp_path / "other" / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, outside)}
+    (home / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"x": torch.zeros(1)}, home / "x.safetensors")
+    with pytest.raises(ModelError, match="outside its own directory"):
+        load_model(home, device="cpu")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"weight_map": ["x"]}', '{"weight_map": {"a": 1}}', "null"])
+def test_index_that_is_none_is_refused(tiny_dirs, tmp_path: Path, content: str):
+    home = Path(shutil.copytree(tiny_dirs("llama"), tmp_path / "m"))
+    (home / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match="is no index of weights"):
+        load_model(home, device="cpu")
+
+
 def test_pickled_checkpoints_are_held_to_the_same(tmp_path: Path):
     def pickled(name: str, change: Callable[[Tensors], Tensors]) -> Path:
         where = tmp_path / name

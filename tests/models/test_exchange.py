@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,3 +159,52 @@ def test_a_cache_prints_short(tiny) -> None:
     assert isinstance(cache.keys, tuple) and torch.stack(cache.keys).shape[0] == 4
     shown = cache._repr_html_()
     assert "Watch" in shown and "<b>" not in shown and len(shown) < 30_000
+
+
+def test_a_saved_cache_that_was_changed_is_refused_whatever_was_changed(tiny, tmp_path: Path) -> None:
+    import json
+
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    model = tiny("llama")
+    whole = model.prefill([TEXT, "Short one."]).save(tmp_path / "c.safetensors")
+    with safe_open(whole, framework="pt") as file:
+        note = json.loads(file.metadata()["kvpatch"])
+    tensors, changed = load_file(whole), tmp_path / "changed"
+    for name in sorted(tensors):
+        other = tensors[name].clone()
+        other.view(-1)[-1] += 1
+        save_file({**tensors, name: other}, changed, {"kvpatch": json.dumps(note)})
+        with pytest.raises(kv.CacheError, match="its SHA-256 is not"):
+            kv.KVCache.load(changed, model=model)
+    for key, value in {"pieces": [["a"], ["b"]], "rope": [*note["rope"][::-1], ["none", []]], "layers": 3}.items():
+        save_file(tensors, changed, {"kvpatch": json.dumps({**note, key: value})})
+        with pytest.raises(kv.CacheError, match="is damaged"):
+            kv.KVCache.load(changed)
+    for key in note.keys() - {"sha256", "format"}:
+        for value in (None, -1, 10**9, "x", [[]], {}, [["x", [1.0]]]):
+            save_file(tensors, changed, {"kvpatch": json.dumps({**note, key: value})})
+            with pytest.raises(kv.CacheError, match=r"is damaged|holds a cache of another model"):
+                kv.KVCache.load(changed, model=model)
+    save_file(tensors, changed, {"kvpatch": "[" * 100_000})
+    with pytest.raises(kv.CacheError, match="holds no cache that kvpatch saved"):
+        kv.KVCache.load(changed)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"x", "~no-such-user-here/x", "x" * 5_000, "a\x00b", object()])
+def test_what_is_no_path_is_told_in_one_line(tiny, path: Any) -> None:
+    for call in (kv.KVCache.load, tiny("llama").prefill([TEXT]).save):
+        with pytest.raises(kv.CacheError):
+            call(path)
+
+
+def test_cache_is_not_written_in_the_place_of_a_device_or_a_pipe(tiny, tmp_path: Path) -> None:
+    cache = tiny("llama").prefill([TEXT])
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("pipe", "null"):
+        with pytest.raises(kv.CacheError, match=f"can't be written: {name} is no regular file"):
+            cache.save(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "null").is_char_device()
+    assert len(list(tmp_path.iterdir())) == 2

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from kvpatch.errors import ProtocolError
-from kvpatch.files import NotYaml, read_json, read_yaml
+from kvpatch.files import MOST_BYTES, NotYaml, read_json, read_yaml, yaml_nodes
+from kvpatch.prompts import bank as bank_room
 from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.load import load_protocol, parse_protocol
 from kvpatch.readouts.behavior import Lexicon
@@ -77,6 +78,50 @@ def test_thousands_of_mistakes_are_told_soon_and_not_all():
         assert len(raised.value.lines) <= 51 and time.process_time() - begun < 20
 
 
+def test_bank_of_thousands_of_wrong_entries_is_told_soon_with_the_lines_of_the_first(tmp_path, monkeypatch):
+    (tmp_path / "bank").mkdir()
+    for name in ("a", "b"):
+        entries = [{"id": f"{name}{i}", "group": "plain", "txet": "x"} for i in range(8_000)]
+        (tmp_path / "bank" / f"{name}.yaml").write_text(yaml.safe_dump(entries))
+    looked: list[int] = []
+    monkeypatch.setattr(bank_room, "yaml_nodes", lambda raw: looked.append(1) or yaml_nodes(raw))
+    with pytest.raises(ProtocolError) as raised:
+        load_bank("bank", tmp_path)
+    assert "a.yaml, entry 2, txet: no such key; did you mean 'text'?" in raised.value.lines[1]
+    assert "(line 4)" in raised.value.lines[1] and raised.value.lines[-1] == "and 15950 more mistakes in this file"
+    assert len(looked) == 2  # a file is looked through for its lines once
+
+
+def test_bank_of_too_many_files_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(bank_room, "MOST_IN_ALL", 100)
+    (tmp_path / "bank").mkdir()
+    for i in range(3):
+        (tmp_path / "bank" / f"{i}.yaml").write_text(f"# {'x' * 40}\n[]\n")
+    with pytest.raises(ProtocolError, match="more than 100 bytes in its files"):
+        load_bank("bank", tmp_path)
+
+
+def test_tens_of_thousands_of_wrong_hypotheses_are_told_soon():
+    content = protocol_content("bank") | {"hypotheses": ["x"] * 60_000}
+    begun = time.process_time()
+    with pytest.raises(ProtocolError, match=r"hypotheses\.0: must be a mapping"):
+        parse_protocol(yaml.safe_dump(content), "p.yaml")
+    assert time.process_time() - begun < 20
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "long"])
+def test_scorer_that_is_no_regular_file_or_too_long_is_not_read_for_ever(tmp_path, what):
+    path = tmp_path / "s.py"
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(b"#" * (MOST_BYTES + 1))
+    with pytest.raises(ProtocolError, match=r"scorer s.py:f: .*(can't be read|more than)"):
+        read_scorer("s.py:f", tmp_path)
+
+
 @pytest.mark.parametrize("what", ["pipe", "directory", "device"])
 def test_what_is_no_regular_file_is_not_read_for_ever(tmp_path, what):
     path = tmp_path / "p.yaml"
@@ -111,13 +156,22 @@ def test_pattern_that_tries_too_many_ways_ends_soon(pattern):
     assert time.monotonic() - begun < 10
 
 
+def test_repetitions_within_the_limit_are_patterns():
+    for pattern in (r"(?:a{0,200}){0,200}", r"[a-z]{3,}(?: \w+){0,40}", "(a|b)*", r"(?:(?<=a)b){0,999}", "(?>a{9})?"):
+        assert Pattern(pattern).match("abc") is not None
+
+
 def test_some_pattern_is_stopped():
     with pytest.raises(ProtocolError, match=r"the pattern '\(a\|a\)\*b' took more than 1 s on the text"):
         Pattern("(a|a)*b").match("a" * 60 + "! b")
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(", "[a", "(?P<n>a)(?P<n>b)", "(" * 5_000, "a{2,1}", "a" * 300_000, "a{99999999999}"]
+    "pattern",
+    [
+        *("(", "[a", "(?P<n>a)(?P<n>b)", "(" * 5_000, "a{2,1}", "a" * 300_000, "a{99999999999}", "(?:a{65535}){65535}"),
+        *("(?=(a{999}|b){999})c", "(?:(a{999})|b){999}", "()(?(1)a|(b{999}){999})", "(?:a{9999}?){9999}"),
+    ],
 )
 def test_what_is_no_pattern_is_refused_by_its_reason(pattern):
     with pytest.raises(PatternError):

@@ -113,6 +113,16 @@ def test_lexicon_outside_the_protocols_folder_is_refused_unread(tmp_path, name):
     assert "hunter2" not in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["../model", "a/../../model", "~/model", "~root/model"])
+def test_further_model_outside_the_protocols_folder_is_loaded_only_where_it_is_allowed(tmp_path, name):
+    phases = {"1": {"question": "?", "n": 2, "conditions": ["A", "B"], "model": "other"}}
+    write_bank(tmp_path / "bank")
+    path = write_protocol(tmp_path, bank="bank", models={"other": name}, phases=phases, hypotheses=[])
+    with pytest.raises(ProtocolError, match=r"models\.other: the model .* lies outside the protocol's folder"):
+        load_protocol(str(path), needs_files=True)
+    assert load_protocol(str(path), needs_files=True, may_leave=True).models == {"other": name}
+
+
 @pytest.mark.parametrize("name", ["..", "../banks", "../../protocols", ".", "recursion/../recursion"])
 def test_shipped_bank_goes_by_its_name_alone(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)

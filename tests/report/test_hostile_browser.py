@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
 import kvpatch as kv
 from chromium import NEEDED, assert_fits, chromium, expect, opened, served
-from hostile import hidden, write_hostile_run
+from hostile import HOSTILE, hidden, write_hostile_run
 from kvpatch.report.build import write_report
 from kvpatch.verdicts.outcome import outcome_of
 
@@ -45,7 +46,7 @@ def assert_harmless(page: Any, said: list[str], width: int) -> None:
     assert page.locator("main img, main iframe, main input[onfocus], main svg[onload], main math").count() == 0
     read = page.evaluate(READ)
     assert hidden(read) == []
-    assert [text for text in read if re.match(r"(on\\w+|href=\s*(javascript|data:text))", text, re.IGNORECASE)] == []
+    assert [text for text in read if re.match(r"(on\w+=|href=\s*(javascript|data:text))", text, re.IGNORECASE)] == []
     assert_fits(page, width)
     assert said == []
 
@@ -64,13 +65,16 @@ def test_report_is_harmless(browser: Any, directory: Path, width: int) -> None:
 
 def test_view_is_harmless(browser: Any, directory: Path) -> None:
     with served(directory) as address, opened(browser, offline=False) as (page, said):
-        for where in ("", "run/run/", "run/run/trials", "run/run/trials?q=<script>&pair_id=%E2%80%AEx"):
+        search = "run/run/trials?q=<script>&pair_id=%E2%80%AEx"
+        for where in ("", "run/run/", "run/run/trials", search, "run/run/report"):
             page.goto(f"{address}/{where}")
             if where == "run/run/":
                 expect(page.locator("#newest tbody tr").first).to_be_visible()
                 expect(page.locator("#estimates")).to_have_attribute("data-drawn", "yes")
             if where == "":
                 expect(page.locator("#beside")).to_have_attribute("data-drawn", "yes")
+            if where == "run/run/report":
+                expect(page.locator("html")).to_have_attribute("data-charts", "done")
             assert_harmless(page, said, 1280)
         page.goto(f"{address}/run/run/trials")
         page.locator("table.trials tbody a").first.click()
@@ -78,10 +82,43 @@ def test_view_is_harmless(browser: Any, directory: Path) -> None:
         assert_harmless(page, said, 1280)
 
 
+def test_view_answers_any_search_with_a_page_that_is_harmless(browser: Any, directory: Path) -> None:
+    with served(directory) as address, opened(browser, offline=False) as (page, said):
+        for text in HOSTILE:
+            asked = urlencode({"q": text, "pair_id": text, "phase": text, "sort": text, "min_mode_llr": text})
+            answer = page.goto(f"{address}/run/run/trials?{asked[:6_000]}")
+            assert answer.status == 200
+            assert page.evaluate("window.ran") is None and hidden(page.evaluate(READ)) == []
+        assert said == []
+
+
+def test_what_a_model_shows_in_a_notebook_is_harmless(browser: Any, tiny: Any) -> None:
+    model = tiny("llama")
+    shown: list[str] = []
+    for text in HOSTILE:
+        cache = model.prefill([text[:60]], chat=False)
+        shown.append(cache._repr_html_())
+    source, target = model.prefill([HOSTILE[0], HOSTILE[41][:9]], chat=False), model.prefill(["a"] * 2, chat=False)
+    ends = '\\" + (datum.value * 0) + "'  # would end the text of a tooltip where that is an expression
+    metrics = [kv.logit_difference(HOSTILE[0], HOSTILE[41]), kv.probability(HOSTILE[49]), kv.probability(ends)]
+    for metric in metrics:
+        swept = model.sweep(source[0], target[0], {"layers": "each", "slots": "each"}, metric)
+        shown += [swept._repr_html_(), swept.plot()._repr_mimebundle_()["image/svg+xml"]]
+        assert hidden([repr(swept), repr(metric), repr(swept.plot())]) == []
+    with opened(browser) as (page, said):
+        page.set_content(f"<main>{''.join(shown)}</main>")
+        assert page.evaluate("window.ran") is None and hidden(page.evaluate(READ)) == []
+        assert page.locator("main img, main script, main iframe, main a").count() == 0
+        labels = page.locator("[aria-label*='datum.value']")
+        assert labels.count() > 3 and "+ (datum.value * 0) +" in labels.first.get_attribute("aria-label")
+        assert said == []
+
+
 def test_notebook_is_harmless(browser: Any, directory: Path) -> None:
     run = kv.Run(directory)
     charts = [run.plot.conditions()._repr_mimebundle_()["image/svg+xml"]]
     charts += [chart._repr_mimebundle_()["image/svg+xml"] for chart in (run.plot.forest(), run.plot.effects())]
+    assert hidden([repr(run), *map(repr, (run.plot.conditions(), run.plot.forest()))]) == []
     with opened(browser) as (page, said):
         page.set_content(f"<main>{run._repr_html_()}{''.join(charts)}</main>")
         assert page.locator("main svg").count() == len(charts)

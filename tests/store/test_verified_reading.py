@@ -301,3 +301,35 @@ def test_file_that_was_just_written_is_not_remembered(directory):
     assert time.time_ns() - path.stat().st_mtime_ns < parts.YOUNG
     Store(directory).done()
     assert str(path) not in parts._checked
+
+
+# What is no file
+
+
+@pytest.mark.parametrize("file", ["part", "attention", "parts.jsonl", "run.json"])
+@pytest.mark.parametrize("what", ["pipe", "device", "directory"])
+def test_what_is_no_regular_file_is_refused_and_not_read_for_ever(directory, read, file, what):
+    heads = sorted((directory / "attention").glob("*.parquet"))[0]
+    path = {"part": part_of(directory), "attention": heads}.get(file, directory / file)
+    path.unlink()
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    for reader in ("Run",) if file == "attention" else READERS:  # what needs no heads does not look at them
+        said = read(reader, directory)
+        assert said.code == 2 and said.err.count("\n") <= 1 and path.name in said.err, (reader, said)
+
+
+def test_lock_that_is_a_pipe_is_not_waited_for(directory, read):
+    (directory / ".lock").unlink(missing_ok=True)
+    os.mkfifo(directory / ".lock")
+    assert read("status", directory).code == 0
+
+
+def test_index_longer_than_that_of_any_run_is_refused(directory, read, monkeypatch):
+    monkeypatch.setattr(parts, "MOST_JSON", 100)
+    said = read("status", directory)
+    assert said.code == 2 and "parts.jsonl can't be read: it has more than 100 bytes" in said.err

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from kvpatch.caches.devices import device_of
 from kvpatch.caches.display import Layers, cache_as_html, shortened
 from kvpatch.caches.rope import LayerRope
 from kvpatch.errors import CacheError
-from kvpatch.specs.arguments import chosen_rows
+from kvpatch.specs.arguments import chosen_rows, refuse_other, shown, whole
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -65,8 +66,8 @@ class KVCache:
         pending_position: [batch], the position it will be fed at.
         pieces: per row, the text of each of its own slots (padding left out).
         rope: one `LayerRope` a layer.
-        model: identity of the model that made it (`Backbone.identity`: a hash of weights and tokenizer). "" is unknown,
-            for caches made by hand: it fits other unknown ones alone, never a model's.
+        model: identity of the model that made it (`Backbone.identity`, a hash of weights and tokenizer). "" is unknown, of
+            caches made by hand, and fits other unknown ones alone, never a model's.
     """
 
     keys: tuple[Tensor, ...]
@@ -198,8 +199,12 @@ class KVCache:
         Raises:
             CacheError: for no cache, or caches of different models, types or devices.
         """
+        if not isinstance(caches, (list, tuple)):
+            raise CacheError(f"caches must be a list of KVCaches, got {shown(caches)}")
         if not caches:
             raise CacheError("there is nothing to concatenate")
+        for cache in caches:
+            refuse_other("each of the caches", cache, KVCache)
         first = caches[0]
         for other in caches[1:]:
             refuse_unlike(first, other, "two caches of a batch")
@@ -230,7 +235,10 @@ class KVCache:
         Args:
             device: where labels go, and keys and values too if `layers` is not given.
             layers: the device of each layer's keys and values, as a model that is split over devices has them.
+        Raises:
+            CacheError: where there is no such device.
         """
+        device = device_of(device)
         names = ("positions", "token_ids", "segments", "origins", "pending", "pending_position")
         places = [device] * self.layers if layers is None else layers
         return replace(
@@ -241,13 +249,17 @@ class KVCache:
         )
 
     def row_token_ids(self, row: int, *, with_pending: bool = True) -> list[int]:
-        """Token ids of one row, padding left out, the pending token last."""
+        """Token ids of one row, padding left out, the pending token last.
+
+        Raises:
+            CacheError: for a row that there is not.
+        """
+        row = whole("row", row, least=-self.batch, most=self.batch - 1)
         ids = self.token_ids[row][self.is_real[row]].tolist()
         return [*ids, int(self.pending[row])] if with_pending else ids
 
     def to_dynamic(self) -> DynamicCache:
-        """A copy as `transformers.DynamicCache`, to be given to `model.hf` as its `cache` (before transformers 5.24 as
-        its `past_key_values`).
+        """A copy as `transformers.DynamicCache`, given to `model.hf` as `cache` (`past_key_values` before 5.24).
 
         The pending token is not in it: feed it next, at `pending_position`. Padding of shorter rows stays on the left;
         then give the model an `attention_mask` of `is_real` with a column of ones for each token that is fed.

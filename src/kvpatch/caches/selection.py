@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvpatch.caches.kvcache import KVCache, Segment
 from kvpatch.errors import CacheError, EmptySelection
+from kvpatch.specs.arguments import shown
 from kvpatch.specs.patch import Patch
 from kvpatch.specs.regexes import Pattern
 from kvpatch.specs.selectors import LayerAt, LayerBand, SlotQuery
@@ -253,7 +254,7 @@ def indices_within(what: str, indices: Sequence[int] | Span, count: int) -> list
         return list(indices.within(count))
     bad = [i for i in indices if not -count <= i < count]
     if bad:
-        raise CacheError(f"{what} {bad[0]} does not exist: there are {count} (0 to {count - 1})")
+        raise CacheError(f"{what} {shown(bad[0])} does not exist: there are {count} (0 to {count - 1})")
     return sorted({i % count for i in indices})
 
 

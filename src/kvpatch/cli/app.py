@@ -2,28 +2,62 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import kvpatch
 from kvpatch.cli.console import print_briefly, say, say_json
-from kvpatch.errors import KvpatchError, ProtocolMistakes, missing_extra, quoted_briefly
+from kvpatch.errors import MOST_QUOTED, KvpatchError, ProtocolMistakes, missing_extra, quoted_briefly
 
 if TYPE_CHECKING:
     from kvpatch.engine.model import Model
     from kvpatch.protocols.schema import Protocol
 
 
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+class OneLineUsage(TyperGroup):
+    """The commands; a command line that is none of theirs is told of in one line, as every other error is."""
+
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **settings: Any) -> Any:
+        with _told_as_ours():
+            return super().make_context(info_name, args, *more, **settings)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _told_as_ours():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _told_as_ours() -> Iterator[None]:
+    try:
+        yield
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a command without words shows its help
+            raise
+        words, context = list[str](), error.ctx
+        while context is not None and context.parent is not None:
+            words, context = [context.info_name, *words], context.parent
+        told = " ".join(error.format_message().split()).rstrip(".")
+        told = told if len(told) <= 2 * MOST_QUOTED else f"{told[: 2 * MOST_QUOTED]}…"
+        where = " ".join(["kvpatch", *words, "--help"])
+        raise KvpatchError(f"{told[:1].lower()}{told[1:]}; `{where}` lists what it takes") from error
+
+
 app = typer.Typer(
     name="kvpatch",
+    cls=OneLineUsage,
     help="Causal experiments on the KV cache of language models.\n\n"
     "Example: kvpatch run dec7 --model smollm2-135m --n 20 --out results\n\n"
     "Completion: kvpatch --install-completion makes your shell complete commands and options with the Tab key.",
@@ -92,7 +126,7 @@ Revision = Annotated[
 ]
 AllowCode = Annotated[bool, typer.Option(help="Allow the scoring function that the protocol names to run.")]
 AllowOutside = Annotated[
-    bool, typer.Option(help="Allow a bank and a lexicon that lie outside the folder of the protocol's file.")
+    bool, typer.Option(help="Allow a bank, a lexicon and models that lie outside the folder of the protocol's file.")
 ]
 Phases = Annotated[str | None, typer.Option(help="Phases to run, separated by commas. Default: all.")]
 
@@ -286,18 +320,16 @@ def one_line_errors() -> Iterator[None]:
     shows where they came from."""
     try:
         yield
-    except (KvpatchError, ImportError) as error:
-        told = error if isinstance(error, KvpatchError) else missing_extra(error)
-        if told is None or os.environ.get("KVPATCH_DEBUG"):
-            raise
-        for line in told.lines if isinstance(told, ProtocolMistakes) else (str(told),):
-            sys.stderr.write(f"kvpatch: {' '.join(quoted_briefly(with_flags(line)).split())}\n")
-        sys.exit(2)
     except Exception as error:
         if os.environ.get("KVPATCH_DEBUG"):
             raise
-        sys.stderr.write(f"kvpatch: {_crashed(error)}\n")
-        sys.exit(70)
+        told = error if isinstance(error, KvpatchError) else _meant(error)
+        if told is None:
+            _tell(_crashed(error))
+            sys.exit(70)
+        for line in told.lines if isinstance(told, ProtocolMistakes) else (str(told),):
+            _tell(" ".join(quoted_briefly(with_flags(line)).split()))
+        sys.exit(2)
     except SystemExit as stop:
         # typer turns Ctrl-C into the first of these exit codes; a run with workers SIGTERM into the other.
         if stop.code in (130, 143):
@@ -308,7 +340,28 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(130)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def _meant(error: Exception) -> KvpatchError | None:
+    """What a person is to do about an error that is none of kvpatch's own: a missing package, a disk that takes no
+    more. None of any other."""
+    if isinstance(error, ImportError):
+        return missing_extra(error)
+    if isinstance(error, OSError) and error.errno in FULL:
+        what = "what this command prints" if error.filename is None else str(error.filename)
+        return KvpatchError(f"{what} can't be written: {error.strerror}; make room, or send it elsewhere")
+    return None
+
+
+def _tell(told: str) -> None:
+    """Write a line to standard error, where there is one."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(f"kvpatch: {told}\n")
+
+
 def _say_stopped() -> None:
     is_run = next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "run"
     rest = "; what was stored is kept, and the same command goes on from there" if is_run else ""
-    sys.stderr.write(f"kvpatch: stopped{rest}\n")
+    _tell(f"stopped{rest}")

@@ -14,6 +14,7 @@ from kvpatch.models.load import load_model
 from kvpatch.models.named import Progress
 from kvpatch.models.placement import DeviceMap
 from kvpatch.models.second_opinion import second_opinion
+from kvpatch.specs.arguments import switch
 
 
 def load(
@@ -70,6 +71,6 @@ def load(
             progress=progress,
         )
     made = Model(loaded)
-    made.batch_invariant = batch_invariant
+    made.batch_invariant = switch("batch_invariant", batch_invariant, error=ModelError)
     made.opinion = second_opinion(made.backbone, loaded)
     return made

@@ -383,8 +383,7 @@ class Model:
 
     def continuation_ids(self, text: str) -> list[int]:
         """Token ids of a continuation: the text as it is, no special token added."""
-        if not isinstance(text, str):
-            raise CacheError(f"a continuation must be text, got {arguments.shown(text)}")
+        arguments.unicode_text("a continuation", text)
         key = (text, settings_of(self.tokenizer))
         if key not in self._continuations:
             if len(self._continuations) >= REMEMBERED:

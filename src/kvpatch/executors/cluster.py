@@ -17,8 +17,10 @@ from kvpatch.errors import KvpatchError
 
 OBJECTS = 512 << 20
 """Bytes that Ray may hold in shared memory; a plan goes through it."""
-LONGEST_FOLDER = 40
-"""Characters of the folder for Ray's sockets, whose names a system limits to 107."""
+LONGEST_SOCKET = 107
+"""Bytes that a system allows the name of a socket."""
+BELOW = "/kvp-12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+"""What of a socket's name stands behind the folder for temporary files, at its longest."""
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -114,7 +116,7 @@ def opened(address: str | None) -> Iterator[Cluster]:
     A signal that asks this process to end ends the block as Ctrl-C does, and what was started is taken down.
 
     Raises:
-        KvpatchError: where there is no cluster at the address.
+        KvpatchError: where there is no cluster at the address, or none can be started here.
         MissingExtra: where Ray is not installed.
     """
     os.environ.update(QUIET)
@@ -128,15 +130,7 @@ def opened(address: str | None) -> Iterator[Cluster]:
         try:
             if address is None:
                 os.environ.pop("RAY_ADDRESS", None)
-                folder = tempfile.mkdtemp(prefix="kvp-", dir=_short_folder())
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    num_cpus=cores_here(),
-                    object_store_memory=OBJECTS,
-                    _temp_dir=folder,
-                    **quiet,
-                )
+                folder = _start(quiet)
             else:
                 _join(address, quiet)
             with ended_by_signals():  # Ray puts a handler of its own in place
@@ -145,6 +139,30 @@ def opened(address: str | None) -> Iterator[Cluster]:
             ray.shutdown()
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(quiet: dict[str, Any]) -> str:
+    """Start a cluster on this machine; returns the folder that its files are in."""
+    import ray
+    from ray.exceptions import RayError
+
+    folder = None
+    settings = {"include_dashboard": False, "num_cpus": cores_here(), "object_store_memory": OBJECTS}
+    try:
+        folder = tempfile.mkdtemp(prefix="kvp-", dir=_short_folder())
+        ray.init(address="local", _temp_dir=folder, **settings, **quiet)
+    except BaseException as error:
+        if folder is not None:
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, (OSError, RuntimeError, ValueError, RayError)):
+            raise
+        told = " ".join(str(error).split())[:160]
+        raise KvpatchError(
+            f"Ray could not start workers on this machine ({told}); without --on ray and --workers the run goes on in "
+            "this process"
+        ) from error
+    return folder
 
 
 def _join(address: str, quiet: dict[str, Any]) -> None:
@@ -163,7 +181,7 @@ def _join(address: str, quiet: dict[str, Any]) -> None:
 def _short_folder() -> str | None:
     """A folder for temporary files whose name is short enough for sockets in it."""
     usual = tempfile.gettempdir()
-    return usual if len(usual) <= LONGEST_FOLDER else "/tmp"
+    return usual if len(os.fsencode(usual) + BELOW.encode()) <= LONGEST_SOCKET else "/tmp"
 
 
 class Ended(SystemExit):

@@ -20,7 +20,12 @@ from kvpatch.planning.listener import ProgressListener
 from kvpatch.store.record import ModelRecord, Session
 
 MOST_FAILED_STARTS = 4
-"""Workers that end one after another while they load the models, after which a run gives up."""
+"""Workers that end one after another while they load the models, before any has loaded them, after which a run gives
+up: then nothing says that they can be loaded."""
+MOST_LATER_STARTS = 12
+"""The same where the models were loaded before and no worker is left. While one is at work, a run does not give up."""
+LONGEST_PAUSE = 30.0
+"""Seconds before a worker is started in the place of one whose start failed; fewer after the first failures."""
 PATIENCE = 60.0
 """Seconds without any worker after which a person is told what is waited for."""
 GROUP = {"write": "write", "news": "news"}
@@ -60,7 +65,10 @@ class _Call:
 
 @dataclass
 class Counts:
-    """What happened to the workers by now."""
+    """What happened to the workers by now.
+
+    failed_starts: workers that ended while they loaded the models, since the last that loaded them or ended later.
+    """
 
     deaths: int = 0
     failed_starts: int = 0
@@ -86,6 +94,7 @@ class Crew:
     _first: Arrived | None = None
     _calls: dict[Any, _Call] = field(default_factory=dict[Any, _Call])
     _made: int = 0
+    _due: list[float] = field(default_factory=list[float])
 
     @property
     def keys(self) -> Sequence[str | None]:
@@ -114,6 +123,7 @@ class Crew:
         """
         import ray
 
+        self._start_due()
         refs = list(self._calls)
         if not refs:
             time.sleep(timeout)
@@ -141,7 +151,7 @@ class Crew:
                     if isinstance(event.value, Failure):
                         raise raised(event.value)
                     return event.value
-            if not self.seats[0].is_open or (asked is None and time.monotonic() - since > PATIENCE):
+            if (asked is None or not asked.is_open) and time.monotonic() - since > PATIENCE:
                 since = time.monotonic()
                 listener.stage("waiting for a worker")
 
@@ -166,11 +176,37 @@ class Crew:
         self._calls = {ref: call for ref, call in self._calls.items() if call.seat is not seat}
         self.seats.remove(seat)
         self.counts.last_reason = why
-        if seat.arrived is None:
-            self.counts.failed_starts += 1
-            if self.counts.failed_starts >= MOST_FAILED_STARTS:
-                raise ModelError(f"workers ended {MOST_FAILED_STARTS} times while they loaded the model: {why}")
-        self._start_one()
+        self.counts.failed_starts = self.counts.failed_starts + 1 if seat.arrived is None else 0
+        self._refuse_to_go_on(why)
+        if (failed := self.counts.failed_starts) < 2:
+            self._start_one()
+        else:
+            self._due.append(time.monotonic() + min(LONGEST_PAUSE, 2.0 ** (failed - 2)))
+
+    def _refuse_to_go_on(self, why: str) -> None:
+        """Give up where workers end and end while they load the models.
+
+        A process may end by a person's hand, too, or because others took its machine's memory. Where a worker has
+        loaded the models, they can be loaded, and one that is at work is no worse for those that are not.
+
+        Raises:
+            ModelError: where it looks as if no worker could load them.
+        """
+        failed = self.counts.failed_starts
+        if self._first is None and failed >= MOST_FAILED_STARTS:
+            raise ModelError(f"workers ended {failed} times while they loaded the model: {why}")
+        if failed >= MOST_LATER_STARTS and not self.ready():
+            raise ModelError(
+                f"workers ended {failed} times while they loaded the model, which others had loaded before, and none "
+                f"is left: {why}; the same command goes on from what is stored"
+            )
+
+    def _start_due(self) -> None:
+        """Start workers whose pause is over."""
+        over = [due for due in self._due if due <= time.monotonic()]
+        self._due = [due for due in self._due if due not in over]
+        for _ in over:
+            self._start_one()
 
     def close(self) -> None:
         """End all workers."""
@@ -180,7 +216,7 @@ class Crew:
             seat.is_open = False
             with suppress(Exception):
                 ray.kill(seat.actor, no_restart=True)
-        self.seats, self._calls = [], {}
+        self.seats, self._calls, self._due = [], {}, []
 
     def _start_one(self) -> None:
         import ray

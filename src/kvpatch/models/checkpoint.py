@@ -7,12 +7,11 @@ transformers fills a missing tensor with random numbers and leaves an unknown on
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpatch.errors import ModelError
+from kvpatch.files import read_json
 from kvpatch.models.placement import with_numbers
 from kvpatch.models.told import damage, one_line
 
@@ -191,7 +191,7 @@ def tensors_of(directory: Path) -> list[tuple[str, str]]:
         if (directory / single).exists():
             files = [single]
         elif index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = sorted(set(read_json(index)["weight_map"].values()))
         else:
             continue
         read = _of_safetensors if suffix == "safetensors" else _of_pickle
@@ -200,11 +200,14 @@ def tensors_of(directory: Path) -> list[tuple[str, str]]:
 
 
 def refuse_damaged(directory: Path) -> None:
-    """Refuse a safetensors file that can't be opened, and an index that names a file that is not there.
+    """Refuse a safetensors file that can't be opened, an index that names a file that is not there or is another
+    directory's, and what is neither a file nor a folder, such as a pipe, which whoever opens it would wait for.
 
     Raises:
         ModelError: naming the file.
     """
+    if odd := [path.name for path in sorted(directory.iterdir()) if path.exists() and not _is_ordinary(path)]:
+        raise ModelError(f"{directory} holds {_some(odd)}, which is neither a file nor a folder; take it away")
     for path in sorted(directory.glob("*.safetensors")):
         try:
             safe_open(path, framework="pt")
@@ -212,11 +215,19 @@ def refuse_damaged(directory: Path) -> None:
             raise ModelError(f"{directory}: {damage(path, error)}") from error
     for index in sorted(directory.glob("*.safetensors.index.json")):
         try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            named = {PurePath(name) for name in read_json(index)["weight_map"].values()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{directory}: {index.name} is no index of weights; fetch it again") from error
-        if lacking := sorted(name for name in named if not (directory / name).exists()):
+        if outside := sorted(str(name) for name in named if name.is_absolute() or ".." in name.parts):
+            raise ModelError(
+                f"{directory}: {index.name} names {_some(outside)}, outside its own directory; put the files together"
+            )
+        if lacking := sorted(str(name) for name in named if not (directory / name).exists()):
             raise ModelError(f"{directory}: {index.name} names {_some(lacking)}, not there; fetch the model again")
+
+
+def _is_ordinary(path: Path) -> bool:
+    return path.is_file() or path.is_dir()
 
 
 def refuse_other_vocabulary(hf: PreTrainedModel, tokenizer: Any) -> None:

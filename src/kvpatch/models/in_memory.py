@@ -12,6 +12,7 @@ from kvpatch.errors import ModelError
 from kvpatch.models.checkpoint import refuse_not_finite, refuse_other_vocabulary
 from kvpatch.models.load import Loaded
 from kvpatch.models.placement import is_dispatched
+from kvpatch.specs.arguments import shown
 
 TOGETHER = "kv.load(model=hf_model, tokenizer=tokenizer)"
 
@@ -72,4 +73,4 @@ def _told(value: object) -> str:
     kind = type(value).__name__
     if isinstance(value, nn.Module) or not isinstance(value, (str, int, float, bool, type(None))):
         return f"a {kind}"
-    return f"{kind} {str(value)[:40]!r}"
+    return f"{kind} {shown(value)}"

@@ -15,8 +15,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from kvpatch.caches.devices import device_of
 from kvpatch.errors import ModelError
-from kvpatch.files import cache_directory, held, is_directory, is_file
+from kvpatch.files import cache_directory, held, is_directory, is_file, read_json
 from kvpatch.models.checkpoint import (
     Reports,
     recompute_buffers,
@@ -57,6 +58,7 @@ from kvpatch.models.placement import (
 )
 from kvpatch.models.precision import Precision, precision_of
 from kvpatch.models.told import one_line, why_unread
+from kvpatch.specs.arguments import shown, switch
 
 OWNERLESS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "openai-gpt")
 """Models of the hub that are mostly named without their owner."""
@@ -120,7 +122,12 @@ def load_model(
     if device is not None and device_map is not None:
         raise ModelError("device and device_map both say where a model goes; give one of them")
     placed = None if device_map is None else read_device_map(device_map)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(device_of(usual if device is None else device, error=ModelError))
+    allow_pickle = switch("allow_pickle", allow_pickle, error=ModelError)
+    trust_remote_code = switch("trust_remote_code", trust_remote_code, error=ModelError)
+    if revision is not None and not isinstance(revision, str):
+        raise ModelError(f"revision must be a branch, a tag or a commit of a hub model, got {shown(revision)}")
     precision = precision_of(dtype, device if placed is None else usual_device(placed))
     found, is_converted = resolve(str(name), report)
     if isinstance(found, Path) and revision is not None:
@@ -191,7 +198,7 @@ def _generation_tokens(where: Path) -> GenerationConfig:
     """
     for file in ("generation_config.json", "config.json"):
         try:
-            content = json.loads((where / file).read_text())
+            content = read_json(where / file)
         except (OSError, ValueError):  # no such file, or no settings in it
             continue
         if isinstance(content, dict):

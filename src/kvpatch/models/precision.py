@@ -10,6 +10,7 @@ import torch
 
 from kvpatch.errors import MissingExtra, ModelError
 from kvpatch.models.processor import fastest_type
+from kvpatch.specs.arguments import shown
 
 QUANTISED = ("int8", "int4")
 """Weights of 8 and of 4 bits. What is multiplied with them is float16 for 8 bits, else the usual type of the device."""
@@ -50,20 +51,21 @@ def precision_of(dtype: str | torch.dtype | None, device: str) -> Precision:
         ModelError: for a type that there is not. MissingExtra: where bitsandbytes is needed and missing.
     """
     usual = torch.float32 if device == "cpu" else torch.bfloat16
-    if dtype in QUANTISED:
+    if isinstance(dtype, str) and dtype in QUANTISED:
         if find_spec("bitsandbytes") is None:
             raise MissingExtra(
                 f"{dtype} weights need bitsandbytes, which is not installed: pip install 'kvpatch[quantised]'"
             )
         # bitsandbytes' 8-bit products take float16 alone, and cast anything else with a warning for each.
         return Precision(torch.float16 if dtype == "int8" else usual, str(dtype))
-    if dtype is None or (dtype == "auto" and device != "cpu"):
+    is_auto = isinstance(dtype, str) and dtype == "auto"
+    if dtype is None or (is_auto and device != "cpu"):
         return Precision(usual)
-    if dtype == "auto":
+    if is_auto:
         return Precision(fastest_type())
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         raise ModelError(
-            f"no dtype {str(dtype)!r}; use float32, bfloat16, float16 or auto, or int8 or int4 with bitsandbytes"
+            f"no dtype {shown(dtype)}; use float32, bfloat16, float16 or auto, or int8 or int4 with bitsandbytes"
         )
     return Precision(found)

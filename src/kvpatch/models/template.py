@@ -10,7 +10,7 @@ from typing import Any
 from kvpatch.caches.kvcache import Segment
 from kvpatch.errors import ModelError, ProtocolError
 from kvpatch.models.scaffold import Messages, Scaffold, scaffold_of
-from kvpatch.specs.arguments import shown
+from kvpatch.specs.arguments import shown, unicode_text
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def encode(
     """
     if not text.strip() and not (may_be_empty and chat is not False and has_template(tokenizer)):
         raise ProtocolError("a prompt is empty; give it at least one word")
+    unicode_text("a prompt", text, error=ProtocolError)
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{type(tokenizer).__name__} gives no character offsets; save the model with a fast tokenizer")
     if chat is None:

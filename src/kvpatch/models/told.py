@@ -6,7 +6,6 @@ file, and what to do is said here where it is known; anything else is told to it
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import transformers
 
 from kvpatch.errors import ModelError
+from kvpatch.files import read_json
 
 LONGEST = 400
 """Characters of another library's message that are told; from its beginning and its end."""
@@ -81,7 +81,7 @@ def _has_tokenizer(where: Path) -> bool:
 def _settings(config: Path) -> Mapping[str, Any] | None:
     """What a configuration file says; None where it is no JSON object, nothing where it is not there."""
     try:
-        found = json.loads(config.read_text(encoding="utf-8"))
+        found = read_json(config)
     except OSError:
         return {}
     except ValueError:

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from kvpatch.errors import ProtocolError, ProtocolMistakes
+from kvpatch.errors import MOST_MISTAKES, ProtocolError, ProtocolMistakes
 from kvpatch.files import NotYaml, bytes_within, is_directory, read_yaml, yaml_nodes
 from kvpatch.specs.base import Frozen, Mode
 from kvpatch.specs.nearest import instead, nearest
@@ -127,6 +127,8 @@ class BankMistakes(ProtocolMistakes):
         self.groups, self.modes = sorted(groups), sorted(modes)
 
 
+MOST_IN_ALL = 16 << 20
+"""Bytes of a bank's files together; the largest that is shipped has 0.7 MB."""
 ALIASES = {"recursion-2": "recursion"}
 """Other names of shipped banks. A bank's own name is its newest edition; an older one is kept under its number."""
 
@@ -169,12 +171,16 @@ def _read(name: str, folder: Path) -> Bank:
     continuations: list[Continuation] = []
     wrong: list[str] = []
     named: dict[str, set[str]] = {"group": set(), "level": set(), "mode": set()}
+    read = 0
     for path in sorted(folder.glob("*.yaml")):
         try:
             raw = bytes_within(path)
         except OSError as error:
             raise ProtocolError(f"bank {name!r}: {path.name} can't be read: {error.strerror or error}") from error
         digest.update(raw)
+        read += len(raw)
+        if read > MOST_IN_ALL:
+            raise ProtocolError(f"bank {name!r} has more than {MOST_IN_ALL:,} bytes in its files")
         for entry in _entries(path, raw, named):
             if isinstance(entry, str):
                 wrong.append(entry)
@@ -211,6 +217,8 @@ def _entries(path: Path, raw: bytes, named: dict[str, set[str]]) -> Iterator[Pro
     if not isinstance(loaded, list):
         yield f"{path.name}: expected a list of prompts or continuations"
         return
+    lines: list[int] = []
+    wrong = 0
     for number, entry in enumerate(loaded, 1):
         kind = Continuation if isinstance(entry, dict) and "mode" in entry else Prompt
         for key, found in named.items() if isinstance(entry, dict) else ():
@@ -218,7 +226,12 @@ def _entries(path: Path, raw: bytes, named: dict[str, set[str]]) -> Iterator[Pro
         try:
             yield kind.model_validate(entry)
         except ValidationError as error:
-            yield f"{path.name}, entry {number}, {_told(error, kind)}{_where(raw, number)}"
+            wrong += 1
+            if wrong > MOST_MISTAKES:  # which are counted, and not told
+                yield f"{path.name}, entry {number}"
+                continue
+            lines = lines or _lines(raw)
+            yield f"{path.name}, entry {number}, {_told(error, kind)} (line {lines[number - 1]})"
 
 
 def _told(error: ValidationError, kind: type[Prompt | Continuation]) -> str:
@@ -240,10 +253,10 @@ def _told(error: ValidationError, kind: type[Prompt | Continuation]) -> str:
     return "; ".join(found)
 
 
-def _where(raw: bytes, number: int) -> str:
-    """The line on which an entry of a file begins."""
+def _lines(raw: bytes) -> list[int]:
+    """The line on which each entry of a file begins."""
     node, _ = yaml_nodes(raw)
-    return f" (line {node.value[number - 1].start_mark.line + 1})" if isinstance(node, yaml.SequenceNode) else ""
+    return [entry.start_mark.line + 1 for entry in node.value] if isinstance(node, yaml.SequenceNode) else []
 
 
 def shuffled_words(text: str, seed: int) -> str:

@@ -182,9 +182,9 @@ def wrong_files(
 
 
 def _outside(protocol: Protocol) -> list[Misplaced]:
-    """The bank and the lexicon, where they lie outside the protocol's own folder: a protocol from elsewhere should not
-    have other files of this machine read, and quoted in messages and in the report. A bank by its absolute path, which
-    only someone who knows this machine can have written, is taken as it is meant."""
+    """The bank, the lexicon and further models, where they lie outside the protocol's own folder: a protocol from
+    elsewhere should not have other files of this machine read, and quoted in messages and in the report. A bank or a
+    model by its absolute path, which only someone who knows this machine can have written, is taken as it is meant."""
     folder, lexicon = protocol.folder, protocol.readouts.lexicon
     if folder is None:
         return []
@@ -197,6 +197,9 @@ def _outside(protocol: Protocol) -> list[Misplaced]:
     file = lexicon.rpartition(":")[0] if is_code else lexicon
     if lexicon not in _shipped_lexicons() and (not is_code or file.endswith(".py")) and leaves(folder, file):
         found.append(Misplaced(f"the lexicon {lexicon!r} {told}", "readouts", "lexicon"))
+    for key, name in protocol.models.items():
+        if name.startswith("~") or ".." in Path(name).parts:
+            found.append(Misplaced(f"the model {name!r} {told}", "models", key))
     return found
 
 

@@ -73,9 +73,9 @@ def as_far_as_readable(loaded: dict[str, Any]) -> Readable:
         try:
             out.protocol = Protocol.model_validate(content, context=names)
         except ValidationError as error:
-            before = set(out.put_aside)
+            before = {place[:2] for place in out.put_aside}
             details = [{**each, "loc": out.place(each["loc"])} for each in error.errors()]
-            out.errors += [each for each in details if not _is_under(each["loc"][:2], before)]
+            out.errors += [each for each in details if each["loc"][:2] not in before]
             if any(len(each["loc"]) == 1 and each["loc"][0] in _STOPS for each in details):
                 return out
             _put_aside(content, [each["loc"] for each in details], out)
@@ -85,18 +85,15 @@ def as_far_as_readable(loaded: dict[str, Any]) -> Readable:
     return out
 
 
-def _is_under(loc: tuple[int | str, ...], places: set[tuple[int | str, ...]]) -> bool:
-    return any(place[:2] == loc for place in places)
-
-
 def _put_aside(content: dict[str, Any], locs: list[tuple[int | str, ...]], out: Readable) -> None:
     """Take what is wrong at these places of the file out of the content, or put something plain there."""
     left_out: set[int] = set()
+    at = {index: here for here, index in enumerate(out.kept)}  # a file may have thousands of wrong hypotheses
     for loc in locs:
         room, *rest = loc or ("",)
         if room == "hypotheses" and rest and isinstance(rest[0], int):
             key = str(rest[1]) if len(rest) > 1 else ""
-            hypothesis = content["hypotheses"][out.kept.index(rest[0])] if rest[0] in out.kept else None
+            hypothesis = content["hypotheses"][at[rest[0]]] if rest[0] in at else None
             was_mended = ("hypotheses", rest[0], key) in out.put_aside
             if isinstance(hypothesis, dict) and key in _MEANWHILE and not was_mended:
                 hypothesis[key] = _MEANWHILE[key]
@@ -118,14 +115,14 @@ def _put_aside(content: dict[str, Any], locs: list[tuple[int | str, ...]], out: 
             else:
                 content.pop(str(room), None)
             out.put_aside.add(loc[:1])
-    for index in left_out:
-        if index in out.kept:
-            at = out.kept.index(index)
-            gone = content["hypotheses"].pop(at)
-            out.kept.pop(at)
-            out.put_aside.add(("hypotheses", index))
-            if isinstance(gone, dict) and "id" in gone:
-                out.put_aside.add(("hypotheses", index, str(gone["id"])))
+    for index in left_out & at.keys():
+        gone = content["hypotheses"][at[index]]
+        out.put_aside.add(("hypotheses", index))
+        if isinstance(gone, dict) and "id" in gone:
+            out.put_aside.add(("hypotheses", index, str(gone["id"])))
+    if left_out:
+        content["hypotheses"] = [content["hypotheses"][at[index]] for index in out.kept if index not in left_out]
+        out.kept = [index for index in out.kept if index not in left_out]
 
 
 def _plain_phase(content: dict[str, Any], name: str, keys: list[str]) -> None:

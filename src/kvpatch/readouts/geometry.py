@@ -16,7 +16,7 @@ from kvpatch.caches.kvcache import PAD, KVCache
 from kvpatch.caches.rope import Turns
 from kvpatch.caches.selection import SINKS
 from kvpatch.errors import CacheError
-from kvpatch.specs.arguments import plain, refuse_other, shown, whole
+from kvpatch.specs.arguments import plain, refuse_other, shown, switch, whole
 
 
 def participation_ratio(v: Tensor) -> Tensor:
@@ -102,9 +102,10 @@ def cache_ratios(
     """
     refuse_other("cache", cache, KVCache)
     if whole("window", window, most=2**31 - 1) < 2:
-        raise CacheError(f"window must be at least 2 slots, got {window}")
+        raise CacheError(f"window must be at least 2 slots, got {shown(window)}")
     if not isinstance(part, str) or part not in ("k", "v"):
         raise CacheError(f"part must be 'k' or 'v', got {shown(part)}")
+    joined, corrected = switch("joined", joined), switch("corrected", corrected)
     ratio = corrected_participation_ratio if corrected else participation_ratio
     back = Turns(-torch.where(cache.positions != PAD, cache.positions, 0)[:, -window:])
     found = []
@@ -127,10 +128,10 @@ def layer_at(layer: int | float, layers: int) -> int:
     layer = plain(layer)
     if isinstance(layer, float):
         if not 0 <= layer <= 1:
-            raise CacheError(f"layer {layer} as a fraction of depth must lie between 0 and 1")
+            raise CacheError(f"layer {shown(layer)} as a fraction of depth must lie between 0 and 1")
         return min(math.floor(layer * layers + 0.5), layers - 1)
     if not -layers <= whole("a layer", layer) < layers:
-        raise CacheError(f"layer {layer} does not exist: there are {layers} (0 to {layers - 1})")
+        raise CacheError(f"layer {shown(layer)} does not exist: there are {layers} (0 to {layers - 1})")
     return layer % layers
 
 
@@ -148,7 +149,7 @@ def r_v(cache: KVCache, early: int | float = 4, late: int | float = 24, window: 
     """
     refuse_other("cache", cache, KVCache)
     if whole("window", window, most=2**31 - 1) < 2:
-        raise CacheError(f"window must be at least 2 slots, got {window}")
+        raise CacheError(f"window must be at least 2 slots, got {shown(window)}")
     layers = [layer_at(layer, cache.layers) for layer in (late, early)]
     has_window = cache.lengths >= window
     late_v, early_v = (cache.values[layer][:, :, -window:].to(cache.positions.device) for layer in layers)

@@ -29,6 +29,7 @@ from types import ModuleType
 from typing import Any, Literal, TypeGuard
 
 from kvpatch.errors import ProtocolError, ProtocolMistakes
+from kvpatch.files import MOST_BYTES, bytes_within
 from kvpatch.readouts.behavior import (
     Lexicon,
     content_words,
@@ -154,10 +155,12 @@ def read_scorer(name: str, folder: Path | None = None) -> Scorer:
         return Scorer(name=name, kind="module", content="", function=function, sha256=_sha256(origin))
     path = Path(folder or "", where)
     try:
-        content = path.read_bytes()
+        content = bytes_within(path)
         text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ProtocolError(f"scorer {name}: {path} can't be read: {_reason(error)}") from error
+    if len(content) > MOST_BYTES:
+        raise ProtocolError(f"scorer {name}: {path} has more than {MOST_BYTES:,} bytes")
     return Scorer(name=name, kind="file", content=text, function=function, sha256=_sha256(content))
 
 

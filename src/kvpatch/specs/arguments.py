@@ -7,6 +7,7 @@ where a mask can't be meant it is refused. Needs no torch.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,7 +21,10 @@ Refusal = type[KvpatchError]
 
 def shown(value: object) -> str:
     """A value as it stands in a message: one line of at most 80 characters."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an integer of too many digits, or an object that can't tell what it is
+        text = f"a {type(value).__name__} that can't be printed"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -51,9 +55,9 @@ def whole(
     if isinstance(number, bool) or not isinstance(number, int):
         raise error(f"{name} must be a whole number, got {shown(value)}")
     if least is not None and number < least:
-        raise error(f"{name} must be at least {least}, got {number}")
+        raise error(f"{name} must be at least {least}, got {shown(number)}")
     if most is not None and number > most:
-        raise error(f"{name} must be at most {most}, got {number}")
+        raise error(f"{name} must be at most {most}, got {shown(number)}")
     return number
 
 
@@ -64,9 +68,41 @@ def real(name: str, value: object, *, error: Refusal = CacheError) -> float:
         KvpatchError: of the type given by `error`, for anything else.
     """
     number = plain(value)
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not _is_finite(number):
         raise error(f"{name} must be a finite number, got {shown(value)}")
     return float(number)
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
+def path(name: str, value: object, *, error: Refusal = CacheError) -> str:
+    """A path, as text.
+
+    Raises:
+        KvpatchError: of the type given by `error`, for what is neither text nor a `Path`.
+    """
+    found = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(found, str) or "\0" in found:
+        raise error(f"{name} must be a path, got {shown(value)}")
+    return found
+
+
+def unicode_text(name: str, value: object, *, error: Refusal = CacheError) -> str:
+    """A text of whole letters; half of one (a lone surrogate) no tokenizer reads.
+
+    Raises:
+        KvpatchError: of the type given by `error`, for anything else.
+    """
+    if not isinstance(value, str):
+        raise error(f"{name} must be text, got {shown(value)}")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise error(f"{name} holds half a letter (a lone surrogate), which no tokenizer reads: {shown(value)}")
+    return value
 
 
 def switch(name: str, value: object, *, error: Refusal = CacheError) -> bool:
@@ -106,7 +142,9 @@ def sampling(given_temperature: object, given_top_p: object) -> tuple[float, flo
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ProtocolError(f"{name} must be a number, got {shown(value)}")
     if not number >= 0 or not 0 < share <= 1:
-        raise ProtocolError(f"temperature must be at least 0 and top_p in (0, 1], got {number} and {share}")
+        raise ProtocolError(
+            f"temperature must be at least 0 and top_p in (0, 1], got {shown(number)} and {shown(share)}"
+        )
     return temperature(number, error=ProtocolError), float(share)
 
 
@@ -155,7 +193,7 @@ def chosen_rows(value: object, count: int) -> list[int]:
         else:
             found = whole_numbers("rows", value)
     if not found or any(not -count <= row < count for row in found):
-        raise CacheError(f"rows {found} are not in a batch of {count}")
+        raise CacheError(f"rows {shown(found)} are not in a batch of {count}")
     return [row % count for row in found]
 
 

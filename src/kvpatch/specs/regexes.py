@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from re import _parser  # pyright: ignore[reportAttributeAccessIssue] (it has no public name that is not deprecated)
 from typing import Any
 
 import regex
@@ -25,6 +26,22 @@ class PatternError(ValueError):
     """A text is no regular expression; the message says why."""
 
 
+def _size(parsed: Any) -> int:
+    """Places of a pattern with every repetition written out as often as it may be at least: `(a{9}){9}` has 81. The
+    package writes them out when it compiles, so that `(a{65535}){65535}` takes it minutes and all memory."""
+    total = 0
+    for kind, held in parsed:
+        if kind in (_parser.MAX_REPEAT, _parser.MIN_REPEAT, _parser.POSSESSIVE_REPEAT):
+            least, most, inner = held
+            times = least if most is _parser.MAXREPEAT else most
+            total += max(1, int(times)) * _size(inner)
+        else:
+            inside = held if isinstance(held, tuple) else (held,)
+            lists = [part for each in inside for part in (each if isinstance(each, list) else (each,))]
+            total += 1 + sum(_size(part) for part in lists if isinstance(part, _parser.SubPattern))
+    return total
+
+
 class Pattern:
     """A regular expression that runs with a time limit; the methods are those of `re.Pattern`.
 
@@ -39,6 +56,8 @@ class Pattern:
             raise PatternError(f"it has {len(pattern):,} characters, and may have {LONGEST:,}")
         try:
             re.compile(pattern, flags)
+            if (size := _size(_parser.parse(pattern, flags))) > LONGEST:
+                raise PatternError(f"its repetitions written out have {size:,} places, and may have {LONGEST:,}")
             self._compiled = regex.compile(pattern, flags | regex.VERSION0)
         except (re.error, regex.error) as error:
             raise PatternError(str(error)) from error

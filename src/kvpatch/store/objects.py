@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from kvpatch.errors import StoreError
 from kvpatch.files import bytes_within
+from kvpatch.specs.arguments import path
 from kvpatch.store.buckets import Bucket, Found, bucket
 
 _URL = re.compile(r"(s3|gs|az|hf):/{1,2}(?=[^/])")  # a pathlib.Path has one slash left of the two
@@ -190,7 +191,7 @@ def place_of(given: str | os.PathLike[str] | ObjectPath) -> Place:
     """A place, from what a user gave."""
     if isinstance(given, ObjectPath):
         return given
-    text = os.fspath(given)
+    text = path("a run directory", given, error=StoreError)
     if not (found := _URL.match(text)):
         return Path(given)
     name, _, key = text[found.end() :].partition("/")

@@ -11,6 +11,7 @@ stay what they were, where those times are older than `YOUNG`. Another process c
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,9 +25,10 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvpatch.errors import StoreError
+from kvpatch.files import MOST_JSON, bytes_within
 from kvpatch.store.buckets import Found
 from kvpatch.store.kept_parts import kept_part
-from kvpatch.store.objects import Place
+from kvpatch.store.objects import Place, content_of
 
 Name = Annotated[str, Field(pattern=r"^[^/\\\x00]+\.parquet$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -80,7 +82,7 @@ def read_index(path: Place) -> list[Part]:
         StoreError: naming a line that is no entry, or that contradicts another.
     """
     try:
-        content = path.read_bytes()
+        content = index_content(path)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -106,6 +108,18 @@ def read_index(path: Place) -> list[Part]:
                 f"line, or have `kvpatch repair {path.parent}` do so"
             )
     return list(found.values())
+
+
+def index_content(path: Place) -> bytes:
+    """The content of parts.jsonl.
+
+    Raises:
+        OSError: where it can't be read, or is longer than that of any run.
+    """
+    content = content_of(path, MOST_JSON)
+    if len(content) > MOST_JSON:
+        raise OSError(errno.EFBIG, f"it has more than {MOST_JSON:,} bytes")
+    return content
 
 
 def entries(content: bytes) -> tuple[list[Part], int]:
@@ -186,7 +200,7 @@ def _opened(path: Place, sha256: str, rows: int | None, schema: pa.Schema, neede
         stamp = _stamp(path.stat())
         if isinstance(path, Path) and _checked.get(str(path)) == (stamp, sha256, rows):
             return pq.ParquetFile(str(path))
-        data = path.read_bytes() if isinstance(path, Path) else kept_part(path, sha256)
+        data = bytes_within(path, path.stat().st_size) if isinstance(path, Path) else kept_part(path, sha256)
         if (found := hashlib.sha256(data).hexdigest()) != sha256:
             raise _damaged(path, f"its SHA-256 begins with {found[:12]}, and {sha256[:12]} is recorded")
         file = pq.ParquetFile(pa.BufferReader(data))

@@ -16,7 +16,7 @@ from kvpatch.files import MOST_JSON, is_file, read_json
 from kvpatch.specs.base import Frozen
 from kvpatch.store.directory import SET_ASIDE, Store, explained
 from kvpatch.store.objects import ObjectPath, Place, content_of, move
-from kvpatch.store.parts import Part, entries
+from kvpatch.store.parts import Part, entries, index_content
 from kvpatch.store.record import RunRecord, dumped_sha256
 from kvpatch.store.session import write_object
 
@@ -114,7 +114,7 @@ def _record(store: Store) -> RunRecord | None:
 def _sorted_out(store: Store) -> tuple[list[Part], list[tuple[Part, str]], int]:
     """Parts that stay, parts that go with what is wrong with them, and the number of lines that name none."""
     try:
-        content = store.index.read_bytes()
+        content = index_content(store.index)
     except FileNotFoundError:
         return [], [], 0
     named, bad = entries(content)
@@ -178,7 +178,7 @@ def _set_aside(store: Store, name: str, taken: dict[str, str], why: str, *, is_c
     number = next(i for i in range(1, 1 << 30) if not _is_there(folder / f"{flat}.{i}"))
     if is_copy:
         with suppress(FileNotFoundError):
-            content = place.read_bytes()
+            content = index_content(place)
             if isinstance(folder, ObjectPath):
                 write_object(folder / f"{flat}.{number}", content)
             else:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from kvpatch.errors import StoreError
-from kvpatch.files import read_json
+from kvpatch.files import read_json, write_whole
 from kvpatch.specs.base import Frozen
 
 PACKAGE = Path(__file__).parent.parent
@@ -95,8 +95,7 @@ def write_validation(validation: Validation, folder: Path) -> Path:
     path = folder / "validation.json"
     text = json.dumps({"passed": validation.passed, **validation.model_dump()}, indent=1) + "\n"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text.encode())
     except OSError as error:
         raise StoreError(f"{path} can't be written: {error.strerror or error}") from error
     return path

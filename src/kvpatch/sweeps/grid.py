@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvpatch.caches.kvcache import KVCache
-from kvpatch.errors import as_html, missing_extra
+from kvpatch.errors import as_html, missing_extra, visible
 from kvpatch.sweeps.axes import Plan, token_labels
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Sweep:
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name}={size}" for name, size in self.data.sizes.items())
         return (
-            f"Sweep({sizes}; {self.metric}: {float(self.data.min()):.3g} to {float(self.data.max()):.3g}, "
+            f"Sweep({sizes}; {visible(self.metric)}: {float(self.data.min()):.3g} to {float(self.data.max()):.3g}, "
             f"source {self.source_value:.3g}, target {self.target_value:.3g})"
         )
 

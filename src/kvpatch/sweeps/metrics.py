@@ -6,17 +6,18 @@ others make one; a function of logits is one too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kvpatch.errors import ProtocolError
+from kvpatch.errors import ProtocolError, visible
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.changes import is_plain_linear
-from kvpatch.specs.arguments import shown
+from kvpatch.specs.arguments import plain as as_plain
+from kvpatch.specs.arguments import shown, unicode_text
 
 if TYPE_CHECKING:
     from kvpatch.engine.model import Model
@@ -59,7 +60,7 @@ class Metric:
     reading: Callable[[Context], Reading]
 
     def __repr__(self) -> str:
-        return f"<metric: {self.name}>"
+        return f"<metric: {visible(self.name)}>"
 
 
 def logit_difference(answer: str, other: str) -> Metric:
@@ -82,13 +83,15 @@ def logit_difference(answer: str, other: str) -> Metric:
         read = _logits_of(context.model.backbone, [one, two])
         return Reading([Pass((), lambda hidden: read(hidden[:, 0]).diff(dim=1)[:, 0].neg())])
 
-    return Metric(f"logit of {answer!r} less that of {other!r}", reading)
+    return Metric(f"logit of {_quoted(answer)} less that of {_quoted(other)}", reading)
 
 
 def log_likelihood(answer: str) -> Metric:
     """The log-probability of an answer behind the cache, natural logarithm, summed over all of its tokens."""
     _refuse_no_text(answer)
-    return Metric(f"log-likelihood of {answer!r} (nats)", lambda context: Reading([_likelihood(context.model, answer)]))
+    return Metric(
+        f"log-likelihood of {_quoted(answer)} (nats)", lambda context: Reading([_likelihood(context.model, answer)])
+    )
 
 
 def probability(answer: str) -> Metric:
@@ -98,7 +101,7 @@ def probability(answer: str) -> Metric:
     def reading(context: Context) -> Reading:
         return Reading([_likelihood(context.model, answer)], lambda values: values[0].exp())
 
-    return Metric(f"probability of {answer!r}", reading)
+    return Metric(f"probability of {_quoted(answer)}", reading)
 
 
 def mode_likelihood_ratio(mode: Sequence[str], plain: Sequence[str]) -> Metric:
@@ -108,7 +111,8 @@ def mode_likelihood_ratio(mode: Sequence[str], plain: Sequence[str]) -> Metric:
     Raises:
         ProtocolError: where either side has no text.
     """
-    texts = [[side] if isinstance(side, str) else list(side) for side in (mode, plain)]
+    sides = [as_plain(side) for side in (mode, plain)]
+    texts = [[side] if isinstance(side, str) or not isinstance(side, Iterable) else list(side) for side in sides]
     if not all(texts):
         raise ProtocolError("mode_likelihood_ratio needs at least one text of the mode and one plain text")
     _refuse_no_text(*texts[0], *texts[1])
@@ -146,7 +150,8 @@ def metric_of(given: Any) -> Metric:
     if isinstance(given, Metric):
         return given
     known = "logit_difference, log_likelihood, probability, mode_likelihood_ratio, kl_to_source and kl_to_target"
-    if given in (logit_difference, log_likelihood, probability, mode_likelihood_ratio, kl_to_source, kl_to_target):
+    makers = (logit_difference, log_likelihood, probability, mode_likelihood_ratio, kl_to_source, kl_to_target)
+    if any(given is maker for maker in makers):
         raise ProtocolError(f"metric {given.__name__} is not called yet; write kv.{given.__name__}(...)")
     if not callable(given):
         raise ProtocolError(f"metric must be one of kv.{known}, or a function of logits, got {shown(given)}")
@@ -213,7 +218,13 @@ def _ids(model: Model, text: str) -> list[int]:
     return ids
 
 
+def _quoted(answer: str) -> str:
+    """An answer in quotes, all of it to be seen."""
+    return "'" + visible(answer).replace("\n", "\u2424").replace("\t", "\u2409") + "'"
+
+
 def _refuse_no_text(*texts: object) -> None:
     for text in texts:
         if not isinstance(text, str) or not text:
             raise ProtocolError(f'an answer must be text, such as " Rome", got {shown(text)}')
+        unicode_text("an answer", text, error=ProtocolError)

@@ -66,8 +66,8 @@ class KVCache:
         pending_position: [batch], the position it will be fed at.
         pieces: per row, the text of each of its own slots (padding left out).
         rope: one `LayerRope` a layer.
-        model: identity of the model that made it (`Backbone.identity`, a hash of weights and tokenizer). "" is unknown, of
-            caches made by hand, and fits other unknown ones alone, never a model's.
+        model: identity of the model that made it (`Backbone.identity`, a hash of weights and tokenizer). "" is unknown,
+            of caches made by hand, and fits other unknown ones alone, never a model's.
     """
 
     keys: tuple[Tensor, ...]

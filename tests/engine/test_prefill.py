@@ -11,6 +11,7 @@ from kvpatch.caches.kvcache import PAD, Origin, Segment
 from kvpatch.engine.prefill import prefill
 from kvpatch.errors import ProtocolError
 from kvpatch.models.backbone import Backbone
+from kvpatch.models.probe import attention_as_written
 from tiny import ARCHITECTURES, CONTEXT, WINDOW, prompt_of, random_prompts
 
 pytestmark = pytest.mark.model
@@ -21,7 +22,7 @@ LENGTHS = [2 * WINDOW + 9, 1, 12, 2, WINDOW + 1, 12]
 def own_cache(model, token_ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of each layer from transformers' own cache, one unpadded row, nothing dropped."""
     cache = DynamicCache()
-    with torch.no_grad():
+    with torch.no_grad(), attention_as_written(model.hf):
         model.hf(input_ids=torch.tensor([token_ids]), use_cache=True, **{model.backbone._cache_argument: cache})
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from kvpatch.errors import ModelError
 from kvpatch.executors.host import model_record
 from kvpatch.models import hub
 from kvpatch.models.load import load_model
-from kvpatch.models.named import hub_models, named_models
+from kvpatch.models.named import hub_models, hub_repository, named_models
 from tiny import tiny_model_dir
 
 pytestmark = pytest.mark.model
@@ -197,3 +199,29 @@ def test_names_of_hub_models_lead_to_their_repositories(fake: FakeHub, monkeypat
 def test_the_hub_s_library_has_what_is_used_of_it():
     assert callable(huggingface_hub.snapshot_download)
     assert constants.HUGGINGFACE_CO_URL_TEMPLATE.endswith("/{repo_id}/resolve/{revision}/{filename}")
+
+
+def test_a_repository_of_the_hub_is_told_from_what_is_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub_repository("owner/name-7b.v1") == "owner/name-7b.v1"
+    assert hub_repository("llama-3-8b-instruct") == hub_models()["llama-3-8b-instruct"].repository
+    (tmp_path / "owner" / "name-7b.v1").mkdir(parents=True)
+    assert hub_repository("owner/name-7b.v1") is None
+    for here in ("smollm2-135m", "./model", "/models/one", "~/model", "file.gguf", "owner/file.gguf", "a/b/c"):
+        assert hub_repository(here) is None
+
+
+def test_check_asks_the_hub_before_it_imports_torch(tmp_path: Path):
+    """Importing torch takes seconds, in which a person without a network would wait for nothing."""
+    told = (
+        "import sys, kvpatch.models.hub as hub\n"
+        "def ask(*_, **__):\n"
+        "    print('torch' in sys.modules, flush=True)\n"
+        "    raise SystemExit(3)\n"
+        "hub.fetch_from_hub = ask\n"
+        "sys.argv = ['kvpatch', 'check', 'owner/name']\n"
+        "from kvpatch.cli.main import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (3, "False"), done.stderr

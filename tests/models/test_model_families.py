@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 import kvpatch as kv
 from kvpatch.caches.rope import LayerRope
@@ -29,6 +32,10 @@ MOVING = {
     "gemma3": "the text part of a wrapper",
     "qwen2_vl": "a wrapper that no causal class takes, with three-part positions",
 }
+LATELY = ("gptj",)
+"""Kinds whose attention older versions of transformers write out by themselves; docs/models.md says under which."""
+BEFORE_5_24 = {"recurrent_gemma": "keeps a state that goes from token to token, not a KV cache, in some of its layers"}
+"""What is said of kinds whose configuration did not yet tell which layers keep a state."""
 FIXED = {
     "hunyuan_v1_dense": "a norm with weights behind the rotation",
 }
@@ -48,6 +55,9 @@ def built(tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("kind", [*MOVING, *FIXED])
 def test_a_family_gives_what_transformers_alone_gives(kind: str, built: Callable[[str], Path]):
+    home = tiny_causal(kind).__class__.__module__
+    if not hasattr(sys.modules[home], "ALL_ATTENTION_FUNCTIONS") and kind in LATELY:
+        pytest.skip(f"transformers {transformers.__version__} writes {kind}'s attention out in code of its own")
     model = kv.load(built(kind), device="cpu")
     assert [i.identity for i in check(model) if i.holds is False] == []
     errors, refused = compare(model, Slow(tiny_causal(kind)))
@@ -80,7 +90,8 @@ def test_a_family_gives_what_transformers_alone_gives(kind: str, built: Callable
 def test_what_cannot_be_patched_is_refused_by_what_it_is(kind: str, words: str, built: Callable[[str], Path]):
     with pytest.raises(ModelError) as error:
         kv.load(built(kind), device="cpu")
-    assert words in str(error.value)
+    is_old = Version(transformers.__version__) < Version("5.24")
+    assert words in str(error.value) or (is_old and BEFORE_5_24.get(kind, words) in str(error.value))
     assert "\n" not in str(error.value)
     assert "SlabLayer" not in str(error.value)
 

@@ -290,3 +290,41 @@ def test_check_goes_past_every_limit_and_says_how_far(tmp_path: Path):
     first = check(kv.load(saved(hf, tmp_path), device="cpu"))[0]
     assert first.holds
     assert first.note == "prompts of 9 to 78 tokens; past the window of 70"
+
+
+# --- the reference itself ---
+
+
+def test_a_default_attention_that_drops_the_cap_on_scores_is_not_the_reference() -> None:
+    """As transformers' own did for Gemma 2 up to 5.20: kvpatch caps, and so does the attention that the file writes."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def forgetful(*given: Any, softcap: float | None = None, **settings: Any) -> Any:
+        return sdpa_attention_forward(*given, **settings)
+
+    AttentionInterface.register("forgets_the_cap", forgetful)
+    AttentionMaskInterface.register("forgets_the_cap", sdpa_mask)
+    hf: Any = tiny_of("Gemma2Config", attn_logit_softcapping=0.05, query_pre_attn_scalar=1)
+    hf.config._attn_implementation = "forgets_the_cap"
+    model = kv.load(model=hf, tokenizer=tiny_tokenizer())
+    row = torch.arange(40)
+    plain = hf(input_ids=row[None], use_cache=False)[0][0, -16:]
+    capped = of_model(model.backbone, row)
+    assert float((plain - capped).abs().max() / capped.abs().max()) > 1e-3
+    assert hf.config._attn_implementation == "forgets_the_cap"
+    assert [i.identity for i in check(model) if i.holds is False] == []
+
+
+def test_in_float32_a_bound_follows_the_model_s_own_two_ways_to_attend_and_no_more(monkeypatch: pytest.MonkeyPatch):
+    import kvpatch.checks.identities as identities
+
+    model = kv.load(model=tiny_hf("llama"), tokenizer=tiny_tokenizer())
+    assert 0 < room.own_attentions_differ(model.backbone, 33) < 1e-5
+
+    def bound_with(own: float) -> float:
+        monkeypatch.setattr(identities, "own_attentions_differ", lambda *_: own)
+        return next(i.bound for i in check(model) if i.identity.startswith("own forward pass"))
+
+    assert [bound_with(own) for own in (1e-7, 1e-5, 1e-2)] == pytest.approx([1e-5, 3e-5, 1e-4])

@@ -17,7 +17,14 @@ from typer.core import TyperGroup
 
 import kvpatch
 from kvpatch.cli.console import print_briefly, say, say_json
-from kvpatch.errors import MOST_QUOTED, KvpatchError, ProtocolMistakes, missing_extra, quoted_briefly
+from kvpatch.errors import (
+    MOST_QUOTED,
+    KvpatchError,
+    ProtocolMistakes,
+    is_installed,
+    missing_extra,
+    quoted_briefly,
+)
 
 if TYPE_CHECKING:
     from kvpatch.engine.model import Model
@@ -214,6 +221,27 @@ def how_to_read(
         "allow_pickle": allow_pickle,
         "revision": revision,
     }
+
+
+def at_its_commit(name: str, how: dict[str, Any]) -> dict[str, Any]:
+    """How a model is read, the commit fixed of one that comes from the hub.
+
+    It is fetched here, before torch is imported, which takes seconds: whoever has no network hears of it at once.
+
+    Raises:
+        ModelError: where the hub can't be reached or has no such model.
+    """
+    from kvpatch.models.named import hub_repository
+
+    repository = hub_repository(name)
+    if repository is None or not is_installed("huggingface_hub"):
+        return how
+    from kvpatch.cli.progress import loading
+    from kvpatch.models.hub import fetch_from_hub
+
+    given = {key: how[key] for key in ("revision", "allow_pickle", "trust_remote_code")}
+    with loading() as report:
+        return {**how, "revision": fetch_from_hub(repository, report, **given).name}
 
 
 def sources_of(

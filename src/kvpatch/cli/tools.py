@@ -18,6 +18,7 @@ from kvpatch.cli.app import (
     Revision,
     TrustRemoteCode,
     app,
+    at_its_commit,
     how_to_read,
     refuse_unwritable,
     show,
@@ -47,13 +48,13 @@ def check(
 
     Example: kvpatch check smollm2-135m
     """
+    how = at_its_commit(model, how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision))
     from kvpatch.checks.identities import check as check_model
     from kvpatch.cli.progress import loading
     from kvpatch.cli.tables import print_check
     from kvpatch.engine.loading import load
 
     with loading() as report:
-        how = how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision)
         loaded = load(model, progress=report, **how)
     found = check_model(loaded)
     summary = {
@@ -158,14 +159,15 @@ def bank(
     Exit code 1 where --balance finds groups further apart than 5 percentage points or 5%. Example: kvpatch bank
     recursion --balance
     """
-    from kvpatch.cli.progress import loading
-    from kvpatch.cli.tables import bank_summary, print_bank
-    from kvpatch.engine.loading import load
     from kvpatch.prompts.bank import load_bank
 
     found = load_bank(name)
+    how = at_its_commit(model, how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision))
+    from kvpatch.cli.progress import loading
+    from kvpatch.cli.tables import bank_summary, print_bank
+    from kvpatch.engine.loading import load
+
     with loading() as report:
-        how = how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision)
         loaded = load(model, progress=report, **how)
     if balance:
         _show_balance(found, lexicon, lambda text: loaded.encode(text).body_length, as_json, is_all)

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import yaml
 from pydantic import Field
 
 from kvpatch.errors import ModelError
-from kvpatch.files import cache_directory, held
+from kvpatch.files import cache_directory, held, is_directory
 from kvpatch.models.package_index import index_options
 from kvpatch.specs.base import Frozen
 
@@ -97,6 +98,17 @@ class HubModel(Frozen):
         )
         cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
         return any(cache.glob(f"models--{self.repository.replace('/', '--')}/snapshots/*/config.json"))
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def hub_repository(name: str) -> str | None:
+    """The hub's repository that a name means; None for what is on this machine, and for names of other kinds."""
+    if name in hub_models():
+        return None if is_directory(Path(name)) else hub_models()[name].repository
+    is_here = Path(name).exists() or name.endswith(".gguf")
+    return name if _HUB_ID.fullmatch(name) and not is_here else None
 
 
 def hub_models() -> dict[str, HubModel]:

@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kvpatch.readouts.behavior import copied_words
+from kvpatch.report.figure import Figure
 from kvpatch.report.head_maps import MAPPED
-from kvpatch.report.page import Live, render
+from kvpatch.report.page import Live, context_of, render
+from kvpatch.report.paper import figures_in
 from kvpatch.store.directory import Store
 from kvpatch.store.objects import Place
 from kvpatch.verdicts.decide import verdicts_json
@@ -42,6 +44,21 @@ def report_page(store: Store, outcome: Outcome, live: Live | None = None) -> str
             watched=watched_rows(store, outcome),
             live=live,
         )
+
+
+def report_figures(store: Store, outcome: Outcome) -> dict[str, Figure]:
+    """The figures of the report that have data, by id, in the page's order."""
+    with pd.option_context("mode.string_storage", "python"):
+        context = context_of(
+            {**outcome.record.model_dump(mode="json"), "dropped_pairs": len(outcome.record.dropped_pairs)},
+            outcome.protocol,
+            outcome.rows,
+            json.loads(verdicts_json(outcome.verdicts)),
+            outcome.told,
+            [effect.model_dump() for effect in outcome.effects],
+            watched_rows(store, outcome),
+        )
+    return {found.id: found for found in figures_in(context)}
 
 
 def write_report(store: Store, outcome: Outcome, path: Path | None = None) -> Place:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import polars
 
     from kvpatch.report.charts import AnyChart, Drawn
+    from kvpatch.report.figure import Figure
 
 
 class Run:
@@ -59,8 +60,39 @@ class Run:
 
     def refresh(self) -> Run:
         """Forget what was read; returns the run itself."""
-        self.__dict__.pop("outcome", None)
+        for name in ("outcome", "_figures"):
+            self.__dict__.pop(name, None)
         return self
+
+    @property
+    def figures(self) -> dict[str, str]:
+        """The figures of the report that have data: id -> title. `figure(id)` gives one for a paper."""
+        return {name: found.title for name, found in self._figures.items()}
+
+    def figure(self, name: str, *, inches: float = 3.25) -> dict[str, Any]:
+        """One figure of the report as Vega-Lite with its numbers, for a paper: in points (72 to the inch), on white.
+
+        Args:
+            name: one of `figures`. inches: how wide.
+        Raises:
+            ProtocolError: for a figure that there is not, or a width that no page has.
+        """
+        from kvpatch.report.paper import chosen, paper_spec
+
+        return paper_spec(chosen(self._figures, [name])[0], inches)
+
+    @staticmethod
+    def drawn(figure: dict[str, Any], inches: float) -> dict[str, bytes]:
+        """What `figure` gave, as files of that width: ".svg", ".pdf" and ".png" (300 dots per inch) -> content."""
+        from kvpatch.report.paper import drawn
+
+        return drawn(figure, inches)
+
+    @cached_property
+    def _figures(self) -> dict[str, Figure]:
+        from kvpatch.report.build import report_figures
+
+        return report_figures(self.store, self.outcome)
 
     @overload
     def trials(self, kind: Literal["pandas"] = "pandas") -> pd.DataFrame: ...

@@ -30,6 +30,18 @@ def test_a_trials_page_shows_every_column(client: TestClient, directory: Path) -
     assert json.loads(row["patch"])["joined" if "joined" in row["patch"] else "keep"]
 
 
+def test_a_trial_stands_beside_another_of_its_pair_token_by_token(client: TestClient, directory: Path) -> None:
+    rows = {row["trial_id"]: row for row in Store(directory).read().to_pylist()}
+    own, other = rows["1-C-0-0"], rows["1-A-0-0"]
+    html = client.get("/a-token/run/first/trial/1-C-0-0", params={"beside": "1-A-0-0"}).text
+    section = html[html.index('id="beside"') : html.index("<h2>Its patch")]
+    assert "Not even the first token is the same; then C goes on with" in section
+    assert section.count('<span class="token') - 3 == len(own["output_token_ids"]) + len(other["output_token_ids"])
+    assert '<option value="1-A-0-0" selected>' in section
+    assert client.get("/a-token/run/first/trial/1-C-0-0", params={"beside": "1-A-1-0"}).status_code == 404
+    assert client.get("/a-token/run/first/trial/1-C-0-0", params={"beside": "nobody"}).status_code == 404
+
+
 def test_the_live_report_says_that_it_is_not_final_until_it_is(client: TestClient) -> None:
     answer = client.get("/a-token/run/first/report")
     assert "connect-src 'self'" in answer.headers["content-security-policy"]

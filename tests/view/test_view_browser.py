@@ -57,7 +57,10 @@ def test_runs_stand_side_by_side(browser: Any, address: str) -> None:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("where", ["", "run/whole/", "run/whole/trials", "run/whole/trial/1-C-0-0"])
+@pytest.mark.parametrize(
+    "where",
+    ["", "run/whole/", "run/whole/trials", "run/whole/trial/1-C-0-0", "run/whole/trial/1-C-0-0?beside=1-A-0-0"],
+)
 def test_pages_fit_complain_of_nothing_and_pass_axe(browser: Any, address: str, where: str, width: int) -> None:
     for scheme in ("light", "dark"):
         with opened(browser, width, scheme, offline=False) as (page, said):

@@ -159,6 +159,45 @@ def report(
 
 
 @app.command()
+def figures(
+    directory: Directory,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")] = Path("figures"),
+    only: Annotated[list[str] | None, typer.Option(help="The id of a figure; may be repeated. Default: all.")] = None,
+    width: Annotated[
+        list[float] | None,
+        typer.Option(help="Inches; may be repeated. Default: 3.25 and 6.75, for one column and two."),
+    ] = None,
+    is_list: Annotated[bool, typer.Option("--list", help="Print the ids and titles, and write nothing.")] = False,
+    is_all: All = False,
+) -> None:
+    """Write the report's figures for a paper: SVG, PDF and PNG of a set width, and a script that draws each anew.
+
+    The script computes the numbers from the run's Parquet files.
+
+    Example: kvpatch figures results --only primary-mode_llr --width 3.25
+    """
+    from kvpatch.notebook import Run
+    from kvpatch.report.build import report_figures
+    from kvpatch.report.paper import WIDTHS, chosen, write_figures
+
+    run = Run(directory)
+    found = report_figures(run.store, run.outcome)
+    if is_list:
+
+        def listed() -> None:
+            for name, one in found.items():
+                say(f"{name}: {one.title}")
+
+        print_briefly(listed, is_all)
+        return
+    try:
+        written = write_figures(chosen(found, only or []), out, run.directory, width or list(WIDTHS))
+    except OSError as error:
+        raise KvpatchError(f"{out} can't be written: {error.strerror or error}") from error
+    say(f"{len(written)} files in {out.resolve()}; each figure has a script that draws it anew")
+
+
+@app.command()
 def repair(directory: Directory, as_json: Json = False, is_all: All = False) -> None:
     """Set aside what is damaged in a run, and say what the same run command will compute again.
 

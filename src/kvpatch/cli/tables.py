@@ -165,7 +165,7 @@ def print_status(summary: dict[str, Any]) -> None:
     """A row a phase, and under it what is known of the whole."""
     console = PlainConsole()
     table = Table(title=f"{summary['protocol']} on {summary['model']}: {summary['state']}")
-    for column in ("phase", "done", "of", "", "failed"):
+    for column in ("phase", "done", "of", "progress", "failed"):
         table.add_column(column, justify="right" if column in ("done", "of", "failed") else "left")
     for row in summary["phases"]:
         share = min(1.0, row["done"] / row["planned"]) if row["planned"] else 1.0
@@ -212,33 +212,60 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
         console.print(styled(", ".join(ids), "bold") + f": {told}")
 
 
+INTERVAL = 16
+"""Characters of an interval such as "-0.102 to +0.302"."""
+
+
 def print_effects(effects: Sequence[Effect]) -> None:
-    """A row a condition, a column a readout."""
+    """A row a condition, a column a readout; as many tables a phase as its readouts need, so that no heading is cut."""
     console = PlainConsole()
     for phase in dict.fromkeys(effect.phase for effect in effects):
         rows = [effect for effect in effects if effect.phase == phase]
         measured = list(dict.fromkeys(effect.readout for effect in rows))
-        title = f"phase {phase}: difference from the natural run, mean and 95% interval over pairs"
+        conditions = list(dict.fromkeys(effect.condition for effect in rows))
+        console.print(styled(f"phase {phase}: difference from the natural run", "bold"))
+        console.print("Mean over pairs, and under it the 95% interval.")
         if any(effect.is_incoherent for effect in rows):
-            title += (
-                f". * below the {percent(COHERENT_SHARE)} a condition needs: its contrasts in readouts of sampled text "
-                "can't be interpreted"
+            limit = percent(COHERENT_SHARE)
+            console.print(
+                f"* Fewer than {limit} of the outputs are coherent: readouts of sampled text can't be read there."
             )
-        table = Table(title=title)
-        for column in ("condition", "n", "coherent", *(_heading(name) for name in measured)):
-            table.add_column(column, no_wrap=column == "condition")
-        is_wide = console.width >= 140
-        if is_wide:
-            table.add_column("about")
-        for condition in dict.fromkeys(effect.condition for effect in rows):
-            own = {effect.readout: effect for effect in rows if effect.condition == condition}
-            first = own[measured[0]]
-            share = "-" if first.coherent is None else percent(first.coherent)
-            share += " *" if first.is_incoherent else ""
-            n = str(max(effect.n for effect in own.values()))
-            about = [first.about] if is_wide else []
-            table.add_row(condition, n, share, *(_interval(own[name]) for name in measured), *about)
-        console.print(table)
+        left = console.width - max(map(len, (*conditions, "condition"))) - len("coherent") - 16
+        for shown in _that_fit(measured, left):
+            console.print(_effects_table(rows, conditions, shown, says_about=console.width >= 140))
+
+
+def _that_fit(measured: Sequence[str], width: int) -> list[list[str]]:
+    """Readouts in groups whose columns are together no wider than that; at least one each."""
+    groups: list[list[str]] = []
+    left = 0
+    for name in measured:
+        needed = max(INTERVAL, *map(len, _heading(name).split())) + 3
+        if needed > left:
+            groups.append([])
+            left = width
+        groups[-1].append(name)
+        left -= needed
+    return groups
+
+
+def _effects_table(
+    rows: Sequence[Effect], conditions: Sequence[str], shown: Sequence[str], *, says_about: bool
+) -> Table:
+    table = Table()
+    for column in ("condition", "n", "coherent", *(_heading(name) for name in shown)):
+        table.add_column(column, no_wrap=column == "condition")
+    if says_about:
+        table.add_column("about")
+    for condition in conditions:
+        own = {effect.readout: effect for effect in rows if effect.condition == condition}
+        first = next(iter(own.values()))
+        share = "-" if first.coherent is None else percent(first.coherent)
+        share += " *" if first.is_incoherent else ""
+        n = str(max(effect.n for effect in own.values()))
+        about = [first.about] if says_about else []
+        table.add_row(condition, n, share, *(_interval(own[name]) for name in shown), *about)
+    return table
 
 
 def _heading(readout: str) -> str:

@@ -6,13 +6,18 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kvpatch.readouts.behavior import copied_words
+from kvpatch.report.figure import Figure
 from kvpatch.report.head_maps import MAPPED
-from kvpatch.report.page import Live, render
+from kvpatch.report.page import Live, context_of, render
+from kvpatch.report.paper import figures_in
+from kvpatch.report.token_pairs import TOKEN_TEXTS
+from kvpatch.report.tokens import decoder
 from kvpatch.store.directory import Store
 from kvpatch.store.objects import Place
 from kvpatch.verdicts.decide import verdicts_json
@@ -38,10 +43,25 @@ def report_page(store: Store, outcome: Outcome, live: Live | None = None) -> str
             outcome.told,
             mark,
             [effect.model_dump() for effect in outcome.effects],
-            with_texts=lambda rows: with_columns(store, rows, TEXTS),
+            with_texts=lambda rows: with_tokens(store, outcome, rows),
             watched=watched_rows(store, outcome),
             live=live,
         )
+
+
+def report_figures(store: Store, outcome: Outcome) -> dict[str, Figure]:
+    """The figures of the report that have data, by id, in the page's order."""
+    with pd.option_context("mode.string_storage", "python"):
+        context = context_of(
+            {**outcome.record.model_dump(mode="json"), "dropped_pairs": len(outcome.record.dropped_pairs)},
+            outcome.protocol,
+            outcome.rows,
+            json.loads(verdicts_json(outcome.verdicts)),
+            outcome.told,
+            [effect.model_dump() for effect in outcome.effects],
+            watched_rows(store, outcome),
+        )
+    return {found.id: found for found in figures_in(context)}
 
 
 def write_report(store: Store, outcome: Outcome, path: Path | None = None) -> Place:
@@ -65,6 +85,22 @@ def with_columns(store: Store, rows: pd.DataFrame, columns: Sequence[str]) -> pd
         return rows.assign(**dict.fromkeys(columns))
     more = pa.concat_tables(found).to_pandas().drop_duplicates("trial_id", keep="last")
     return rows.merge(more, on="trial_id", how="left")
+
+
+def with_tokens(store: Store, outcome: Outcome, rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with their texts, and with the tokens that they wrote: ids, log-probabilities, and the text of each
+    where the run's tokenizer is at hand."""
+    rows = rows.drop(columns=["output_token_ids", "output_logprobs"], errors="ignore")  # hashes, of no use here
+    found = with_columns(store, rows, (*TEXTS, "output_token_ids", "output_logprobs"))
+    record = outcome.record
+    models = [record.model, *(other.model for other in record.other_models.values())]
+    decoders = {model.name: decoder(model) for model in models}
+    texts: list[list[str] | None] = []
+    for name, ids in zip(found.get("model", [None] * len(found)), found["output_token_ids"], strict=True):
+        decode = decoders.get(name)
+        has_ids = isinstance(ids, list | np.ndarray)
+        texts.append(None if decode is None or not has_ids else decode([int(i) for i in ids]))
+    return found.assign(**{TOKEN_TEXTS: pd.Series(texts, index=found.index, dtype=object)})
 
 
 def watched_rows(store: Store, outcome: Outcome) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -114,6 +114,20 @@ def render(
     return _environment().get_template("report.html.j2").render(context | _assets(live is not None))
 
 
+def context_of(
+    run: dict,
+    protocol: Protocol,
+    trials: pd.DataFrame,
+    verdicts: list[dict],
+    told: Answer,
+    effects: list[dict],
+    watched: tuple[pd.DataFrame, pd.DataFrame] | None,
+) -> dict[str, Any]:
+    """What the page's template is given, all figures in it; arguments as `render` has them."""
+    with charts.unchecked():
+        return _context(run, protocol, tables.normalised(trials), verdicts, told, effects, watched)
+
+
 def _context(
     run: dict,
     protocol: Protocol,

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from kvpatch.protocols.schema import Protocol
 from kvpatch.report import tables
 from kvpatch.report.text import Span, marked
+from kvpatch.report.token_pairs import strip_html, token_pair
 from kvpatch.specs.readouts import MODE
 from kvpatch.verdicts.prerequisites import decision_order, primary
 
@@ -92,11 +93,26 @@ def sample(part: pd.DataFrame, pair: str, gap: float | None, protocol: Protocol,
         told = [{"name": n, "about": tables.about(protocol, n), "role": tables.role(protocol, phase, n)} for n in alike]
         partner = next((p for name in alike if (p := partners.get(name)) in once and p not in alike), None)
         against = None if partner is None else once[partner].get("text")
-        outputs.append({"of": told, "partner": partner, **_output(once[lead], source, mark, against)})
+        shown = {"of": told, "partner": partner, **_output(once[lead], source, mark, against)}
+        outputs.append(shown | {"beside": _beside_natural(lead, once, protocol)})
     prompts = {"source": shown_text(source, "", None), "target": shown_text(target, "", None)}
     beside = [o for o in outputs if any(of["name"] in first for of in o["of"])]
     others = [o for o in outputs if o not in beside]
     return {"pair": pair, "gap": gap, "prompts": prompts, "outputs": beside, "others": others}
+
+
+def _beside_natural(name: str, once: dict[str, dict], protocol: Protocol) -> dict | None:
+    """A condition's output token by token beside the natural run of the target; None of that run itself, and where
+    tokens are not stored."""
+    natural = tables.natural_run(protocol, "target")
+    if natural is None or natural == name or natural not in once:
+        return None
+    found = token_pair(once[name], once[natural], (name, natural))
+    if found is None:
+        return None
+    sides = zip(found.names, (found.one, found.other), strict=True)
+    strips = [(of, strip_html(tokens, found.shared, found.is_text)) for of, tokens in sides]
+    return {"told": found.told, "strips": strips}
 
 
 def _alike(names: list[str], once: dict[str, dict]) -> list[list[str]]:

@@ -191,7 +191,11 @@ class View:
         row = await run_in_threadpool(trial.stored_row, run, request.path_params["trial_id"])
         if row is None:
             raise HTTPException(404, "There is no such trial.")
-        shown = await run_in_threadpool(trial.page, run, row, mark)
+        asked = request.query_params.get("beside")
+        beside = None if not asked else await run_in_threadpool(trial.stored_row, run, asked)
+        if asked and (beside is None or beside.get("pair_id") != row.get("pair_id")):
+            raise HTTPException(404, "There is no such trial of this pair to stand beside it.")
+        shown = await run_in_threadpool(trial.page, run, row, mark, beside)
         return self._page("trial.html.j2", run=run, **shown)
 
     async def file(self, request: Request) -> Response:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from kvpatch.report import tokens
 from kvpatch.report.head_maps import MAPPED
 from kvpatch.report.samples import Marker, shown_text
 from kvpatch.report.text import number, plain
+from kvpatch.report.token_pairs import TOKEN_TEXTS, strip_html, token_pair
 from kvpatch.store.columns import TRIAL_COLUMNS
 from kvpatch.store.record import ModelRecord
-from kvpatch.view import tokens
 from kvpatch.view.runs import LiveRun
 
 STEPS = (-0.1, -0.5, -1.0, -2.0, -4.0, -8.0)
@@ -37,8 +38,8 @@ def stored_row(run: LiveRun, trial_id: str) -> dict[str, Any] | None:
     return {**rows[-1], "part": found[0]["part"]} if rows else None
 
 
-def page(run: LiveRun, row: dict[str, Any], mark: Marker) -> dict[str, Any]:
-    """Return what the trial's page shows."""
+def page(run: LiveRun, row: dict[str, Any], mark: Marker, beside: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what the trial's page shows. beside: another trial of the pair, to be compared token by token."""
     text, source, target = (row.get(name) or "" for name in ("text", "source_text", "target_text"))
     abouts = {name: about for name, (_, about) in TRIAL_COLUMNS.items()}
     numbers = [
@@ -60,6 +61,7 @@ def page(run: LiveRun, row: dict[str, Any], mark: Marker) -> dict[str, Any]:
         "numbers": numbers,
         "lists": lists,
         "attention": heads(run, row),
+        "beside": None if beside is None else side_by_side(run, row, beside),
         "others": run.ask(
             "select trial_id, condition, sample from trials where pair_id = ? and phase = ? order by place",
             [row.get("pair_id"), row.get("phase")],
@@ -84,6 +86,23 @@ def strip(run: LiveRun, row: dict[str, Any]) -> dict[str, Any]:
         for text, i, chance in zip(texts, ids, padded, strict=False)
     ]
     return {"tokens": out, "is_text": decode is not None, "steps": len(STEPS)}
+
+
+def side_by_side(run: LiveRun, row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None:
+    """Return two trials of a pair token by token; None where one has no tokens."""
+    record = model_of(run, row.get("model"))
+    names = (str(row.get("condition")), str(other.get("condition")))
+    decode = None if record is None else tokens.decoder(record)
+    rows = [
+        one if decode is None else {**one, TOKEN_TEXTS: decode(one.get("output_token_ids") or [])}
+        for one in (row, other)
+    ]
+    found = token_pair(rows[0], rows[1], names)
+    if found is None:
+        return None
+    sides = zip(names, (found.one, found.other), strict=True)
+    strips = [(name, strip_html(side, found.shared, found.is_text)) for name, side in sides]
+    return {"told": found.told, "strips": strips, "trial_id": other["trial_id"]}
 
 
 def model_of(run: LiveRun, name: Any) -> ModelRecord | None:

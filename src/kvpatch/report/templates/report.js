@@ -263,14 +263,19 @@ const leaf = () => {
     const select = element("select", {}, ...names.map((name, i) => element("option", { value: i }, name)));
     return [element("label", {}, `${label} `, select), select];
   };
-  const pairsOf = (phase) => [...phase.querySelectorAll(".pair")];
+  const search = element("input", { type: "search", id: "text-search" });
+  const said = element("span", { role: "status", class: "quiet" });
+  const holds = (pair) => pair.textContent.toLowerCase().includes(search.value.trim().toLowerCase());
+  const pairsOf = (phase) => [...phase.querySelectorAll(".pair")].filter(holds);
   const [phaseLabel, phase] = pick("Phase", phases.map((p) => p.dataset.phase.replace(/^Phase /, "")));
   const [pairLabel, pair] = pick("Pair", []);
   const show = () => {
     phases.forEach((p, i) => {
       p.hidden = i !== phase.selectedIndex;
-      pairsOf(p).forEach((q, j) => (q.hidden = j !== pair.selectedIndex));
+      const found = pairsOf(p);
+      for (const q of p.querySelectorAll(".pair")) q.hidden = q !== found[pair.selectedIndex];
     });
+    said.textContent = search.value.trim() ? `${pair.options.length} with this text` : "";
     before.disabled = pair.selectedIndex <= 0;
     after.disabled = pair.selectedIndex >= pair.options.length - 1;
   };
@@ -290,7 +295,8 @@ const leaf = () => {
   after.addEventListener("click", step(1));
   phase.addEventListener("change", fill);
   pair.addEventListener("change", show);
-  place.append(phaseLabel, pairLabel, before, after);
+  search.addEventListener("input", fill);
+  place.append(phaseLabel, pairLabel, before, after, element("label", {}, "in prompts and texts ", search), said);
   place.hidden = false;
   fill();
 };

@@ -6,9 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from huggingface_hub import try_to_load_from_cache
-from tokenizers import Tokenizer
+from typing import Any
 
 from kvpatch.files import cache_directory, known_tokenizer
 from kvpatch.store.record import ModelRecord
@@ -17,12 +15,18 @@ Decode = Callable[[Sequence[int]], list[str]]
 
 
 def decoder(record: ModelRecord) -> Decode | None:
-    """Return ids -> the text of each; None where the tokenizer with the record's hash is not here."""
-    return _decoder(record.name, record.tokenizer_sha256)
+    """Return ids -> the text of each; None where the tokenizer with the record's hash is not here, the packages that
+    read it (an extra of the view and of runs) are not, or the record's name can be no file's."""
+    try:
+        return _decoder(record.name, record.tokenizer_sha256)
+    except (ImportError, OSError, ValueError, NotImplementedError):
+        return None
 
 
 @functools.lru_cache(maxsize=16)
 def _decoder(name: str, wanted: str) -> Decode | None:
+    from tokenizers import Tokenizer
+
     for path in _candidates(name, wanted):
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -34,6 +38,8 @@ def _decoder(name: str, wanted: str) -> Decode | None:
 
 
 def _candidates(name: str, wanted: str) -> list[Path]:
+    from huggingface_hub import try_to_load_from_cache
+
     out = [Path(name) / "tokenizer.json"] if Path(name).is_dir() else []
     out += known_tokenizer(wanted)
     if "/" not in name:
@@ -44,7 +50,7 @@ def _candidates(name: str, wanted: str) -> list[Path]:
     return out
 
 
-def _decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Text of each token: what the ids up to it say, less what the ids before it said; the last one of a character of
     several tokens shows it whole."""
     out, before = [], ""

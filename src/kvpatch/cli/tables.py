@@ -150,18 +150,24 @@ def status_summary(store: Store) -> dict[str, Any]:
     }
 
 
+MOST_PHASES = 500
+"""Rows of the table of phases; a table of a hundred thousand takes half a minute to lay out."""
+
+
 def print_status(summary: dict[str, Any]) -> None:
     """A row a phase, and under it what is known of the whole."""
     console = PlainConsole()
     table = Table(title=f"{summary['protocol']} on {summary['model']}: {summary['state']}")
     for column in ("phase", "done", "of", "", "failed"):
         table.add_column(column, justify="right" if column in ("done", "of", "failed") else "left")
-    for row in summary["phases"]:
+    for row in summary["phases"][:MOST_PHASES]:
         share = min(1.0, row["done"] / row["planned"]) if row["planned"] else 1.0
         bar = "█" * round(20 * share) + "░" * (20 - round(20 * share))
         failed = styled(str(row["failed"]), "red") if row["failed"] else "0"
         table.add_row(row["phase"], str(row["done"]), str(row["planned"]), bar, failed)
     console.print(table)
+    if (more := len(summary["phases"]) - MOST_PHASES) > 0:
+        console.print(f"and {more} more phases: --json lists all")
     left, speed = summary["seconds_left"], summary["tokens_per_second"]
     told = [
         f"{summary['done']} trials done, {summary['left']} left, {summary['failed']} failed",

@@ -137,11 +137,11 @@ def command_lines(rng: random.Random, n: int, table: Table, folder: Path) -> Non
     commands = {
         "run": ["--model", "--out", "--n", "--phases", "--seed", "--other-model", "--on", "--device", "--dtype"],
         "plan": ["--model", "--n", "--phases", "--seed", "--other-model"],
-        "power": ["--n", "--phases", "--effect", "--assume", "--pilot", "--draws"],
+        "power": ["--n", "--phases", "--effect", "--assume", "--pilot", "--draws", "--seed"],
         "preregister": ["--model", "--out", "--n", "--phases", "--calibration"],
         "status": [], "verdicts": ["--protocol", "--registered", "--exploratory"], "effects": ["--phase"],
         "report": ["--out"], "repair": [], "check": ["--dtype"], "bank": ["--model", "--group", "--lexicon"],
-        "pull": [], "validate": ["--only", "--retrain"], "nowhere": [], "view": ["--port"],
+        "pull": [], "validate": ["--only", "--retrain", "--seed"], "nowhere": [], "view": ["--port"],
     }  # fmt: skip
     texts = [text for text in TEXTS if text not in ("-", "/dev/null")]
     for _ in range(n):

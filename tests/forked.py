@@ -94,7 +94,7 @@ def begun(words: Sequence[object], folder: Path, prepare: Callable[[], None] | N
         return Child(pid, out, err)
     code = 99
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what comes before the command began comes too late
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for number, path in ((1, out), (2, err)):
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -104,13 +104,21 @@ def begun(words: Sequence[object], folder: Path, prepare: Callable[[], None] | N
         sys.argv = ["kvpatch", *map(str, words)]
         if prepare is not None:
             prepare()
-        code = _code_of(cli.main)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command has ended
+        code = _code_of(_interruptible)
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def _interruptible() -> None:
+    """The command, which Ctrl-C interrupts while it goes on, and neither before nor after."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        cli.main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _code_of(command: Callable[[], object]) -> int:

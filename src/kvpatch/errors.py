@@ -18,6 +18,7 @@ EXTRA_OF = {
     "xarray": "run",
     "tqdm": "run",
     "starlette": "view",
+    "anyio": "view",
     "uvicorn": "view",
     "huggingface_hub": "view",
     "tokenizers": "view",

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from kvpatch.cli import brief_verdicts, progress
+from kvpatch.cli import brief_verdicts, progress, tables
 from kvpatch.verdicts.records import Verdict
 
 
@@ -40,3 +40,22 @@ def test_time_left_counts_the_tokens_of_the_batch_at_hand(monkeypatch: pytest.Mo
     # Half of the first batch's tokens are written, in 16 looks at 10 s each: a quarter of all.
     assert told["left"] == pytest.approx(3 * 160)
     assert told["completed"] == 0
+
+
+def test_status_of_thousands_of_phases_shows_the_first_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    phases = [{"phase": f"p{i}", "done": 0, "planned": 1, "failed": 0} for i in range(5_000)]
+    rest = dict.fromkeys(("seconds_left", "tokens_per_second", "finished", "workers"))
+    tables.print_status(
+        {
+            "protocol": "p",
+            "model": "m",
+            "state": "running",
+            "phases": phases,
+            "done": 0,
+            "left": 5_000,
+            "failed": 0,
+            **rest,
+        }
+    )
+    said = capsys.readouterr().out
+    assert "p499 " in said and "p500 " not in said and "and 4500 more phases: --json lists all" in said

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvpatch.cli.console import printed
-from kvpatch.cli.tables import _heading, _that_fit, print_effects
+from kvpatch.cli.effects_table import _heading, _that_fit, print_effects
 from kvpatch.verdicts.outcome import phase_effects
 from synthetic import write_run
 

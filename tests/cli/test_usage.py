@@ -80,3 +80,20 @@ def test_package_that_is_installed_and_broken_is_no_traceback(monkeypatch, capsy
     monkeypatch.setattr(cli, "app", broken)
     code, out, err = said(monkeypatch, capsys, "models")
     assert (code, out) == (70, "") and err.count("\n") == 1 and "ImportError: cannot import name 'x'" in err
+
+
+def test_assumptions_that_can_t_be_read_are_told_before_anything_is_computed(monkeypatch, capsys):
+    from kvpatch.verdicts import power
+
+    monkeypatch.setattr(power, "power", lambda *_, **__: pytest.fail("computed"))
+    code, _, err = said(monkeypatch, capsys, "power", "demo", "--assume", "/dev/zero")
+    assert code == 2 and "the assumptions /dev/zero can't be read" in err
+
+
+@pytest.mark.parametrize(("words", "told"), [(["--seed", "-5"], "--seed"), (["--n", "1000000000"], "at most 100,000")])
+def test_power_of_what_can_t_be_simulated_is_one_line(monkeypatch, capsys, words, told):
+    from kvpatch.verdicts import power
+
+    monkeypatch.setattr(power, "power", lambda *_, **__: [])
+    code, _, err = said(monkeypatch, capsys, "power", "demo", "--draws", "1", *words)
+    assert code == 2 and err.count("\n") == 1 and told in err

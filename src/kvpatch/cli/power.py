@@ -21,6 +21,7 @@ from kvpatch.verdicts.power_of_rule import (
     power_of_rule,
     read_assumptions,
 )
+from kvpatch.verdicts.simulated_rule import refuse_uncountable
 
 
 def simulated(
@@ -45,6 +46,7 @@ def simulated(
         assumptions = assumptions_of_pilot(protocol, pilot)
     else:
         assumptions = every_claim_holds(protocol, effect)
+    refuse_uncountable(protocol, n, draws)
     pairs = [n, *(other for other in OTHER_N if other != n)]
     with Progress(console=PlainConsole(stderr=True), transient=True) as progress:
         task = progress.add_task("simulating the whole rule", total=2 * draws * len(pairs))

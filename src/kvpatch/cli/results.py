@@ -126,7 +126,7 @@ def effects(
 
     Example: kvpatch effects results --phase interventions
     """
-    from kvpatch.cli.tables import print_effects
+    from kvpatch.cli.effects_table import print_effects
     from kvpatch.store.directory import Store
     from kvpatch.verdicts.outcome import phase_effects
 

@@ -127,7 +127,7 @@ def run(
                 chosen, host, out, seed=seed, n=n, phases=phase_names(phases), command=sys.argv, listener=listener
             )
     from kvpatch.cli.brief_verdicts import print_brief_verdicts
-    from kvpatch.cli.tables import print_effects
+    from kvpatch.cli.effects_table import print_effects
     from kvpatch.verdicts.headline import few_pairs
 
     # The table of one phase is looked at; those of ten scroll away.
@@ -223,7 +223,7 @@ def power(
     draws: Annotated[
         int, typer.Option(min=0, help="Simulated runs of the whole rule for each n. 0 leaves the whole rule out.")
     ] = 50,
-    seed: Annotated[int, typer.Option(help="Decides the simulated runs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the simulated runs.")] = 0,
     as_json: Json = False,
     is_all: All = False,
 ) -> None:
@@ -237,8 +237,11 @@ def power(
     from kvpatch.protocols.load import load_protocol
     from kvpatch.store.directory import Store
     from kvpatch.verdicts.power import power as power_of
+    from kvpatch.verdicts.power_of_rule import read_assumptions
 
     chosen = load_protocol(protocol)
+    if assume is not None:
+        read_assumptions(assume)  # what is wrong with them is told before anything is computed
     rows = None if pilot is None else Store(pilot).read().to_pandas()
     found = power_of(chosen, n=n, phases=phase_names(phases), wanted_dz=effect, pilot=rows)
     whole = simulated(chosen, rows, assume, n, effect, draws, seed) if draws else []

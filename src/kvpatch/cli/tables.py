@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
-from rich.text import Text
 
 from kvpatch.cli.console import PlainConsole, styled
 from kvpatch.errors import StoreError, visible
@@ -17,18 +16,15 @@ from kvpatch.planning.listener import Report, unreported
 from kvpatch.planning.plan import Plan
 from kvpatch.prompts.bank import Bank
 from kvpatch.protocols.schema import Protocol
-from kvpatch.specs.readouts import readouts
 from kvpatch.store.directory import Store
 from kvpatch.store.record import told_of_sessions
-from kvpatch.verdicts.prerequisites import COHERENT_SHARE
-from kvpatch.verdicts.wording import number, p_value, percent
+from kvpatch.verdicts.wording import number, p_value
 
 if TYPE_CHECKING:
     from kvpatch.checks.identities import Identity
     from kvpatch.executors.estimate import Estimate
     from kvpatch.store.validation import Validation
     from kvpatch.verdicts.decide import Verdict
-    from kvpatch.verdicts.effects import Effect
     from kvpatch.verdicts.power import Power, PowerAt
 
 
@@ -161,18 +157,24 @@ def status_summary(store: Store) -> dict[str, Any]:
     }
 
 
+MOST_PHASES = 500
+"""Rows of the table of phases; a table of a hundred thousand takes half a minute to lay out."""
+
+
 def print_status(summary: dict[str, Any]) -> None:
     """A row a phase, and under it what is known of the whole."""
     console = PlainConsole()
     table = Table(title=f"{summary['protocol']} on {summary['model']}: {summary['state']}")
     for column in ("phase", "done", "of", "progress", "failed"):
         table.add_column(column, justify="right" if column in ("done", "of", "failed") else "left")
-    for row in summary["phases"]:
+    for row in summary["phases"][:MOST_PHASES]:
         share = min(1.0, row["done"] / row["planned"]) if row["planned"] else 1.0
         bar = "█" * round(20 * share) + "░" * (20 - round(20 * share))
         failed = styled(str(row["failed"]), "red") if row["failed"] else "0"
         table.add_row(row["phase"], str(row["done"]), str(row["planned"]), bar, failed)
     console.print(table)
+    if (more := len(summary["phases"]) - MOST_PHASES) > 0:
+        console.print(f"and {more} more phases: --json lists all")
     left, speed = summary["seconds_left"], summary["tokens_per_second"]
     told = [
         f"{summary['done']} trials done, {summary['left']} left, {summary['failed']} failed",
@@ -210,80 +212,6 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     for (verdict, because), ids in reasons.items():
         told = visible(because) if is_wide else f"{verdict}. {visible(because)}"
         console.print(styled(", ".join(ids), "bold") + f": {told}")
-
-
-INTERVAL = 16
-"""Characters of an interval such as "-0.102 to +0.302"."""
-
-
-def print_effects(effects: Sequence[Effect]) -> None:
-    """A row a condition, a column a readout; as many tables a phase as its readouts need, so that no heading is cut."""
-    console = PlainConsole()
-    for phase in dict.fromkeys(effect.phase for effect in effects):
-        rows = [effect for effect in effects if effect.phase == phase]
-        measured = list(dict.fromkeys(effect.readout for effect in rows))
-        conditions = list(dict.fromkeys(effect.condition for effect in rows))
-        console.print(styled(f"phase {phase}: difference from the natural run", "bold"))
-        console.print("Mean over pairs, and under it the 95% interval.")
-        if any(effect.is_incoherent for effect in rows):
-            limit = percent(COHERENT_SHARE)
-            console.print(
-                f"* Fewer than {limit} of the outputs are coherent: readouts of sampled text can't be read there."
-            )
-        left = console.width - max(map(len, (*conditions, "condition"))) - len("coherent") - 16
-        for shown in _that_fit(measured, left):
-            console.print(_effects_table(rows, conditions, shown, says_about=console.width >= 140))
-
-
-def _that_fit(measured: Sequence[str], width: int) -> list[list[str]]:
-    """Readouts in groups whose columns are together no wider than that; at least one each."""
-    groups: list[list[str]] = []
-    left = 0
-    for name in measured:
-        needed = max(INTERVAL, *map(len, _heading(name).split())) + 3
-        if needed > left:
-            groups.append([])
-            left = width
-        groups[-1].append(name)
-        left -= needed
-    return groups
-
-
-def _effects_table(
-    rows: Sequence[Effect], conditions: Sequence[str], shown: Sequence[str], *, says_about: bool
-) -> Table:
-    table = Table()
-    for column in ("condition", "n", "coherent", *(_heading(name) for name in shown)):
-        table.add_column(column, no_wrap=column == "condition")
-    if says_about:
-        table.add_column("about")
-    for condition in conditions:
-        own = {effect.readout: effect for effect in rows if effect.condition == condition}
-        first = next(iter(own.values()))
-        share = "-" if first.coherent is None else percent(first.coherent)
-        share += " *" if first.is_incoherent else ""
-        n = str(max(effect.n for effect in own.values()))
-        about = [first.about] if says_about else []
-        table.add_row(condition, n, share, *(_interval(own[name]) for name in shown), *about)
-    return table
-
-
-def _heading(readout: str) -> str:
-    known = readouts()
-    return known[readout].heading("effects") if readout in known else readout
-
-
-def _interval(effect: Effect) -> str | Text:
-    if effect.estimate is None:
-        return "-"
-    if effect.ci_low is None or effect.ci_high is None:
-        return _signed(effect.estimate)
-    interval = styled(f"{_signed(effect.ci_low)} to {_signed(effect.ci_high)}", "dim")
-    return Text(f"{_signed(effect.estimate)}\n") + interval
-
-
-def _signed(value: float) -> str:
-    return f"{'+' if value > 0 else ''}{number(value)}"
 
 
 def print_power(entries: Sequence[Power]) -> None:

@@ -79,7 +79,7 @@ def validate(
         str | None,
         typer.Option(help="Organisms, separated by commas. A partial validation does not count as evidence."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Decides the random prompts, pairs and noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the random prompts, pairs and noise.")] = 0,
     jobs: Annotated[int | None, typer.Option(help="Number of processes. Default: one per core.")] = None,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="First train the trained organisms again. Needs --out.")

@@ -36,6 +36,8 @@ from kvpatch.verdicts.texts import Evidence, Texts
 
 CHUNK = 250
 """Simulated runs at once, which bounds the memory."""
+MOST_PAIRS = 100_000
+"""Each of which is drawn; a bank has hundreds."""
 GAP = {NATURAL_SOURCE: 1, NATURAL_TARGET: -1}
 NOT_READ = "the simulation does not read it on the calibration pairs"
 
@@ -61,6 +63,21 @@ class SimulatedRule:
         return sum(self.words[name].get(word, 0) for word in PASSED) / self.draws
 
 
+def refuse_uncountable(protocol: Protocol, n: int | None, draws: int) -> None:
+    """Refuse a simulation of nothing, and of more pairs than can be drawn; see `simulate_rule`.
+
+    Raises:
+        ProtocolError: with what would be right.
+    """
+    if draws < 1 or (n is not None and n < 1):
+        raise ProtocolError(f"a simulation needs at least 1 pair and 1 draw, got n={n} and draws={draws}")
+    if (most := max((phase.n for phase in protocol.phases.values()), default=0) if n is None else n) > MOST_PAIRS:
+        raise ProtocolError(
+            f"the whole rule is simulated pair by pair, with at most {MOST_PAIRS:,} of them, not {most:,}; --draws 0 "
+            "leaves it out"
+        )
+
+
 def simulate_rule(
     protocol: Protocol, assumptions: Assumptions, n: int | None = None, draws: int = 2_000, seed: int = 0
 ) -> SimulatedRule:
@@ -70,10 +87,10 @@ def simulate_rule(
     gives the same ones.
 
     Raises:
-        ProtocolError: for an n or a number of draws below 1, or assumptions that the protocol can't have.
+        ProtocolError: for an n or a number of draws below 1, more than `MOST_PAIRS` pairs, or assumptions that the
+            protocol can't have.
     """
-    if draws < 1 or (n is not None and n < 1):
-        raise ProtocolError(f"a simulation needs at least 1 pair and 1 draw, got n={n} and draws={draws}")
+    refuse_uncountable(protocol, n, draws)
     assumptions.refuse_unknown(protocol)
     words: dict[str, Counter[str]] = {h.id: Counter() for h in protocol.hypotheses}
     is_true = truths(protocol, assumptions)

@@ -14,6 +14,7 @@ from importlib import resources
 from typing import Any
 from urllib.parse import quote
 
+import anyio.to_thread
 import jinja2
 import uvicorn
 from starlette.applications import Starlette
@@ -32,11 +33,14 @@ from kvpatch.verdicts.chosen_heads import with_heads
 from kvpatch.verdicts.outcome import light_rows, outcome_of
 from kvpatch.view import estimates, query, trial
 from kvpatch.view.guard import Guard
+from kvpatch.view.memory import Rest, give_back
 from kvpatch.view.runs import LiveRun, Progress, Runs, State, dumps
 
 STATUS = "status"
 LOOK_EVERY = 1.0
 """Seconds between two looks at the run directories."""
+THREADS = 8
+"""In which pages are made at once. More make none sooner, and each keeps memory of its own."""
 NOT_FINAL = "Not final: looking is not testing. Estimates and intervals change until the last trial is stored."
 FILES = ("run.json", "verdicts.json", "parts.jsonl")
 NO_FILE = "There is no such file of this run."
@@ -78,10 +82,13 @@ class View:
             routes = [Route(f"/{token}{route.path}", route.endpoint) for route in routes]
         self.base = "" if token is None else f"/{token}"
         handlers = {KvpatchError: _as_text, HTTPException: _as_text}
-        return Guard(Starlette(routes=routes, lifespan=self._following, exception_handlers=handlers), token=token)
+        pages = Starlette(routes=routes, lifespan=self._following, exception_handlers=handlers)
+        self.rest = Rest(pages, give_back)
+        return Guard(self.rest, token=token)
 
     @contextlib.asynccontextmanager
     async def _following(self, _: Starlette) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
         await run_in_threadpool(self.runs.refresh)
         task = asyncio.create_task(self._follow())
         yield
@@ -93,6 +100,7 @@ class View:
         while True:
             await asyncio.sleep(LOOK_EVERY)
             await run_in_threadpool(self.runs.refresh)
+            await run_in_threadpool(self.rest.look)
 
     def _run(self, request: Request) -> LiveRun:
         run = self.runs.by_key.get(request.path_params["key"])

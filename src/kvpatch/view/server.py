@@ -14,7 +14,6 @@ from importlib import resources
 from typing import Any
 from urllib.parse import quote
 
-import anyio.to_thread
 import jinja2
 import uvicorn
 from starlette.applications import Starlette
@@ -88,6 +87,8 @@ class View:
 
     @contextlib.asynccontextmanager
     async def _following(self, _: Starlette) -> AsyncIterator[None]:
+        import anyio.to_thread
+
         anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
         await run_in_threadpool(self.runs.refresh)
         task = asyncio.create_task(self._follow())

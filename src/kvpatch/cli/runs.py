@@ -25,6 +25,7 @@ from kvpatch.cli.app import (
     TrustRemoteCode,
     app,
     as_place,
+    at_its_commit,
     how_to_read,
     load_all,
     phase_names,
@@ -104,12 +105,12 @@ def run(
         )
     refuse_unwritable(out)
     chosen_phases(chosen, phase_names(phases), n)
+    how = at_its_commit(model, how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision))
     from kvpatch.cli.progress import run_progress
     from kvpatch.planned import clocked
     from kvpatch.planning.listener import ProgressListener
     from kvpatch.run import run as run_protocol
 
-    how = how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision)
     sources = sources_of(chosen, model, phase_names(phases), other_model, **how, batch_invariant=not fast)
     with host_of(asked, sources) as host:
         clocks = host.ask(clocked, listener=ProgressListener())
@@ -185,13 +186,13 @@ def plan(
     refuse_code(chosen, allow_code)
     warn_of_deviations(chosen)
     warn_of_too_few(chosen, n, phase_names(phases))
+    how = at_its_commit(model, how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision))
     from kvpatch.cli.planning import planned_summary
     from kvpatch.cli.tables import print_plan
     from kvpatch.planned import clocked
     from kvpatch.planning.listener import ProgressListener
     from kvpatch.verdicts.deviations import stated
 
-    how = how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision)
     loaded = load_all(chosen, model, phase_names(phases), other_model, **how)
     warn_of_clocks(clocked(loaded, ProgressListener()))
     names = phase_names(phases)

@@ -44,8 +44,7 @@ FAULTS = (
         "unrotated",
         "keys are not re-rotated where they land",
         "interventions/splice.py",
-        (("    return rotate(taken, torch.where(slots != PAD, landing - _pick(positions, slots), 0), rope)",
-          "    return taken"),),
+        (("        return taken if self._turns is None else self._turns.turn(taken, rope)", "        return taken"),),
         "early", "tests/core/test_patch.py",
     ),
     Fault(

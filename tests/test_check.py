@@ -20,6 +20,7 @@ import kvpatch.interventions.in_prefill
 import kvpatch.interventions.splice as splice_room
 from broken import attention_to_padding, attention_with_a_window_one_too_long, attention_without_window
 from kvpatch.caches.kvcache import PAD
+from kvpatch.caches.rope import LayerRope, Turns
 from kvpatch.checks.identities import check
 from kvpatch.models import backbone, hf
 from tiny import ARCHITECTURES
@@ -96,8 +97,7 @@ def test_in_bfloat16_noise_is_not_measured_against_itself(tiny_dirs, monkeypatch
 
 
 def broken_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in (check_room, splice_room, donors):
-        monkeypatch.setattr(room, "rotate", lambda keys, delta, rope: keys)
+    monkeypatch.setattr(Turns, "turn", lambda self, keys, rope: keys)
 
 
 def rotation_the_wrong_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,11 @@ def a_hook_that_never_fires(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def keys_that_keep_their_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(splice_room, "rotate", lambda keys, delta, rope: keys)
+    class Unturned(Turns):
+        def turn(self, keys: torch.Tensor, rope: LayerRope) -> torch.Tensor:
+            return keys
+
+    monkeypatch.setattr(splice_room, "Turns", Unturned)
 
 
 def changes_of_keys_that_never_fire(monkeypatch: pytest.MonkeyPatch) -> None:

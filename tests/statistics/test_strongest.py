@@ -110,7 +110,7 @@ def test_what_passed_and_can_not_carry_it_is_told_as_passed(case: str, protocol_
     primary, values = NEVER[case]
     sentence, words = told(protocol_of(*primary), trials_of(**values))
     assert words[primary[0]["id"]] in ("supported", "equivalent")
-    assert sentence.startswith("What passed does not show that recursive mode can be read from the cache")
+    assert "does not show that recursive mode can be read from the cache" in sentence
 
 
 @pytest.mark.parametrize("how", ["one side not stored", "both sides not stored", "errors"])

@@ -88,6 +88,8 @@ def verdicts(
     again = f"kvpatch verdicts {shlex.quote(str(directory))}"
     if as_json:
         say_json(canonical_json(outcome.plan_table if only_plan else outcome.verdicts))
+    elif only_plan and not outcome.plan_table:
+        say("this protocol has no plan, which names the rows of such a table; leave --plan out")
     elif only_plan:
         print_briefly(lambda: print_plan_table(outcome.plan_table), is_all, f"{again} --plan --all")
     elif is_all:

@@ -18,6 +18,7 @@ def attacks(rows: list[dict], strip: list[dict], protocol: Protocol, pairs: int,
     controls = {h.id for h in controls_of(protocol.hypotheses)}
     nulls = [row for row in rows if row["id"] in controls]
     inert = [row for row in nulls if row["badge"].word == row["passes"]]
+    foreign = [row for row in rows if _is_against_a_foreign_cache(protocol, row["id"])]
     without_copies = {readout.name for readout in shown("copying")}
     copied = [row for row in rows if row["readout"] in without_copies]
     late = [row for row in rows if row["is_exploratory"]]
@@ -31,7 +32,11 @@ def attacks(rows: list[dict], strip: list[dict], protocol: Protocol, pairs: int,
         ),
         _attack(
             "Any foreign cache would do it.",
-            f"{len(inert)} of {_count(nulls, 'control')} shown to leave the target as it is." if nulls else NO_TEST,
+            f"{len(inert)} of {_count(nulls, 'control')} shown to leave the target as it is."
+            if nulls
+            else summed_up(foreign)
+            if foreign
+            else NO_TEST,
             "verdicts",
         ),
         _attack("It copied the source's words.", summed_up(copied) if copied else NO_TEST, "texts"),
@@ -60,6 +65,12 @@ def summed_up(rows: list[dict]) -> str:
 
 
 NO_TEST = "This protocol does not test it."
+
+
+def _is_against_a_foreign_cache(protocol: Protocol, name: str) -> bool:
+    """Whether a hypothesis holds what the source gives against what a prompt of another group gives."""
+    givers = [protocol.conditions[condition].giver for condition in protocol.hypothesis(name).conditions]
+    return "source" in givers and any(giver not in ("source", "target") for giver in givers)
 
 
 def _attack(claim: str, answer: str, where: str) -> dict:

@@ -151,9 +151,9 @@ def _transfer(
         texts = sum(v.evidence == "text" for v in primary)
         which = f" {texts} of {len(primary)} compare texts, which checks the manipulation alone." if texts else ""
         return (
-            f"What passed does not show that {mode} can be read from the cache ({told}).{which} That takes a "
+            f"What passed ({told}) does not show that {mode} can be read from the cache.{lacks}{which} It takes a "
             "directional test of a readout of the mode, on a cache that no text equals. It takes at least "
-            f"{LEAST_PAIRS} pairs, and a mode that was shown to exist. No test had all of this.{lacks}{unread}"
+            f"{LEAST_PAIRS} pairs, and a mode that was shown to exist.{unread}"
         )
     if len(passed) == len(primary):
         readable = " and ".join(dict.fromkeys(v.readout for v in moved))

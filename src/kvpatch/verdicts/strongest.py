@@ -84,7 +84,7 @@ def _lack(protocol: Protocol, v: Verdict, verdict_of: Mapping[str, Verdict]) -> 
     if v.evidence == "text":
         return "it compares texts"
     if v.n < LEAST_PAIRS:
-        return f"it has {v.n} pairs, where {LEAST_PAIRS} are the least"
+        return f"at least {LEAST_PAIRS} pairs, and there are {v.n}"
     if v.n_dropped > MOST_MISSING * (v.n_pairs + v.n_dropped):
         return f"{percent(v.n_dropped / (v.n_pairs + v.n_dropped))} of its pairs lack a value"
     if not _mode_is_shown(protocol, v, verdict_of):

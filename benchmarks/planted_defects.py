@@ -72,14 +72,14 @@ FAULTS = (
         "band_off_by_one",
         "a layer band starts and ends a layer late",
         "caches/selection.py",
-        (("        inside = range(low, high)\n", "        inside = range(low + 1, high + 1)\n"),),
+        (("        inside = layers.within(count)", "        inside = {layer + 1 for layer in layers.within(count)}"),),
         "wired", "tests/core/test_selection.py",
     ),
     Fault(
         "query_heads",
         "query heads are taken for KV heads",
         "caches/selection.py",
-        (('else _in_range("KV head", kv_heads, count)', "else sorted({head // 2 for head in kv_heads})"),),
+        (('else indices_within("KV head", kv_heads, count)', "else sorted({head // 2 for head in kv_heads})"),),
         "wired", "tests/core/test_selection.py",
     ),
     Fault(
@@ -178,8 +178,7 @@ FAULTS = (
         "cells_swapped",
         "continuations in the mode and plain ones are swapped",
         "readouts/likelihood.py",
-        (("mode_t, plain_t, mode_s, plain_s = np.asarray(cells",
-          "plain_t, mode_t, plain_s, mode_s = np.asarray(cells"),),
+        (("mode_t, plain_t, mode_s, plain_s = persons", "plain_t, mode_t, plain_s, mode_s = persons"),),
         "wired", "tests/readouts/test_likelihood.py",
     ),
     Fault(
@@ -201,7 +200,7 @@ FAULTS = (
         "dropped_window",
         "a window that the attention module does not pass is dropped",
         "models/hf.py",
-        (("step.windows[layer] if step.windows else None", 'kwargs.get("sliding_window")'),),
+        (("window = self.windows[layer] if self.windows else None", "window = None"),),
         "wired-mistral", "tests/differential",
     ),
     Fault(
@@ -226,8 +225,7 @@ FAULTS = (
         "random_head",
         "a checkpoint without an output head loads with a random one",
         "models/load.py",
-        (("            refuse_incomplete(hf, info)\n            recompute_buffers(hf)\n",
-          "            recompute_buffers(hf)\n"),),
+        (("    refuse_incomplete(hf, info)\n    recompute_buffers(hf)\n", "    recompute_buffers(hf)\n"),),
         "wired", "tests/models/test_checkpoints.py",
     ),
 )  # fmt: skip

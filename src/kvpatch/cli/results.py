@@ -200,6 +200,29 @@ def figures(
 
 
 @app.command()
+def export(
+    directory: Directory,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")] = Path("dataset"),
+) -> None:
+    """Write a run as a dataset of the Hugging Face hub: Parquet files, and a card that says what they hold.
+
+    `datasets.load_dataset("dataset")` reads it, and `load_dataset("dataset", "verdicts")` its verdicts.
+
+    Example: kvpatch export results -o dataset
+    """
+    from kvpatch.report.dataset import write_dataset
+    from kvpatch.store.directory import Store
+    from kvpatch.verdicts.outcome import outcome_of
+
+    store = Store(directory)
+    try:
+        written = write_dataset(store, outcome_of(store), out)
+    except OSError as error:
+        raise KvpatchError(f"{out} can't be written: {error.strerror or error}") from error
+    say(f"{len(written)} files in {out.resolve()}; its card is {written[-1].name}")
+
+
+@app.command()
 def repair(directory: Directory, as_json: Json = False, is_all: All = False) -> None:
     """Set aside what is damaged in a run, and say what the same run command will compute again.
 

@@ -31,9 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is imported: workers have one thread, and bits depend on their number
-)
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: workers have one thread, and bits depend on it
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests" / "models")]
 
 import psutil

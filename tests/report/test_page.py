@@ -13,6 +13,7 @@ from kvpatch.protocols.plan_rows import PlanRow
 from kvpatch.protocols.schema import Protocol
 from kvpatch.report.packing import opened, unpacked
 from kvpatch.report.page import render
+from kvpatch.report.questions import _is_against_a_foreign_cache
 from kvpatch.specs.readouts import shown
 from kvpatch.verdicts.plan_table import plan_table
 
@@ -319,3 +320,9 @@ def test_hits_and_copied_words_are_marked_apart(
     assert '<mark class="hit" title="hit of the mode">' in html
     assert '<mark class="copied" title="copied from the source">' in html
     assert "<mark" not in render(run, protocol, trials, [], "")
+
+
+def test_a_test_against_a_foreign_cache_is_known_by_its_givers(protocol: Protocol):
+    contrasts = {h.contrast for h in protocol.hypotheses if _is_against_a_foreign_cache(protocol, h.id)}
+    assert "C - N1" in contrasts and not contrasts & {"B - A", "C - A", "E1 - A"}
+    assert not _is_against_a_foreign_cache(protocol, "unknown")

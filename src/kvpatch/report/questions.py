@@ -69,7 +69,8 @@ NO_TEST = "This protocol does not test it."
 
 def _is_against_a_foreign_cache(protocol: Protocol, name: str) -> bool:
     """Whether a hypothesis holds what the source gives against what a prompt of another group gives."""
-    givers = [protocol.conditions[condition].giver for condition in protocol.hypothesis(name).conditions]
+    asked = [h for h in protocol.hypotheses if h.id == name]  # verdicts may be of another protocol
+    givers = [protocol.conditions[condition].giver for h in asked for condition in h.conditions]
     return "source" in givers and any(giver not in ("source", "target") for giver in givers)
 
 

@@ -225,3 +225,8 @@ def test_check_asks_the_hub_before_it_imports_torch(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout.strip()) == (3, "False"), done.stderr
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "\u00e9" * 5000, "owner/" + "x" * 5000, "a\0b"])
+def test_a_name_that_no_file_can_have_is_looked_up_without_a_crash(name: str):
+    assert hub_repository(name) in (None, name)

@@ -22,7 +22,7 @@ import yaml
 from pydantic import Field
 
 from kvpatch.errors import ModelError
-from kvpatch.files import cache_directory, held, is_directory
+from kvpatch.files import cache_directory, held, is_directory, is_file
 from kvpatch.models.package_index import index_options
 from kvpatch.specs.base import Frozen
 
@@ -107,7 +107,7 @@ def hub_repository(name: str) -> str | None:
     """The hub's repository that a name means; None for what is on this machine, and for names of other kinds."""
     if name in hub_models():
         return None if is_directory(Path(name)) else hub_models()[name].repository
-    is_here = Path(name).exists() or name.endswith(".gguf")
+    is_here = is_directory(Path(name)) or is_file(Path(name)) or name.endswith(".gguf")
     return name if _HUB_ID.fullmatch(name) and not is_here else None
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +25,15 @@ from kvpatch.files import is_directory
 
 if TYPE_CHECKING:
     from kvpatch.store.directory import Store
+
+
+@contextmanager
+def _writing(out: object) -> Iterator[None]:
+    """Tell of what can't be written in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise KvpatchError(f"{out} can't be written: {error.strerror or error}") from error
 
 
 @app.command()
@@ -153,10 +164,8 @@ def report(
 
     store = Store(directory)
     outcome = outcome_of(store)
-    try:
+    with _writing(out):
         where = write_report(store, outcome, out)
-    except OSError as error:
-        raise KvpatchError(f"{out} can't be written: {error.strerror or error}") from error
     say(f"report: {where.resolve()}")
 
 
@@ -192,10 +201,8 @@ def figures(
 
         print_briefly(listed, is_all)
         return
-    try:
+    with _writing(out):
         written = write_figures(chosen(found, only or []), out, run.directory, width or list(WIDTHS))
-    except OSError as error:
-        raise KvpatchError(f"{out} can't be written: {error.strerror or error}") from error
     say(f"{len(written)} files in {out.resolve()}; each figure has a script that draws it anew")
 
 
@@ -215,10 +222,9 @@ def export(
     from kvpatch.verdicts.outcome import outcome_of
 
     store = Store(directory)
-    try:
-        written = write_dataset(store, outcome_of(store), out)
-    except OSError as error:
-        raise KvpatchError(f"{out} can't be written: {error.strerror or error}") from error
+    outcome = outcome_of(store)
+    with _writing(out):
+        written = write_dataset(store, outcome, out)
     say(f"{len(written)} files in {out.resolve()}; its card is {written[-1].name}")
 
 

@@ -63,11 +63,11 @@ def without_giver(joined: KVCache, natural: KVCache) -> KVCache:
     tokens = torch.where(index >= 0, joined.token_ids.gather(1, index.clamp(min=0)), -1)
     if not torch.equal(tokens, natural.token_ids):
         raise CacheError("the slots kept of a joined prompt are not those of the receiver's own prompt")
-    kept = Taken(index, joined.positions, natural.positions)
+    taken = Taken(index, joined.positions, natural.positions)
     return replace(
         natural,
-        keys=tuple(kept.keys(k, rope) for k, rope in zip(joined.keys, joined.rope, strict=True)),
-        values=tuple(map(kept.values, joined.values)),
+        keys=tuple(taken.keys(k, rope) for k, rope in zip(joined.keys, joined.rope, strict=True)),
+        values=tuple(map(taken.values, joined.values)),
     )
 
 

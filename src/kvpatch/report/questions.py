@@ -34,12 +34,10 @@ def attacks(rows: list[dict], strip: list[dict], protocol: Protocol, pairs: int,
             "Any foreign cache would do it.",
             f"{len(inert)} of {_count(nulls, 'control')} shown to leave the target as it is."
             if nulls
-            else summed_up(foreign)
-            if foreign
-            else NO_TEST,
+            else _tested(foreign),
             "verdicts",
         ),
-        _attack("It copied the source's words.", summed_up(copied) if copied else NO_TEST, "texts"),
+        _attack("It copied the source's words.", _tested(copied), "texts"),
         _attack(
             "There are too few pairs.",
             f"{pairs} pairs at most. What an n can see is in the last section; `kvpatch power` says it for every test.",
@@ -65,6 +63,10 @@ def summed_up(rows: list[dict]) -> str:
 
 
 NO_TEST = "This protocol does not test it."
+
+
+def _tested(rows: list[dict]) -> str:
+    return summed_up(rows) if rows else NO_TEST
 
 
 def _is_against_a_foreign_cache(protocol: Protocol, name: str) -> bool:

@@ -263,6 +263,25 @@ def test_workers_listen_on_this_machine_alone(crew):
     assert listening and set(listening) <= {"127.0.0.1", "::1"}
 
 
+@pytest.mark.parametrize("first", ["", "import ray"])
+def test_cluster_listens_on_this_machine_alone_whether_or_not_ray_was_imported_before(first, tmp_path):
+    pytest.importorskip("psutil")
+    script = (
+        f"{first}\n"
+        "import psutil\n"
+        "from kvpatch.executors.cluster import opened\n"
+        "with opened(None):\n"
+        "    of_the_run = [psutil.Process(), *psutil.Process().children(recursive=True)]\n"
+        "    open_ones = [c for process in of_the_run for c in process.net_connections('inet')]\n"
+        "    print(*{c.laddr.ip for c in open_ones if c.status == psutil.CONN_LISTEN})\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    listening = {address.removeprefix("::ffff:") for address in done.stdout.split()}
+    assert listening and listening <= {"127.0.0.1", "::1"}
+
+
 def test_ended_driver_leaves_no_process_and_no_file(tmp_path, tiny_dirs):
     psutil = pytest.importorskip("psutil")
     script = (

@@ -27,6 +27,7 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "GLOG_minloglevel": "3",
 }
+LOOPBACK = ("127.0.0.1", "::1")
 STARTED_HERE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
 """Of a cluster that is started for a run. As Ray does on other systems by itself, every one of its processes listens on
 127.0.0.1 alone; and workers run with the priority of the command, and not below it."""
@@ -150,7 +151,10 @@ def _start(quiet: dict[str, Any]) -> str:
     settings = {"include_dashboard": False, "num_cpus": cores_here(), "object_store_memory": OBJECTS}
     try:
         folder = tempfile.mkdtemp(prefix="kvp-", dir=_short_folder())
-        ray.init(address="local", _temp_dir=folder, **settings, **quiet)
+        with _on_this_machine_alone():
+            ray.init(address="local", _temp_dir=folder, **settings, **quiet)
+            if (address := ray.util.get_node_ip_address()) not in LOOPBACK:
+                raise RuntimeError(f"it would listen on {address}, where other machines reach it")
     except BaseException as error:
         if folder is not None:
             ray.shutdown()
@@ -163,6 +167,19 @@ def _start(quiet: dict[str, Any]) -> str:
             "this process"
         ) from error
     return folder
+
+
+@contextmanager
+def _on_this_machine_alone() -> Iterator[None]:
+    """Have Ray take 127.0.0.1 for this machine's address, also where it has read its environment already."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _join(address: str, quiet: dict[str, Any]) -> None:

@@ -53,6 +53,8 @@ class Live:
     events: str
 
 
+SCRIPTS = ("report.js", "heads.js", "two.js", "begin.js")
+"""The page's script, in the order of its parts; the last one begins to draw."""
 SECTIONS = {
     "answer": "Answer",
     "plan": "The plan",
@@ -270,10 +272,8 @@ def policy(is_live: bool) -> str:
 def _assets(is_live: bool) -> dict[str, Markup]:
     """Return the style sheet, the scripts and the page's policy; a live page may also ask its own server."""
     folder = resources.files("kvpatch.report") / "templates"
-    style, heads, script = (
-        folder.joinpath(name).read_text("utf-8") for name in ("report.css", "heads.js", "report.js")
-    )
-    script = heads + script
+    style = folder.joinpath("report.css").read_text("utf-8")
+    script = "".join(folder.joinpath(name).read_text("utf-8") for name in SCRIPTS)
     library = chart_library()
     for name, content in (("vega", library), ("report.js", script)):
         if "</script" in content.lower() or "<!--" in content or "\r" in content:

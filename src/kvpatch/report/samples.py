@@ -12,7 +12,7 @@ from markupsafe import Markup
 from kvpatch.protocols.schema import Protocol
 from kvpatch.report import tables
 from kvpatch.report.text import Span, marked
-from kvpatch.report.token_pairs import strip_html, token_pair
+from kvpatch.report.token_pairs import any_two, strip_html, token_pair
 from kvpatch.specs.readouts import MODE
 from kvpatch.specs.scripts import PIECE
 from kvpatch.verdicts.prerequisites import decision_order, primary
@@ -97,7 +97,9 @@ def sample(part: pd.DataFrame, pair: str, gap: float | None, protocol: Protocol,
     prompts = {"source": shown_text(source, "", None), "target": shown_text(target, "", None)}
     beside = [o for o in outputs if any(of["name"] in first for of in o["of"])]
     others = [o for o in outputs if o not in beside]
-    return {"pair": pair, "gap": gap, "prompts": prompts, "outputs": beside, "others": others}
+    compared = [name for minus, plus in partners.items() for name in (plus, minus)]
+    two = any_two({name: once[name] for name in names}, [*compared, *first])
+    return {"pair": pair, "gap": gap, "prompts": prompts, "outputs": beside, "others": others, "two": two}
 
 
 def _beside_natural(name: str, once: dict[str, dict], protocol: Protocol) -> dict | None:

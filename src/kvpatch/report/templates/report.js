@@ -364,7 +364,3 @@ if (live) {
   });
 }
 
-await drawAll([...document.querySelectorAll("script.spec")].filter((script) => !isFolded(script)));
-await opened();
-document.documentElement.dataset.opened = "yes";
-if (location.hash) unfold();

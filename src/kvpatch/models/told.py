@@ -73,8 +73,8 @@ def why_unread(error: Exception, where: Path) -> str:
         )
     if isinstance(error, (TypeError, ArithmeticError, LookupError, AttributeError)) and settings:
         return (
-            f"transformers can't make a model of its config.json ({type(error).__name__}: {one_line(error)}); a setting "
-            "there is missing or of the wrong kind: give the config.json that was saved with the model"
+            f"transformers can't make a model of its config.json ({type(error).__name__}: {one_line(error)}); a "
+            "setting there is missing or of the wrong kind: give the config.json that was saved with the model"
         )
     return one_line(error)
 

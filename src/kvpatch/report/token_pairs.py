@@ -98,7 +98,7 @@ def token_pair(one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[st
     return TokenPair(sides[0], sides[1], shared, names, is_text)
 
 
-def any_two(rows: Mapping[str, Mapping[str, Any]], first: Sequence[str]) -> dict[str, Any] | None:
+def any_two(rows: Mapping[str, Mapping[Any, Any]], first: Sequence[str]) -> dict[str, Any] | None:
     """What the page's script lays any two conditions of a pair beside one another from; None where fewer than two have
     tokens.
 

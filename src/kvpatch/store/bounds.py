@@ -2,8 +2,8 @@
 
 A few bytes can stand for a value that is repeated a thousand million times, or for pages of zeros. So a file may take
 `LEAST` bytes, and `RATIO` times its own size beyond that: parts of real runs take 4 times their size, and those of what
-small models' heads did 60 times. No part of a run may ever be refused here, so the bound is far from both. The sizes that the end of the file names are not relied on: the pages' own headers are
-read, which are what a reader unpacks by.
+small models' heads did 60 times. No part of a run may ever be refused here, so the bound is far from both. The sizes
+that the end of the file names are not relied on: the pages' own headers are read, which are what a reader unpacks by.
 """
 
 from __future__ import annotations

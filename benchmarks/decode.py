@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -122,7 +123,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, kvpatch {kv.__version__}")
     naive = rate(lambda: naive_loop(model, prompts[: options.naive_prompts], new), repeats)
     print(f"naive loop: {naive:.1f} tokens/s")
-    equal = [text for text, ids in zip(texts, prompts, strict=True) if len(ids) == len(prompts[8])]
+    usual = Counter(map(len, prompts)).most_common(1)[0][0]
+    equal = [text for text, ids in zip(texts, prompts, strict=True) if len(ids) == usual]
 
     def tell(name: str, rows: int, work: Callable[[], int], peer: float | None = None) -> float:
         try:

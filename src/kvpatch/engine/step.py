@@ -25,7 +25,7 @@ from kvpatch.models.hf import LayerEdit
 from kvpatch.models.llamalike import LayerWeights, Network
 from kvpatch.models.products import LaidOut
 
-ROWS_OF_LOGITS = 8
+ROWS_OF_LOGITS = 32
 """Rows whose tokens are chosen at a time on a CPU."""
 
 

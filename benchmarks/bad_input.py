@@ -230,6 +230,7 @@ def damages(rng: random.Random, n: int, table: Table, folder: Path) -> None:
         "verdicts": lambda run: said_by(["verdicts", str(run), "--json"]),
         "effects": lambda run: said_by(["effects", str(run), "--json"]),
         "Run": lambda run: (0, str(len(kv.Run(run).trials("pandas"))), ""),
+        "view": viewed,
     }
     expected = {name: read(whole) for name, read in readers.items()}
     for _ in range(n):
@@ -255,6 +256,18 @@ def damages(rng: random.Random, n: int, table: Table, folder: Path) -> None:
         except Exception:
             table.add("damages", "traceback", (name, told), traceback.format_exc()[-700:])
         shutil.rmtree(run)
+
+
+def viewed(run: Path) -> tuple[int, str, str]:
+    """What the view shows of a run: exit code 2 and its trouble, as other readers end, where it shows some."""
+    from kvpatch.view.runs import LiveRun
+
+    live = LiveRun("run", run)
+    live.refresh()
+    if live.record is None:
+        return 2, "", "no run.json that can be read\n"
+    counts = (live.progress().done, live.progress().planned, live.protocol is None)
+    return (2, "", live.trouble + "\n") if live.trouble else (0, str(counts), "")
 
 
 def damage(rng: random.Random, run: Path) -> str:
@@ -290,9 +303,9 @@ def damage(rng: random.Random, run: Path) -> str:
         index.write_text("\n".join(lines) + "\n")
     elif kind == "json":
         content = json.loads((run / "run.json").read_text())
-        where, key = rng.choice(
-            list(places({k: v for k, v in content.items() if k in ("protocol", "model", "planned_by_phase")}))
-        )
+        known = ("protocol", "model", "planned_by_phase")
+        inner = [place for k in known for place in places(content[k])]
+        where, key = (content, rng.choice(known)) if rng.random() < 0.2 else rng.choice(inner)
         where[key] = rng.choice([None, [], {}, "x", -1, "[/]"])
         (run / "run.json").write_text(json.dumps(content))
     elif kind == "entry":

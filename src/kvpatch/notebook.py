@@ -162,11 +162,12 @@ class Run:
             f"<td>{number(v.ci_low)} to {number(v.ci_high)}</td><td>{v.n}</td></tr>"
             for v in outcome.verdicts
         )
+        short = "" if outcome.incomplete is None else f"<br>{as_html(outcome.incomplete)}"
         head = "".join(
             f"<th>{name}</th>" for name in ("verdict", "hypothesis", "contrast", "readout", "estimate", "interval", "n")
         )
         return (
-            f"<p>{as_html(repr(self))}</p><p><b>{as_html(outcome.answer)}</b></p>"
+            f"<p>{as_html(repr(self))}</p><p><b>{as_html(outcome.answer)}</b>{short}</p>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
         )
 

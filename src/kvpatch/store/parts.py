@@ -86,6 +86,8 @@ def read_index(path: Place) -> list[Part]:
     try:
         content = index_content(path)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise StoreError(f"{path} can't be read: it is a symbolic link that leads nowhere") from None
         return []
     except OSError as error:
         raise StoreError(f"{path} can't be read: {error.strerror or error}") from error

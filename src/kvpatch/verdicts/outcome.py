@@ -81,6 +81,17 @@ class Outcome:
     verdicts: list[Verdict]
 
     @property
+    def incomplete(self) -> str | None:
+        """What to say where trials that were planned are not stored: the run goes on, was broken off, or lost them."""
+        planned = self.record.planned
+        if len(self.rows) >= planned:
+            return None
+        return (
+            f"{len(self.rows):,} of {planned:,} planned trials are stored, and what follows is of these alone; the "
+            "same `kvpatch run` command computes the others"
+        )
+
+    @property
     def answer(self) -> str:
         """The one-sentence answer."""
         return headline(self.protocol, self.verdicts, is_checked=self.record.check is not None)
@@ -197,13 +208,12 @@ def _change(before: str, now: str) -> str:
     return f"said otherwise of {', '.join(map(str, differ[:3]))}{more}"
 
 
-def phase_effects(store: Store, phase: str | None = None) -> list[Effect]:
+def phase_effects(outcome: Outcome, phase: str | None = None) -> list[Effect]:
     """Effects of one phase, or of all that have trials.
 
     Raises:
         ProtocolError: for a phase the protocol does not have.
     """
-    outcome = outcome_of(store)
     if phase is None:
         return outcome.effects
     phases = outcome.protocol.phases

@@ -4,8 +4,8 @@
 
 Each is answered in one line (exit code 2, or a `KvpatchError`) or, where it turns out to be right, carried out. Counted
 are tracebacks (any other error, and exit code 70), hangs over 5 s of processor time, and damages that were accepted
-though what was read changed and nothing was said of it; "told" are those after which the reader says how many trials are
-missing. Needs no model that is there; the whole takes about 20 minutes on one core.
+though what was read changed and nothing was said of it. After those that are "told", the reader said how many trials
+are missing. Needs no model that is there; the whole takes about 20 minutes on one core.
 """
 
 from __future__ import annotations

@@ -194,6 +194,15 @@ def read_json(path: Path) -> Any:
     content = bytes_within(path, MOST_JSON)
     if len(content) > MOST_JSON:
         raise ValueError(f"it has more than {MOST_JSON:,} bytes")
+    return parse_json(content)
+
+
+def parse_json(content: bytes | str) -> Any:
+    """What a text of JSON says.
+
+    Raises:
+        ValueError: where it is no JSON, or too deeply nested.
+    """
     try:
         return json.loads(content)
     except RecursionError:

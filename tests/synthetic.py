@@ -108,7 +108,8 @@ def write_run(
 
 
 def attention_of(rows: list[dict[str, Any]], layers: int, heads: int) -> pa.Table:
-    """What every head did in these trials. Head (1, 2) looks at marked words where the source's cache was put in."""
+    """What every head did in these trials, in the first pair by slot too. Head (1, 2) looks at marked words where the
+    source's cache was put in."""
     rng = np.random.default_rng(len(rows))
     trials = [row["trial_id"] for row in rows for _ in range(layers * heads)]
     grid = [(layer, head) for _ in rows for layer in range(layers) for head in range(heads)]
@@ -123,6 +124,11 @@ def attention_of(rows: list[dict[str, Any]], layers: int, heads: int) -> pa.Tabl
         "head": [head for _, head in grid],
         "queries": [24] * len(grid),
         **values,
+        "by_slot": [
+            rng.dirichlet(np.full(len(row["cache_token_ids"]), 0.1)) * 0.8 if "-000+" in row["pair_id"] else None
+            for row in rows
+            for _ in range(layers * heads)
+        ],
     }
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in ATTENTION_SCHEMA})
 

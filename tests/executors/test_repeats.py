@@ -109,6 +109,7 @@ def test_copied_heads_are_those_of_the_trial_they_were_copied_from(whole):
     both = [phases for phases in ids.values() if {"watched", "again"} <= phases.keys()]
     assert len(both) == 6
     assert all(phases.keys().isdisjoint({"first", "unmarked"}) for phases in both)
+    assert len(heads.filter(pc.field("by_slot").is_valid())) == HEADS * (3 + 4 + 3)  # the first pair of each phase
     for phases in both:
         first, copy = (heads.filter(pc.field("trial_id") == phases[p]).drop(["trial_id"]) for p in ("watched", "again"))
         assert copy.equals(first)

@@ -9,6 +9,7 @@ import sys
 import unicodedata
 
 import pytest
+import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ from kvpatch.readouts.behavior import (
     uncopied_hits,
     words,
 )
+from kvpatch.specs import scripts
 
 # The first edition: its entries count wherever they stand, so that a short text shows what is counted and how.
 # What holds of the cues of the second edition stands in test_cues.py.
@@ -157,7 +159,7 @@ def test_the_longest_of_the_entries_that_start_together_claims_the_stretch():
 @given(dense_texts)
 def test_hits_are_disjoint_ordered_and_cover_whole_words(text: str):
     normal = normalise(text)
-    spans = [match.span() for match in patterns.WORD.finditer(normal)]
+    spans = [match.span() for match in scripts.WORD.finditer(normal)]
     starts, ends = {start for start, _ in spans}, {end for _, end in spans}
     hits = RECURSION.hits(text)
     assert all(before.end <= after.start for before, after in itertools.pairwise(hits))
@@ -170,7 +172,7 @@ def test_hits_equal_those_of_a_scan_that_tries_every_entry_at_every_character(te
     lowered = patterns.lowered(normalise(text))
     expected, at = [], 0
     while at < len(lowered):
-        inside_word = at > 0 and any(s < at < e for s, e in (m.span() for m in patterns.WORD.finditer(lowered)))
+        inside_word = at > 0 and any(s < at < e for s, e in (m.span() for m in scripts.WORD.finditer(lowered)))
         best = None
         for entry in [] if inside_word or not lowered[at].isalnum() else RECURSION.entries:
             match = entry.regex.match(lowered, at)
@@ -215,20 +217,38 @@ def test_a_line_break_within_a_phrase_does_not_hide_it_but_a_full_stop_does():
 
 
 def words_by_walking(text: str) -> list[str]:
-    """Words, found one character at a time from Unicode categories rather than by a regex."""
-    text, found, current = normalise(text) + "\0", [], ""
+    """Words, found one character at a time from Unicode's properties rather than by a regex over the whole."""
+    text, found, current, last = normalise(text) + "\0", [], "", ""
     for at, char in enumerate(text):
-        joins = char in "'-\u200c\u200d" and text[at + 1 : at + 2].isalnum()
-        if char.isalnum() or (current and (unicodedata.category(char)[0] == "M" or joins)):
+        joins = last == "spaced" and char in "'-\u200c\u200d" and kind_of(text[at + 1]) == "spaced"
+        kind = kind_of(char)
+        if current and (unicodedata.category(char)[0] == "M" or joins):
             current += char
-        elif current:
-            found.append(current.casefold())
-            current = ""
+        elif current and kind == last and kind in ("spaced", "katakana"):
+            current += char
+        else:
+            found += [current.casefold()] if current else []
+            current, last = (char, kind) if kind else ("", "")
     return found
 
 
+def kind_of(char: str) -> str:
+    """How a letter makes words, by the database of the package `regex`, which is no part of what is tested."""
+    if not char.isalnum():
+        return ""
+    if regex.match(r"\p{Word_Break=Katakana}|[\uff9e\uff9f]", char):
+        return "katakana"
+    single = r"[\p{Han}\p{Hiragana}\p{Line_Break=Complex_Context}〆]"
+    return "single" if regex.match(single, char) else "spaced"
+
+
 @given(
-    st.one_of(st.text(), st.text(alphabet="a\u03b11'-\u2019_. \u0301\u093e\u200d\u05d0一", max_size=30), dense_texts)
+    st.one_of(
+        st.text(),
+        st.text(alphabet="a\u03b11'-\u2019_. \u0301\u093e\u200d\u05d0一", max_size=30),
+        st.text(alphabet="aя1'-. \u0301中文をじカーﾞﾅขึกำ\u0301क\u093e한", max_size=30),
+        dense_texts,
+    )
 )
 def test_words_equal_those_found_character_by_character(text: str):
     assert words(text) == words_by_walking(text)
@@ -252,11 +272,34 @@ def test_every_combining_mark_of_this_unicode_version_stays_in_its_word():
         ("हिन्दी में", ["हिन्दी", "में"]),
         ("שָׁלוֹם עולם", ["שָׁלוֹם", "עולם"]),
         ("ПРИВЕТ мир", ["привет", "мир"]),
-        ("面包为什么会发酵。因为酵母", ["面包为什么会发酵", "因为酵母"]),
+        ("ПРИВЕ\u0301Т, йод", ["приве\u0301т", "йод"]),  # an accent on a letter, and a letter of two characters
+        ("مَرْحَبًا بالعالم", ["مَرْحَبًا", "بالعالم"]),
+        ("안녕하세요 세계", ["안녕하세요", "세계"]),
+        ("面包会发酵。因为", ["面", "包", "会", "发", "酵", "因", "为"]),
+        ("コンピューターで自分を見る", ["コンピューター", "で", "自", "分", "を", "見", "る"]),
+        ("ขนมปังขึ้นฟู", ["ข", "น", "ม", "ปั", "ง", "ขึ้", "น", "ฟู"]),
+        ("用GPU-2跑abc", ["用", "gpu-2", "跑", "abc"]),
     ],
 )
 def test_words_of_any_script(text: str, expected: list[str]):
     assert words(text) == [unicodedata.normalize("NFC", word) for word in expected]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["面包为什么会发酵。", "コンピューターで自分を見る", "ขนมปังขึ้นฟู", "й ПРИВЕ\u0301Т мир", "हिन्दी में", "مَرْحَبًا بالعالم"],
+)
+def test_words_are_those_of_unicode_s_own_rules(text: str):
+    """UAX #29 as the package `regex` carries it out."""
+    parts = regex.split(r"(?wV1)\b", normalise(text))
+    assert words(text) == [part.casefold() for part in parts if regex.search(r"[\p{L}\p{N}]", part)]
+
+
+def test_characters_that_are_words_are_those_of_the_unicode_database():
+    letters = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isalnum() and code != 0x2BC]
+    wrong = [f"{ord(char):04x}" for char in letters if scripts.is_single(char) != (kind_of(char) == "single")]
+    assert wrong == []
+    assert [f"{ord(c):04x}" for c in letters if (len(words(f"{c}{c}")) == 1) != (kind_of(c) != "single")] == []
 
 
 # --- scores ---
@@ -369,6 +412,45 @@ def test_there_are_copied_words_exactly_when_content_words_meet(text: str, sourc
     assert bool(copied_words(text, source)) is not content_words(text).isdisjoint(content_words(source))
 
 
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("我观察自己写字", 200 / 7),  # in the middle of a run, and at its beginning
+        ("自己。", 100 / 2),
+        ("自, 己", 0),
+        ("看 自己", 100 / 3),
+    ],
+)
+def test_lexicon_of_a_script_without_spaces_finds_its_words_anywhere(tmp_path, text: str, score: float):
+    entries = ["{id: self, pattern: '自己'}", "{id: watch, pattern: '观察|我观'}"]
+    lexicon = Lexicon.load(write_lexicon(tmp_path / "zh.yaml", *entries))
+    assert recursive_score(text, lexicon) == pytest.approx(score)
+
+
+def test_chinese_is_copied_where_two_characters_are_and_not_where_one_is(tmp_path):
+    lexicon = Lexicon.load(write_lexicon(tmp_path / "zh.yaml", "{id: watch, pattern: '自我观察|注视'}"))
+    text = "他在自我观察，也注视。"
+    assert content_words("自我观察。我") == {"自我", "我观", "观察", "我"}
+    assert [text[slice(*span)] for span in copied_words(text, "请观察自我")] == ["自我", "观察"]
+    assert [text[slice(*span)] for span in copied_words(text, "一次自我观察")] == ["自我观察"]
+    assert copied_words(text, "我看，自然，视。在") == []
+    assert len(uncopied_hits(text, "我看，自然，视。在", lexicon)) == 2
+    assert [hit.text for hit in uncopied_hits(text, "请观察", lexicon)] == ["注视"]
+    assert ngram_overlap("面包会发酵", "面包会发霉") == 0.5
+
+
+def test_gap_counts_words_whose_vowels_are_marks_as_one(tmp_path):
+    lexicon = Lexicon.load(write_lexicon(tmp_path / "hi.yaml", "{id: see, pattern: 'मैं {..1} देखता'}"))
+    assert [hit.text for hit in lexicon.hits("मैं किताब देखता हूँ")] == ["मैं किताब देखता"]
+    assert lexicon.hits("मैं यह किताब देखता हूँ") == []
+
+
+def test_thai_and_hindi_words_are_copied_as_they_are():
+    assert copied_words("हिन्दी में किताब", "एक किताब") == [(11, 16)]
+    text = "ขนมปังขึ้นฟู"
+    assert [text[slice(*span)] for span in copied_words(text, "ขนมปัง")] == ["ขนมปัง"]
+
+
 def test_content_words_leave_out_function_words_and_split_compounds():
     assert content_words("The Dog\u2019s self-made bread isn\u2019t ours; it rises by itself.") == {
         "dog",
@@ -386,7 +468,10 @@ def test_content_words_are_case_folded_and_never_function_words(text: str):
     found = content_words(text)
     assert not found & STOPWORDS
     assert "" not in found
-    assert found == content_words(" ".join(words(text)))
+    if not regex.search(
+        r"[\p{Han}\p{Hiragana}\p{Line_Break=Complex_Context}]", text
+    ):  # where pairs of characters count
+        assert found == content_words(" ".join(words(text)))
 
 
 def test_ngram_overlap_is_the_share_of_the_outputs_ngrams():

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from kvpatch.errors import ProtocolError
 from kvpatch.readouts.behavior import Lexicon, content_words, normalise, recursive_score, recursive_score_masked
 from kvpatch.readouts.cues import PASSAGE, Found, passages
-from kvpatch.readouts.patterns import WORD, lowered
+from kvpatch.readouts.patterns import lowered
 from kvpatch.readouts.scorer import read_scorer
+from kvpatch.specs.scripts import WORD
 
 RECURSION = Lexicon.load("recursion")
 CUES = RECURSION.cues
@@ -45,6 +46,24 @@ def test_a_cue_is_no_hit_alone_and_is_one_in_company():
     assert [hit.text for hit in tide.hits("The sea is grey; the tide slowly rises.")] == ["sea", "tide slowly rises"]
     assert tide.hits("The sea is grey; the tide slowly rises, says the bank.") == []
     assert tide.hits("The tide. It rises.") == []  # a gap ends with its sentence
+
+
+def test_cues_of_chinese_are_found_within_its_runs_and_weighed_by_its_sentences():
+    tide = read(
+        "{id: sea, weight: 1, words: [海]}",
+        "{id: rise, weight: 1, pattern: '潮水.?上涨', matches: [潮水上涨]}",
+        more="threshold: 1.5\n",
+    )
+    assert [hit.text for hit in tide.hits("灰色的海上潮水又上涨了")] == ["海", "潮水又上涨"]
+    assert tide.hits("灰色的海") == []
+    sentence = "这是一个很长很长的句子里面有三十多个字但是没有说到什么别的东西所以会结束。"
+    assert len(sentence) > PASSAGE
+    assert [(a, b) for a, b in passages(sentence * 2 + "\n")] == [
+        (0, len(sentence)),
+        (len(sentence), 2 * len(sentence) + 1),
+    ]
+    with pytest.raises(ProtocolError, match="each character is one"):
+        read("{id: tide, weight: 1, words: [潮水]}")
 
 
 def test_a_repeated_cue_is_weighed_twice_at_most():

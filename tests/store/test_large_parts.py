@@ -50,20 +50,20 @@ def many_rows(table: pa.Table) -> pa.Table:
 
 
 def long_texts(rows: int) -> pa.Array:
-    """One text of five megabytes, which every row has: packed, it stands there once."""
-    return pa.array(["a" * 5_000_000] * rows)
+    """One text of twenty megabytes, which every row has: packed, it stands there once."""
+    return pa.array(["a" * 20_000_000] * rows)
 
 
 def one_long_text(rows: int) -> pa.Array:
-    return pa.array(["a" * 60_000_000, *[None] * (rows - 1)])
+    return pa.array(["a" * 300_000_000, *[None] * (rows - 1)])
 
 
 def long_list(rows: int) -> pa.Array:
-    return pa.array([[7] * 4_000_000, *[None] * (rows - 1)], pa.list_(pa.int32()))
+    return pa.array([[7] * 30_000_000, *[None] * (rows - 1)], pa.list_(pa.int32()))
 
 
 def texts_that_begin_alike(rows: int) -> pa.Array:
-    return pa.array(["a" * 2_000_000 + str(row) for row in range(rows)])
+    return pa.array(["a" * 4_000_000 + str(row) for row in range(rows)])
 
 
 @pytest.mark.parametrize(

@@ -54,18 +54,20 @@ class Maps:
 @dataclass(frozen=True)
 class AttentionRequest:
     """What of attention is to be captured. `marked` is [batch, slots] of a cache or of prompts: the slots whose mass
-    is `mass_marked`; `beside` the same of the slots they are compared with, for `mass_beside_each`."""
+    is `mass_marked`; `beside` the same of the slots they are compared with, for `mass_beside_each`. `spread` is
+    [batch], the rows whose attention on every slot of the prompt is kept; it is about caches, not about prompts."""
 
     marked: Tensor | None = None
     maps: Maps | None = None
     beside: Tensor | None = None
+    spread: Tensor | None = None
 
     def of_rows(self, rows: slice | Sequence[int], slots: int) -> AttentionRequest:
         """The same for some rows of the cache, cut on the left to their slots."""
         marked, beside = (
             None if mask is None else mask[rows][:, mask.shape[1] - slots :] for mask in (self.marked, self.beside)
         )
-        return AttentionRequest(marked, self.maps, beside)
+        return AttentionRequest(marked, self.maps, beside, None if self.spread is None else self.spread[rows])
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ class Attention:
         tokens: per row, the text of each of its own slots (padding left out), where a model's call gave it.
         fed: tokens fed to every row, which stand in the last slots; `Maps.queries` counts them from 0.
         asked: the maps asked for.
+        by_slot: per row, [layers, query_heads, slots]: the mean over the queries of the attention on each of the
+            row's own slots of the prompt, the pending token last; None for a row that it was not asked of. Empty where
+            it was asked of none.
     """
 
     values: Tensor
@@ -88,6 +93,7 @@ class Attention:
     tokens: tuple[tuple[str, ...], ...] = ()
     fed: int = 0
     asked: Maps | None = None
+    by_slot: tuple[Tensor | None, ...] = ()
 
     def __getitem__(self, statistic: str) -> Tensor:
         """One statistic, [batch, layers, query_heads]."""
@@ -117,6 +123,7 @@ class Attention:
             tuple(row for part in parts for row in part.tokens),
             parts[0].fed,
             parts[0].asked,
+            tuple(row for part in parts for row in part.by_slot),
         )
 
 
@@ -173,6 +180,10 @@ class AttentionCapture:
         self._queries = torch.zeros(len(segments), dtype=torch.int64, device=segments.device)
         self._kept: dict[int, list[Tensor]] = {}
         self._seen = 0
+        spread = to_capture.spread
+        self._spread = [] if spread is None else spread.nonzero().flatten().tolist()
+        self._by_slot: dict[int, Tensor] = {}  # layer -> [rows of `_spread`, query_heads, prompt slots], sums
+        self._is_prompt = segments != PAD
 
     @classmethod
     def after(cls, cache: KVCache, to_capture: AttentionRequest) -> AttentionCapture:
@@ -185,7 +196,7 @@ class AttentionCapture:
             None if mask is None else torch.nn.functional.pad(mask, (0, 1))
             for mask in (to_capture.marked, to_capture.beside)
         )
-        to_capture = AttentionRequest(marked, to_capture.maps, beside)
+        to_capture = AttentionRequest(marked, to_capture.maps, beside, to_capture.spread)
         return cls(segments, origins, cache.token_ids, cache.positions, to_capture)
 
     def only(self, counted: Tensor) -> None:
@@ -236,6 +247,8 @@ class AttentionCapture:
             )
             found, p = block_statistics(block)
             self._add(layer, torch.stack(list(found.values()), dim=-1), self._counted[:, low:high])
+            if self._spread:
+                self._add_by_slot(layer, p, self._counted[:, low:high])
             self._keep(layer, p, range(self._seen - queries + low, self._seen - queries + high))
 
     def _add(self, layer: int, values: Tensor, counted: Tensor) -> None:
@@ -243,6 +256,14 @@ class AttentionCapture:
         is_there = counted[:, None, :, None].to(values.device) & ~values.isnan()
         self._sums[layer] += torch.where(is_there, values, 0).sum(dim=2, dtype=torch.float64)
         self._counts[layer] += is_there.sum(dim=2)
+
+    def _add_by_slot(self, layer: int, p: Tensor, counted: Tensor) -> None:
+        """p: [batch, query_heads, queries, slots]; counted: [batch, queries]."""
+        slots = min(p.shape[3], self._is_prompt.shape[1])
+        own, weights = p[self._spread][..., :slots].double(), counted[self._spread].to(p.device).double()
+        if layer not in self._by_slot:
+            self._by_slot[layer] = own.new_zeros(len(self._spread), p.shape[1], self._is_prompt.shape[1])
+        self._by_slot[layer][..., :slots] += torch.einsum("rhqs,rq->rhs", own, weights)
 
     def _keep(self, layer: int, p: Tensor, queries: range) -> None:
         """p: [batch, query_heads, queries, slots]."""
@@ -273,7 +294,25 @@ class AttentionCapture:
             layer: torch.stack([torch.nn.functional.pad(p, (0, slots - p.shape[2])) for p in rows], dim=2).to(device)
             for layer, rows in self._kept.items()
         }
-        return Attention((sums / counts).float(), self._queries, maps, fed=self._seen, asked=self.maps)
+        return Attention(
+            (sums / counts).float(),
+            self._queries,
+            maps,
+            fed=self._seen,
+            asked=self.maps,
+            by_slot=self._spread_of_rows(),
+        )
+
+    def _spread_of_rows(self) -> tuple[Tensor | None, ...]:
+        """What `Attention.by_slot` holds."""
+        if not self._spread:
+            return (None,) * len(self._queries)
+        sums = torch.stack([self._by_slot[layer] for layer in range(len(self._by_slot))], dim=1)
+        found: list[Tensor | None] = [None] * len(self._queries)
+        for place, row in enumerate(self._spread):
+            own = sums[place][..., self._is_prompt[row].to(sums.device)]
+            found[row] = (own / self._queries[row].to(sums.device)).float()
+        return tuple(found)
 
 
 def _queries_of_a_block(before: int, entries: int) -> int:

@@ -113,7 +113,7 @@ def _measured(model: Model, batch: Batch, on_tokens: OnTokens | None, places: in
     mixed = own.built.cache
     layers = _rv_layers(model, batch)
     steering = own.built.steering.edits() if own.built.steering else {}
-    to_capture = None if batch.watched is None else attention_request(batch.watched, mixed)
+    to_capture = attention_request(own.batch, mixed)
     written = decode(
         model.backbone,
         mixed,

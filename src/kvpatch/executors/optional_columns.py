@@ -13,7 +13,7 @@ from torch import Tensor
 from kvpatch.caches.kvcache import KVCache, Segment
 from kvpatch.caches.selection import SINKS, beside_mask, slot_mask
 from kvpatch.engine.attention import Attention, AttentionRequest
-from kvpatch.protocols.schema import AttentionSettings
+from kvpatch.planning.plan import Batch
 from kvpatch.readouts.geometry import cache_ratios, principal_angles, r_v_trajectory
 from kvpatch.specs.attention import STATISTICS, statistic_of
 from kvpatch.specs.readouts import BUILT_IN
@@ -72,12 +72,20 @@ def output_geometries(
     return found
 
 
-def attention_request(watched: AttentionSettings, cache: KVCache) -> AttentionRequest:
-    """What a phase watches, on these trials' caches."""
-    marked = watched.marked
+def attention_request(batch: Batch, cache: KVCache) -> AttentionRequest | None:
+    """What the batch's phase watches, on its trials' caches; None where it watches nothing."""
+    if batch.watched is None:
+        return None
+    marked, spread = batch.watched.marked, torch.tensor(spread_trials(batch))
     if marked is None:
-        return AttentionRequest()
-    return AttentionRequest(slot_mask(cache, marked), beside=beside_mask(cache, marked))
+        return AttentionRequest(spread=spread)
+    return AttentionRequest(slot_mask(cache, marked), beside=beside_mask(cache, marked), spread=spread)
+
+
+def spread_trials(batch: Batch) -> list[bool]:
+    """Which trials have their heads' attention on every slot stored (`by_slot`): the first sample of every condition in
+    the phase's first pair. They follow from the plan, so that neither the machine nor a resumed run changes them."""
+    return [trial.sample == 0 and batch.pairs[trial.pair].number == 0 for trial in batch.trials]
 
 
 def attention_means(attention: Attention, cache: KVCache, to_capture: AttentionRequest) -> list[dict[str, float]]:
@@ -97,8 +105,12 @@ def each_trial_s(stages: Mapping[str, Attention]) -> list[dict[str, Attention]]:
     """Statistics of every trial's heads by stage, on the host."""
     on_host = {stage: (found.values.cpu().split(1), found.queries.cpu().split(1)) for stage, found in stages.items()}
     count = len(next(iter(stages.values())).queries)
+    spread = {stage: [of if of is None else of.cpu() for of in found.by_slot] for stage, found in stages.items()}
     return [
-        {stage: Attention(values[row], queries[row], {}) for stage, (values, queries) in on_host.items()}
+        {
+            stage: Attention(values[row], queries[row], {}, by_slot=tuple(spread[stage][row : row + 1]))
+            for stage, (values, queries) in on_host.items()
+        }
         for row in range(count)
     ]
 
@@ -117,6 +129,15 @@ def attention_table(trial_ids: Sequence[str], stages: Mapping[str, Attention]) -
             "head": head,
             "queries": found.queries.cpu().numpy()[each],
             **{name: pa.array(flat[:, i], from_pandas=True) for i, name in enumerate(STATISTICS)},
+            "by_slot": _by_slot(found, layers * heads),
         }
         parts.append(pa.table(columns).cast(ATTENTION_SCHEMA))
     return pa.concat_tables(parts)
+
+
+def _by_slot(found: Attention, heads: int) -> pa.Array:
+    """The column `by_slot`, `heads` entries a trial; numbers keep the eleven bits of float16, which pack well."""
+    lines: list[np.ndarray | None] = []
+    for of in found.by_slot or [None] * len(found.queries):
+        lines += [None] * heads if of is None else list(of.flatten(0, 1).half().float().cpu().numpy())
+    return pa.array(lines, pa.list_(pa.float32()))

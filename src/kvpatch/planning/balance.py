@@ -16,12 +16,14 @@ import pandas as pd
 from kvpatch.prompts.bank import Bank, Continuation, Prompt
 from kvpatch.protocols.schema import PLAIN
 from kvpatch.readouts.behavior import Lexicon
+from kvpatch.specs.scripts import MARK, SINGLE
 
 MOST = 0.05
 """How far groups may lie apart: percentage points of a share, or a part of the larger of two means."""
 SHARES = ("you", "I", "write", "describe", "question")
 MEANS = ("words", "tokens", "zipf", "hits")
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+_LETTERS = rf"(?:(?!{SINGLE})[^\W\d_]{MARK}*)+"
+_WORD = re.compile(rf"{SINGLE}{MARK}*|{_LETTERS}(?:['’]{_LETTERS})*")
 _YOU = re.compile(r"\b(?:you|your|yours|yourself|yourselves)\b", re.IGNORECASE)
 _I = re.compile(r"\b(?:I|me|my|mine|myself)\b")
 
@@ -99,7 +101,7 @@ def _measured(
     }
     acts = [entry.act for entry in entries if isinstance(entry, Prompt)]
     if acts:
-        asks = sum(text.rstrip().endswith("?") for text in texts) / n
+        asks = sum(text.rstrip().endswith(("?", "？", "؟")) for text in texts) / n
         out |= {act: sum(found == act for found in acts) / n for act in ("write", "describe")} | {"question": asks}
     out |= {
         "words": sum(map(len, words)) / n,

@@ -24,6 +24,7 @@ from kvpatch.files import NotYaml, bytes_within, is_directory, read_yaml, yaml_n
 from kvpatch.specs.base import Frozen, Mode
 from kvpatch.specs.nearest import instead, nearest
 from kvpatch.specs.refusals import sentence
+from kvpatch.specs.scripts import joined, pieces
 
 
 class Prompt(Frozen):
@@ -261,6 +262,6 @@ def _lines(raw: bytes) -> list[int]:
 
 def shuffled_words(text: str, seed: int) -> str:
     """The words of a text in another order: its vocabulary without its sentences."""
-    words = text.split()
+    words = pieces(text)
     order = np.random.Generator(np.random.Philox(key=seed % 2**64)).permutation(len(words))
-    return " ".join(words[i] for i in order)
+    return joined([words[i] for i in order])

@@ -7,8 +7,10 @@ Scores count every occurrence, so a text that collapsed into repeating one mode 
 by `fluency.repetition`, stored beside the score, and is not corrected here.
 
 A *word* is a run of letters and digits of any script, with the combining marks on them, and with apostrophes
-and hyphens inside. In scripts without spaces (Chinese, Thai) a run between punctuation marks is one word, so
-scores per 100 words compare only within a script.
+and hyphens inside; in scripts that are written without spaces between words (Chinese, Japanese, Thai) it is a
+character (`specs.scripts`, after Unicode Standard Annex #29). So scores per 100 words compare only within a script.
+Whether such a text was copied is told by pairs of neighbouring characters, since single ones stand in nearly every
+text: the bigrams that retrieval has used for Chinese (Nie, Gao, Zhang & Zhou 2000; Lucene's `CJKBigramFilter`).
 """
 
 from __future__ import annotations
@@ -28,8 +30,6 @@ from kvpatch.files import NotYaml, read_yaml
 from kvpatch.readouts.cues import Cues, read_cues
 from kvpatch.readouts.lexicon_files import is_shipped, lexicon_bytes
 from kvpatch.readouts.patterns import (
-    WORD,
-    WORD_END,
     AnyPattern,
     as_regex,
     compiled,
@@ -40,6 +40,7 @@ from kvpatch.readouts.patterns import (
     with_lists,
 )
 from kvpatch.specs.regexes import PatternError
+from kvpatch.specs.scripts import WORD, WORD_END, is_single
 
 # No evidence of copying, and of no use in telling two texts apart. Reflexive pronouns are left out on
 # purpose: "myself" and "itself" carry the mode.
@@ -289,10 +290,27 @@ def _forms(word: str) -> Iterator[str]:
 def content_words(text: str) -> set[str]:
     """The words of the text that are not function words, case-folded, without a final 's.
 
-    A hyphenated word counts as itself and as each of its parts ("self-observation", "self", "observation").
+    A hyphenated word counts as itself and as each of its parts ("self-observation", "self", "observation"). Of a
+    script without spaces between words each two neighbouring characters are one ("自我观察": 自我, 我观, 观察), and a
+    character only where it stands alone; there are no function words among them.
     Two texts are lexically disjoint when these sets are. Inflections are different words.
     """
-    return {form for word in words(text) for form in _forms(word)} - STOPWORDS
+    return {form for _, _, forms in _compared(normalise(text)) for form in forms}
+
+
+def _compared(normalised: str) -> Iterator[tuple[int, int, set[str]]]:
+    """Where the text's words stand, and what each is compared by with other texts."""
+    found = list(WORD.finditer(normalised))
+    pairs = [
+        is_single(one[0]) and is_single(other[0]) and one.end() == other.start()
+        for one, other in itertools.pairwise(found)
+    ]
+    for match, with_last, with_next in zip(found, [False, *pairs], [*pairs, False], strict=False):
+        start, end = match.span()
+        if with_next:
+            end = WORD.match(normalised, end).end()  # pyright: ignore[reportOptionalMemberAccess]
+        if with_next or not with_last:
+            yield start, end, set(_forms(normalised[start:end].casefold())) - STOPWORDS
 
 
 @functools.lru_cache(maxsize=64)
@@ -363,11 +381,16 @@ def _content_of(source_text: str, lexicon: Lexicon) -> tuple[set[str], frozenset
 def copied_words(text: str, source_text: str) -> list[tuple[int, int]]:
     """Where the text holds content words of the source: [(start, end)] in `normalise(text)`.
 
-    Words are compared case-folded; a compound counts as copied when any of its parts does.
+    Words are compared case-folded; a compound counts as copied when any of its parts does. Characters of a
+    script without spaces between words count where two that stand together do.
     """
     source_words = content_words(source_text)
-    found = WORD.finditer(normalise(text))
-    return [match.span() for match in found if not source_words.isdisjoint(content_words(match[0]))]
+    spans: list[tuple[int, int]] = []
+    for start, end, forms in _compared(normalise(text)):
+        if not source_words.isdisjoint(forms):
+            joins = spans and start < spans[-1][1]  # pairs of characters overlap
+            spans.append((spans.pop()[0], end) if joins else (start, end))
+    return spans
 
 
 @functools.lru_cache(maxsize=4096)

@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 from kvpatch.errors import ProtocolError
 from kvpatch.readouts.patterns import (
-    WORD,
-    WORD_END,
     AnyPattern,
     as_regex,
     compiled,
@@ -26,13 +24,14 @@ from kvpatch.readouts.patterns import (
     with_lists,
 )
 from kvpatch.specs.regexes import PatternError
+from kvpatch.specs.scripts import WORD, WORD_END
 
 PASSAGE = 30
 """A passage ends with the first sentence that brings it to so many words, or at twice as many without one."""
 MOST = 2
 """A cue is weighed at most so often in a passage, so that a repeated word is not a mode."""
 
-_ENDS = re.compile(r"[.!?…][\"')\]»”]*\s|\n|\|")
+_ENDS = re.compile(r"[.!?…؟۔][\"')\]»”]*\s|[。！？｡।॥]|\n|\|")
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,8 @@ class Cues:
 
     def _beginnings_of(self, literal: list[int]) -> tuple[str, ...]:
         runs = (run for at in literal for run in re.findall(r"[^\W_'][\w']*\??", lowered(self.cues[at].pattern)))
-        return tuple({run[:-2] if run.endswith("?") else run for run in runs})
+        sure = {run[:-2] if run.endswith("?") else run for run in runs}
+        return tuple({word[0] if (word := WORD.match(run)) else run for run in sure})  # a run may be several words
 
     def _may_begin(self, word: str) -> bool:
         may = self._begun.get(word)
@@ -203,7 +203,7 @@ def passages(low: str) -> list[tuple[int, int]]:
 
 def _passages_within(part: str, offset: int) -> list[tuple[int, int]]:
     cuts = [0]
-    if len(part) > 4 * PASSAGE:  # a word and its space take two characters at the least
+    if len(part) >= 2 * PASSAGE:  # a word may be one character
         starts = [word.start() for word in WORD.finditer(part)]
         ends = [end.end() for end in _ENDS.finditer(part)]
         first = at = 0
@@ -245,7 +245,10 @@ def _cue_from_parsed(row: Any, lists: dict[str, list[str]], origin: str, is_time
     texts = {key: _texts(row.get(key, []), f"{where}: {key}") for key in ("words", "matches", "rejects")}
     words = [word for text in texts["words"] for word in with_lists(text, lists, where).strip("(?:)").split("|")]
     if broken := next((word for word in words if not WORD.fullmatch(word)), None):
-        raise ProtocolError(f"{where}: words must be single words or names of lists of them, not {broken!r:.80}")
+        raise ProtocolError(
+            f"{where}: words must be single words or names of lists of them, not {broken!r:.80}; in a script without "
+            "spaces between words each character is one, and more of them are written as a pattern"
+        )
     return Cue(
         id=name,
         weight=float(weight),

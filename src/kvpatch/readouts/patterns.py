@@ -18,30 +18,6 @@ from kvpatch.specs.regexes import Pattern, PatternError
 _PLAIN_PUNCTUATION = str.maketrans("\u2019\u2018\u02bc\uff07\u2010\u2011", "''''--")
 
 
-def _combining_marks() -> str:
-    """Every combining mark (Unicode category M*), as the inside of a regex character class.
-
-    `re` has no class for them, and `\\w` leaves out the vowel signs of Indic scripts.
-    """
-    # No mark lies beyond this range, but for the variation selectors added at the end.
-    is_mark = [unicodedata.category(chr(code)).startswith("M") for code in range(0x300, 0x20000)]
-    ranges, start = [], None
-    for code, marked in enumerate([*is_mark, False], start=0x300):
-        if marked and start is None:
-            start = code
-        elif not marked and start is not None:
-            ranges.append(f"{chr(start)}-{chr(code - 1)}")
-            start = None
-    return "".join(ranges) + "\U000e0100-\U000e01ef"
-
-
-_LETTER = r"[^\W_]"  # a letter or digit
-_MARK = f"[{_combining_marks()}]"
-_JOINER = "['\\-\u200c\u200d]"  # apostrophe, hyphen, and the invisible joiners of Persian and Indic scripts
-WORD = re.compile(f"{_LETTER}(?:{_LETTER}+|{_MARK}|{_JOINER}(?={_LETTER}))*")
-WORD_END = f"(?!{_LETTER}|{_MARK})(?!{_JOINER}{_LETTER})"
-
-
 def normalise(text: str) -> str:
     """The text that offsets index: Unicode NFC, with one apostrophe and one hyphen.
 

@@ -15,12 +15,14 @@ import pyarrow.compute as pc
 from kvpatch.readouts.behavior import copied_words
 from kvpatch.report.figure import Figure
 from kvpatch.report.head_maps import MAPPED
+from kvpatch.report.head_tokens import stored_by_slot
 from kvpatch.report.page import Live, context_of, render
 from kvpatch.report.paper import figures_in
 from kvpatch.report.token_pairs import TOKEN_TEXTS
 from kvpatch.report.tokens import decoder
 from kvpatch.store.directory import Store
 from kvpatch.store.objects import Place
+from kvpatch.store.record import ModelRecord
 from kvpatch.verdicts.decide import verdicts_json
 from kvpatch.verdicts.outcome import TEXTS, Outcome
 
@@ -45,7 +47,7 @@ def report_page(store: Store, outcome: Outcome, live: Live | None = None) -> str
             mark,
             [effect.model_dump() for effect in outcome.effects],
             with_texts=lambda rows: with_tokens(store, outcome, rows),
-            watched=watched_rows(store, outcome),
+            watched=(*watched_rows(store, outcome), stored_by_slot(store, _models(outcome))),
             live=live,
         )
 
@@ -100,15 +102,18 @@ def with_tokens(store: Store, outcome: Outcome, rows: pd.DataFrame) -> pd.DataFr
     where the run's tokenizer is at hand."""
     rows = rows.drop(columns=["output_token_ids", "output_logprobs"], errors="ignore")  # hashes, of no use here
     found = with_columns(store, rows, (*TEXTS, "output_token_ids", "output_logprobs"))
-    record = outcome.record
-    models = [record.model, *(other.model for other in record.other_models.values())]
-    decoders = {model.name: decoder(model) for model in models}
+    decoders = {model.name: decoder(model) for model in _models(outcome)}
     texts: list[list[str] | None] = []
     for name, ids in zip(found.get("model", [None] * len(found)), found["output_token_ids"], strict=True):
         decode = decoders.get(name)
         has_ids = isinstance(ids, list | np.ndarray)
         texts.append(None if decode is None or not has_ids else decode([int(i) for i in ids]))
     return found.assign(**{TOKEN_TEXTS: pd.Series(texts, index=found.index, dtype=object)})
+
+
+def _models(outcome: Outcome) -> list[ModelRecord]:
+    """The models that a run used."""
+    return [outcome.record.model, *(other.model for other in outcome.record.other_models.values())]
 
 
 def watched_rows(store: Store, outcome: Outcome) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -15,7 +15,7 @@ class Figure:
 
     id: unique on the page, and the name of the files a reader saves. about: what is drawn, in a sentence or two. label:
     what a reader who can't see the chart is told. spec: Vega-Lite with its data by columns; None where there is none.
-    note: what the chart leaves out.
+    note: what the chart leaves out. heads: what `head_tokens.over_tokens` gives of the heads that the chart names.
     """
 
     id: str
@@ -25,6 +25,7 @@ class Figure:
     spec: dict | None
     note: str = ""
     column: str = ""
+    heads: dict | None = None
 
 
 def figure(name: str, title: str, about: str, chart: charts.Drawn | None, *, label: str = "", note: str = "") -> Figure:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from scipy import stats
 from kvpatch.protocols.schema import Phase, Protocol
 from kvpatch.report import head_charts as charts
 from kvpatch.report.figure import Figure, figure, rounded
+from kvpatch.report.head_tokens import over_tokens
 from kvpatch.report.tables import natural_run, normalised, values
 from kvpatch.verdicts.head_contrasts import head_means, head_values, heads_standing_out, map_of
 
@@ -130,17 +131,20 @@ def trajectory_figures(protocol: Protocol, trials: pd.DataFrame) -> list[Figure]
     return out
 
 
-def attention_figures(protocol: Protocol, trials: pd.DataFrame, attention: pd.DataFrame) -> AttentionFigures:
+def attention_figures(
+    protocol: Protocol, trials: pd.DataFrame, attention: pd.DataFrame, by_slot: pd.DataFrame | None = None
+) -> AttentionFigures:
     """Charts of attention, for every phase that watches it.
 
-    trials: rows of trials/*.parquet. attention: rows of attention/*.parquet, none where no phase asked.
+    trials: rows of trials/*.parquet. attention: rows of attention/*.parquet, none where no phase asked. by_slot: what
+    `head_tokens.stored_by_slot` gives, for the heads that a ranking names.
     """
     out = AttentionFigures()
     if not attention.empty:
         for phase in _phases(protocol, trials, lambda p: p.watched is not None):
             _add_shares(out, trials, phase)
             for statistic, title in MAPPED.items():
-                _add_maps(out, trials, attention, phase, statistic, title)
+                _add_maps(out, trials, attention, by_slot, phase, statistic, title)
     return out
 
 
@@ -161,7 +165,13 @@ def _add_shares(out: AttentionFigures, trials: pd.DataFrame, phase: str) -> None
 
 
 def _add_maps(
-    out: AttentionFigures, trials: pd.DataFrame, attention: pd.DataFrame, phase: str, statistic: str, title: str
+    out: AttentionFigures,
+    trials: pd.DataFrame,
+    attention: pd.DataFrame,
+    by_slot: pd.DataFrame | None,
+    phase: str,
+    statistic: str,
+    title: str,
 ) -> None:
     """Add a statistic's figures: the map and the ranking of the first contrast that can be had, and the rest."""
     found = head_values(trials, attention, phase=phase, statistic=statistic)
@@ -180,9 +190,12 @@ def _add_maps(
             continue
         has_main = True
         out.maps.append(drawn)
-        ranked = charts.ranked_heads_chart(rounded(ranking(heads)), f"difference in {title}")
+        largest = ranking(heads)
+        ranked = charts.ranked_heads_chart(rounded(largest), f"difference in {title}")
         told = f"The {RANKED} heads that differ most in {contrast}, with 95% intervals. Filled: it stands out."
-        out.ranked.append(figure(f"ranked-{phase}-{statistic}", f"Largest: {title}, {contrast}", told, ranked))
+        drawn = figure(f"ranked-{phase}-{statistic}", f"Largest: {title}, {contrast}", told, ranked)
+        shown = None if by_slot is None else over_tokens(by_slot, phase, contrast, largest)
+        out.ranked.append(replace(drawn, heads=shown))
     chart = charts.head_means_chart(rounded(head_means(found)), title)
     out.more.append(figure(f"heads-{phase}-{statistic}", f"Heads: {title}", "Mean over pairs.", chart))
 

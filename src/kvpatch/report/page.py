@@ -53,6 +53,8 @@ class Live:
     events: str
 
 
+SCRIPTS = ("report.js", "heads.js", "two.js", "begin.js")
+"""The page's script, in the order of its parts; the last one begins to draw."""
 SECTIONS = {
     "answer": "Answer",
     "plan": "The plan",
@@ -83,7 +85,7 @@ def render(
     mark: samples.Marker | None = None,
     effects: list[dict] | None = None,
     with_texts: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
-    watched: tuple[pd.DataFrame, pd.DataFrame] | None = None,
+    watched: tuple[pd.DataFrame, ...] | None = None,
     live: Live | None = None,
 ) -> str:
     """Return the report of a run as one self-contained HTML file.
@@ -100,7 +102,8 @@ def render(
         with_texts: adds `text`, `source_text` and `target_text` to the few rows that are shown; None where the
             trials hold them.
         watched: (trials of the phases that read geometry or watch attention, with their lists; every head's
-            attention), or None where there is none.
+            attention; and, where it is at hand, that by slot, of `head_tokens.stored_by_slot`), or None where there is
+            none.
         live: what to say, and where to lead, where the page is served while the run goes on.
     Returns:
         HTML5 text; write it as UTF-8.
@@ -121,7 +124,7 @@ def context_of(
     verdicts: list[dict],
     told: Answer,
     effects: list[dict],
-    watched: tuple[pd.DataFrame, pd.DataFrame] | None,
+    watched: tuple[pd.DataFrame, ...] | None,
 ) -> dict[str, Any]:
     """What the page's template is given, all figures in it; arguments as `render` has them."""
     with charts.unchecked():
@@ -135,7 +138,7 @@ def _context(
     verdicts: list[dict],
     told: Answer,
     effects: list[dict],
-    watched: tuple[pd.DataFrame, pd.DataFrame] | None,
+    watched: tuple[pd.DataFrame, ...] | None,
 ) -> dict[str, Any]:
     rows = judgements.verdict_rows(verdicts, protocol)
     parts = sections.by_phase(trials, protocol)
@@ -205,7 +208,7 @@ def _optional_figures(
     trials: pd.DataFrame,
     rows: list[dict],
     effects: list[dict],
-    watched: tuple[pd.DataFrame, pd.DataFrame] | None,
+    watched: tuple[pd.DataFrame, ...] | None,
 ) -> dict[str, list]:
     """Return the figures of the sections that are there only where there is something to show."""
     models = sections.model_of_phase(run, protocol)
@@ -226,7 +229,7 @@ def _optional_figures(
     }
 
 
-def _attention(protocol: Protocol, watched: tuple[pd.DataFrame, pd.DataFrame] | None) -> list:
+def _attention(protocol: Protocol, watched: tuple[pd.DataFrame, ...] | None) -> list:
     """Return the figures of attention, as one list, or none."""
     found = None if watched is None else attention.attention_figures(protocol, *watched)
     return [] if found is None or not found.all else [found]
@@ -269,7 +272,8 @@ def policy(is_live: bool) -> str:
 def _assets(is_live: bool) -> dict[str, Markup]:
     """Return the style sheet, the scripts and the page's policy; a live page may also ask its own server."""
     folder = resources.files("kvpatch.report") / "templates"
-    style, script = (folder.joinpath(name).read_text("utf-8") for name in ("report.css", "report.js"))
+    style = folder.joinpath("report.css").read_text("utf-8")
+    script = "".join(folder.joinpath(name).read_text("utf-8") for name in SCRIPTS)
     library = chart_library()
     for name, content in (("vega", library), ("report.js", script)):
         if "</script" in content.lower() or "<!--" in content or "\r" in content:

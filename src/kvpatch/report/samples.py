@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 
@@ -13,8 +12,9 @@ from markupsafe import Markup
 from kvpatch.protocols.schema import Protocol
 from kvpatch.report import tables
 from kvpatch.report.text import Span, marked
-from kvpatch.report.token_pairs import strip_html, token_pair
+from kvpatch.report.token_pairs import any_two, strip_html, token_pair
 from kvpatch.specs.readouts import MODE
+from kvpatch.specs.scripts import PIECE
 from kvpatch.verdicts.prerequisites import decision_order, primary
 
 Hits = Sequence[Mapping[str, int]]
@@ -25,7 +25,6 @@ MAX_TEXT = 20_000
 PAIRS, PAIRS_LATER = 9, 3
 """Pairs of the first phase, and of each later one."""
 MAX_SIDE_BY_SIDE = 6
-_WORD = re.compile(r"\S+")
 
 
 def samples(
@@ -98,7 +97,9 @@ def sample(part: pd.DataFrame, pair: str, gap: float | None, protocol: Protocol,
     prompts = {"source": shown_text(source, "", None), "target": shown_text(target, "", None)}
     beside = [o for o in outputs if any(of["name"] in first for of in o["of"])]
     others = [o for o in outputs if o not in beside]
-    return {"pair": pair, "gap": gap, "prompts": prompts, "outputs": beside, "others": others}
+    compared = [name for minus, plus in partners.items() for name in (plus, minus)]
+    two = any_two({name: once[name] for name in names}, [*compared, *first])
+    return {"pair": pair, "gap": gap, "prompts": prompts, "outputs": beside, "others": others, "two": two}
 
 
 def _beside_natural(name: str, once: dict[str, dict], protocol: Protocol) -> dict | None:
@@ -142,7 +143,7 @@ def changed_words(text: str, other: object) -> list[Span]:
     """Return where a text has words that the other one lacks at that place; none where there is no other text."""
     if not isinstance(other, str):
         return []
-    words, others = list(_WORD.finditer(text)), _WORD.findall(other)
+    words, others = list(PIECE.finditer(text)), PIECE.findall(other)
     found = SequenceMatcher(None, others, [word[0] for word in words], autojunk=False).get_opcodes()
     return [
         (words[start].start(), words[end - 1].end(), "changed")

@@ -7,6 +7,7 @@ part on they follow other words: there each token has its own log-probability, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -95,6 +96,33 @@ def token_pair(one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[st
             )
         )
     return TokenPair(sides[0], sides[1], shared, names, is_text)
+
+
+def any_two(rows: Mapping[str, Mapping[Any, Any]], first: Sequence[str]) -> dict[str, Any] | None:
+    """What the page's script lays any two conditions of a pair beside one another from; None where fewer than two have
+    tokens.
+
+    rows: condition -> stored trial, as `token_pair` takes them. first: conditions in the order of what to show first.
+    Returns:
+        `texts` of the tokens, each once; `outputs`, condition -> `ids` (places in `texts`: equal where the tokens are)
+        and `logprobs`; `first`, the two to begin with; `isText`, whether tokens are shown as text, else as ids.
+    """
+    known = {name: row for name, row in rows.items() if _listed(row.get("output_token_ids"))}
+    if len(known) < 2:
+        return None
+    is_text = all(_listed(row.get(TOKEN_TEXTS)) for row in known.values())
+    places: dict[tuple[int, str], int] = {}
+    outputs = {}
+    for name, row in known.items():
+        ids, chances = _listed(row["output_token_ids"]), _listed(row.get("output_logprobs"))
+        texts = _listed(row[TOKEN_TEXTS]) if is_text else list(map(str, ids))
+        outputs[name] = {
+            "ids": [places.setdefault((int(i), text), len(places)) for i, text in zip(ids, texts, strict=False)],
+            "logprobs": [None if c is None or not math.isfinite(c) else round(float(c), 3) for c in chances]
+            + [None] * (len(ids) - len(chances)),
+        }
+    begin = [name for name in first if name in known] + [name for name in known if name not in first]
+    return {"texts": [text for _, text in places], "outputs": outputs, "first": begin[:2], "isText": is_text}
 
 
 def _difference(own: float | None, others: Sequence[float], place: int) -> float | None:

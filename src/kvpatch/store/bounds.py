@@ -1,9 +1,9 @@
 """How much memory a Parquet file would take, found before any of it is unpacked.
 
 A few bytes can stand for a value that is repeated a thousand million times, or for pages of zeros. So a file may take
-`LEAST` bytes, and `RATIO` times its own size beyond that; parts of real runs take 4 times their size, and those of what
-small models' heads did 60 times. The sizes that the end of the file names are not relied on: the pages' own headers are
-read, which are what a reader unpacks by.
+`LEAST` bytes, and `RATIO` times its own size beyond that: parts of real runs take 4 times their size, and those of what
+small models' heads did 60 times. No part of a run may ever be refused here, so the bound is far from both. The sizes
+that the end of the file names are not relied on: the pages' own headers are read, which are what a reader unpacks by.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-LEAST, RATIO = 16 << 20, 100
+LEAST, RATIO = 16 << 20, 1000
 MOST_FILE = 2 << 30
 """Bytes of a part's file, which is read whole to be hashed."""
 WIDTH = 12

@@ -162,6 +162,12 @@ ATTENTION_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "head": (pa.int16(), "query head, from 0"),
     "queries": (pa.int32(), "queries counted"),
     **{name: (pa.float32(), about) for name, about in STATISTICS.items()},
+    "by_slot": (
+        _NUMBERS,
+        "attention on every slot of the prompt, in the order of the trial's cache_token_ids, to three digits; the mean "
+        "over the same queries. Only in the first sample of each condition in the phase's first pair; else null, and "
+        "in older runs",
+    ),
 }
 """Every column of a row of attention/*.parquet, a mean over queries; null where no query has the statistic."""
 

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 
 from kvpatch.errors import is_installed
 from kvpatch.specs.base import Frozen
+from kvpatch.specs.scripts import joined as joined_pieces
+from kvpatch.specs.scripts import pieces as pieces_of
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +40,7 @@ TOKENS_AT_ONCE = 4096
 _LONGEST = 256
 """Tokens of a window that are embedded: the length that the embedding model was trained with."""
 _MARKS = ".,;:!?…\"'”’“‘()[]*-_"
-_SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)]*\s+|\n+")
+_SENTENCE_END = re.compile(r"(?<=[.!?…؟۔])[\"'”’)]*\s+|(?<=[。！？｡।॥])[\"'”’)」』]*\s*|\n+")
 
 
 class Direction(Frozen):
@@ -109,7 +111,7 @@ def windows(text: str) -> list[Window]:
     """
     pieces: list[list[str]] = []
     for sentence in _SENTENCE_END.split(text):
-        words = sentence.split()
+        words = pieces_of(sentence)
         pieces += [words[start : start + MOST_WORDS] for start in range(0, len(words), MOST_WORDS)]
     joined: list[list[str]] = []
     for piece in pieces:
@@ -121,7 +123,7 @@ def windows(text: str) -> list[Window]:
         last = joined.pop()
         joined[-1] = joined[-1] + last
     fresh = iter(_fresh([word for window in joined for word in window]))
-    out = [Window(" ".join(window), len(window), sum(next(fresh) for _ in window)) for window in joined]
+    out = [Window(joined_pieces(window), len(window), sum(next(fresh) for _ in window)) for window in joined]
     return [window for window in out if any(letter.isalpha() for letter in window.text)]
 
 

@@ -176,7 +176,8 @@ const draw = async (script) => {
     const { spec, tables } = unpack(JSON.parse(await unpacked(script)));
     tools(box, spec, tables);
     await loaded();
-    await embed(box, spec);
+    const { view } = await embed(box, spec);
+    await headsOver(box, view);
     box.dataset.drawn = "yes";
   } catch (error) {
     console.error(error);
@@ -363,7 +364,3 @@ if (live) {
   });
 }
 
-await drawAll([...document.querySelectorAll("script.spec")].filter((script) => !isFolded(script)));
-await opened();
-document.documentElement.dataset.opened = "yes";
-if (location.hash) unfold();

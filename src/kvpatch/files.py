@@ -7,6 +7,7 @@ import functools
 import json
 import operator
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
@@ -35,6 +36,10 @@ MOST_NODES = 150_000
 """Of a file of YAML, aliases written out: keys, values and collections."""
 MOST_DEPTH = 60
 """Collections within collections."""
+MOST_OF_A_NUMBER = 400
+"""Letters; one to base 60, such as 1:1:1, takes a time that grows with their square."""
+_NO_NUMBER = re.compile(r"[^-+0-9a-fA-F_:.xo]")
+"""What no number of YAML holds."""
 
 
 class NotYaml(ValueError):
@@ -101,10 +106,17 @@ def _refuse_too_much(content: bytes | str) -> None:
             count += sizes.get(event.anchor, 1)
         elif isinstance(event, yaml.ScalarEvent):
             count += 1
+            _refuse_long_number(event, line)
             if event.anchor is not None:
                 sizes[event.anchor] = 1
         if count > MOST_NODES:
             raise NotYaml(f"it has more than {MOST_NODES:,} keys and values, those of aliases counted", line)
+
+
+def _refuse_long_number(event: yaml.ScalarEvent, line: int) -> None:
+    may_be_number = event.style not in ("'", '"', "|", ">") or event.tag is not None
+    if len(event.value) > MOST_OF_A_NUMBER and may_be_number and not _NO_NUMBER.search(event.value):
+        raise NotYaml(f"a number has {len(event.value):,} letters, and may have {MOST_OF_A_NUMBER}", line)
 
 
 def _flags(*names: str) -> int:
@@ -182,6 +194,15 @@ def read_json(path: Path) -> Any:
     content = bytes_within(path, MOST_JSON)
     if len(content) > MOST_JSON:
         raise ValueError(f"it has more than {MOST_JSON:,} bytes")
+    return parse_json(content)
+
+
+def parse_json(content: bytes | str) -> Any:
+    """What a text of JSON says.
+
+    Raises:
+        ValueError: where it is no JSON, or too deeply nested.
+    """
     try:
         return json.loads(content)
     except RecursionError:

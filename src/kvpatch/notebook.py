@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import pandas as pd
 
-from kvpatch.errors import ProtocolError, StoreError, as_html, missing_extra, visible
+from kvpatch.errors import KvpatchError, ProtocolError, as_html, missing_extra, visible
 from kvpatch.offline import drawn_offline
 from kvpatch.report.build import watched_rows
 from kvpatch.specs.arguments import shown
@@ -146,13 +146,13 @@ class Run:
     def __repr__(self) -> str:
         record = self.record
         done = sum(part.rows for part in self.store.parts())
-        which = visible(f"{record.protocol['protocol']} on {record.model.name}")
+        which = visible(f"{record.protocol.get('protocol', 'no protocol')} on {record.model.name}")
         return f"Run({self.directory!r}: {which}, {done} of {record.planned})"
 
     def _repr_html_(self) -> str:
         try:
             outcome = self.outcome
-        except StoreError as error:
+        except KvpatchError as error:
             return f"<p><b>{as_html(repr(self))}</b><br>{as_html(str(error))}</p>"
         from kvpatch.report.text import number
 
@@ -162,11 +162,12 @@ class Run:
             f"<td>{number(v.ci_low)} to {number(v.ci_high)}</td><td>{v.n}</td></tr>"
             for v in outcome.verdicts
         )
+        short = "" if outcome.incomplete is None else f"<br>{as_html(outcome.incomplete)}"
         head = "".join(
             f"<th>{name}</th>" for name in ("verdict", "hypothesis", "contrast", "readout", "estimate", "interval", "n")
         )
         return (
-            f"<p>{as_html(repr(self))}</p><p><b>{as_html(outcome.answer)}</b></p>"
+            f"<p>{as_html(repr(self))}</p><p><b>{as_html(outcome.answer)}</b>{short}</p>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
         )
 

@@ -31,6 +31,7 @@ from kvpatch.planning.plan import Batch, Plan, chosen_phases
 from kvpatch.prompts.bank import Bank, load_bank
 from kvpatch.protocols.load import load_protocol
 from kvpatch.protocols.schema import Protocol, calibration_of
+from kvpatch.protocols.stored import stored_protocol
 from kvpatch.provenance import hardware, now, record_of
 from kvpatch.readiness import checked, engine_of, floor_of, named, refuse_other_mode
 from kvpatch.readouts.scorer import names_code
@@ -42,7 +43,7 @@ from kvpatch.store.readout_calibration import ReadoutCalibration
 from kvpatch.store.record import ModelRecord, RunRecord, Session, with_session
 from kvpatch.store.validation import newest_validation
 from kvpatch.verdicts.deviations import stated
-from kvpatch.verdicts.outcome import Outcome, outcome_of, stored_protocol, write_verdicts
+from kvpatch.verdicts.outcome import Outcome, outcome_of, write_verdicts
 from kvpatch.verdicts.procedures import refuse_unknown
 
 

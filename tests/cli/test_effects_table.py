@@ -6,13 +6,13 @@ import pytest
 
 from kvpatch.cli.console import printed
 from kvpatch.cli.effects_table import _heading, _that_fit, print_effects
-from kvpatch.verdicts.outcome import phase_effects
+from kvpatch.verdicts.outcome import outcome_of, phase_effects
 from synthetic import write_run
 
 
 @pytest.fixture(scope="module")
 def effects(tmp_path_factory: pytest.TempPathFactory) -> list:
-    return phase_effects(write_run(tmp_path_factory.mktemp("run") / "run", n=5, phases=["1"]), "1")
+    return phase_effects(outcome_of(write_run(tmp_path_factory.mktemp("run") / "run", n=5, phases=["1"])), "1")
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])

@@ -34,7 +34,10 @@ BAD = {
     "deep dashes": ("- " * 100_000, "within one another"),
     "an alias within itself": ("a: &a [1, *a]", "stands within what it stands for"),
     "an unknown alias": ("a: *b", "undefined alias"),
-    "a long number": (f"a: {'9' * 5_000}", "can't be read"),
+    "a long number": (f"a: {'9' * 5_000}", "a number has 5,000 letters"),
+    "a long number to base 60": (f"a: 1{':1' * 500_000}", "a number has 1,000,001 letters"),
+    "one in quotes, by its tag": (f"a: !!int '1{':1' * 500_000}'", "a number has 1,000,001 letters"),
+    "one with a fraction": (f"a: [1{':1' * 500_000}.5]", "a number has 1,000,003 letters"),
     "no date": ("a: 2001-13-45", "can't be read"),
     "a list as a key": ("? [a]\n: b", "unhashable"),
     "code": ("!!python/object/apply:os.system [id]", "constructor"),
@@ -59,6 +62,12 @@ def test_yaml_past_a_limit_is_refused_wherever_it_is_read(kind, tmp_path):
         Lexicon.load(tmp_path / "l.yaml")
     assert len(str(raised.value)) < 1_000
     assert time.process_time() - begun < 20
+
+
+def test_long_text_of_digits_in_quotes_or_with_spaces_is_a_text():
+    assert read_yaml(f"a: '{'9' * 5_000}'") == {"a": "9" * 5_000}
+    assert read_yaml(f"a: {'9 ' * 5_000}9") == {"a": "9 " * 5_000 + "9"}
+    assert read_yaml(f"a: {'9' * 300}") == {"a": int("9" * 300)}
 
 
 def test_aliases_within_the_limits_are_read():

@@ -9,8 +9,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from kvpatch.store.directory import Store
+from kvpatch.store.lease import _holder
 from kvpatch.view.runs import LiveRun
 from kvpatch.view.server import View
+from kvpatch.view.trial import _patch
 from synthetic import write_run
 
 
@@ -111,3 +113,12 @@ def test_attention_that_no_line_names_is_not_shown(directory: Path) -> None:
     shutil.copy(directory / "attention" / watched.part, directory / "attention" / other.part)
     found = trial.stored_row(run, row["trial_id"])
     assert found is not None and trial.heads(run, found) == []
+
+
+@pytest.mark.parametrize("stored", ["[" * 100_000, '{"a": ' * 100_000, "{", "", None, 3])
+def test_patch_that_is_no_json_is_shown_as_it_stands(stored):
+    assert _patch(stored) == (stored if isinstance(stored, str) else None)
+
+
+def test_lease_that_is_no_json_names_nobody():
+    assert [_holder(content) for content in (b"[" * 100_000, b"{", b"", b"[]", b"\xff")] == [None] * 5

@@ -75,7 +75,7 @@ def test_throughput_and_time_left_come_from_the_parts_of_a_run_that_goes_on(
     rows = parts[-1][1]
     store, run = begun(tmp_path / "run", len(rows) * 5), LiveRun("run", tmp_path / "run")
     for i in range(3):
-        store.append(f"part-{i}", rows)
+        store.append(f"part-{i}", [{**row, "trial_id": f"{i}-{row['trial_id']}"} for row in rows])
         os.utime(store.trials / f"part-{i}.parquet", (1e9 + 10 * i, 1e9 + 10 * i))
     with store.locked():
         run.refresh()

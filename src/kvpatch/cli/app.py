@@ -314,12 +314,12 @@ def refuse_unwritable(out: Path) -> None:
 
 def _crashed(error: Exception) -> str:
     """One line on an unexpected error, which names the report that is left of it."""
-    from kvpatch.crash import write_crash
+    from kvpatch.crash import without_private, write_crash
     from kvpatch.files import cache_directory
 
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     place = getattr(error, "crash_report", None) or write_crash(cache_directory(), f"kvpatch {command}", error)
-    told = " ".join(quoted_briefly(str(error)).split())[:200]
+    told = " ".join(quoted_briefly(without_private(str(error))).split())[:200]
     report = f"{place} holds what a bug report needs, and nothing private"
     where = report if place else "run it again with --debug to see where"
     return f"an error that kvpatch did not expect, {type(error).__name__}: {told}; {where}"

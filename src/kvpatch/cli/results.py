@@ -25,6 +25,7 @@ from kvpatch.files import is_directory
 
 if TYPE_CHECKING:
     from kvpatch.store.directory import Store
+    from kvpatch.verdicts.outcome import Outcome
 
 
 @contextmanager
@@ -92,7 +93,7 @@ def verdicts(
 
         other = load_protocol(protocol)
     is_registered = registered is None or _held_against(registered, store)
-    outcome = outcome_of(store, is_exploratory=exploratory, protocol=other)
+    outcome = _told(outcome_of(store, is_exploratory=exploratory, protocol=other))
     if not exploratory:
         if told := write_verdicts(store, outcome):
             say(f"warning: {told}", err=True)
@@ -118,6 +119,13 @@ def verdicts(
         raise typer.Exit(1)
 
 
+def _told(outcome: Outcome) -> Outcome:
+    """Say on standard error where trials are missing that the numbers should rest on."""
+    if outcome.incomplete is not None:
+        say(f"warning: {outcome.incomplete}", err=True)
+    return outcome
+
+
 def _held_against(registered: Path, store: Store) -> bool:
     """Say whether a run has the protocol of a pre-registration, on standard error, which leaves JSON whole."""
     from kvpatch.verdicts.preregistration import held_against, read_preregistration
@@ -141,9 +149,9 @@ def effects(
     """
     from kvpatch.cli.effects_table import print_effects
     from kvpatch.store.directory import Store
-    from kvpatch.verdicts.outcome import phase_effects
+    from kvpatch.verdicts.outcome import outcome_of, phase_effects
 
-    found = phase_effects(Store(directory), phase)
+    found = phase_effects(_told(outcome_of(Store(directory))), phase)
     show([effect.model_dump() for effect in found], as_json, lambda: print_effects(found), is_all)
 
 
@@ -163,7 +171,7 @@ def report(
     from kvpatch.verdicts.outcome import outcome_of
 
     store = Store(directory)
-    outcome = outcome_of(store)
+    outcome = _told(outcome_of(store))
     with _writing(out):
         where = write_report(store, outcome, out)
     say(f"report: {where.resolve()}")
@@ -192,7 +200,7 @@ def figures(
     from kvpatch.report.paper import WIDTHS, chosen, write_figures
 
     run = Run(directory)
-    found = report_figures(run.store, run.outcome)
+    found = report_figures(run.store, _told(run.outcome))
     if is_list:
 
         def listed() -> None:
@@ -222,7 +230,7 @@ def export(
     from kvpatch.verdicts.outcome import outcome_of
 
     store = Store(directory)
-    outcome = outcome_of(store)
+    outcome = _told(outcome_of(store))
     with _writing(out):
         written = write_dataset(store, outcome, out)
     say(f"{len(written)} files in {out.resolve()}; its card is {written[-1].name}")

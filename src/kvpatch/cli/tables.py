@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kvpatch.verdicts.power import Power, PowerAt
 
 
-STATUS_COLUMNS = ("phase", "error", "n_tokens")
+STATUS_COLUMNS = ("trial_id", "phase", "error", "n_tokens")
 """What is read of every trial to say how far a run is."""
 
 

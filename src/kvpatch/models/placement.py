@@ -8,7 +8,6 @@ runs the layer; tokens, labels and logits are where the output head runs.
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import shutil
 import uuid
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpatch.errors import ModelError
-from kvpatch.files import cache_directory
+from kvpatch.files import cache_directory, parse_json, read_json
 
 POLICIES = ("auto", "balanced", "balanced_low_0", "sequential")
 """Words that let accelerate choose: fill the fastest memory first, or spread layers evenly."""
@@ -50,9 +49,8 @@ def read_device_map(given: Any) -> str | dict[str, Any]:
 
 def _read_json(text: str) -> Any:
     try:
-        content = text if text.lstrip().startswith("{") else Path(text).expanduser().read_text(encoding="utf-8")
-        return json.loads(content)
-    except OSError as error:
+        return parse_json(text) if text.lstrip().startswith("{") else read_json(Path(text).expanduser())
+    except (OSError, RuntimeError) as error:  # or no such user's home
         raise ModelError(
             f"device map {text[:80]!r} is none of {', '.join(POLICIES)}, no JSON object and no file of one"
         ) from error

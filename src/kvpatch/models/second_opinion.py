@@ -26,7 +26,7 @@ from torch import Tensor
 import kvpatch
 from kvpatch.caches.kvcache import PAD
 from kvpatch.errors import ModelError
-from kvpatch.files import cache_directory, write_whole
+from kvpatch.files import cache_directory, read_json, write_whole
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.limits import lengths_around, named_limits
 from kvpatch.models.load import Loaded
@@ -300,7 +300,7 @@ def _own_sources() -> str:
 def _kept(path: Path) -> dict[str, Any]:
     """What a file holds, by key; nothing where it is not there or damaged."""
     try:
-        kept = json.loads(path.read_text())
+        kept = read_json(path)
     except (OSError, ValueError):
         return {}
     return kept if isinstance(kept, dict) else {}

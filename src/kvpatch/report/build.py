@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,7 @@ def report_page(store: Store, outcome: Outcome, live: Live | None = None) -> str
     """The report as HTML. live: what to say where it is served while the run goes on."""
     with pd.option_context("mode.string_storage", "python"):
         return render(
-            {**outcome.record.model_dump(mode="json"), "dropped_pairs": len(outcome.record.dropped_pairs)},
+            _shown(outcome),
             outcome.protocol,
             outcome.rows,
             json.loads(verdicts_json(outcome.verdicts)),
@@ -55,7 +56,7 @@ def report_figures(store: Store, outcome: Outcome) -> dict[str, Figure]:
     """The figures of the report that have data, by id, in the page's order."""
     with pd.option_context("mode.string_storage", "python"):
         context = context_of(
-            {**outcome.record.model_dump(mode="json"), "dropped_pairs": len(outcome.record.dropped_pairs)},
+            _shown(outcome),
             outcome.protocol,
             outcome.rows,
             json.loads(verdicts_json(outcome.verdicts)),
@@ -64,6 +65,13 @@ def report_figures(store: Store, outcome: Outcome) -> dict[str, Figure]:
             watched_rows(store, outcome),
         )
     return {found.id: found for found in figures_in(context)}
+
+
+def _shown(outcome: Outcome) -> dict[str, Any]:
+    """run.json as the page reads it, and how many trials are stored."""
+    record = outcome.record
+    counts = {"dropped_pairs": len(record.dropped_pairs), "stored": len(outcome.rows), "planned": record.planned}
+    return record.model_dump(mode="json") | counts
 
 
 def write_report(store: Store, outcome: Outcome, path: Path | None = None) -> Place:

@@ -44,7 +44,7 @@ from kvpatch.store.columns import (
 )
 from kvpatch.store.kept_parts import fetch
 from kvpatch.store.objects import ObjectPath, Place, content_of, is_there, place_of, refuse_whole_bucket
-from kvpatch.store.parts import Part, check_file, read_file, read_index, refuse_copies
+from kvpatch.store.parts import Part, check_file, read_file, read_index, refuse_copies, refuse_trials_twice
 from kvpatch.store.record import RunRecord
 from kvpatch.store.session import refuse_unwritable_objects, session, session_of, write_object
 
@@ -305,12 +305,14 @@ class Store:
         """All stored trials, in the order they were stored; all columns, or those that are named.
 
         Raises:
-            StoreError: where there are none, or a part is missing or damaged.
+            StoreError: where there are none, a part is missing or damaged, or two hold the same trial.
         """
-        tables = list(self.tables(columns))
+        wanted = list(TRIAL_COLUMNS if columns is None else columns)
+        tables = list(self.tables(list(dict.fromkeys([*wanted, "trial_id"]))))
         if not tables:
             raise StoreError(f"{self.directory} holds no trials yet")
-        return pa.concat_tables(tables)
+        refuse_trials_twice([part.part for part in self.parts()], [table["trial_id"] for table in tables])
+        return pa.concat_tables(tables).select(wanted)
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The stored trials part by part, as `read` gives them.

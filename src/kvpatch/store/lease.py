@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpatch.errors import StoreError
+from kvpatch.files import parse_json
 from kvpatch.store.buckets import Changed, Found
 from kvpatch.store.objects import ObjectPath
 
@@ -172,7 +173,7 @@ def _this_process() -> dict[str, Any]:
 def _holder(content: bytes) -> dict[str, Any] | None:
     """What a lease says of its holder; None where it is free, or says nothing that can be read."""
     try:
-        told = json.loads(content)
+        told = parse_json(content)
     except ValueError:
         return None
     return told if isinstance(told, dict) and told.get("process") else None

@@ -86,6 +86,8 @@ def read_index(path: Place) -> list[Part]:
     try:
         content = index_content(path)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise StoreError(f"{path} can't be read: it is a symbolic link that leads nowhere") from None
         return []
     except OSError as error:
         raise StoreError(f"{path} can't be read: {error.strerror or error}") from error
@@ -150,6 +152,41 @@ def refuse_copies(parts: Iterable[Part]) -> None:
                 f"{part.part} holds the same trials as {first}; delete the line of one of them in parts.jsonl, or have "
                 "`kvpatch repair` set both aside"
             )
+
+
+def refuse_trials_twice(parts: Sequence[str], ids: Sequence[pa.ChunkedArray]) -> None:
+    """Refuse parts that hold the same trial, which would count twice. ids: of each part's trials.
+
+    Raises:
+        StoreError: naming both.
+    """
+    found = pa.chunked_array([chunk for each in ids for chunk in each.chunks], pa.string())
+    if len(found.unique()) == len(found):
+        return
+    for later, first in twice(parts, ids).items():
+        raise StoreError(told_twice(later, first))
+
+
+def told_twice(later: str, first: str) -> str:
+    """What to say of two parts that hold the same trial."""
+    return (
+        f"{later} holds trials that {first} holds too; delete the line of one of them in parts.jsonl, or have "
+        "`kvpatch repair` set both aside"
+    )
+
+
+def twice(parts: Sequence[str], ids: Sequence[pa.ChunkedArray]) -> dict[str, str]:
+    """Parts that hold a trial which stands before it, too, each with the part that has it there."""
+    seen: dict[str, str] = {}
+    found: dict[str, str] = {}
+    for part, trials in zip(parts, ids, strict=True):
+        own = trials.to_pylist()
+        if len(set(own)) < len(own):
+            found[part] = part
+        for trial in set(own):
+            if seen.setdefault(trial, part) != part:
+                found[part] = seen[trial]
+    return found
 
 
 def check_file(path: Place, sha256: str, rows: int | None, schema: pa.Schema, needed: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, NonNegativeInt, ValidationError
 
 from kvpatch.errors import StoreError
 from kvpatch.specs.base import Frozen
@@ -141,7 +141,7 @@ class RunRecord(Frozen):
     grown_from: list[int | None] = Field(default_factory=list)
     """Every n that the run had before it grew, in their order."""
     phases: list[str]
-    planned_by_phase: dict[str, int]
+    planned_by_phase: dict[str, NonNegativeInt]
     versions: dict[str, str]
     git: dict[str, Any]
     hardware: dict[str, Any]

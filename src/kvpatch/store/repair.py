@@ -16,7 +16,7 @@ from kvpatch.files import MOST_JSON, is_file, read_json
 from kvpatch.specs.base import Frozen
 from kvpatch.store.directory import SET_ASIDE, Store, explained
 from kvpatch.store.objects import ObjectPath, Place, content_of, move
-from kvpatch.store.parts import Part, entries, index_content
+from kvpatch.store.parts import Part, entries, index_content, twice
 from kvpatch.store.record import RunRecord, dumped_sha256
 from kvpatch.store.session import write_object
 
@@ -127,7 +127,13 @@ def _sorted_out(store: Store) -> tuple[list[Part], list[tuple[Part, str]], int]:
             dropped.append((part, _why(error)))
         else:
             good.append(part)
-    return *_without_copies(good, dropped), bad
+    kept, dropped = _without_copies(good, dropped)
+    ids = [store.rows_of(part, ["trial_id"])["trial_id"] for part in kept]
+    doubled = twice([part.part for part in kept], ids)
+    gone = {*doubled, *doubled.values()}
+    why = f"of the trials in {' and '.join(sorted(gone))} some stand there twice"
+    dropped += [(part, why) for part in kept if part.part in gone]
+    return [part for part in kept if part.part not in gone], dropped, bad
 
 
 def _without_copies(good: Sequence[Part], dropped: list[tuple[Part, str]]) -> tuple[list[Part], list[tuple[Part, str]]]:

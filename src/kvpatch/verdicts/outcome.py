@@ -10,16 +10,16 @@ from functools import cached_property
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import ValidationError
 
 from kvpatch.errors import ProtocolError
 from kvpatch.files import MOST_JSON
 from kvpatch.protocols.schema import Protocol
+from kvpatch.protocols.stored import as_exploratory, stored_protocol
 from kvpatch.store.columns import TRIAL_COLUMNS
 from kvpatch.store.directory import Store
 from kvpatch.store.objects import content_of
 from kvpatch.store.readout_calibration import ReadoutCalibration
-from kvpatch.store.record import RunRecord, dumped_sha256
+from kvpatch.store.record import RunRecord
 from kvpatch.verdicts.answer import Answer, answer
 from kvpatch.verdicts.chosen_heads import heads_column, with_heads
 from kvpatch.verdicts.decide import Verdict, headline, verdicts, verdicts_json
@@ -27,38 +27,6 @@ from kvpatch.verdicts.effects import Effect, effects
 from kvpatch.verdicts.plan_table import AnsweredRow, plan_table
 from kvpatch.verdicts.prerequisites import instrument_holds
 from kvpatch.verdicts.specificity import LEVEL
-
-
-def stored_protocol(record: RunRecord, *, is_exploratory: bool = False) -> Protocol:
-    """The protocol a run was made with.
-
-    is_exploratory: also take one that was changed after the run; no claim of it is then confirmatory.
-
-    Raises:
-        ProtocolError: where what run.json holds no longer has the hash that was stored before the first trial, or is no
-            protocol.
-    """
-    found = dumped_sha256(record.protocol)
-    if found != record.protocol_sha256 and not is_exploratory:
-        raise ProtocolError(
-            f"the protocol in run.json has hash {found[:12]}, and the run was made with "
-            f"{record.protocol_sha256[:12]}: it was changed after the run, so its verdicts would not be confirmatory; "
-            "--exploratory marks them so"
-        )
-    try:
-        protocol = Protocol.as_stored(record.protocol)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(key) for key in first["loc"]) or "protocol"
-        raise ProtocolError(f"the protocol in run.json is none: {where}: {first['msg']}") from error
-    return as_exploratory(protocol) if is_exploratory else protocol
-
-
-def as_exploratory(protocol: Protocol) -> Protocol:
-    """The protocol with no confirmatory hypothesis."""
-    marked = [h.model_copy(update={"confirmatory": False}) for h in protocol.hypotheses]
-    return protocol.model_copy(update={"hypotheses": marked})
-
 
 TEXTS = ("text", "source_text", "target_text", "mode_hits")
 """Columns that only a page with texts needs."""
@@ -111,6 +79,17 @@ class Outcome:
     protocol: Protocol
     rows: pd.DataFrame
     verdicts: list[Verdict]
+
+    @property
+    def incomplete(self) -> str | None:
+        """What to say where trials that were planned are not stored: the run goes on, was broken off, or lost them."""
+        planned = self.record.planned
+        if len(self.rows) >= planned:
+            return None
+        return (
+            f"{len(self.rows):,} of {planned:,} planned trials are stored, and what follows is of these alone; the "
+            "same `kvpatch run` command computes the others"
+        )
 
     @property
     def answer(self) -> str:
@@ -229,13 +208,12 @@ def _change(before: str, now: str) -> str:
     return f"said otherwise of {', '.join(map(str, differ[:3]))}{more}"
 
 
-def phase_effects(store: Store, phase: str | None = None) -> list[Effect]:
+def phase_effects(outcome: Outcome, phase: str | None = None) -> list[Effect]:
     """Effects of one phase, or of all that have trials.
 
     Raises:
         ProtocolError: for a phase the protocol does not have.
     """
-    outcome = outcome_of(store)
     if phase is None:
         return outcome.effects
     phases = outcome.protocol.phases

@@ -15,14 +15,15 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kvpatch.errors import StoreError
+from kvpatch.errors import ProtocolError, StoreError
 from kvpatch.files import is_held
 from kvpatch.protocols.schema import Protocol
+from kvpatch.protocols.stored import stored_protocol
 from kvpatch.store.columns import TRIAL_COLUMNS
 from kvpatch.store.directory import Store
 from kvpatch.store.lease import is_leased
 from kvpatch.store.objects import ObjectPath, Place
-from kvpatch.store.parts import Part
+from kvpatch.store.parts import Part, told_twice, twice
 from kvpatch.store.record import RunRecord
 
 State = Literal["running", "interrupted", "finished", "not begun"]
@@ -57,6 +58,8 @@ class Progress:
 class _Known:
     parts: dict[str, Part] = field(default_factory=dict)
     trouble: tuple[str, ...] = ()
+    of_record: tuple[str, ...] = ()
+    protocol: Protocol | None = None
     named: list[Part] = field(default_factory=list)
     index: tuple[int, int] = (0, 0)
     record: RunRecord | None = None
@@ -95,8 +98,8 @@ class LiveRun:
 
     @property
     def protocol(self) -> Protocol | None:
-        """The protocol of the run, as it was stored."""
-        return None if self.record is None else Protocol.as_stored(self.record.protocol)
+        """The protocol of the run, as it was stored; None before a run has begun, and where it was changed since."""
+        return self._known.protocol
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -106,7 +109,7 @@ class LiveRun:
     @property
     def trouble(self) -> str | None:
         """Why trials are not shown, in one line; None where all that are stored are shown."""
-        first, *more = self._known.trouble or ("",)
+        first, *more = (*self._known.of_record, *self._known.trouble) or ("",)
         return f"{first} (and {len(more)} more)" if more else first or None
 
     @property
@@ -126,10 +129,14 @@ class LiveRun:
         if key == self._known.record_key:
             return False
         try:
-            self._known.record = self.store.read_record()
+            self._known.record = record = self.store.read_record()
         except StoreError:
             return False  # being written, or not there yet: the next look will tell
         self._known.record_key = key
+        try:
+            self._known.protocol, self._known.of_record = stored_protocol(record), ()
+        except ProtocolError as error:
+            self._known.protocol, self._known.of_record = None, (str(error),)
         return True
 
     def _read_parts(self) -> bool:
@@ -151,9 +158,9 @@ class LiveRun:
             else:
                 shown[part.part] = part
             if len(arrived) >= AT_ONCE:
-                self._take_in(arrived, before)
+                trouble += self._take_in(arrived, before, shown)
                 arrived = {}
-        self._take_in(arrived, before)
+        trouble += self._take_in(arrived, before, shown)
         self._let_go([name for name in before if name not in shown])
         is_new = shown != before or tuple(trouble) != self._known.trouble
         self._known.parts, self._known.trouble = shown, tuple(trouble)
@@ -170,11 +177,31 @@ class LiveRun:
         if parts:
             self.ask("delete from trials where part in (select unnest(?))", [parts])
 
-    def _take_in(self, arrived: dict[str, pa.Table], before: Container[str]) -> None:
-        """Take in the rows of parts, many in one insertion, which costs more than the rows do."""
-        if not arrived:
-            return
+    def _take_in(self, arrived: dict[str, pa.Table], before: Container[str], shown: dict[str, Part]) -> list[str]:
+        """Take in the rows of parts, many in one insertion, which costs more than the rows do. Returns what is wrong
+        with those that hold a trial which another part holds; they are not shown."""
         self._let_go([name for name in arrived if name in before])
+        doubled = self._doubled(arrived)
+        for name in doubled:
+            del arrived[name], shown[name]
+        if arrived:
+            self._insert(arrived)
+        return [told_twice(later, first) for later, first in doubled.items()]
+
+    def _doubled(self, arrived: dict[str, pa.Table]) -> dict[str, str]:
+        """Parts of which another that came before has a trial, too, each with that one."""
+        ids = [rows["trial_id"] for rows in arrived.values()]
+        known = self.ask(
+            "select distinct part, trial_id from trials where trial_id in (select unnest(?))",
+            [[trial for each in ids for trial in each.to_pylist()]],
+        )
+        taken: dict[str, list[str]] = {}
+        for row in known:
+            taken.setdefault(row["part"], []).append(row["trial_id"])
+        before = [pa.chunked_array([trials], pa.string()) for trials in taken.values()]
+        return twice([*taken, *arrived], [*before, *ids])
+
+    def _insert(self, arrived: dict[str, pa.Table]) -> None:
         start = self.ask("select coalesce(max(place), -1) + 1 as place from trials")[0]["place"]
         table = _known_numbers(pa.concat_tables(arrived.values()))
         names = [name for name, rows in arrived.items() for _ in range(len(rows))]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from kvpatch.files import parse_json
 from kvpatch.report import tokens
 from kvpatch.report.head_maps import MAPPED
 from kvpatch.report.samples import Marker, shown_text
@@ -115,7 +116,7 @@ def model_of(run: LiveRun, name: Any) -> ModelRecord | None:
 
 def _patch(stored: Any) -> str | None:
     try:
-        return json.dumps(json.loads(stored), indent=1, ensure_ascii=False)
+        return json.dumps(parse_json(stored), indent=1, ensure_ascii=False)
     except (TypeError, ValueError):
         return stored if isinstance(stored, str) else None
 

@@ -35,7 +35,7 @@ def test_a_trial_stands_beside_another_of_its_pair_token_by_token(client: TestCl
     own, other = rows["1-C-0-0"], rows["1-A-0-0"]
     html = client.get("/a-token/run/first/trial/1-C-0-0", params={"beside": "1-A-0-0"}).text
     section = html[html.index('id="beside"') : html.index("<h2>Its patch")]
-    assert "Not even the first token is the same; then C goes on with" in section
+    assert "Not even the first token is the same: C begins with" in section
     assert section.count('<span class="token') - 3 == len(own["output_token_ids"]) + len(other["output_token_ids"])
     assert '<option value="1-A-0-0" selected>' in section
     assert client.get("/a-token/run/first/trial/1-C-0-0", params={"beside": "1-A-1-0"}).status_code == 404

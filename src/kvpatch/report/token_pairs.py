@@ -59,14 +59,16 @@ class TokenPair:
         one, other = self.names
         if len(self.one) == len(self.other) == self.shared:
             return f"{one} and {other} wrote the same {self.shared} tokens."
-        same = f"The first {self.shared} tokens are the same" if self.shared else "Not even the first token is the same"
-        goes = [
-            f"{name} goes on with “{tokens[self.shared].text}” ({_told(tokens[self.shared].logprob)})"
+        goes, same = ("goes on", f"The first {self.shared} tokens are the same; then")
+        if not self.shared:
+            goes, same = ("begins", "Not even the first token is the same:")
+        parts = [
+            f"{name} {goes} with “{tokens[self.shared].text}” (log-probability {_told(tokens[self.shared].logprob)})"
             if self.shared < len(tokens)
             else f"{name} ends"
             for name, tokens in ((one, self.one), (other, self.other))
         ]
-        return f"{same}; then {goes[0]}, and {goes[1]}."
+        return f"{same} {parts[0]}, and {parts[1]}."
 
 
 TOKEN_TEXTS = "token_texts"
@@ -98,7 +100,7 @@ def token_pair(one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[st
     return TokenPair(sides[0], sides[1], shared, names, is_text)
 
 
-def any_two(rows: Mapping[str, Mapping[str, Any]], first: Sequence[str]) -> dict[str, Any] | None:
+def any_two(rows: Mapping[str, Mapping[Any, Any]], first: Sequence[str]) -> dict[str, Any] | None:
     """What the page's script lays any two conditions of a pair beside one another from; None where fewer than two have
     tokens.
 

@@ -67,6 +67,11 @@ def test_a_head_is_shown_over_the_tokens_of_a_trial_of_the_first_pair(tmp_path: 
         assert client.get("/a-token/run/first/trial/6-C-1-0", params={"head": "1.2"}).status_code == 404
 
 
+def test_the_page_of_all_runs_says_not_final_only_while_one_of_them_goes_on(client: TestClient) -> None:
+    html = client.get("/a-token/").text
+    assert '<p class="note not-final" hidden>' in html  # its one run is finished
+
+
 def test_the_live_report_says_that_it_is_not_final_until_it_is(client: TestClient) -> None:
     answer = client.get("/a-token/run/first/report")
     assert "connect-src 'self'" in answer.headers["content-security-policy"]

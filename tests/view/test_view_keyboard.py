@@ -79,6 +79,10 @@ def test_keys_open_the_numbers_of_every_estimate_s_chart(browser: Any, address: 
         expect(page.locator("#estimates")).to_have_attribute("data-drawn", "yes")
         figures = page.locator("#estimates figure:has(svg)").all()
         assert len(figures) > 3
+        shapes = page.locator("#estimates svg").evaluate_all(
+            "all => all.map((e) => [e.viewBox.baseVal.width, Math.round(e.getBoundingClientRect().width)].join())"
+        )
+        assert len(set(shapes)) == 1  # none was drawn while the others had no place yet, and squeezed into its own
         for figure in figures:
             figure.locator("details.data > summary").focus()
             page.keyboard.press("Enter")

@@ -95,6 +95,7 @@ const setEstimates = async (run) => {
   if (!answer.ok) return;
   const found = await answer.json();
   if (found.length > 0) place.querySelector(".empty")?.remove();
+  const changed = [];
   for (const item of found) {
     const says = JSON.stringify([finished.get(run), item.n, item.estimate, item.low, item.high]);
     let known = drawn.get(item.id);
@@ -111,9 +112,13 @@ const setEstimates = async (run) => {
     }
     if (known.says === says) continue;
     known.says = says;
+    changed.push([known, item]);
     known.now.textContent = item.estimate === null
       ? `no estimate yet from ${item.counted}`
       : `${item.shown.estimate} (${range(item)}) over ${item.counted}${finished.get(run) ? "" : ", not final"}`;
+  }
+  // Drawn once all figures have their places, since a chart keeps the shape that it is drawn in.
+  for (const [known, item] of changed) {
     if (item.chart) {
       await window.vegaEmbed(known.chart, unpack(item.chart), { mode: "vega-lite", renderer: "svg", actions: false, ast: true });
       known.table.hidden = false;
@@ -170,6 +175,10 @@ if (page === "home" || page === "run") {
     const status = JSON.parse(event.data);
     setTrouble(status);
     setFacts(status);
+    if (page === "home") {
+      const runs = document.querySelectorAll(".status").length;
+      document.querySelector(".not-final").hidden = finished.size === runs && [...finished.values()].every(Boolean);
+    }
     if (page === "run") {
       setPhases(status);
       setNewest(status);

@@ -4,11 +4,13 @@
 
 SIGKILL, SIGTERM and SIGINT, a third each, at random moments. After one to six kills the same command is carried out to
 its end. Then every file must be what an undisturbed one leaves, byte for byte but for times, with no other file beside
-it, no temporary file in TMPDIR and no process left. A third falls while verdicts and report are decided and
-written; a third while a wheel with a tiny GGUF file is fetched, by pip or from a copy, checked and converted; a tenth,
-by SIGKILL, falls on workers of a run with two of them on a Ray cluster, which must end by itself with the same files;
-the rest at any moment of a run. A command is a forked child of a process that has loaded everything. The whole takes
-about 15 minutes on one core, and as long again for the workers, each of which imports everything anew.
+it, no temporary file in TMPDIR and no process left. A kill counts where the command went on when it fell, and one of a
+worker where the worker lived and parts were still to come; what came before or after is shown as too late. A third
+falls while verdicts and report are decided and written; a third while a wheel with a tiny GGUF file is fetched, by pip
+or from a copy, checked and converted; a tenth, by SIGKILL, falls on workers of a run with two of them on a Ray cluster,
+which must end by itself with the same files; the rest at any moment of a run. A command is a forked child of a process
+that has loaded everything. The whole takes about 15 minutes on one core, and as long again for the workers, each of
+which imports everything anew.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ from kvpatch.models.note import NOTE, refuse_changed
 
 HOW = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 OUTCOMES = ("killed", "too late", "badly told", "not resumed", "differs", "left over")
+FELL = ("killed", "badly told")
+"""Of the outcomes, those of a kill that fell on a command that went on."""
 NAME = "tiny"
 PIP_SHARE = 0.15
 """Of the pulls that pip carries out; it takes a second to begin."""
@@ -80,7 +84,7 @@ class Kills:
         """Kill a child after some seconds, and look how it ended."""
         how = self.rng.choice(HOW)
         said = child.killed(after, how)
-        if said.code == 0:
+        if said.code == 0 or (said.code == -how and not child.is_going):
             self.count(kind, how.name, "too late")
         elif _is_told(said, how):
             self.count(kind, how.name, "killed")
@@ -122,8 +126,8 @@ class Kills:
 
     @property
     def kills(self) -> int:
-        """How many have fallen."""
-        return sum(counts[came] for (_, how), counts in self.counts.items() for came in OUTCOMES[:3] if how != "then")
+        """How many have fallen on commands that went on."""
+        return sum(counts[came] for (_, how), counts in self.counts.items() for came in FELL if how != "then")
 
     def print(self) -> None:
         """The table."""
@@ -231,7 +235,7 @@ def workers(kills: Kills, wanted: int) -> None:
     def differs() -> list[str]:
         return [name for name in small.differs(out) if name != "parts.jsonl"] + _beside(out) + _lines_differ(small, out)
 
-    goal = kills.kills + wanted
+    goal, deaths, wanted_lines = kills.kills + wanted, 0, len(small.expected["parts.jsonl"].splitlines())
     out.parent.mkdir()
     start, child = time.monotonic(), begun(words, kills.said)
     _worker_of(child)
@@ -248,12 +252,17 @@ def workers(kills: Kills, wanted: int) -> None:
             _wait_until(child, lambda is_late=is_late: not is_late or (out / "trials").is_dir())
             time.sleep(kills.rng.random() * (1.0 if is_late else longest / 2))
             victim = _worker_of(child, kills.rng)
-            if victim is None:
-                kills.count("worker", "SIGKILL", "too late")
+            is_late = victim is None or _lines_in(out) >= wanted_lines
+            if victim is not None:
+                with contextlib.suppress(psutil.Error):
+                    victim.kill()
+                    psutil.wait_procs([victim], timeout=GRACE)
+            kills.count("worker", "SIGKILL", "too late" if is_late or _has_ended(child) else "killed")
+            if is_late:
                 break
-            victim.kill()
-            kills.count("worker", "SIGKILL", "killed")
         kills.finish("worker", child, differs)
+        deaths += _deaths_in(out)
+    print(f"{deaths} deaths of workers were noted in run.json", flush=True)
     shutil.rmtree(out.parent)
 
 
@@ -261,6 +270,21 @@ def _lines_differ(small: Small, out: Path) -> list[str]:
     """parts.jsonl, unless its lines are those of the undisturbed run; workers end in any order."""
     found = sorted((out / "parts.jsonl").read_bytes().splitlines())
     return [] if found == sorted(small.expected["parts.jsonl"].splitlines()) else ["parts.jsonl"]
+
+
+def _lines_in(out: Path) -> int:
+    """How many parts are named by now."""
+    try:
+        return len((out / "parts.jsonl").read_bytes().splitlines())
+    except FileNotFoundError:
+        return 0
+
+
+def _deaths_in(out: Path) -> int:
+    """Workers that ended early, as run.json says."""
+    if not (out / "run.json").is_file():
+        return 0
+    return sum(session.get("deaths") or 0 for session in json.loads((out / "run.json").read_text())["sessions"])
 
 
 def _has_ended(child: Child) -> bool:
@@ -274,11 +298,13 @@ def _wait_until(child: Child, holds: Callable[[], bool]) -> None:
 
 
 def _worker_of(child: Child, rng: random.Random | None = None) -> psutil.Process | None:
-    """A process of a worker, as soon as there is one; None where the command has ended before."""
+    """A process of a worker that lives, as soon as there is one; None where the command has ended before."""
     while not _has_ended(child):
         with contextlib.suppress(psutil.Error):
             found = [
-                p for p in psutil.Process(child.pid).children(recursive=True) if p.name().startswith("ray::Worker")
+                p
+                for p in psutil.Process(child.pid).children(recursive=True)
+                if p.name().startswith("ray::Worker") and p.status() != psutil.STATUS_ZOMBIE
             ]
             if found:
                 return (rng or random).choice(found)

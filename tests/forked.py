@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import json
+import mmap
 import os
 import signal
 import sys
@@ -59,6 +61,13 @@ class Child:
     pid: int
     out: Path
     err: Path
+    state: mmap.mmap
+    """A byte that both processes see: 0 before the command begins, 1 while it goes on, 2 when it has ended."""
+
+    @property
+    def is_going(self) -> bool:
+        """Whether the command goes on; of a child that was killed, whether it went on when the signal fell."""
+        return self.state[0] == 1
 
     def ended(self, within: float = LONGEST) -> Said:
         """Wait for its end; one that takes longer is killed."""
@@ -86,12 +95,12 @@ class Child:
 
 def begun(words: Sequence[object], folder: Path, prepare: Callable[[], None] | None = None) -> Child:
     """Begin a command in a child. folder: for what it says. prepare: called in the child before the command."""
-    out, err = folder / "said.out", folder / "said.err"
+    out, err, state = folder / "said.out", folder / "said.err", mmap.mmap(-1, 1)
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid:
-        return Child(pid, out, err)
+        return Child(pid, out, err, state)
     code = 99
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # what comes before the command began comes too late
@@ -104,7 +113,7 @@ def begun(words: Sequence[object], folder: Path, prepare: Callable[[], None] | N
         sys.argv = ["kvpatch", *map(str, words)]
         if prepare is not None:
             prepare()
-        code = _code_of(_interruptible)
+        code = _code_of(lambda: _interruptible(state))
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
@@ -112,12 +121,14 @@ def begun(words: Sequence[object], folder: Path, prepare: Callable[[], None] | N
         os._exit(code)
 
 
-def _interruptible() -> None:
+def _interruptible(state: mmap.mmap) -> None:
     """The command, which Ctrl-C interrupts while it goes on, and neither before nor after."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    state[0] = 1
     try:
         cli.main()
     finally:
+        state[0] = 2
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -215,11 +226,20 @@ class Small:
         )
 
 
-TIMED = ("run.json", "report.html", ".lock")
-"""Files of a run that hold times, of which only the presence is compared."""
+TIMED = ("report.html", ".lock")
+"""Files of a run that hold times, of which only the presence is compared, and the end of the report."""
+OF_SESSIONS = ("created", "finished", "seconds", "tokens", "sessions", "command")
+"""What run.json says of when and in how many sessions a run was made; the rest is compared."""
 
 
 def results(out: Path) -> dict[str, bytes]:
     """Every file of a run directory, hidden ones too."""
     files = [path for path in out.rglob("*") if not path.is_dir()]
-    return {str(p.relative_to(out)): b"" if p.name in TIMED else p.read_bytes() for p in files}
+    return {str(p.relative_to(out)): _without_times(p) for p in files}
+
+
+def _without_times(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.name == "run.json":
+        return json.dumps({key: value for key, value in json.loads(content).items() if key not in OF_SESSIONS}).encode()
+    return content if path.name not in TIMED else content.rstrip()[-7:] if path.name == "report.html" else b""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from kvpatch.engine.sampling import REACH, _gumbel_of, choose, gumbel
+from kvpatch.engine.sampling import LARGEST_NOISE, _gumbel_of, choose, gumbel
 
 ALPHA = 1e-4  # of each fixed, seeded test: they never fail by luck, as nothing in them changes
 
@@ -84,7 +84,7 @@ def test_noise_is_finite_at_every_value_of_the_bits_and_within_reach():
     bits = (torch.arange(2**23, dtype=torch.int64) * 512 - 2**31).to(torch.int32)
     noise = torch.cat([_gumbel_of(bits), _gumbel_of(bits + 511)])
     assert torch.isfinite(noise).all()
-    assert float(noise.max() - noise.min()) < REACH
+    assert float(noise.max()) < LARGEST_NOISE < float(noise.max()) + 0.01
     assert abs(float(noise.double().mean()) - np.euler_gamma) < 1e-4
 
 
@@ -131,6 +131,26 @@ def test_choosing_among_candidates_is_the_argmax_over_all_noise(top_p: float):
             )
         expected = (scaled + gumbel(seeds, 9, 3000)).argmax(-1)
         assert torch.equal(choose(logits, seeds, 9, 0.7, top_p), expected)
+
+
+def test_a_token_far_below_the_best_wins_by_its_noise_alone():
+    seeds = torch.arange(40)
+    noise = gumbel(seeds, 2, 50_000)
+    for row, lifted in zip(*(noise > 11.5).nonzero(as_tuple=True), strict=True):
+        logits = torch.full((1, 50_000), -100.0)
+        best = int(noise[row].argmin())  # the best token has the least luck
+        logits[0, best] = 0.0
+        logits[0, lifted] = noise[row, best] - noise[row, lifted] + 0.05
+        assert int(choose(logits, seeds[row][None], 2, 1.0, 1.0)) == lifted
+        logits[0, lifted] -= 0.1
+        assert int(choose(logits, seeds[row][None], 2, 1.0, 1.0)) == best
+    assert (noise > 11.5).any()
+
+
+def test_rows_without_a_finite_logit_get_token_0_and_infinite_ones_win():
+    logits = torch.zeros(4, 30)
+    logits[0], logits[1, 3], logits[2, 7] = float("-inf"), float("nan"), float("inf")
+    assert choose(logits, torch.arange(4), 0, 1.0, 1.0)[:3].tolist() == [0, 0, 7]
 
 
 def test_a_choice_does_not_depend_on_the_batch():

@@ -56,13 +56,25 @@ def test_what_is_asked_for_is_pinned() -> None:
         assert name.lower().replace("_", "-") in pinned | {"pip"}, name
 
 
-@pytest.mark.parametrize(("days", "code"), [(0, 0), (360, 0), (370, 1), (None, 1)])
+@pytest.mark.parametrize(("days", "code"), [(0, 0), (360, 0), (370, 1), (-3, 1), (None, 1)])
 def test_lock_that_nobody_looked_over_for_a_year_is_refused_by_ci(tmp_path: Path, days: int | None, code: int) -> None:
     looked = "" if days is None else f"# Last looked over: {date.today() - timedelta(days=days)}\n"
     (tmp_path / "constraints.txt").write_text(f"# Versions.\n{looked}a==1\n")
     (tmp_path / ".ci").mkdir()
     script = shutil.copy(REPOSITORY / ".ci" / "lock-date", tmp_path / ".ci")
     assert subprocess.run(["bash", script], capture_output=True, timeout=60).returncode == code
+
+
+@pytest.mark.parametrize("day", ["2026-13-45", "yesterday"])
+def test_lock_with_a_day_that_is_none_is_refused_by_ci(tmp_path: Path, day: str) -> None:
+    (tmp_path / "constraints.txt").write_text(f"# Last looked over: {day}\n")
+    (tmp_path / ".ci").mkdir()
+    script = shutil.copy(REPOSITORY / ".ci" / "lock-date", tmp_path / ".ci")
+    assert subprocess.run(["bash", script], capture_output=True, timeout=60).returncode == 1
+
+
+def test_audit_fails_where_a_package_was_not_looked_up() -> None:
+    assert "pip-audit --strict " in (REPOSITORY / "Makefile").read_text("utf-8")
 
 
 def test_lock_says_when_it_was_looked_over_and_ci_asks() -> None:

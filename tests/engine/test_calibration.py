@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from kvpatch.engine import calibration
+from kvpatch.engine.batching import WORTH_PACKING
+from kvpatch.engine.step import PlainOps
 from kvpatch.models import processor
 from kvpatch.models.products import OneDnnProducts
 
@@ -23,11 +25,11 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_the_fastest_rows_and_threads_are_taken_and_timed_with_decoding_s_products(tiny, monkeypatch, threads):
+def test_the_fastest_rows_and_threads_are_taken(tiny, monkeypatch, threads):
     seen = []
 
     def rate(backbone, rows: int) -> float:
-        seen.append((torch.get_num_threads(), rows, products_in_use()))
+        seen.append((torch.get_num_threads(), rows))
         return {32: 10.0, 64: 20.0, 128: 20.5}[rows] * torch.get_num_threads()
 
     monkeypatch.setattr(calibration, "_rate", rate)
@@ -35,11 +37,26 @@ def test_the_fastest_rows_and_threads_are_taken_and_timed_with_decoding_s_produc
     found = calibration.calibrate(tiny("llama").backbone)
     assert (found.threads, found.rows, found.tokens_a_second) == (2, 64, 40.0)
     assert torch.get_num_threads() == 2
-    assert {count for count, _, _ in seen} == {1, 2} and all(in_use for _, _, in_use in seen)
+    assert {count for count, _ in seen} == {1, 2}
 
 
-def test_a_timed_model_decodes_some_tokens_a_second(tiny, threads):
-    assert calibration.calibrate(tiny("gemma3").backbone).tokens_a_second > 0
+def test_a_timed_model_decodes_some_tokens_a_second_with_decoding_s_products(tiny, threads, monkeypatch):
+    laid_out, reuse = [], PlainOps.reuse
+
+    def noted(ops: PlainOps, weights) -> None:
+        laid_out.append(len(weights))
+        reuse(ops, weights)
+
+    monkeypatch.setattr(PlainOps, "reuse", noted)
+    model = tiny("gemma3")
+    assert calibration.calibrate(model.backbone).tokens_a_second > 0
+    timed = len(laid_out)
+    prompts = model.prefill(["one two three"] * 8)
+    model.generate(prompts, max_new_tokens=WORTH_PACKING // 8 - 1, stop=False)
+    assert len(laid_out) == timed > 0
+    model.generate(prompts, max_new_tokens=WORTH_PACKING // 8, stop=False)
+    assert len(laid_out) == timed + 1
+    assert set(laid_out) == {4 * model.backbone.geometry.layers + 1}
 
 
 def test_what_the_engine_does_not_step_itself_is_not_calibrated(tiny):

@@ -98,7 +98,7 @@ def test_pause_before_a_start_grows_and_nothing_is_started_within_it(monkeypatch
 @pytest.mark.parametrize("folder", ["/tmp", "/" + "t" * 28, "/" + "t" * 29, "/" + "t" * 36, "/" + "é" * 20])
 def test_sockets_of_a_cluster_have_names_that_a_system_allows_wherever_temporary_files_go(monkeypatch, folder):
     monkeypatch.setattr(cluster.tempfile, "gettempdir", lambda: folder)
-    name = f"{cluster._short_folder()}/kvp-abcdefgh/session_2026-11-29_11-14-10_391662_1234567/sockets/plasma_store"
+    name = f"{cluster._short_folder()}/kvp-abcdefgh/r/session_2026-11-29_11-14-10_391662_1234567/sockets/plasma_store"
     assert len(os.fsencode(name)) <= 107
 
 

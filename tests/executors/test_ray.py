@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -282,7 +283,16 @@ def test_cluster_listens_on_this_machine_alone_whether_or_not_ray_was_imported_b
     assert listening and listening <= {"127.0.0.1", "::1"}
 
 
-def test_ended_driver_leaves_no_process_and_no_file(tmp_path, tiny_dirs):
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """Where a cluster's files go if TMPDIR names it; in a longer one the names of its sockets would be too long."""
+    with tempfile.TemporaryDirectory(prefix="k", dir="/tmp") as name:
+        yield Path(name)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_ended_driver_leaves_no_process_and_no_file(short_folder, tiny_dirs, how):
+    """After SIGKILL the next cluster clears what is left, and Ray's agents end by themselves within about a minute."""
     psutil = pytest.importorskip("psutil")
     script = (
         "import sys, time, psutil\n"
@@ -294,8 +304,7 @@ def test_ended_driver_leaves_no_process_and_no_file(tmp_path, tiny_dirs):
         "    print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)\n"
         "    time.sleep(100)\n"
     )
-    folder = tmp_path / "t"
-    folder.mkdir()
+    folder = short_folder
     environment = os.environ | {"TMPDIR": str(folder)}
     driver = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -303,9 +312,22 @@ def test_ended_driver_leaves_no_process_and_no_file(tmp_path, tiny_dirs):
     assert driver.stdout is not None and driver.stderr is not None
     pids = [int(word) for word in driver.stdout.readline().split()]
     assert len(pids) >= 3
-    driver.send_signal(signal.SIGTERM)
+    (own,) = folder.iterdir()
+    assert own.stat().st_mode & 0o77 == 0
+    driver.send_signal(how)
     _, said = driver.communicate(timeout=120)
-    assert driver.returncode == 143 and said == ""
+    assert driver.returncode == (143 if how == signal.SIGTERM else -how) and said == ""
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
-    assert not [process for process in alive if process.is_running() and process.status() != "zombie"]
+    alive = [process for process in alive if process.is_running() and process.status() != "zombie"]
+    if how == signal.SIGKILL:
+        agents = [process for process in alive if process.name().endswith("Agent")]
+        alive = [process for process in alive if process not in agents]
+        for agent in agents:
+            agent.kill()
+    assert not alive
+    if how == signal.SIGKILL:
+        from kvpatch.executors.temporary import clear_left
+
+        assert list(folder.iterdir()) == [own]
+        clear_left(folder)
     assert list(folder.iterdir()) == []

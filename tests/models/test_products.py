@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kvpatch.models.products import OneDnnProducts, fast_products
+from kvpatch.models import products
+from kvpatch.models.products import LaidOut, OneDnnProducts, fast_products
 
 ROWS, WIDTH, OUT = 70, 48, 96
 
@@ -55,3 +56,33 @@ def test_a_changed_weight_counts_at_the_next_call(operands):
     weight.data.mul_(2)
     with fast_products(weight, [weight]):
         assert (F.linear(x, weight) - 2 * before).abs().max() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_products_called_directly_equal_float64_in_every_type(operands, is_packed: bool, has_bias: bool, dtype):
+    x, weight, bias = (tensor.to(dtype) for tensor in operands)
+    found = LaidOut(weight, [weight] if is_packed else ()).linear(x, weight, bias if has_bias else None)
+    expected = F.linear(x.double(), weight.double(), bias.double() if has_bias else None)
+    assert found.dtype == dtype and found.shape == (ROWS, OUT)
+    assert ((found - expected).abs() <= 2 * torch.finfo(dtype).eps * expected.abs() + 1e-4).all()
+
+
+@torch.no_grad()
+def test_products_called_directly_tell_a_view_from_the_laid_out_whole_and_take_no_rows(operands):
+    x, weight, _ = operands
+    own = LaidOut(weight, [weight])
+    assert (own.linear(x, weight[: OUT // 2]) - x.double() @ weight[: OUT // 2].double().T).abs().max() < 1e-4
+    assert own.linear(x[:0], weight).shape == (0, OUT)
+
+
+@torch.no_grad()
+def test_where_memory_is_short_nothing_is_laid_out_and_products_are_the_same(operands, monkeypatch):
+    x, weight, _ = operands
+    packed = LaidOut(weight, [weight])
+    monkeypatch.setattr(products, "PACKED_SHARE", 0.0)
+    plain = LaidOut(weight, [weight])
+    assert packed._packed and not plain._packed
+    assert (packed.linear(x, weight) - plain.linear(x, weight)).abs().max() < 1e-5

@@ -46,6 +46,11 @@ def _without_tokenizer(where: Path) -> None:
         (_set("config.json", hidden_act="bogus"), "config.json says hidden_act: 'bogus', which transformers"),
         (_set("config.json", model_type="bogus"), "config.json names the model_type 'bogus'"),
         (_set("config.json", dtype="bogus"), "config.json says dtype: 'bogus'"),
+        (
+            _set("config.json", rope_parameters={"rope_type": "default", "rope_theta": None}),
+            "of its config.json (TypeError",
+        ),
+        (_set("config.json", num_attention_heads=0), "of its config.json (ZeroDivisionError"),
         (_cut, "model.safetensors is cut short or damaged"),
         (_without_tokenizer, "it has no tokenizer that can be read"),
     ],

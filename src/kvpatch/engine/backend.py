@@ -27,6 +27,9 @@ _CHECKED_ON = 7
 """Cached tokens of the comparison's longer row."""
 MOST_NOISE = 0.2
 """A step may never differ by more, whatever the model's own noise is."""
+DRAWS = 4
+"""Tokens are drawn so often at most, until some are found on which the model's own noise is below that. Of others the
+comparison says nothing: far apart, a few random tokens can move a model in 16 bits from one text to another."""
 _FURTHEST = 32_767
 """Furthest position of the comparison: its tables take 16 MB a set of frequencies."""
 
@@ -171,14 +174,28 @@ def _difference(backbone: Backbone, fast: Fast) -> tuple[float, float]:
     near = torch.arange(_CHECKED_ON + 1)
     # The near positions come last: a model that sets its own frequencies is left as short texts leave it.
     places = [torch.stack([spread, edge]), torch.stack([near, near - 2])]
-    found = [_difference_at(backbone, fast, positions.to(backbone.device)) for positions in places]
+    found = [_telling_difference(backbone, fast, positions.to(backbone.device)) for positions in places]
     return max(error for error, _ in found), max(noise for _, noise in found)
 
 
+def _telling_difference(backbone: Backbone, fast: Fast, positions: torch.Tensor) -> tuple[float, float]:
+    """The same at positions [2, cached tokens and one more], below 0 where padded.
+
+    It is that of the first tokens drawn on which the model's own noise is small, else of those where it is smallest.
+    What the step does has no part in the choice.
+    """
+    drawn: list[tuple[float, float]] = []
+    for seed in range(DRAWS):
+        drawn.append(_difference_at(backbone, fast, positions, seed))
+        if drawn[-1][1] <= MOST_NOISE:
+            return drawn[-1]
+    return min(drawn, key=lambda of: of[1])
+
+
 @torch.no_grad()
-def _difference_at(backbone: Backbone, fast: Fast, positions: torch.Tensor) -> tuple[float, float]:
-    """The same for tokens at positions [2, cached tokens and one more], below 0 where padded."""
-    generator = torch.Generator().manual_seed(0)
+def _difference_at(backbone: Backbone, fast: Fast, positions: torch.Tensor, seed: int) -> tuple[float, float]:
+    """The same for the tokens of a seed."""
+    generator = torch.Generator().manual_seed(seed)
     vocabulary, slots = backbone.geometry.vocabulary, _CHECKED_ON
     tokens = torch.randint(vocabulary, (2, slots + 1), generator=generator).to(backbone.device)
     positions = positions.clamp(min=PAD)

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from kvpatch.caches.kvcache import PAD, KVCache
 from kvpatch.engine.backend import Fast
-from kvpatch.engine.step import Sampling, decode_step, make_places
+from kvpatch.engine.step import PlainOps, Sampling, decode_step, make_places
 from kvpatch.models.backbone import Backbone
-from kvpatch.models.products import fast_products
 
 STRETCH = 16
 """Steps on a GPU between two looks at who is still going."""
@@ -76,9 +75,9 @@ def decode_in_places(backbone: Backbone, fast: Fast, cache: KVCache, request: Re
     while True:
         try:
             runner = _runner(backbone, fast, cache, request, count, is_exact=places is not None)
-            reused = fast.weights(backbone) if count * request.limit >= WORTH_PACKING else ()
-            with fast_products(backbone.head.weight, reused):
-                return _Turns(backbone, runner, cache, request).run()
+            if isinstance(runner.ops, PlainOps) and count * request.limit >= WORTH_PACKING:
+                runner.ops.reuse(fast.weights(backbone))
+            return _Turns(backbone, runner, cache, request).run()
         except torch.OutOfMemoryError:
             if count == 1:
                 raise
@@ -140,9 +139,9 @@ class _Runner:
         self.places = make_places(
             backbone, count, area, request.limit, request.sampling.end_tokens, tuple(request.steering)
         )
-        ops = fast.make_ops(backbone, request.sampling, positions)
+        self.ops = fast.make_ops(backbone, request.sampling, positions)
         assert fast.network is not None
-        self._step = functools.partial(decode_step, backbone, fast.network, ops)
+        self._step = functools.partial(decode_step, backbone, fast.network, self.ops)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.steered = dict.fromkeys(request.steering, 0)  # by layer: steps that did steer it
         self._steered_by_graph = dict(self.steered)
@@ -299,7 +298,7 @@ class _Turns:
         start = own.area - cache.slots
         for tensors, held in ((own.keys, cache.keys), (own.values, cache.values)):
             for slab, tensor in zip(tensors, held, strict=True):
-                slab[to, :, start : own.area] = tensor[of]
+                slab[to, :, start : own.area] = tensor[of].to(slab.dtype)
         own.slot_positions[to] = PAD
         own.slot_positions[to, start : own.area] = cache.positions[of].int()
         own.first[to] = (own.area - cache.lengths[of]).int()
@@ -337,7 +336,8 @@ class _Turns:
         own = self.runner.places
         at = _index(used, own.first.device)
         for layer in range(len(own.keys)):
-            own.keys[layer], own.values[layer] = own.keys[layer][at], own.values[layer][at]
+            own.keys[layer] = own.keys[layer].mT[at].mT  # as they lay
+            own.values[layer] = own.values[layer][at]
         names = ("slot_positions", "first", "step", "feed", "position", "seeds", "going", "token_ids", "logprobs")
         self.runner.places = replace(
             own,

@@ -13,7 +13,6 @@ import torch
 from kvpatch.engine.backend import fast_of
 from kvpatch.engine.step import PlainOps, Sampling, decode_step, make_places
 from kvpatch.models.backbone import Backbone
-from kvpatch.models.products import fast_products
 
 ROWS = (32, 64, 128)
 """Rows at a time that are tried. 256 gain less than a tenth and take twice the memory (benchmarks/LOG.md)."""
@@ -45,8 +44,7 @@ def calibrate(backbone: Backbone) -> HowToRun | None:
     for threads in dict.fromkeys((before, max(1, before // 2))):
         torch.set_num_threads(threads)
         for rows in ROWS:
-            with fast_products(backbone.head.weight, fast.weights(backbone)):
-                rate = _rate(backbone, rows)
+            rate = _rate(backbone, rows)
             if best is None or rate > GAIN * best.tokens_a_second:
                 best = HowToRun(threads, rows, rate, 0.0)
             elif threads == best.threads:
@@ -66,6 +64,7 @@ def _rate(backbone: Backbone, rows: int) -> float:
     places.position.fill_(SLOTS)
     places.live = SLOTS + 8
     ops = PlainOps(backbone, fast.network, Sampling(0.7, 1.0, ()), SLOTS + 16)
+    ops.reuse(fast.weights(backbone))
     decode_step(backbone, fast.network, ops, places)
     times = []
     for _ in range(2):

@@ -11,8 +11,12 @@ from torch import Tensor
 
 from kvpatch.caches.noise import GOLDEN, keys_of, mix_, uniform
 
-REACH = 20.5
-"""Noise lies between -2.82 and 16.64 (23-bit uniforms), so a token further than this below the best can't win."""
+LARGEST_NOISE = 16.64
+"""The largest number that `gumbel` gives: -log(-log(1 - 2**-24)), its uniforms having 23 bits and a half."""
+NEAR = 4.0
+"""Tokens this close to the best are looked at first; one of them wins most of the time."""
+ROUNDING = 0.01
+"""More than the sum of a score and its noise is rounded by."""
 
 
 def gumbel(seeds: Tensor, step: Tensor | int, vocabulary: int) -> Tensor:
@@ -65,16 +69,28 @@ def choose(logits: Tensor, seeds: Tensor, step: Tensor | int, temperature: float
 
 
 def _choose_among_candidates(scaled: Tensor, keys: Tensor) -> Tensor:
-    """The same choice, with noise made only for tokens that can win: a few in a hundred of a language model's."""
-    best = scaled.amax(dim=-1, keepdim=True)
-    rows, tokens = (scaled >= best - REACH).nonzero(as_tuple=True)
-    score = scaled[rows, tokens] + _noise(keys[rows], tokens.to(torch.int32))
-    highest = torch.full_like(best[:, 0], float("-inf")).scatter_reduce(0, rows, score, "amax")
+    """The same choice, with noise made only for tokens that can win: one in a hundred or two.
+
+    The tokens near the best have scores that the winner must reach; no token can that is further below them than noise
+    can lift it.
+    """
+    best = scaled.amax(dim=-1)
+    reached = torch.full_like(best, float("-inf"))
+    rows, _, score = _scores(scaled, best - NEAR, keys)
+    reached = reached.scatter_reduce(0, rows, score, "amax")
+    rows, tokens, score = _scores(scaled, torch.minimum(reached - LARGEST_NOISE - ROUNDING, best), keys)
+    highest = torch.full_like(best, float("-inf")).scatter_reduce(0, rows, score, "amax")
     is_winner = score == highest[rows]
     # A row without a finite logit has no candidate and gets token 0; its log-probability, NaN, says so.
     first = torch.full((len(best),), scaled.shape[1], dtype=torch.int64)
     first = first.scatter_reduce(0, rows[is_winner], tokens[is_winner], "amin", include_self=True)
     return torch.where(first == scaled.shape[1], 0, first)
+
+
+def _scores(scaled: Tensor, least: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, tokens and noisy scores of all that is at least so much in its row; [rows], a number each."""
+    rows, tokens = (scaled >= least[:, None]).nonzero(as_tuple=True)
+    return rows, tokens, scaled[rows, tokens] + _noise(keys[rows], tokens.to(torch.int32))
 
 
 def _nucleus(scaled: Tensor, top_p: float) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,9 @@ from kvpatch.engine.sampling import choose
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.hf import LayerEdit
 from kvpatch.models.llamalike import LayerWeights, Network
+from kvpatch.models.products import LaidOut
 
-ROWS_OF_LOGITS = 8
+ROWS_OF_LOGITS = 32
 """Rows whose tokens are chosen at a time on a CPU."""
 
 
@@ -48,7 +49,9 @@ class Places:
 
     area: int
     limit: int  # most tokens a row may write
-    keys: list[Tensor]  # a layer, [places, kv_heads, capacity, head_dim], after RoPE
+    keys: list[
+        Tensor
+    ]  # a layer, [places, kv_heads, capacity, head_dim], after RoPE; for how they lie see `make_places`
     values: list[Tensor]
     slot_positions: Tensor  # [places, capacity], int32; -1 where not real. Windows count in them.
     first: Tensor  # [places], int32
@@ -80,22 +83,28 @@ def make_places(
     end_tokens: Sequence[int],
     steered_layers: Sequence[int] = (),
 ) -> Places:
-    """Empty places for rows whose caches have up to `area` slots and that write up to `limit` tokens."""
+    """Empty places for rows whose caches have up to `area` slots and that write up to `limit` tokens.
+
+    Keys that are multiplied as matrices are held in float32, their numbers the model's own, and so that the slots of a
+    dimension are neighbours.
+    """
     geometry, device = backbone.geometry, backbone.device
     shape = (count, geometry.kv_heads, area + limit + 1, geometry.head_dim)
 
     def counted(dtype: torch.dtype, value: int = 0) -> Tensor:
         return torch.full((count,), value, dtype=dtype, device=device)
 
-    def slab() -> list[Tensor]:
-        return [torch.zeros(shape, dtype=backbone.dtype, device=device) for _ in range(geometry.layers)]
+    def slab(dtype: torch.dtype, shape: Sequence[int]) -> list[Tensor]:
+        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(geometry.layers)]
 
-    keys = slab()
+    keys, values = [], slab(backbone.dtype, shape)
+    if multiplies_keys(backbone):
+        keys = [tensor.mT for tensor in slab(torch.float32, (*shape[:2], shape[3], shape[2]))]
     return Places(
         area=area,
         limit=limit,
-        keys=keys,
-        values=slab(),
+        keys=keys or slab(backbone.dtype, shape),
+        values=values,
         slot_positions=torch.full((count, shape[2]), PAD, dtype=torch.int32, device=device),
         first=counted(torch.int32, area),
         step=counted(torch.int32),
@@ -106,8 +115,14 @@ def make_places(
         token_ids=torch.full((count, limit), PAD, dtype=torch.int64, device=device),
         logprobs=torch.full((count, limit), float("nan"), device=device),
         ends=torch.tensor(list(end_tokens), dtype=torch.int64, device=device),
-        steering={layer: LayerEdit(steer=torch.zeros_like(keys[0][:, :, 0])) for layer in steered_layers},
+        steering={layer: LayerEdit(steer=torch.zeros_like(values[0][:, :, 0])) for layer in steered_layers},
     )
+
+
+def multiplies_keys(backbone: Backbone) -> bool:
+    """Whether `PlainOps` multiplies queries and keys as matrices, which on a CPU takes half to three quarters of the
+    time of torch's attention."""
+    return backbone.device.type == "cpu" and backbone.dtype in (torch.float32, torch.bfloat16)
 
 
 class Ops(Protocol):
@@ -172,13 +187,16 @@ class PlainOps:
     def __init__(self, backbone: Backbone, network: Network, sampling: Sampling, positions: int) -> None:
         self.backbone, self.network, self.sampling = backbone, network, sampling
         self.tables = rotary_tables(backbone, network, positions)
+        self.products, self.multiplies = LaidOut(backbone.head.weight), multiplies_keys(backbone)
         self.slot = torch.empty(0)
+        self.slots: tuple[Any, ...] = ()
         self.masks: dict[int | None, Tensor] = {}
         self.turns: list[tuple[Tensor, Tensor]] = []
 
     def begin(self, places: Places) -> None:
         self.slot = places.area + places.step.long()  # [places]
         places.slot_positions.scatter_(1, self.slot[:, None], places.position[:, None].int())
+        self.slots = self._index_of_slots()
         slots = torch.arange(places.live, device=self.slot.device)
         may = (slots >= places.first[:, None]) & (slots <= self.slot[:, None])  # [places, live slots]
         self.masks = {}
@@ -186,9 +204,20 @@ class PlainOps:
             seen = may
             if window is not None:
                 seen = may & (places.position[:, None] - places.slot_positions[:, : places.live] < window)
-            bias = torch.zeros(seen.shape, dtype=self.backbone.dtype, device=seen.device)
-            self.masks[window] = bias.masked_fill_(~seen, float("-inf"))[:, None, None]
+            bias = torch.zeros(seen.shape, dtype=places.keys[0].dtype, device=seen.device)
+            bias = bias.masked_fill_(~seen, float("-inf"))
+            if self.multiplies:
+                self.masks[window] = bias.repeat_interleave(self.network.kv_heads, dim=0)[:, None]
+            else:
+                self.masks[window] = bias[:, None, None]
         self.turns = [(cos[places.position][:, None], sin[places.position][:, None]) for cos, sin in self.tables]
+
+    def _index_of_slots(self) -> tuple[Any, ...]:
+        """Where keys and values of this step go. Mostly it is one slot for all places, and writing to that is quick; a
+        GPU is not asked."""
+        if self.slot.device.type == "cpu" and bool((self.slot == self.slot[0]).all()):
+            return slice(None), slice(None), int(self.slot[0])
+        return torch.arange(len(self.slot), device=self.slot.device), slice(None), self.slot
 
     def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         x = hidden.float()
@@ -199,8 +228,12 @@ class PlainOps:
         hidden = hidden.add_(added if after is None else self.norm(added, after))
         return hidden, self.norm(hidden, weight)
 
+    def reuse(self, weights: Sequence[Tensor]) -> None:
+        """Lay these weights out for many steps, through which they must not change."""
+        self.products = LaidOut(self.backbone.head.weight, weights)
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
+        return self.products.linear(x, weight, bias)
 
     def gated(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -210,24 +243,23 @@ class PlainOps:
     def attend(self, layer: int, weights: LayerWeights, qkv: Tensor, places: Places) -> Tensor:
         net, count = self.network, len(places)
         heads = qkv.view(count, net.query_heads + 2 * net.kv_heads, net.head_dim)
-        q, k, v = heads.split([net.query_heads, net.kv_heads, net.kv_heads], dim=1)  # [places, heads, head_dim]
+        qk, v = heads.split([net.query_heads + net.kv_heads, net.kv_heads], dim=1)  # [places, heads, head_dim]
         if weights.query_norm is not None and weights.key_norm is not None:
-            q, k = self.norm(q, weights.query_norm), self.norm(k, weights.key_norm)
-        cos, sin = self.turns[weights.rope]
-        q, k = _turned(q, cos, sin), _turned(k, cos, sin)
+            q, k = qk.split([net.query_heads, net.kv_heads], dim=1)
+            qk = torch.cat([self.norm(q, weights.query_norm), self.norm(k, weights.key_norm)], dim=1)
+        q, k = _turned(qk, *self.turns[weights.rope]).split([net.query_heads, net.kv_heads], dim=1)
         if edit := places.steering.get(layer):
             v = edit.apply("value", v[:, :, None])[:, :, 0]
-        rows = torch.arange(count, device=qkv.device)
-        places.keys[layer][rows, :, self.slot] = k
-        places.values[layer][rows, :, self.slot] = v
-        out = F.scaled_dot_product_attention(
-            q.reshape(count, net.kv_heads, net.group, net.head_dim),
-            places.keys[layer][:, :, : places.live],
-            places.values[layer][:, :, : places.live],
-            attn_mask=self.masks[weights.window],
-            scale=net.attention_scale,
-        )
-        return out.reshape(count, -1)
+        places.keys[layer][self.slots] = k.to(places.keys[layer])
+        places.values[layer][self.slots] = v
+        q = q.reshape(count, net.kv_heads, net.group, net.head_dim)
+        keys, values = places.keys[layer][:, :, : places.live], places.values[layer][:, :, : places.live]
+        mask = self.masks[weights.window]
+        if not self.multiplies:
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=net.attention_scale)
+            return out.reshape(count, -1)
+        scores = torch.baddbmm(mask, q.flatten(0, 1).to(keys), keys.mT.flatten(0, 1), alpha=net.attention_scale)
+        return torch.bmm(scores.softmax(dim=-1).to(values), values.flatten(0, 1)).view(count, -1)
 
     def advance(self, logits: Tensor, places: Places) -> None:
         # On a CPU a few rows at a time, whose logits stay in its cache through all the passes over them.

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from kvpatch.errors import KvpatchError
+from kvpatch.executors.temporary import Temporary, temporary_folder
 
 OBJECTS = 512 << 20
 """Bytes that Ray may hold in shared memory; a plan goes through it."""
 LONGEST_SOCKET = 107
 """Bytes that a system allows the name of a socket."""
-BELOW = "/kvp-12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+BELOW = "/kvp-12345678/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 """What of a socket's name stands behind the folder for temporary files, at its longest."""
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -139,10 +140,10 @@ def opened(address: str | None) -> Iterator[Cluster]:
         finally:
             ray.shutdown()
             if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+                folder.remove()
 
 
-def _start(quiet: dict[str, Any]) -> str:
+def _start(quiet: dict[str, Any]) -> Temporary:
     """Start a cluster on this machine; returns the folder that its files are in."""
     import ray
     from ray.exceptions import RayError
@@ -150,15 +151,15 @@ def _start(quiet: dict[str, Any]) -> str:
     folder = None
     settings = {"include_dashboard": False, "num_cpus": cores_here(), "object_store_memory": OBJECTS}
     try:
-        folder = tempfile.mkdtemp(prefix="kvp-", dir=_short_folder())
-        with _on_this_machine_alone():
-            ray.init(address="local", _temp_dir=folder, **settings, **quiet)
+        folder = temporary_folder(_short_folder())
+        with _on_this_machine_alone(), _with_own_token():
+            ray.init(address="local", _temp_dir=folder.inner, **settings, **quiet)
             if (address := ray.util.get_node_ip_address()) not in LOOPBACK:
                 raise RuntimeError(f"it would listen on {address}, where other machines reach it")
     except BaseException as error:
         if folder is not None:
             ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.remove()
         if not isinstance(error, (OSError, RuntimeError, ValueError, RayError)):
             raise
         told = " ".join(str(error).split())[:160]
@@ -180,6 +181,19 @@ def _on_this_machine_alone() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _with_own_token() -> Iterator[None]:
+    """Keep the token that Ray writes into the user's home, and that lets whoever has it run code, from other users."""
+    token = Path(os.path.expanduser("~"), ".ray", "auth_token")
+    is_there = token.exists()
+    try:
+        yield
+    finally:
+        if not is_there:
+            with suppress(OSError):
+                token.chmod(0o600)
 
 
 def _join(address: str, quiet: dict[str, Any]) -> None:

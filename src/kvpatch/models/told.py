@@ -71,6 +71,11 @@ def why_unread(error: Exception, where: Path) -> str:
             "the model brings code of its own, which runs on this machine when it is loaded; trust_remote_code=True "
             "runs it, if you trust it"
         )
+    if isinstance(error, (TypeError, ArithmeticError, LookupError, AttributeError)) and settings:
+        return (
+            f"transformers can't make a model of its config.json ({type(error).__name__}: {one_line(error)}); a "
+            "setting there is missing or of the wrong kind: give the config.json that was saved with the model"
+        )
     return one_line(error)
 
 

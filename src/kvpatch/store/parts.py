@@ -1,7 +1,8 @@
 """The parts of a run directory: what parts.jsonl names, and files that are checked before a row of them is used.
 
 Every reader of stored rows comes through here. A file is what was stored if it has the SHA-256 and the number of rows
-that its line records, and if every column in it that kvpatch knows has its type. A column that the file lacks is null,
+that its line records, if every column in it that kvpatch knows has its type, and if it takes no more memory than a part
+of its size does (`bounds.py`). A column that the file lacks is null,
 since it may have been added later; a column that kvpatch does not know is left unread, since a later version may have
 written it.
 
@@ -26,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvpatch.errors import StoreError
 from kvpatch.files import MOST_JSON, bytes_within
+from kvpatch.store.bounds import MOST_FILE, TooLarge, refuse_large
 from kvpatch.store.buckets import Found
 from kvpatch.store.kept_parts import kept_part
 from kvpatch.store.objects import Place, content_of
@@ -200,7 +202,9 @@ def _opened(path: Place, sha256: str, rows: int | None, schema: pa.Schema, neede
         stamp = _stamp(path.stat())
         if isinstance(path, Path) and _checked.get(str(path)) == (stamp, sha256, rows):
             return pq.ParquetFile(str(path))
-        data = bytes_within(path, path.stat().st_size) if isinstance(path, Path) else kept_part(path, sha256)
+        if (size := path.stat().st_size) > MOST_FILE:
+            raise _damaged(path, f"it has {size:,} bytes, and no part has more than {MOST_FILE:,}")
+        data = bytes_within(path, size) if isinstance(path, Path) else kept_part(path, sha256)
         if (found := hashlib.sha256(data).hexdigest()) != sha256:
             raise _damaged(path, f"its SHA-256 begins with {found[:12]}, and {sha256[:12]} is recorded")
         file = pq.ParquetFile(pa.BufferReader(data))
@@ -208,9 +212,10 @@ def _opened(path: Place, sha256: str, rows: int | None, schema: pa.Schema, neede
             raise _damaged(path, f"it holds {file.metadata.num_rows} rows, and {rows} are recorded")
         if wrong := _misfit(file.schema_arrow, schema, needed):
             raise _damaged(path, wrong)
+        refuse_large(file, data, len(schema))
         if stamp == _stamp(path.stat()) and time.time_ns() - max(stamp[:2]) > YOUNG:
             _checked[str(path)] = (stamp, sha256, rows)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, TooLarge) as error:
         raise _damaged(path, _reason(error)) from error
     return file
 

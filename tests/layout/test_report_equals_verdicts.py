@@ -299,8 +299,13 @@ def test_the_answer_tells_the_numbers_and_floors_of_the_verdicts(made: tuple[Out
         assert (floor.above, floor.n) == (int((wide["B"] > least).sum()), len(wide))
     for v in answering(outcome.protocol, outcome.verdicts):
         if v.estimate is not None and v.n:
-            sentence = next(s for s in told.numbers if f"{v.contrast} {number(v.estimate)}" in s)
+            sentence = next(s for s in told.numbers if f"{v.contrast} is {number(v.estimate)}" in s)
             assert v.verdict in sentence and f"n = {v.n}" in sentence
+    named = dict(re.findall(r"<b><bdi>(.*?)</bdi></b>: <bdi>(.*?)</bdi>", shown))
+    wanted = {
+        c for v in answering(outcome.protocol, outcome.verdicts) for c in outcome.protocol.hypothesis(v.id).conditions
+    }
+    assert named == {name: str(escape(outcome.protocol.conditions[name].about)) for name in wanted}
 
 
 def test_the_first_figure_draws_the_verdicts_and_effects_of_what_answers(made: tuple[Outcome, str]) -> None:

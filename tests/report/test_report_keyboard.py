@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import pytest
 from chromium import NEEDED, chromium, expect, opened, settled
 from keyboard import assert_keyboard_reaches_everything, clicks_of, remember, wanted
 from kvpatch.report.build import write_report
+from kvpatch.report.packing import unpacked
 from kvpatch.verdicts.outcome import outcome_of
 from synthetic import write_run
 
 pytestmark = NEEDED
+SPEC = re.compile(r'<script type="application/gzip" class="spec" data-for="([^"]*)">([^<]*)</script>')
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +112,32 @@ def test_what_the_headings_of_a_table_mean_is_shown_to_who_reaches_them_by_tab(s
     heading.focus()
     says = heading.evaluate("e => getComputedStyle(e, '::after').content")
     assert str(heading.get_attribute("title")) in says
+
+
+ROWS = """ids => ids.map((id) => {
+    const table = document.querySelector(`[id="${id}"] + .tools details.data`);
+    return [id, table.open, table.querySelectorAll('tbody tr').length];
+})"""
+
+
+def test_enter_opens_the_table_of_every_chart_with_all_rows_that_it_draws(
+    shown: tuple[Any, list, list], report: Path
+) -> None:
+    page, said, _ = shown
+    specs = {name: json.loads(unpacked(content)) for name, content in SPEC.findall(report.read_text("utf-8"))}
+    page.evaluate("document.dispatchEvent(new Event('unfold-all'))")
+    expect(page.locator(".chart:not([data-drawn=yes])")).to_have_count(0)
+    expect(page.locator("html")).to_have_attribute("data-charts", "done")
+    for name in specs:
+        assert page.evaluate(
+            'id => { const at = document.querySelector(`[id="${id}"] + .tools details.data > summary`);'
+            " at.focus(); return document.activeElement === at; }",
+            name,
+        )
+        page.keyboard.press("Enter")
+    wanted = [
+        [name, True, sum(min(500, len(s["rows"])) for s in spec["datasets"].values() if not s["name"].startswith("_"))]
+        for name, spec in specs.items()
+    ]
+    assert settled(page, ROWS, wanted, list(specs)) == wanted
+    assert said == []

@@ -35,7 +35,8 @@ def test_where_they_part_is_told_with_both_tokens() -> None:
     found = token_pair(with_texts(C), with_texts(A), ("C", "A"))
     assert found is not None and found.is_text
     assert found.told == (
-        "The first 2 tokens are the same; then C goes on with “ nine” (−3), and A goes on with “ seven” (−0.5)."
+        "The first 2 tokens are the same; then C goes on with “ nine” (log-probability −3), "
+        "and A goes on with “ seven” (log-probability −0.5)."
     )
 
 
@@ -72,7 +73,7 @@ def test_the_report_shows_each_condition_beside_the_natural_target(tmp_path: Pat
     page = unfolded(report_page(store, outcome_of(store)))
     assert page.count("Token by token, beside the natural target") == page.count('<article class="pair"') == 4
     assert page.count(' <p class="told">') + page.count('><p class="told">') >= 4 * 4
-    assert "Not even the first token is the same; then C goes on with" in page
+    assert "Not even the first token is the same: C begins with" in page
 
 
 @pytest.mark.browser

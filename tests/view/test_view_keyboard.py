@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,4 +70,27 @@ def test_a_trial_is_found_and_opened_by_keys_alone(browser: Any, address: str) -
         page.locator("nav.beside a").nth(1).focus()
         page.keyboard.press("Enter")
         page.wait_for_url("**/trial/**")
+        assert said == []
+
+
+def test_keys_open_the_numbers_of_every_estimate_s_chart(browser: Any, address: str) -> None:
+    with opened(browser, offline=False) as (page, said):
+        page.goto(f"{address}/run/second/")
+        expect(page.locator("#estimates")).to_have_attribute("data-drawn", "yes")
+        figures = page.locator("#estimates figure:has(svg)").all()
+        assert len(figures) > 3
+        shapes = page.locator("#estimates svg").evaluate_all(
+            "all => all.map((e) => [e.viewBox.baseVal.width, Math.round(e.getBoundingClientRect().width)].join())"
+        )
+        assert len(set(shapes)) == 1  # none was drawn while the others had no place yet, and squeezed into its own
+        for figure in figures:
+            figure.locator("details.data > summary").focus()
+            page.keyboard.press("Enter")
+            expect(figure.locator("details.data")).to_have_attribute("open", "")
+            heading = figure.locator("thead th").all_inner_texts()
+            assert heading == ["n", "estimate", "low", "high"]
+            last = dict(zip(heading, figure.locator("tbody tr").last.locator("td").all_inner_texts(), strict=True))
+            now = figure.locator(".estimate-now").inner_text()
+            told = [float(number.replace("\u2212", "-")) for number in re.findall(r"[-\u2212]?\d+(?:\.\d+)?", now)[:3]]
+            assert told == pytest.approx([float(last[name]) for name in ("estimate", "low", "high")], abs=0.006)
         assert said == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -42,6 +43,7 @@ from kvpatch.report.packing import folded, packed, packed_json
 from kvpatch.store.validation import gate_zero
 from kvpatch.verdicts.answer import Answer, floor_checks
 from kvpatch.verdicts.deviations import deviations, error_statement
+from kvpatch.verdicts.prerequisites import primary
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def _context(
         "counts": verdict_list.counts(rows),
         "lines": verdict_list.drawn(rows, protocol),
         "primary": [row for row in judgements.rests_on(rows, protocol) if row["badge"].word != "tautological"],
+        "named": _named(told, protocol),
         "plan": plan.by_kind(planned),
         "badges": judgements.BADGES.values(),
         "gates": judgements.gates(
@@ -191,6 +194,13 @@ def _context(
         "trial_count": len(trials),
         "pair_count": trials.loc[trials["pair_id"] != "", "pair_id"].nunique(),
     }
+
+
+def _named(told: Answer, protocol: Protocol) -> dict[str, str]:
+    """Return what the conditions are that the answer's numbers name, in the order of the protocol."""
+    said = set(re.findall(r"[\w.-]+", " ".join(told.numbers)))
+    compared = {name for h in primary(protocol.hypotheses) for name in h.conditions}
+    return {name: protocol.conditions[name].about for name in protocol.conditions if name in said & compared}
 
 
 def _signs(rows: list[dict], planned: list[dict], strip: list[dict]) -> dict[str, list[tuple[judgements.Badge, int]]]:

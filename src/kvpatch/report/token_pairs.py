@@ -59,14 +59,16 @@ class TokenPair:
         one, other = self.names
         if len(self.one) == len(self.other) == self.shared:
             return f"{one} and {other} wrote the same {self.shared} tokens."
-        same = f"The first {self.shared} tokens are the same" if self.shared else "Not even the first token is the same"
-        goes = [
-            f"{name} goes on with “{tokens[self.shared].text}” ({_told(tokens[self.shared].logprob)})"
+        goes, same = ("goes on", f"The first {self.shared} tokens are the same; then")
+        if not self.shared:
+            goes, same = ("begins", "Not even the first token is the same:")
+        parts = [
+            f"{name} {goes} with “{tokens[self.shared].text}” (log-probability {_told(tokens[self.shared].logprob)})"
             if self.shared < len(tokens)
             else f"{name} ends"
             for name, tokens in ((one, self.one), (other, self.other))
         ]
-        return f"{same}; then {goes[0]}, and {goes[1]}."
+        return f"{same} {parts[0]}, and {parts[1]}."
 
 
 TOKEN_TEXTS = "token_texts"

@@ -54,7 +54,7 @@ def _told(protocol: Protocol, v: Verdict) -> str:
     size = quantity(v.estimate, protocol.hypothesis(v.id))
     if v.ci_low is not None and v.ci_high is not None:
         size += f" ({number(v.ci_low)} to {number(v.ci_high)})"
-    return f"{v.contrast} {size}, n = {v.n}: {word}"
+    return f"{v.contrast} is {size}, n = {v.n}: {word}"
 
 
 class Answer(Frozen):

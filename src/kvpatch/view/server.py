@@ -204,7 +204,10 @@ class View:
         beside = None if not asked else await run_in_threadpool(trial.stored_row, run, asked)
         if asked and (beside is None or beside.get("pair_id") != row.get("pair_id")):
             raise HTTPException(404, "There is no such trial of this pair to stand beside it.")
-        shown = await run_in_threadpool(trial.page, run, row, mark, beside)
+        head = request.query_params.get("head")
+        shown = await run_in_threadpool(trial.page, run, row, mark, beside, head)
+        if head and (shown["slots"] is None or head not in shown["slots"]["heads"]):
+            raise HTTPException(404, "There is no such head whose attention by slot is stored of this trial.")
         return self._page("trial.html.j2", run=run, **shown)
 
     async def file(self, request: Request) -> Response:

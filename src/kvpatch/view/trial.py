@@ -20,6 +20,8 @@ from kvpatch.view.runs import LiveRun
 
 STEPS = (-0.1, -0.5, -1.0, -2.0, -4.0, -8.0)
 """Log-probabilities at which the strip's colour changes; 0 is certain."""
+SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+"""Shares of attention at which the colour of a token changes, as in the report."""
 _ELSEWHERE = {
     "text", "source_text", "target_text", "patch", "error", "output_token_ids", "output_logprobs", "mode_hits", "part",
 }  # fmt: skip
@@ -39,8 +41,11 @@ def stored_row(run: LiveRun, trial_id: str) -> dict[str, Any] | None:
     return {**rows[-1], "part": found[0]["part"]} if rows else None
 
 
-def page(run: LiveRun, row: dict[str, Any], mark: Marker, beside: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return what the trial's page shows. beside: another trial of the pair, to be compared token by token."""
+def page(
+    run: LiveRun, row: dict[str, Any], mark: Marker, beside: dict[str, Any] | None = None, head: str | None = None
+) -> dict[str, Any]:
+    """Return what the trial's page shows. beside: another trial of the pair, to be compared token by token. head: the
+    one to show over the tokens of the trial's cache, such as "12.3", layer and head."""
     text, source, target = (row.get(name) or "" for name in ("text", "source_text", "target_text"))
     abouts = {name: about for name, (_, about) in TRIAL_COLUMNS.items()}
     numbers = [
@@ -62,6 +67,7 @@ def page(run: LiveRun, row: dict[str, Any], mark: Marker, beside: dict[str, Any]
         "numbers": numbers,
         "lists": lists,
         "attention": heads(run, row),
+        "slots": over_slots(run, row, head),
         "beside": None if beside is None else side_by_side(run, row, beside),
         "others": run.ask(
             "select trial_id, condition, sample from trials where pair_id = ? and phase = ? order by place",
@@ -136,6 +142,25 @@ def heads(run: LiveRun, row: dict[str, Any]) -> list[dict[str, Any]]:
             grid = table.pivot_table(index="layer", columns="head", values=statistic)
             out.append(_map(title, grid.index.tolist(), grid.to_numpy().tolist()))
     return out
+
+
+def over_slots(run: LiveRun, row: dict[str, Any], head: str | None) -> dict[str, Any] | None:
+    """Return the heads whose attention on every slot of the trial's cache is stored, and of the chosen one each token
+    with its share and a step of colour, 0 to 6; None where none is stored."""
+    columns = ["trial_id", "stage", "layer", "head", "by_slot"]
+    stored = run.store.read_attention(columns, stage="forced", batches=[row["part"].removesuffix(".parquet")])
+    is_shown = pc.and_(pc.equal(stored["trial_id"], row["trial_id"]), stored["by_slot"].is_valid())  # pyright: ignore[reportAttributeAccessIssue]
+    by_name = {f"{own['layer']}.{own['head']}": own["by_slot"] for own in stored.filter(is_shown).to_pylist()}
+    if not by_name:
+        return None
+    ids, record = row.get("cache_token_ids") or [], model_of(run, row.get("model"))
+    decode = None if record is None else tokens.decoder(record)
+    texts = decode(ids) if decode is not None else [str(i) for i in ids]
+    shown = [
+        {"text": text, "share": share, "step": sum(share >= limit for limit in SHARES)}
+        for text, share in zip(texts, by_name.get(head or "", []), strict=False)
+    ]
+    return {"heads": list(by_name), "chosen": head, "tokens": shown, "is_text": decode is not None}
 
 
 def _map(title: str, layers: list[int], values: list[list[float]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ const stripOf = (side, shares) => {
     return element("span", { class: step ? `token look${step}` : "token", title: share(shares?.[i]) }, element("bdi", {}, readable(text)));
   });
   return [
-    element("p", { class: "label" }, "Under ", element("b", {}, element("bdi", {}, side.condition))),
+    element("p", { class: "label" }, "Under ", element("b", {}, element("bdi", {}, side.condition)), element("bdi", {}, abouts[side.condition] ? `: ${abouts[side.condition]}` : "")),
     element("p", { class: "tokens", dir: "auto" }, ...tokens),
   ];
 };
@@ -28,7 +28,7 @@ const headTable = (sides, head) => {
       ]),
     ]),
   );
-  const caption = element("caption", {}, `${head.name}: share of its attention on each token, a mean over the tokens that look`);
+  const caption = element("caption", {}, `${head.name}: share of its attention`);
   const table = element("table", { class: "compact" }, caption, element("thead", {}, row("th", ["slot", ...heading])), element("tbody", {}, ...rows));
   return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Data: ${head.name} over the tokens` }, table);
 };
@@ -51,7 +51,7 @@ const headsOver = async (box, view) => {
     if (at >= 0) choose(at);
   });
   const told = element("p", { class: "quiet" }, "Choose a head, here or in the chart, to see where it looked in one pair, ");
-  told.append(element("bdi", {}, pair), ", the first of the phase. The darker a token, the more of the head’s attention it had while the fixed continuation was read.");
+  told.append(element("bdi", {}, pair), ", the first of the phase. The stronger a token’s colour, the more of the head’s attention it had while the fixed continuation was read; what is missing to 1 went to words that were read or written. The table has the numbers, and those of the time in which the trial wrote its own text.");
   place.append(told, element("p", { class: "pick" }, ...buttons), shown);
 };
 

@@ -5,10 +5,10 @@ const told = (value) => (value === null || value === undefined ? "unknown" : val
 const twoTold = ({ texts }, [one, other], names, shared) => {
   if (one.ids.length === shared && other.ids.length === shared) return `${names[0]} and ${names[1]} wrote the same ${shared} tokens.`;
   const goes = [one, other].map(({ ids, logprobs }, side) =>
-    shared < ids.length ? `${names[side]} goes on with “${texts[ids[shared]]}” (${told(logprobs[shared])})` : `${names[side]} ends`,
+    shared < ids.length ? `${names[side]} ${shared ? "goes on" : "begins"} with “${texts[ids[shared]]}” (log-probability ${told(logprobs[shared])})` : `${names[side]} ends`,
   );
-  const same = shared ? `The first ${shared} tokens are the same` : "Not even the first token is the same";
-  return `${same}; then ${goes[0]}, and ${goes[1]}.`;
+  const same = shared ? `The first ${shared} tokens are the same; then` : "Not even the first token is the same:";
+  return `${same} ${goes[0]}, and ${goes[1]}.`;
 };
 
 const twoStrip = ({ texts, isText }, own, other, shared) =>

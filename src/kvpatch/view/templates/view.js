@@ -73,6 +73,15 @@ const unpack = (spec) => {
   }
   return { ...spec, datasets };
 };
+// The numbers of a chart, for who can't point at it.
+const tableOf = (spec, id) => {
+  const [set] = Object.values(spec.datasets).filter(({ name }) => !name.startsWith("_"));
+  const head = element("tr", {}, ...set.columns.map((name) => element("th", { scope: "col", class: "n" }, name)));
+  const shown = (value) => (typeof value === "number" ? String(Number(value.toPrecision(4))) : value ?? "–");
+  const rows = set.rows.map((row) => element("tr", {}, ...row.map((value) => cell("n", shown(value)))));
+  const table = element("table", { class: "compact" }, element("thead", {}, head), element("tbody", {}, ...rows));
+  return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Estimates of ${id}` }, table);
+};
 const range = (found) => `${found.shown.low} to ${found.shown.high}`;
 
 const waitsFor = (item) => item.needs ? `needs ${item.needs.join(", ") || "nothing first"}` : `gate ${item.gate}`;
@@ -86,6 +95,7 @@ const setEstimates = async (run) => {
   if (!answer.ok) return;
   const found = await answer.json();
   if (found.length > 0) place.querySelector(".empty")?.remove();
+  const changed = [];
   for (const item of found) {
     const says = JSON.stringify([finished.get(run), item.n, item.estimate, item.low, item.high]);
     let known = drawn.get(item.id);
@@ -94,17 +104,25 @@ const setEstimates = async (run) => {
       const chart = element("div", { class: "chart", role: "img", "aria-label": `Estimate of ${item.id} by number of pairs` });
       const title = element("h3", { class: "figure-title" }, bdi(item.claim));
       const test = element("p", { class: "quiet" }, bdi(`${item.id}: ${item.contrast} in ${item.readout}, ${waitsFor(item)}`));
-      place.append(element("figure", { class: "drawn", "data-hypothesis": item.id }, title, test, now, chart));
-      known = { now, chart, says: "" };
+      const table = element("details", { class: "data" }, element("summary", { "aria-label": `Table: ${item.id}` }, "Table"), element("div"));
+      table.hidden = true;
+      place.append(element("figure", { class: "drawn", "data-hypothesis": item.id }, title, test, now, chart, table));
+      known = { now, chart, table, says: "" };
       drawn.set(item.id, known);
     }
     if (known.says === says) continue;
     known.says = says;
+    changed.push([known, item]);
     known.now.textContent = item.estimate === null
       ? `no estimate yet from ${item.counted}`
       : `${item.shown.estimate} (${range(item)}) over ${item.counted}${finished.get(run) ? "" : ", not final"}`;
+  }
+  // Drawn once all figures have their places, since a chart keeps the shape that it is drawn in.
+  for (const [known, item] of changed) {
     if (item.chart) {
       await window.vegaEmbed(known.chart, unpack(item.chart), { mode: "vega-lite", renderer: "svg", actions: false, ast: true });
+      known.table.hidden = false;
+      known.table.lastChild.replaceWith(tableOf(item.chart, item.id));
     }
   }
   place.dataset.drawn = "yes"; // every estimate that the server gave stands there
@@ -157,6 +175,10 @@ if (page === "home" || page === "run") {
     const status = JSON.parse(event.data);
     setTrouble(status);
     setFacts(status);
+    if (page === "home") {
+      const runs = document.querySelectorAll(".status").length;
+      document.querySelector(".not-final").hidden = finished.size === runs && [...finished.values()].every(Boolean);
+    }
     if (page === "run") {
       setPhases(status);
       setNewest(status);

@@ -337,8 +337,7 @@ def recursive_score_masked(text: str, source_text: str, lexicon: Lexicon) -> flo
 
 def per_100_words(hits: int, text: str) -> float:
     """Hits per 100 words of the text; 0.0 for a text without words."""
-    total = len(words(text))
-    return 100 * hits / total if total else 0.0
+    return 100 * hits / total if (total := len(words(text))) else 0.0
 
 
 def uncopied_hits(text: str, source_text: str, lexicon: Lexicon) -> list[Hit]:
@@ -393,8 +392,7 @@ def ngram_overlap(text: str, source_text: str, n: int = 4) -> float:
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
-    ngrams = _ngrams(words(text), n)
-    in_source = _source_ngrams(source_text, n)
+    ngrams, in_source = _ngrams(words(text), n), _source_ngrams(source_text, n)
     return sum(ngram in in_source for ngram in ngrams) / len(ngrams) if ngrams else float("nan")
 
 

@@ -28,6 +28,7 @@ from typing import Any
 from kvpatch.errors import MOST_MISTAKES, ProtocolError, ProtocolMistakes
 from kvpatch.files import NotYaml, read_yaml
 from kvpatch.readouts.cues import Cues, read_cues
+from kvpatch.readouts.function_words import STOPWORDS
 from kvpatch.readouts.lexicon_files import is_shipped, lexicon_bytes
 from kvpatch.readouts.patterns import (
     AnyPattern,
@@ -41,21 +42,6 @@ from kvpatch.readouts.patterns import (
 )
 from kvpatch.specs.regexes import PatternError
 from kvpatch.specs.scripts import WORD, WORD_END, is_single
-
-# No evidence of copying, and of no use in telling two texts apart. Reflexive pronouns are left out on
-# purpose: "myself" and "itself" carry the mode.
-_FUNCTION_WORDS = """
-    a about after again all also am an and any are aren't as at be because been before being both but by can
-    can't cannot could couldn't did didn't do does doesn't doing don't down each even every few for from
-    further had hadn't has hasn't have haven't having he he'd he'll her here hers him his how i i'd i'll i'm
-    i've if in into is isn't it its it'd it'll just let's like may me might more most much must my no nor not
-    now of off on once one only or other our ours out over own per same shall she she'd she'll should
-    shouldn't so some such than that the their theirs them then there these they they'd they'll they're
-    they've this those through to too under until up upon us very was wasn't we we'd we'll we're we've were
-    weren't what when where whether which while who whom whose why will with within without won't would
-    wouldn't yet you you'd you'll you're you've your yours s t
-"""
-STOPWORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 @dataclass(frozen=True)
@@ -351,8 +337,7 @@ def recursive_score_masked(text: str, source_text: str, lexicon: Lexicon) -> flo
 
 def per_100_words(hits: int, text: str) -> float:
     """Hits per 100 words of the text; 0.0 for a text without words."""
-    total = len(words(text))
-    return 100 * hits / total if total else 0.0
+    return 100 * hits / total if (total := len(words(text))) else 0.0
 
 
 def uncopied_hits(text: str, source_text: str, lexicon: Lexicon) -> list[Hit]:
@@ -407,8 +392,7 @@ def ngram_overlap(text: str, source_text: str, n: int = 4) -> float:
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
-    ngrams = _ngrams(words(text), n)
-    in_source = _source_ngrams(source_text, n)
+    ngrams, in_source = _ngrams(words(text), n), _source_ngrams(source_text, n)
     return sum(ngram in in_source for ngram in ngrams) / len(ngrams) if ngrams else float("nan")
 
 

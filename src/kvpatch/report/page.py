@@ -161,14 +161,12 @@ def _context(
         "model_names": [m["name"] for m in instruments["models"] if m["name"]],
         "is_finished": bool(run.get("finished")),
         "protocol": protocol,
-        "told": told,
-        "floors": floor_checks(protocol, trials),
+        **_answer(told, protocol, trials),
         "rows": rows,
         "groups": verdict_list.groups(rows),
         "counts": verdict_list.counts(rows),
         "lines": verdict_list.drawn(rows, protocol),
         "primary": [row for row in judgements.rests_on(rows, protocol) if row["badge"].word != "tautological"],
-        "named": _named(told, protocol),
         "plan": plan.by_kind(planned),
         "badges": judgements.BADGES.values(),
         "gates": judgements.gates(
@@ -196,11 +194,12 @@ def _context(
     }
 
 
-def _named(told: Answer, protocol: Protocol) -> dict[str, str]:
-    """Return what the conditions are that the answer's numbers name, in the order of the protocol."""
+def _answer(told: Answer, protocol: Protocol, trials: pd.DataFrame) -> dict[str, Any]:
+    """Return the answer, whether its readouts register the mode, and what the conditions are that its numbers name."""
     said = set(re.findall(r"[\w.-]+", " ".join(told.numbers)))
     compared = {name for h in primary(protocol.hypotheses) for name in h.conditions}
-    return {name: protocol.conditions[name].about for name in protocol.conditions if name in said & compared}
+    named = {name: protocol.conditions[name].about for name in protocol.conditions if name in said & compared}
+    return {"told": told, "named": named, "floors": floor_checks(protocol, trials)}
 
 
 def _signs(rows: list[dict], planned: list[dict], strip: list[dict]) -> dict[str, list[tuple[judgements.Badge, int]]]:

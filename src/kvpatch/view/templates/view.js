@@ -74,13 +74,13 @@ const unpack = (spec) => {
   return { ...spec, datasets };
 };
 // The numbers of a chart, for who can't point at it.
-const tableOf = (spec, id) => {
+const tableOf = (spec) => {
   const [set] = Object.values(spec.datasets).filter(({ name }) => !name.startsWith("_"));
   const head = element("tr", {}, ...set.columns.map((name) => element("th", { scope: "col", class: "n" }, name)));
   const shown = (value) => (typeof value === "number" ? String(Number(value.toPrecision(4))) : value ?? "–");
   const rows = set.rows.map((row) => element("tr", {}, ...row.map((value) => cell("n", shown(value)))));
   const table = element("table", { class: "compact" }, element("thead", {}, head), element("tbody", {}, ...rows));
-  return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Estimates of ${id}` }, table);
+  return element("div", {}, table);
 };
 const range = (found) => `${found.shown.low} to ${found.shown.high}`;
 
@@ -122,7 +122,7 @@ const setEstimates = async (run) => {
     if (item.chart) {
       await window.vegaEmbed(known.chart, unpack(item.chart), { mode: "vega-lite", renderer: "svg", actions: false, ast: true });
       known.table.hidden = false;
-      known.table.lastChild.replaceWith(tableOf(item.chart, item.id));
+      known.table.lastChild.replaceWith(tableOf(item.chart));
     }
   }
   place.dataset.drawn = "yes"; // every estimate that the server gave stands there

@@ -167,7 +167,8 @@ def test_trials_can_be_read_without_kvpatch(store, reader):
 def heads(value: float = 0.5) -> pa.Table:
     """A table of heads of one trial."""
     content = {"trial_id": "id-8", "stage": "own", "layer": 1, "head": 2, "queries": 3}
-    content |= {name: None if name == "induction" else value for name in ATTENTION_COLUMNS if name not in content}
+    content |= {"induction": None, "by_slot": [value, value / 2]}
+    content |= {name: value for name in ATTENTION_COLUMNS if name not in content}
     return pa.Table.from_pylist([content], schema=ATTENTION_SCHEMA)
 
 

@@ -123,6 +123,7 @@ const setEstimates = async (run) => {
       await window.vegaEmbed(known.chart, unpack(item.chart), { mode: "vega-lite", renderer: "svg", actions: false, ast: true });
       known.table.hidden = false;
       known.table.lastChild.replaceWith(tableOf(item.chart));
+      known.table.dataset.drawn = "yes";
     }
   }
   place.dataset.drawn = "yes"; // every estimate that the server gave stands there

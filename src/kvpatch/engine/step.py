@@ -49,9 +49,7 @@ class Places:
 
     area: int
     limit: int  # most tokens a row may write
-    keys: list[
-        Tensor
-    ]  # a layer, [places, kv_heads, capacity, head_dim], after RoPE; for how they lie see `make_places`
+    keys: list[Tensor]  # a layer, [places, kv_heads, capacity, head_dim], after RoPE; `make_places` says how they lie
     values: list[Tensor]
     slot_positions: Tensor  # [places, capacity], int32; -1 where not real. Windows count in them.
     first: Tensor  # [places], int32

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -49,6 +50,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {here / name: place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
     gc.freeze()  # what is loaded by now stays to the end
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, open for a file of tests, which are marked `chromium.NEEDED`."""
+    from chromium import chromium
+
+    with chromium() as opened_one:
+        yield opened_one
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,9 @@ import pytest
 import yaml
 
 from kvpatch.protocols.schema import Protocol
+from kvpatch.report.build import write_report
+from kvpatch.verdicts.outcome import outcome_of
+from synthetic import write_run
 
 WORDS = (
     "the process of writing shows itself while attention turns back on its own sentence and I notice that "
@@ -191,3 +195,10 @@ def run(protocol: Protocol) -> dict:
 @pytest.fixture
 def verdicts(protocol: Protocol) -> list[dict]:
     return make_verdicts(protocol)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a small run with the maps of heads."""
+    store = write_run(tmp_path_factory.mktemp("small"), n=4, phases=["1", "6"])
+    return write_report(store, outcome_of(store))

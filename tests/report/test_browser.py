@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pytest
 
-from chromium import HOSTILE, NEEDED, assert_fits, chromium, expect, opened, serious, settled
+from chromium import HOSTILE, NEEDED, assert_fits, expect, opened, serious, settled
 from kvpatch.protocols.schema import Protocol
 from kvpatch.report.build import write_report
 from kvpatch.report.packing import unpacked
@@ -40,12 +40,6 @@ class Seen(NamedTuple):
     width: int
     said: list[str]
     asked: list[str]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as opened_one:
-        yield opened_one
 
 
 @pytest.fixture(scope="module")

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chromium import NEEDED, assert_fits, chromium, expect, opened, serious
-from kvpatch.report.build import write_report
+from chromium import NEEDED, assert_fits, expect, opened, serious
 from kvpatch.report.packing import unpacked
-from kvpatch.verdicts.outcome import outcome_of
-from synthetic import write_run
 
 pytestmark = NEEDED
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as opened_one:
-        yield opened_one
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    store = write_run(tmp_path_factory.mktemp("heads"), n=4, phases=["1", "6"])
-    return write_report(store, outcome_of(store))
 
 
 def ranking(page: Any, report: Path) -> tuple[Any, dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -11,7 +10,7 @@ from urllib.parse import urlencode
 import pytest
 
 import kvpatch as kv
-from chromium import NEEDED, assert_fits, chromium, expect, opened, served
+from chromium import NEEDED, assert_fits, expect, opened, served
 from hostile import HOSTILE, hidden, write_hostile_run
 from kvpatch.report.build import write_report
 from kvpatch.verdicts.outcome import outcome_of
@@ -32,12 +31,6 @@ READ = """() => {
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_hostile_run(tmp_path_factory.mktemp("hostile") / "run").directory
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as opened_one:
-        yield opened_one
 
 
 def assert_harmless(page: Any, said: list[str], width: int) -> None:

@@ -10,28 +10,12 @@ from typing import Any
 
 import pytest
 
-from chromium import NEEDED, chromium, expect, opened, settled
+from chromium import NEEDED, expect, opened, settled
 from keyboard import assert_keyboard_reaches_everything, clicks_of, remember, wanted
-from kvpatch.report.build import write_report
 from kvpatch.report.packing import unpacked
-from kvpatch.verdicts.outcome import outcome_of
-from synthetic import write_run
 
 pytestmark = NEEDED
 SPEC = re.compile(r'<script type="application/gzip" class="spec" data-for="([^"]*)">([^<]*)</script>')
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as opened_one:
-        yield opened_one
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a small run with the maps of heads."""
-    store = write_run(tmp_path_factory.mktemp("small"), n=4, phases=["1", "6"])
-    return write_report(store, outcome_of(store))
 
 
 @pytest.fixture

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chromium import NEEDED, assert_fits, chromium, expect, opened, serious, settled
+from chromium import NEEDED, assert_fits, expect, opened, serious, settled
 from kvpatch.report.build import write_report
 from kvpatch.report.token_pairs import TOKEN_TEXTS, any_two, token_pair
 from kvpatch.verdicts.outcome import outcome_of
@@ -29,12 +28,6 @@ def change(row: dict[str, Any]) -> dict[str, Any]:
     ids = IDS if row["condition"] == "C" else [*IDS[:SHARED], *range(700, 720)]
     step = 0.2 if row["condition"] == "N1" else 0.0
     return {"output_token_ids": ids, "output_logprobs": [-6.0 + step * place for place in range(len(ids))]}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as opened_one:
-        yield opened_one
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,11 @@ from typing import Any
 
 import pytest
 
-from chromium import HOSTILE, NEEDED, assert_fits, chromium, eventually, expect, opened, serious, served
+from chromium import HOSTILE, NEEDED, assert_fits, eventually, expect, opened, serious, served
 from kvpatch.store.directory import Store
 from synthetic import dec7, record_of, run_parts, write_run
 
 pytestmark = NEEDED
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as opened_one:
-        yield opened_one
 
 
 @pytest.fixture(scope="module")

@@ -8,18 +8,12 @@ from typing import Any
 
 import pytest
 
-from chromium import NEEDED, chromium, expect, opened, served
+from chromium import NEEDED, expect, opened, served
 from keyboard import assert_keyboard_reaches_everything, remember, walk
 from synthetic import write_run
 
 pytestmark = NEEDED
 DRAWN = {"": "#beside", "run/first/": "#estimates"}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as opened_one:
-        yield opened_one
 
 
 @pytest.fixture(scope="module")

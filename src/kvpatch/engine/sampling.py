@@ -15,8 +15,8 @@ LARGEST_NOISE = 16.64
 """The largest number that `gumbel` gives: -log(-log(1 - 2**-24)), its uniforms having 23 bits and a half."""
 NEAR = 4.0
 """Tokens this close to the best are looked at first; one of them wins most of the time."""
-ROUNDING = 0.01
-"""More than the sum of a score and its noise is rounded by."""
+ROUNDING = 1.0
+"""More than the sum of a score and its noise is rounded by, for scores of up to ten million."""
 
 
 def gumbel(seeds: Tensor, step: Tensor | int, vocabulary: int) -> Tensor:
@@ -78,7 +78,8 @@ def _choose_among_candidates(scaled: Tensor, keys: Tensor) -> Tensor:
     reached = torch.full_like(best, float("-inf"))
     rows, _, score = _scores(scaled, best - NEAR, keys)
     reached = reached.scatter_reduce(0, rows, score, "amax")
-    rows, tokens, score = _scores(scaled, torch.minimum(reached - LARGEST_NOISE - ROUNDING, best), keys)
+    least = torch.minimum(reached - LARGEST_NOISE - ROUNDING, best)  # not a number, if the best is none
+    rows, tokens, score = _scores(scaled, least, keys)
     highest = torch.full_like(best, float("-inf")).scatter_reduce(0, rows, score, "amax")
     is_winner = score == highest[rows]
     # A row without a finite logit has no candidate and gets token 0; its log-probability, NaN, says so.

@@ -95,13 +95,15 @@ def make_places(
     def slab(dtype: torch.dtype, shape: Sequence[int]) -> list[Tensor]:
         return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(geometry.layers)]
 
-    keys, values = [], slab(backbone.dtype, shape)
     if multiplies_keys(backbone):
         keys = [tensor.mT for tensor in slab(torch.float32, (*shape[:2], shape[3], shape[2]))]
+    else:
+        keys = slab(backbone.dtype, shape)
+    values = slab(backbone.dtype, shape)
     return Places(
         area=area,
         limit=limit,
-        keys=keys or slab(backbone.dtype, shape),
+        keys=keys,
         values=values,
         slot_positions=torch.full((count, shape[2]), PAD, dtype=torch.int32, device=device),
         first=counted(torch.int32, area),

@@ -18,6 +18,8 @@ from kvpatch.store.record import ModelRecord
 
 DIGITS = 3
 """Significant digits of a share of attention that are shown; as many as are stored."""
+LIMITS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+"""Shares of attention at which the colour of a token changes."""
 _OF_HEADS = ["trial_id", "stage", "layer", "head", "by_slot"]
 _OF_TRIALS = ["trial_id", "phase", "condition", "pair_id", "model", "cache_token_ids"]
 
@@ -42,7 +44,7 @@ def stored_by_slot(store: Store, models: Sequence[ModelRecord]) -> pd.DataFrame:
             trials = store.rows_of(part, _OF_TRIALS).to_pandas()
             trials = trials[trials["trial_id"].isin(set(heads["trial_id"].to_pylist()))]
             texts = [
-                _texts(decoders.get(model), ids)
+                texts_of(decoders.get(model), ids)
                 for model, ids in zip(trials["model"], trials["cache_token_ids"], strict=True)
             ]
             trials = trials.assign(tokens=pd.Series(texts, index=trials.index, dtype=object))
@@ -50,7 +52,8 @@ def stored_by_slot(store: Store, models: Sequence[ModelRecord]) -> pd.DataFrame:
     return pd.concat(found[1:] or found, ignore_index=True)
 
 
-def _texts(decode: Any, ids: Any) -> list[str]:
+def texts_of(decode: Any, ids: Any) -> list[str]:
+    """Texts of tokens; their ids where there is no decoder, and none where there are no ids."""
     numbers = [] if ids is None else [int(i) for i in ids]
     return [str(i) for i in numbers] if decode is None else decode(numbers)
 
@@ -62,8 +65,8 @@ def over_tokens(by_slot: pd.DataFrame, phase: str, contrast: str, heads: pd.Data
         by_slot: as `stored_by_slot` gives it.
         heads: columns layer and head, in the order to offer them.
     Returns:
-        `pair`, `sides` (condition and tokens), and `heads`: a name, and for each side one list of numbers a stage of
-        `STAGES`. None where the run has not stored both conditions of one pair.
+        `pair`, `limits` (`LIMITS`), `sides` (condition and tokens), and `heads`: a name, and for each side one list of
+        numbers a stage of `STAGES`. None where the run has not stored both conditions of one pair.
     """
     names = contrast.split(" - ")
     rows = by_slot[(by_slot["phase"] == phase) & by_slot["condition"].isin(names)]
@@ -81,7 +84,7 @@ def over_tokens(by_slot: pd.DataFrame, phase: str, contrast: str, heads: pd.Data
         for layer, head in zip(heads["layer"], heads["head"], strict=True)
     ]
     sides = [{"condition": name, "tokens": list(tokens[name])} for name in names]
-    return {"pair": pair, "sides": sides, "heads": shown}
+    return {"pair": pair, "limits": LIMITS, "sides": sides, "heads": shown}
 
 
 def _numbers(at: Mapping[Any, Any], key: tuple[Any, ...]) -> list[float] | None:

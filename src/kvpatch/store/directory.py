@@ -308,10 +308,11 @@ class Store:
             StoreError: where there are none, a part is missing or damaged, or two hold the same trial.
         """
         wanted = list(TRIAL_COLUMNS if columns is None else columns)
-        tables = list(self.tables(list(dict.fromkeys([*wanted, "trial_id"]))))
+        parts = self.each_once()
+        tables = list(self._tables_of(parts, list(dict.fromkeys([*wanted, "trial_id"]))))
         if not tables:
             raise StoreError(f"{self.directory} holds no trials yet")
-        refuse_trials_twice([part.part for part in self.parts()], [table["trial_id"] for table in tables])
+        refuse_trials_twice([part.part for part in parts], [table["trial_id"] for table in tables])
         return pa.concat_tables(tables).select(wanted)
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -320,10 +321,12 @@ class Store:
         Raises:
             StoreError: where a part is missing or damaged.
         """
-        parts = self.each_once()
+        yield from self._tables_of(self.each_once(), tuple(TRIAL_COLUMNS) if columns is None else columns)
+
+    def _tables_of(self, parts: Sequence[Part], columns: Sequence[str]) -> Iterator[pa.Table]:
         self._fetch(parts)
         for part in parts:
-            yield self.rows_of(part, tuple(TRIAL_COLUMNS) if columns is None else columns)
+            yield self.rows_of(part, columns)
 
     def read_attention(
         self, columns: Sequence[str] | None = None, stage: str | None = None, batches: Container[str] | None = None

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from kvpatch.files import parse_json
 from kvpatch.report import tokens
 from kvpatch.report.head_maps import MAPPED
+from kvpatch.report.head_tokens import LIMITS, texts_of
 from kvpatch.report.samples import Marker, shown_text
 from kvpatch.report.text import number, plain
 from kvpatch.report.token_pairs import TOKEN_TEXTS, strip_html, token_pair
@@ -20,8 +21,6 @@ from kvpatch.view.runs import LiveRun
 
 STEPS = (-0.1, -0.5, -1.0, -2.0, -4.0, -8.0)
 """Log-probabilities at which the strip's colour changes; 0 is certain."""
-SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-"""Shares of attention at which the colour of a token changes, as in the report."""
 _ELSEWHERE = {
     "text", "source_text", "target_text", "patch", "error", "output_token_ids", "output_logprobs", "mode_hits", "part",
 }  # fmt: skip
@@ -155,10 +154,9 @@ def over_slots(run: LiveRun, row: dict[str, Any], head: str | None) -> dict[str,
         return None
     ids, record = row.get("cache_token_ids") or [], model_of(run, row.get("model"))
     decode = None if record is None else tokens.decoder(record)
-    texts = decode(ids) if decode is not None else [str(i) for i in ids]
     shown = [
-        {"text": text, "share": share, "step": sum(share >= limit for limit in SHARES)}
-        for text, share in zip(texts, by_name.get(head or "", []), strict=False)
+        {"text": text, "share": share, "step": sum(share >= limit for limit in LIMITS)}
+        for text, share in zip(texts_of(decode, ids), by_name.get(head or "", []), strict=False)
     ]
     return {"heads": list(by_name), "chosen": head, "tokens": shown, "is_text": decode is not None}
 

@@ -1,12 +1,11 @@
 // A head over the tokens of one pair: chosen by a button, or by a click on its mark in the chart above.
 const STAGE_NAMES = ["writing", "reading"]; // the order of a side's numbers: its own text, the fixed continuation
-const SHARES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2]; // at which the colour of a token changes
 const share = (value) => (value === undefined || value === null ? "–" : value.toFixed(3));
 const readable = (text) => text.replaceAll("\n", "⏎\n");
 
-const stripOf = (side, shares) => {
+const stripOf = (side, shares, limits) => {
   const tokens = side.tokens.map((text, i) => {
-    const step = SHARES.filter((limit) => shares?.[i] >= limit).length;
+    const step = limits.filter((limit) => shares?.[i] >= limit).length;
     return element("span", { class: step ? `token look${step}` : "token", title: share(shares?.[i]) }, element("bdi", {}, readable(text)));
   });
   return [
@@ -36,13 +35,13 @@ const headTable = (sides, head) => {
 const headsOver = async (box, view) => {
   const place = box.closest("figure").querySelector(".heads");
   if (!place) return;
-  const { pair, sides, heads } = JSON.parse(await unpacked(place.querySelector("script")));
+  const { pair, limits, sides, heads } = JSON.parse(await unpacked(place.querySelector("script")));
   const shown = element("div", { class: "head-shown" });
   const buttons = heads.map((head) => element("button", { type: "button", "aria-pressed": "false" }, head.name));
   const choose = (at) => {
     const isOn = at >= 0 && buttons[at].getAttribute("aria-pressed") === "false";
     buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(isOn && i === at)));
-    const parts = isOn ? [...sides.flatMap((side, s) => stripOf(side, heads[at].sides[s][1])), headTable(sides, heads[at])] : [];
+    const parts = isOn ? [...sides.flatMap((side, s) => stripOf(side, heads[at].sides[s][1], limits)), headTable(sides, heads[at])] : [];
     shown.replaceChildren(...parts);
   };
   buttons.forEach((button, i) => button.addEventListener("click", () => choose(i)));

@@ -129,7 +129,7 @@ def tiny_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
 def tiny_hf(architecture: str) -> PreTrainedModel:
     """A random float32 model, the same every time."""
     name, settings = CONFIGS[architecture]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         hf = AutoModelForCausalLM.from_config(getattr(transformers, name)(**settings)).float().eval()
         for parameter in hf.parameters():
@@ -140,7 +140,7 @@ def tiny_hf(architecture: str) -> PreTrainedModel:
 
 def tiny_of(kind: str, **settings: Any) -> PreTrainedModel:
     """A random float32 model of a configuration class by its name; `settings` replaces or adds to the common ones."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = getattr(transformers, kind)(**{**_PLAIN, **settings})
         return AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)

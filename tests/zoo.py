@@ -169,7 +169,7 @@ def tiny_causal(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random float32 model; norms and biases are neither one nor zero, so that all of them count."""
     config = small_config(kind, **changes)
     auto = AutoModelForCausalLM if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         hf = auto.from_config(config).float().eval()

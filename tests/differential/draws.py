@@ -308,7 +308,7 @@ def save_model(name: str, directory: Path, seed: int = 0) -> Path:
     Weights are larger than a fresh model's, and norms and biases are neither one nor zero, so that all of them count.
     """
     config, settings = CLASSES[name]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         hf = AutoModelForCausalLM.from_config(getattr(transformers, config)(**settings)).float().eval()
         for parameter in hf.parameters():

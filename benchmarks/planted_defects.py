@@ -86,8 +86,9 @@ FAULTS = (
         "aliased_donor",
         "a donor is made in place, in the live cache",
         "interventions/donors.py",
-        (("values=tuple(_gather_slots(v, order) for v in source.values))\n\n\ndef _shuffle_jointly",
-          "values=tuple(v.copy_(_gather_slots(v, order)) for v in source.values))\n\n\ndef _shuffle_jointly"),),
+        (("return replace(source, values=_gathered(source.values, _permutations(source, seeds)))",
+          "order = _permutations(source, seeds)\n"
+          "    return replace(source, values=tuple(v.copy_(_gathered([v], order)[0]) for v in source.values))"),),
         "wired", "tests/core/test_donors.py",
     ),
     Fault(

@@ -234,7 +234,14 @@ def test_a_model_split_over_real_devices_passes_every_identity(architecture: str
     whole = held(tiny_hf(architecture))
     assert torch.allclose(model.logits(cache).cpu(), whole.logits(whole.prefill([SOURCE, TARGET, *OTHERS])), atol=1e-3)
     for way in ("whole", "values of a few layers", "gaussian_fitted", "shuffle_heads", "residual in prefill"):
-        found, expected = (WAYS[way](m, m.prefill(TARGET), m.prefill(TARGET)) for m in (model, whole))
+        try:
+            expected = WAYS[way](whole, whole.prefill(TARGET), whole.prefill(TARGET))
+        except kv.CacheError as error:  # positions that are part of the keys can't be moved
+            with pytest.raises(kv.CacheError, match=str(error)[:20]):
+                WAYS[way](model, model.prefill(TARGET), model.prefill(TARGET))
+            assert architecture == "gpt2"
+            continue
+        found = WAYS[way](model, model.prefill(TARGET), model.prefill(TARGET))
         assert torch.allclose(model.logits(found).cpu(), whole.logits(expected), atol=1e-3), way
     assert model.generate(cache, max_new_tokens=5, temperature=0).token_ids.shape == (4, 5)
     model.score(cache, [" one"] * 4)

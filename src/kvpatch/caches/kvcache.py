@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from kvpatch.caches.checksums import checksums_of
 from kvpatch.caches.devices import device_of
 from kvpatch.caches.display import Layers, cache_as_html, shortened
 from kvpatch.caches.rope import LayerRope
+from kvpatch.caches.stacks import over_layers
 from kvpatch.errors import CacheError
 from kvpatch.specs.arguments import chosen_rows, refuse_other, shown, whole
 
@@ -126,10 +128,14 @@ class KVCache:
         index = chosen_rows(rows, self.batch)
         at = torch.tensor(index, device=self.positions.device)
         cut = self.slots - max(self.row_lengths[row] for row in index)
+
+        def chosen(tensor: Tensor) -> Tensor:
+            return tensor[..., cut:, :].index_select(-4, at.to(tensor.device))
+
         return replace(
             self,
-            keys=tuple(k[at.to(k.device), :, cut:] for k in self.keys),
-            values=tuple(v[at.to(v.device), :, cut:] for v in self.values),
+            keys=over_layers(chosen, self.keys),
+            values=over_layers(chosen, self.values),
             positions=self.positions[at, cut:],
             token_ids=self.token_ids[at, cut:],
             segments=self.segments[at, cut:],
@@ -210,16 +216,16 @@ class KVCache:
             refuse_unlike(first, other, "two caches of a batch")
         slots = max(c.slots for c in caches)
 
-        def joined(tensors: Sequence[Tensor], fill: int, axis: int) -> Tensor:
-            return torch.cat([pad_left(t, slots, fill, axis) for t in tensors])
+        def joined(*tensors: Tensor) -> Tensor:
+            return torch.cat([pad_left(t, slots, 0, -2) for t in tensors], dim=-4)
 
         def labels(name: str) -> Tensor:
-            return joined([getattr(c, name) for c in caches], PAD, 1)
+            return torch.cat([pad_left(getattr(c, name), slots, PAD, 1) for c in caches])
 
         return replace(
             first,
-            keys=tuple(joined([c.keys[i] for c in caches], 0, 2) for i in range(first.layers)),
-            values=tuple(joined([c.values[i] for c in caches], 0, 2) for i in range(first.layers)),
+            keys=over_layers(joined, *(c.keys for c in caches)),
+            values=over_layers(joined, *(c.values for c in caches)),
             positions=labels("positions"),
             token_ids=labels("token_ids"),
             segments=labels("segments"),
@@ -324,19 +330,7 @@ class KVCache:
         A sum modulo 2**64 of hashes of every number's bits with its place (layer, part, KV head, slot, dimension),
         computed where the tensors are. It detects change; it is not a signature.
         """
-        total = torch.zeros(self.batch, dtype=torch.int64, device=self.positions.device)
-        # Slots count from the end, so that padding on the left does not move them.
-        from_end = torch.arange(self.slots, 0, -1, device=self.positions.device)
-        for layer, pair in enumerate(zip(self.keys, self.values, strict=True)):
-            for part, tensor in enumerate(pair):
-                heads, dim = tensor.shape[1], tensor.shape[3]
-                place = torch.arange(1, heads * dim + 1, device=tensor.device).view(heads, 1, dim) * 0x9E3779B97F4A7C1
-                of_slot = from_end.to(tensor.device) * 0x5851F42D4C957F2
-                place = place + (of_slot + (2 * layer + part) * 0x14057B7EF767814)[:, None]
-                # The fold is what makes the hash more than a weighted sum, in which swapped slots could cancel out.
-                mixed = _fold_((_bits(tensor) ^ place).mul_(0x2545F4914F6CDD1D))
-                total += (mixed.sum(dim=(1, 3)).to(total.device) * self.is_real).sum(dim=1)
-        return [f"{value % 2**64:016x}" for value in total.tolist()]
+        return checksums_of(self.keys, self.values, self.is_real)
 
 
 def refuse_unlike(one: KVCache, other: KVCache, names: str, *, may_differ_in_type: bool = False) -> None:
@@ -386,15 +380,3 @@ def pad_left(tensor: Tensor, slots: int, fill: int, axis: int) -> Tensor:
     shape = list(tensor.shape)
     shape[axis] = missing
     return torch.cat([tensor.new_full(shape, fill), tensor], dim=axis)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The bits of every number as int64, those of float64 folded so that a product spreads the highest too."""
-    size = tensor.element_size()
-    bits = tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).to(torch.int64)
-    return _fold_(bits.clone()) if size == 8 else bits
-
-
-def _fold_(x: Tensor) -> Tensor:
-    """The upper half of every int64 mixed into its lower half, in place (the shift keeps the sign: masked off)."""
-    return x.bitwise_xor_((x >> 32).bitwise_and_(0xFFFFFFFF))

@@ -42,17 +42,19 @@ def uniform(bits: Tensor) -> Tensor:
     return ((bits >> 9) & 0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
 
 
-def normal(seeds: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+def normal(seeds: Tensor, stream: Tensor | int, shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers.
 
     Args:
         seeds: [rows], int64, any value.
-        stream: number of the stream; a seed gives other numbers in every stream.
+        stream: number of the stream, or several (int32, [streams]); a seed gives other numbers in every stream.
         shape: of one row's numbers; a row's numbers depend on its seed, the stream and their place alone.
     Returns:
-        [rows, *shape], float32 (Box and Muller 1958, one number of each pair).
+        [rows, *shape], or [streams, rows, *shape], float32 (Box and Muller 1958, one number of each pair).
     """
+    if isinstance(stream, Tensor):
+        stream = stream[..., None]
     counter = torch.arange(math.prod(shape), dtype=torch.int32, device=seeds.device) * GOLDEN
-    radius = uniform(mix_(counter ^ keys_of(seeds, 2 * stream)[:, None])).log_().mul_(-2.0).sqrt_()
-    angle = uniform(mix_(counter ^ keys_of(seeds, 2 * stream + 1)[:, None])).mul_(2 * math.pi)
-    return radius.mul_(angle.cos_()).reshape(len(seeds), *shape)
+    radius = uniform(mix_(counter ^ keys_of(seeds, 2 * stream)[..., None])).log_().mul_(-2.0).sqrt_()
+    angle = uniform(mix_(counter ^ keys_of(seeds, 2 * stream + 1)[..., None])).mul_(2 * math.pi)
+    return radius.mul_(angle.cos_()).unflatten(-1, shape)

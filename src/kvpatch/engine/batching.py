@@ -24,6 +24,7 @@ from torch import Tensor
 from kvpatch.caches.kvcache import PAD, KVCache
 from kvpatch.engine.backend import Fast
 from kvpatch.engine.step import PlainOps, Sampling, decode_step, make_places
+from kvpatch.engine.token_budget import MORE_AT_ONCE, is_narrow
 from kvpatch.models.backbone import Backbone
 
 STRETCH = 16
@@ -31,11 +32,13 @@ STRETCH = 16
 BUCKET = 64
 """Slots between two graphs' reaches, where attention reads up to a fixed slot (without Triton)."""
 AT_MOST = 768
-"""Places on a GPU: past this many rows the products gain nothing (benchmarks/LOG.md)."""
+"""Places on a GPU: past this many rows the products gain nothing (benchmarks/LOG.md), but for narrow models."""
 GIVE_UP_AT = 0.75
 """On a CPU, places are given up once no more than this share of them is in use and no row is waiting."""
 IDLE_AT_MOST = 1.25
 """Kept places are used again for up to so many times fewer rows; new ones would need new graphs."""
+NARROW_IDLE_AT_MOST = 16
+"""The same of a narrow model, whose step takes as long with few rows as with many."""
 WORTH_PACKING = 512
 """On a CPU, tokens from which on a decoding gains by laying out the weights anew."""
 LEFT_FREE = 0.1
@@ -88,17 +91,22 @@ def decode_in_places(backbone: Backbone, fast: Fast, cache: KVCache, request: Re
 
 
 def planned_places(backbone: Backbone, slots: int, limit: int, rows: int) -> int:
-    """How many rows to decode at a time: all of them on a CPU, as many as fit on a GPU, up to `AT_MOST`.
+    """How many rows to decode at a time: all of them on a CPU, as many as fit on a GPU, up to `most_places`.
 
     On a GPU rows are spread evenly over the turns, in multiples of 64: few sizes, so few graphs.
     """
     if backbone.device.type != "cuda":
         return rows
     fitting = int((1 - LEFT_FREE) * free_bytes(backbone) / bytes_per_place(backbone, slots, limit))
-    most = max(1, min(AT_MOST, fitting))
+    most = max(1, min(most_places(backbone), fitting))
     turns = math.ceil(rows / most)
     even = math.ceil(rows / turns)
     return min(most, math.ceil(even / 64) * 64)
+
+
+def most_places(backbone: Backbone) -> int:
+    """Places on a GPU past which more gain nothing."""
+    return AT_MOST * (MORE_AT_ONCE if is_narrow(backbone) else 1)
 
 
 def free_bytes(backbone: Backbone) -> int:
@@ -215,7 +223,8 @@ def _runner(backbone: Backbone, fast: Fast, cache: KVCache, request: Request, co
     if backbone.device.type != "cuda":
         return _Runner(backbone, fast, count, cache.slots, request, positions, capture=False)
     kept = backbone.kept.runner
-    most = count if is_exact else max(count + 64, int(IDLE_AT_MOST * count))
+    idle = NARROW_IDLE_AT_MOST if is_narrow(backbone) else IDLE_AT_MOST
+    most = count if is_exact else max(count + 64, int(idle * count))
     if kept is not None and kept.fits(fast, most, count, cache.slots, request, positions):
         return kept
     area = max(_rounded(cache.slots), 0 if kept is None else kept.places.area)

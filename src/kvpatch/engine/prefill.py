@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kvpatch.caches.devices import sent
 from kvpatch.caches.kvcache import PAD, KVCache, Origin
+from kvpatch.caches.stacks import stack_of
 from kvpatch.engine.attention import Attention, AttentionCapture, AttentionRequest
 from kvpatch.engine.backend import reader_of
 from kvpatch.engine.pack import Held, pack_rows
-from kvpatch.engine.token_budget import run_in_passes
+from kvpatch.engine.token_budget import is_narrow, run_in_passes, tokens_at_once
 from kvpatch.errors import ProtocolError
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.hf import AttentionObserver, Edits, Slab
@@ -39,15 +42,18 @@ def prefill(backbone: Backbone, prompts: Sequence[EncodedPrompt]) -> KVCache:
     for prompt in prompts:
         if len(prompt.token_ids) > backbone.geometry.context:
             raise ProtocolError(f"a prompt has {len(prompt.token_ids)} tokens; {backbone.geometry.limit}")
-    shared = _shared_beginning(prompts)
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    # A pass of one row costs a narrow model as much as one of many, so a beginning has none where one pass takes all.
+    is_one_pass = is_narrow(backbone) and len(prompts) * max(lengths) <= tokens_at_once(backbone)
+    shared = 0 if is_one_pass else _shared_beginning(prompts)
     beginning = _beginning(backbone, reader, prompts[0].token_ids[:shared]) if shared else None
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
     parts: list[KVCache] = []
 
     def run(low: int, high: int) -> None:
         parts.append(prefill_pass(backbone, [prompts[i] for i in order[low:high]], shared, beginning))
 
-    run_in_passes(backbone, [len(prompts[i].token_ids) - shared for i in order], run)
+    run_in_passes(backbone, [lengths[i] - shared for i in order], run)
     joined = parts[0] if len(parts) == 1 else KVCache.concat(parts)
     if order == list(range(len(prompts))):
         return joined
@@ -136,27 +142,30 @@ def _read_pass(
         keys, values = ([one.expand(batch, -1, -1, -1) for one in of] for of in (beginning.keys, beginning.values))
         held = Held(keys, values, beginning.positions.expand(batch, -1))
     pack = pack_rows(rows, None if held is None else [shared] * batch, held)
-    row, column = (torch.from_numpy(at).to(device) for at in (pack.row, pack.column + slots - pack.shape[1]))
-    starts = torch.tensor([slots - len(row) for row in token_ids], device=device)
+    row, column = (sent(at, device) for at in (pack.row, pack.column + slots - pack.shape[1]))
+    starts = sent(np.array([slots - len(row) for row in token_ids]), device)
     of_row, of_slot = (torch.arange(count, device=device) for count in (batch, shared))
 
-    def empty() -> tuple[Tensor, ...]:
-        shape = (batch, geometry.kv_heads, slots, geometry.head_dim)
-        return tuple(torch.zeros(shape, dtype=backbone.dtype, device=device) for _ in range(geometry.layers))
-
-    made = (empty(), empty())
+    # Each layer's new keys and values, as packed; brought to their places for all layers together.
+    packed = torch.empty(
+        2, geometry.layers, len(row), geometry.kv_heads, geometry.head_dim, dtype=backbone.dtype, device=device
+    )
 
     def on_layer(layer: int, *new: Tensor) -> None:
-        for tensors, tensor in zip(made, new, strict=True):
-            tensors[layer][row, :, column] = tensor
+        for part, tensor in zip(packed, new, strict=True):
+            part[layer] = tensor
 
     if len(row):
         reader.read(pack, held, edits=edits, on_layer=on_layer, wants_states=False)
-    if beginning is not None:
-        for tensors, of in zip(made, (beginning.keys, beginning.values), strict=True):
-            for tensor, one in zip(tensors, of, strict=True):
-                tensor[of_row[:, None], :, starts[:, None] + of_slot] = one[0].transpose(0, 1)
-    return made
+    made = []
+    for part, of in zip(packed, ((), ()) if beginning is None else (beginning.keys, beginning.values), strict=True):
+        whole = part.new_zeros(geometry.layers, batch, geometry.kv_heads, slots, geometry.head_dim)
+        whole[:, row, :, column] = part.transpose(0, 1)
+        if of:  # [layers, kv_heads, shared, head_dim], the same for all rows
+            first = stack_of(of)[:, 0].permute(2, 0, 1, 3)
+            whole[:, of_row[:, None], :, starts[:, None] + of_slot] = first
+        made.append(whole.unbind())
+    return made[0], made[1]
 
 
 def prefill_with_attention(

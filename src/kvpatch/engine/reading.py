@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from kvpatch.caches.devices import sent
 from kvpatch.caches.kvcache import KVCache
 from kvpatch.engine.exact_products import Products
 from kvpatch.engine.fused import add_norm, gated, norm
@@ -36,8 +37,8 @@ from kvpatch.models.backbone import Backbone
 from kvpatch.models.hf import Edits, LayerEdit
 from kvpatch.models.llamalike import LayerWeights, Network
 
-STATES_AT_ONCE = 2048
-"""States whose logits are made at a time."""
+LOGITS_AT_ONCE = 1 << 28
+"""Numbers of the head's outputs that are made at a time."""
 OnLayer = Callable[[int, Tensor, Tensor], None]
 """Takes a layer's new keys and values, [tokens, kv_heads, head_dim] each, after RoPE and any edit."""
 
@@ -82,8 +83,8 @@ class Reader:
         room = _rounded(count)
         token_ids, positions = (_padded(numbers, room, device) for numbers in (pack.token_ids, pack.positions))
         streams = self.backbone.changed_streams
-        place = tuple(torch.from_numpy(at).to(device) for at in (pack.row, pack.column)) if edits or streams else ()
-        tiles = torch.from_numpy(pack.segments.tiles(self.queries)).to(device)
+        place = tuple(sent(at, device) for at in (pack.row, pack.column)) if edits or streams else ()
+        tiles = sent(pack.segments.tiles(self.queries), device)
         tables = self._tables_for(int(pack.positions.max(initial=0)) + 1)
         hidden = F.embedding(token_ids, network.embedding)  # [room, width]
         if network.embedding_scale is not None:
@@ -113,20 +114,19 @@ class Reader:
             normed = add_norm(hidden, added, layer.after_mlp, following, network.epsilon)
         return normed[:count]
 
-    def token_logprobs(self, states: Tensor, token_ids: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+    def token_logprobs(self, states: Tensor, token_ids: Tensor, of: np.ndarray) -> tuple[Tensor, Tensor]:
         """Log-probability of tokens [n] at the states [n] that `of` names, and the entropies of what they were drawn
         from; states [states, width] are as `read` gives them. Both [n], float32, nats."""
-        order = torch.argsort(of, stable=True)
-        bounds = range(0, len(states), STATES_AT_ONCE)
-        ends = torch.searchsorted(
-            of[order].contiguous(), torch.tensor([*bounds, len(states)], device=of.device)
-        ).tolist()
-        logprobs, entropies = (torch.empty(len(of), device=of.device) for _ in range(2))
+        order = np.argsort(of, kind="stable")
+        step = self._states_at_once
+        bounds = range(0, len(states), step)
+        ends = np.searchsorted(of[order], [*bounds, len(states)]).tolist()
+        places, states_of = sent(order, states.device), sent(of[order], states.device)
+        logprobs, entropies = (torch.empty(len(of), device=states.device) for _ in range(2))
         for low, first, end in zip(bounds, ends[:-1], ends[1:], strict=True):
-            logits = self._head(states[low : low + STATES_AT_ONCE])
+            logits = self._head(states[low : low + step])
             totals, means = self._reduced(logits)
-            at = order[first:end]
-            state = of[at] - low
+            at, state = places[first:end], states_of[first:end] - low
             chosen = self.backbone.scaled(logits[state, token_ids[at]].float())
             logprobs[at] = chosen - totals[state]
             entropies[at] = totals[state] - means[state]
@@ -134,8 +134,13 @@ class Reader:
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [states, vocabulary], float32."""
-        parts = states.split(STATES_AT_ONCE)
+        parts = states.split(self._states_at_once)
         return torch.cat([self.backbone.scaled(self._head(part)[: len(part)].float()) for part in parts])
+
+    @property
+    def _states_at_once(self) -> int:
+        """States whose logits are made at a time: a number that `_rounded` leaves as it is."""
+        return max(512, LOGITS_AT_ONCE // len(self.backbone.head.weight) // 512 * 512)
 
     def _head(self, states: Tensor) -> Tensor:
         """The head's outputs of states, in the model's type; rows past the states' number mean nothing."""
@@ -260,4 +265,4 @@ def _padded(numbers: np.ndarray, room: int, device: torch.device) -> Tensor:
     """[room] on the device, zeros behind the numbers."""
     filled = np.zeros(room, dtype=np.int64)
     filled[: len(numbers)] = numbers
-    return torch.from_numpy(filled).to(device)
+    return sent(filled, device)

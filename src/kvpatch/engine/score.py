@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvpatch.caches.devices import sent
 from kvpatch.caches.kvcache import PAD, KVCache
 from kvpatch.engine.attention import Attention, AttentionCapture, AttentionRequest
 from kvpatch.engine.backend import reader_of
@@ -267,8 +268,7 @@ def _read_rows(
     place, column = pack.row, pack.column
     is_first = made.branches[place, column] == 1
     first_at, first_row, first_token = (
-        torch.from_numpy(at).to(device)
-        for at in (np.flatnonzero(is_first), np.asarray(rows)[place[is_first]], column[is_first] - 1)
+        sent(at, device) for at in (np.flatnonzero(is_first), np.asarray(rows)[place[is_first]], column[is_first] - 1)
     )
 
     def on_layer(layer: int, keys: Tensor, values: Tensor) -> None:
@@ -277,8 +277,7 @@ def _read_rows(
 
     hidden = reader.read(pack, cache, edits=edits, on_layer=on_layer)
     states_at, state_of = np.unique(packed_at[made.read_at], return_inverse=True)
-    states_at, state_of, write_at = (torch.from_numpy(at).to(device) for at in (states_at, state_of, made.write_at))
-    wanted = torch.from_numpy(made.wanted).to(device)
+    states_at, write_at, wanted = (sent(at, device) for at in (states_at, made.write_at, made.wanted))
     found, entropies = reader.token_logprobs(hidden[states_at], wanted, state_of)
     scores.logprobs.view(-1)[write_at] = found
     if scores.entropies is not None:
@@ -288,8 +287,8 @@ def _read_rows(
         step = np.arange(scores.logits.shape[1])
         # The first branch's token t - 1, which predicts token t, stands t places behind the pending one.
         states = packed_at[np.arange(len(rows)) * made.tokens.shape[1]][:, None] + np.where(step < ends, step, 0)
-        found = reader.logits(hidden[torch.from_numpy(states.ravel()).to(device)])
-        scores.logits[torch.tensor(rows, device=device)] = found.view(*states.shape, -1)
+        found = reader.logits(hidden[sent(states.ravel(), device)])
+        scores.logits[sent(np.asarray(rows), device)] = found.view(*states.shape, -1)
 
 
 def _packed(

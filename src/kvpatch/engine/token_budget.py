@@ -12,8 +12,10 @@ TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 16_384}
 """Tokens, padding counted, that one pass takes; bounds its memory, not its result. On a CPU larger activations leave
 the cache and cost a third of the speed (benchmarks/LOG.md)."""
 NARROW, LARGE_CARD = 1024, 32 << 30
-"""A narrow model takes twice as many tokens on a card of so many bytes: its kernels are short, and launching them takes
+"""A model of at most this width, on a card of at least so many bytes, has kernels so short that launching them takes
 longer than running them."""
+MORE_AT_ONCE = 4
+"""So many times more tokens and rows such a model takes at once."""
 FEWEST_TOKENS = 256
 
 
@@ -21,10 +23,14 @@ def tokens_at_once(backbone: Backbone) -> int:
     """Tokens that one pass takes on a model's device."""
     if backbone.kept.tokens_at_once:
         return backbone.kept.tokens_at_once
-    most = TOKENS_AT_ONCE.get(backbone.device.type, 4096)
-    if backbone.device.type == "cuda" and backbone.config.hidden_size <= NARROW:
-        most *= 1 + (torch.cuda.get_device_properties(backbone.device).total_memory >= LARGE_CARD)
-    return most
+    return TOKENS_AT_ONCE.get(backbone.device.type, 4096) * (MORE_AT_ONCE if is_narrow(backbone) else 1)
+
+
+def is_narrow(backbone: Backbone) -> bool:
+    """Whether launching a model's kernels takes longer than running them, so that few large passes are fastest."""
+    if backbone.device.type != "cuda" or backbone.config.hidden_size > NARROW:
+        return False
+    return torch.cuda.get_device_properties(backbone.device).total_memory >= LARGE_CARD
 
 
 def run_in_passes(backbone: Backbone, lengths: Sequence[int], run: Callable[[int, int], None]) -> None:

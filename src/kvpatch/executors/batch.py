@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,13 +59,13 @@ class _Forced:
     """What the fixed and the held-out continuations gave, one entry a trial.
 
     cells: [trials, cells, positions], mean log-probabilities of the held-out continuations. geometry: the columns that
-    `Batch.geometry` asks for.
+    `Batch.geometry` asks for, of some trials at a time, which are still being computed on the host.
     """
 
     rv_output: list[float]
     js_pull: list[float]
     cells: np.ndarray
-    geometry: list[dict[str, Any]]
+    geometry: list[Future[list[dict[str, Any]]]]
     attention: Attention | None
 
 
@@ -192,8 +193,9 @@ def _asked_for(
     heads: list[dict[str, Attention]] = [{} for _ in batch.trials]
     if batch.geometry:
         own = _own_trajectories(written, layers, window)
+        of_outputs = [row for part in forced.geometry for row in part.result()]
         for row, of_cache, of_output, trajectory in zip(
-            columns, cache_geometry(cache, layers, window), forced.geometry, own, strict=True
+            columns, cache_geometry(cache, layers, window), of_outputs, own, strict=True
         ):
             row |= of_cache | of_output | {"rv_trajectory": trajectory}
     if to_capture is not None:
@@ -256,12 +258,13 @@ def _force(
         keep_logits=positions,
     )
     assert reading.logits is not None
-    natural_late = reading.values[layers[0]].cpu() if batch.geometry else None
+    natural_late = reading.values[layers[0]] if batch.geometry else None
     lengths, window = [len(ids) for ids in forced], settings.r_v.window
     rv_output: list[Tensor] = []
     pulls: list[Tensor] = []
     logprobs: list[Tensor] = []
-    geometry: list[dict[str, Any]] = []
+    geometry: list[Future[list[dict[str, Any]]]] = []
+    beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvpatch-geometry")
     watched: list[Attention] = []
     of_pair = [
         tuple(map(tuple, [first, *(text for cell in cells for text in cell)]))
@@ -285,15 +288,15 @@ def _force(
         late, early = (part.values[layer] for layer in layers)
         watched += [part.attention] if part.attention else []
         if natural_late is not None:
-            # On the host: a GPU is slow at small decompositions.
-            of_trials = late.cpu(), early.cpu()
             sides_late = natural_late[:n_pairs], natural_late[n_pairs:]
-            geometry += output_geometries(of_trials, sides_late, [t.pair for t in trials], lengths, window)
+            of_pairs = [t.pair for t in trials]
+            geometry.append(beside.submit(output_geometries, (late, early), sides_late, of_pairs, lengths, window))
         rv_output.append(_rv_before(late, early, [lengths[t.pair] for t in trials], window))
         pairs = torch.tensor([t.pair for t in trials], device=part.logits.device)
         counts = torch.tensor([min(positions, lengths[t.pair]) for t in trials], device=part.logits.device)
         pulls.append(js_pulls(part.logits, reading.logits[pairs], reading.logits[n_pairs + pairs], counts))
         logprobs.append(part.logprobs[:, 1:, : settings.likelihood_tokens])
+    beside.shutdown(wait=False)
     cells = np.concatenate(
         [
             cell_means(part.cpu().numpy(), [held_out[t.pair] for t in batch.trials[i * step :][: len(part)]])

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvpatch.caches.kvcache import PAD, KVCache
 from kvpatch.caches.rope import Turns
+from kvpatch.caches.stacks import over_layers
 from kvpatch.executors.conditions import Natural
 from kvpatch.planning.plan import Batch
 from kvpatch.protocols.conditions import ROLES
@@ -39,15 +41,16 @@ def equal_texts(batch: Batch, natural: Natural, cache: KVCache) -> list[str | No
     marks, of_natural = _marks(cache, of_slots), _marks(natural.cache, of_slots)
     lengths, natural_lengths = cache.row_lengths, natural.cache.row_lengths
     tolerance = TOLERANCE.get(cache.values[0].dtype, COARSE)
-    candidates: list[tuple[int, int, str]] = []
+    of_like_length: list[tuple[int, int, str]] = []
     for i, trial in enumerate(batch.trials):
         pair = batch.pairs[trial.pair]
         for role in sorted(pair.texts, key=lambda name: ROLES.index(name) if name in ROLES else len(ROLES)):
             row = natural.row.get((trial.pair, role))
-            if row is None or lengths[i] != natural_lengths[row]:
-                continue
-            if bool((marks[i] - of_natural[row]).abs().max() <= 10 * tolerance):
-                candidates.append((i, row, role))
+            if row is not None and lengths[i] == natural_lengths[row]:
+                of_like_length.append((i, row, role))
+    rows, natural_rows = [i for i, _, _ in of_like_length], [row for _, row, _ in of_like_length]
+    apart = np.abs(marks[rows] - of_natural[natural_rows]).max(axis=1)  # [pairs of rows]
+    candidates = [pair for pair, is_near in zip(of_like_length, apart <= 10 * tolerance, strict=True) if is_near]
     holds = _are_equal(cache, natural.cache, [c[:2] for c in candidates], tolerance)
     for (i, _, role), is_equal in zip(candidates, holds, strict=True):
         if is_equal and found[i] is None:
@@ -55,8 +58,8 @@ def equal_texts(batch: Batch, natural: Natural, cache: KVCache) -> list[str | No
     return found
 
 
-def _marks(cache: KVCache, of_slots: Tensor) -> Tensor:
-    """A number per row and layer, [rows, layers] on the host: a random sum of the row's values over their size.
+def _marks(cache: KVCache, of_slots: Tensor) -> np.ndarray:
+    """A number per row and layer, [rows, layers]: a random sum of the row's values over their size.
 
     The sum is aligned with the last slot, so that rows of unlike padding compare. Rows whose values differ in any one
     slot have different sums but by rare chance.
@@ -64,17 +67,18 @@ def _marks(cache: KVCache, of_slots: Tensor) -> Tensor:
     of_slots: a weight for each slot, those of the last slots last; at least as many as the cache has.
     """
     slot_weights = of_slots[len(of_slots) - cache.slots :].reshape(1, 1, -1, 1)
-    layers = []
     is_real = (cache.positions != PAD)[:, None, :, None]
-    for values in cache.values:
-        _, heads, _, dim = values.shape
-        generator = torch.Generator().manual_seed(0)
-        weights = torch.randn(1, heads, 1, dim, generator=generator)
+
+    def marked(values: Tensor) -> Tensor:
+        *_, heads, _, dim = values.shape
+        weights = torch.randn(1, heads, 1, dim, generator=torch.Generator().manual_seed(0))
         real = torch.where(is_real.to(values.device), values, 0).float()
         weighted = real * weights.to(real.device) * slot_weights.to(real.device)
-        layers.append(weighted.sum((1, 2, 3)) / real.square().sum((1, 2, 3)).sqrt().clamp(min=1e-20))
+        return weighted.sum((-3, -2, -1)) / real.square().sum((-3, -2, -1)).sqrt().clamp(min=1e-20)
+
+    layers = over_layers(marked, cache.values)
     # One transfer per device.
-    return torch.stack([marks.to(cache.positions.device) for marks in layers], dim=1).cpu()
+    return torch.stack([marks.to(cache.positions.device) for marks in layers], dim=1).cpu().numpy()
 
 
 def _are_equal(cache: KVCache, natural: KVCache, rows: Sequence[tuple[int, int]], tolerance: float) -> list[bool]:
@@ -91,11 +95,12 @@ def _are_equal(cache: KVCache, natural: KVCache, rows: Sequence[tuple[int, int]]
         delta = torch.zeros_like(delta)
     in_row = is_real[:, None, :, None]
     turns = Turns(delta)
-    for layer, rope in enumerate(mine.rope):
-        turned = turns.turn(theirs.keys[layer], rope)
-        for one, other in ((mine.values[layer], theirs.values[layer]), (mine.keys[layer], turned)):
-            here = in_row.to(one.device)
-            apart = torch.where(here, (one - other).abs(), 0).amax(dim=(1, 2, 3))
-            size = torch.where(here, other.abs(), 0).amax(dim=(1, 2, 3))
-            holds &= (apart <= tolerance * size).to(holds.device)
-    return holds.tolist()
+
+    def same(one: Tensor, other: Tensor) -> Tensor:
+        here = in_row.to(one.device)
+        apart = torch.where(here, (one - other).abs(), 0).amax(dim=(-3, -2, -1))
+        return apart <= tolerance * torch.where(here, other.abs(), 0).amax(dim=(-3, -2, -1))
+
+    turned = over_layers(lambda rope, keys: turns.turn(keys, rope), theirs.keys, of=mine.rope)
+    layers = (*over_layers(same, mine.values, theirs.values), *over_layers(same, mine.keys, turned))
+    return (holds & torch.stack([of_layer.to(holds.device) for of_layer in layers]).all(dim=0)).tolist()

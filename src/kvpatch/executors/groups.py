@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
-from kvpatch.engine.batching import AT_MOST, LEFT_FREE, bytes_per_place, free_bytes
+from kvpatch.engine.batching import LEFT_FREE, bytes_per_place, free_bytes, most_places
 from kvpatch.engine.model import Model
 from kvpatch.engine.token_budget import pass_bytes
 from kvpatch.interventions.build import prompts_in_cache
@@ -79,4 +79,4 @@ def rows_that_fit(model: Model, batches: Sequence[Batch]) -> int:
     # A trial's own cache is there twice while it is built; its prompts' caches are shared.
     per_trial = bytes_per_place(backbone, slots, batches[0].generation.max_new_tokens) + 3 * slots * slot
     free = free_bytes(backbone)
-    return max(1, min(AT_MOST, int(((1 - LEFT_FREE) * free - pass_bytes(backbone)) / per_trial)))
+    return max(1, min(most_places(backbone), int(((1 - LEFT_FREE) * free - pass_bytes(backbone)) / per_trial)))

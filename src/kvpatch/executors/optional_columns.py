@@ -50,6 +50,7 @@ def output_geometries(
     window: int,
 ) -> list[dict[str, Any]]:
     """R_V along a continuation, and how far its late values have turned from those it has after the natural prompts.
+    Computed on the host: a GPU is slow at small decompositions.
 
     Args:
         layers: late and early values of the continuation in each trial, [trials, kv_heads, tokens, head_dim].
@@ -58,6 +59,7 @@ def output_geometries(
         lengths: tokens of every pair's continuation.
     """
     found: list[dict[str, Any]] = [{} for _ in pairs]
+    layers, natural = ((first.cpu(), second.cpu()) for first, second in (layers, natural))
     for length in set(lengths):
         rows = [row for row, pair in enumerate(pairs) if lengths[pair] == length]
         if not rows:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvpatch.caches.devices import sent
 from kvpatch.caches.kvcache import PAD, KVCache, refuse_unlike
 from kvpatch.caches.rope import rotate
 from kvpatch.caches.selection import slot_mask
@@ -72,12 +73,15 @@ def rows_of(direction: Tensor, which: Sequence[int], place: int, random_directio
     """
     if random_directions is None:
         return direction.expand(len(which), -1, -1)
-    rows = []
-    for number in which:
-        rng = np.random.Generator(np.random.Philox(key=(number % random_directions) * 65_537 + place))
-        noise = torch.from_numpy(rng.standard_normal(tuple(direction.shape), dtype=np.float32)).to(direction.device)
-        rows.append(noise / noise.norm(dim=-1, keepdim=True) * direction.norm(dim=-1, keepdim=True))
-    return torch.stack(rows)
+    numbers, of = np.unique(np.array(which) % random_directions, return_inverse=True)
+    drawn = [
+        np.random.Generator(np.random.Philox(key=number * 65_537 + place)).standard_normal(
+            tuple(direction.shape), dtype=np.float32
+        )
+        for number in numbers.tolist()
+    ]
+    noise = sent(np.stack(drawn), direction.device)
+    return (noise / noise.norm(dim=-1, keepdim=True) * direction.norm(dim=-1, keepdim=True))[sent(of, noise.device)]
 
 
 def place_of_values(layer: int) -> int:

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from kvpatch.caches.kvcache import KVCache, refuse_unlike
 from kvpatch.caches.noise import int64_seeds, normal
 from kvpatch.caches.rope import Turns
+from kvpatch.caches.stacks import over_layers
 from kvpatch.errors import CacheError
 
 Seeds = Sequence[int]
@@ -58,18 +59,13 @@ def _source(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
 def _shuffle_values(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
     """E1: values permuted over slots so that none stays, keys left. (Permuting both is a no-op: keys carry their
     positions with them.)"""
-    order = _permutations(source, seeds)
-    return replace(source, values=tuple(_gather_slots(v, order) for v in source.values))
+    return replace(source, values=_gathered(source.values, _permutations(source, seeds)))
 
 
 def _shuffle_jointly(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
     """Keys and values permuted together, rotation untouched: changes nothing on full attention. An identity."""
     order = _permutations(source, seeds)
-    return replace(
-        source,
-        keys=tuple(_gather_slots(k, order) for k in source.keys),
-        values=tuple(_gather_slots(v, order) for v in source.values),
-    )
+    return replace(source, keys=_gathered(source.keys, order), values=_gathered(source.values, order))
 
 
 def _shuffle_rerotate(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
@@ -79,8 +75,8 @@ def _shuffle_rerotate(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCa
     turns = Turns(torch.where(source.is_real, source.positions - came_from, 0))
     return replace(
         source,
-        keys=tuple(turns.turn(_gather_slots(k, order), rope) for k, rope in zip(source.keys, source.rope, strict=True)),
-        values=tuple(_gather_slots(v, order) for v in source.values),
+        keys=over_layers(lambda rope, keys: turns.turn(keys, rope), _gathered(source.keys, order), of=source.rope),
+        values=_gathered(source.values, order),
     )
 
 
@@ -102,15 +98,16 @@ def _shuffle_heads(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache
 def _gaussian_isotropic(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache:
     """F1: Gaussian directions, each vector with the norm of the source's vector in that layer, head and slot."""
 
-    def like(tensor: Tensor, stream: int) -> Tensor:
-        noise = _normal(source, seeds, stream, tensor.shape[1], tensor.shape[3]).to(tensor.device)
+    def like(tensor: Tensor, stream: Tensor) -> Tensor:
+        noise = _normal(source, seeds, stream, tensor.shape[-3], tensor.shape[-1]).to(tensor.device)
         norm = tensor.float().norm(dim=-1, keepdim=True)
         return (noise / noise.norm(dim=-1, keepdim=True) * norm).to(tensor.dtype)
 
+    streams = torch.arange(2 * source.layers, dtype=torch.int32, device=source.positions.device).unbind()
     return replace(
         source,
-        keys=tuple(like(k, 2 * layer) for layer, k in enumerate(source.keys)),
-        values=tuple(like(v, 2 * layer + 1) for layer, v in enumerate(source.values)),
+        keys=over_layers(like, source.keys, streams[0::2]),
+        values=over_layers(like, source.values, streams[1::2]),
     )
 
 
@@ -215,16 +212,19 @@ def _derangement(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.arange(count)
 
 
-def _gather_slots(tensor: Tensor, order: Tensor) -> Tensor:
-    return tensor.gather(2, order[:, None, :, None].to(tensor.device).expand(tensor.shape))
+def _gathered(tensors: Sequence[Tensor], order: Tensor) -> tuple[Tensor, ...]:
+    """Every layer's slots in another order, [batch, slots]."""
+    at = order[:, None, :, None]
+    return over_layers(lambda tensor: tensor.gather(-2, at.to(tensor.device).expand(tensor.shape)), tensors)
 
 
-def _normal(source: KVCache, seeds: Sequence[int], stream: int, heads: int, width: int) -> Tensor:
-    """[batch, heads, slots, width] standard normal; a row's numbers depend on its seed and length alone."""
+def _normal(source: KVCache, seeds: Sequence[int], stream: Tensor | int, heads: int, width: int) -> Tensor:
+    """[batch, heads, slots, width], with streams in front where there are several: standard normal. A row's numbers
+    depend on its seed and length alone."""
     own = int64_seeds(seeds, source.positions.device)
     # Slots count from the end, so that padding on the left does not move them.
-    numbers = normal(own, stream, (source.slots, heads, width)).flip(1)  # [batch, slots, heads, width]
-    return torch.where(source.is_real[:, :, None, None], numbers, 1).transpose(1, 2)
+    numbers = normal(own, stream, (source.slots, heads, width)).flip(-3)  # [..., batch, slots, heads, width]
+    return torch.where(source.is_real[:, :, None, None], numbers, 1).transpose(-3, -2)
 
 
 _MAKERS: dict[str, Callable[[KVCache, Seeds, KVCache], KVCache]] = {

@@ -37,6 +37,7 @@ def run_in_prefill(
     targets: Sequence[EncodedPrompt],
     natural: KVCache,
     may_be_empty: bool = False,
+    source_caches: Callable[[], KVCache] | None = None,
 ) -> Made:
     """Prefill targets while activations of their sources replace their own.
 
@@ -44,6 +45,7 @@ def run_in_prefill(
         sources, targets: one of each a row; slots are matched from the last cached one backwards.
         natural: the targets' natural caches, which slot selections are read from.
         may_be_empty: a row in which nothing is found to change is left as it is; otherwise it is an error.
+        source_caches: gives the sources' natural caches where they are at hand; they are made here if None.
     """
     refuse_foreign(backbone, natural)
     backbone.catch_up()
@@ -64,7 +66,10 @@ def run_in_prefill(
     heads = _query_heads(spec, backbone.geometry.query_heads)
     seen_parts: dict[int, Tensor] = {}
     taps = None if spec.site == "values" else {i: _tapping(spec.site, _tap(seen_parts, i)) for i in layers}
-    source = prefill_pass(backbone, sources, edits=taps)
+    if taps is None and source_caches is not None:
+        source = source_caches()
+    else:
+        source = prefill_pass(backbone, sources, edits=taps)
     if taps:
         _refuse_unseen(seen_parts, layers)
     turns = Turns(torch.where(is_put, delta, 0))
@@ -184,7 +189,9 @@ def _refuse_model(spec: InPrefill, geometry: Geometry, may_be_empty: bool) -> No
 
 def _build(spec: InPrefill, trials: Trials) -> Made:
     backbone, own = trials.model.backbone, trials.own
-    return run_in_prefill(backbone, spec, trials.givers, trials.receivers, own, trials.may_be_empty)
+    return run_in_prefill(
+        backbone, spec, trials.givers, trials.receivers, own, trials.may_be_empty, trials.giver_caches
+    )
 
 
 def _refuse_prompts(spec: InPrefill, fitting: Fitting) -> None:

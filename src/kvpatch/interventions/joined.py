@@ -9,6 +9,7 @@ import torch
 
 from kvpatch.caches.kvcache import KVCache, Segment, refuse_unlike
 from kvpatch.caches.selection import Touched
+from kvpatch.caches.stacks import over_layers
 from kvpatch.engine.prefill import prefill
 from kvpatch.errors import CacheError
 from kvpatch.interventions.kinds import Fitting, Kind, Made, Trials
@@ -66,8 +67,8 @@ def without_giver(joined: KVCache, natural: KVCache) -> KVCache:
     taken = Taken(index, joined.positions, natural.positions)
     return replace(
         natural,
-        keys=tuple(taken.keys(k, rope) for k, rope in zip(joined.keys, joined.rope, strict=True)),
-        values=tuple(map(taken.values, joined.values)),
+        keys=over_layers(lambda rope, keys: taken.keys(keys, rope), joined.keys, of=joined.rope),
+        values=over_layers(taken.values, joined.values),
     )
 
 

@@ -6,12 +6,15 @@ tensors then follow by gathering, layer by layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kvpatch.caches.devices import sent
 from kvpatch.caches.kvcache import PAD, KVCache, Origin, refuse_unlike
 from kvpatch.caches.rope import LayerRope, Turns
 from kvpatch.caches.selection import (
@@ -23,6 +26,7 @@ from kvpatch.caches.selection import (
     refuse_empty,
     slot_indices,
 )
+from kvpatch.caches.stacks import over_layers
 from kvpatch.errors import CacheError
 from kvpatch.interventions.donors import make_donor
 from kvpatch.interventions.kinds import Fitting, Kind, Made, Trials
@@ -90,22 +94,41 @@ def counted_splice(
         source, reference = without_keys(source), None if reference is None else without_keys(reference)
     donor = make_donor(patch.donor, source, seeds, reference)
     layout = plan(patch, donor, target, seeds, may_be_empty=may_be_empty)
-    own = Taken(layout.target, target.positions, layout.positions)
-    put = Taken(layout.source, donor.positions, layout.positions if patch.rotate else None)
-    keys, values = [], []
-    for layer, rope in enumerate(target.rope):
-        own_k, own_v = own.keys(target.keys[layer], rope), own.values(target.values[layer])
-        if layer in layers and patch.strength != 0:
-            is_put = _mask(put.is_real, heads[layer], own_k.shape[1])
-            if "k" in patch.parts:
-                own_k = blend(own_k, put.keys(donor.keys[layer], rope), is_put, patch.strength)
-            if "v" in patch.parts:
-                own_v = blend(own_v, put.values(donor.values[layer]), is_put, patch.strength)
-        keys.append(own_k)
-        values.append(own_v)
-    mixed = _labelled(patch, donor, target, layout, tuple(keys), tuple(values))
+    keys, values = _spliced(patch, donor, target, layout, {layer: tuple(heads[layer]) for layer in sorted(layers)})
+    mixed = _labelled(patch, donor, target, layout, keys, values)
     changed = (layout.source != PAD).sum(dim=1).tolist()
     return mixed, Touched(tuple(changed), len(layers), max((len(heads[layer]) for layer in layers), default=0))
+
+
+def _spliced(
+    patch: Patch, donor: KVCache, target: KVCache, layout: Layout, heads: Mapping[int, tuple[int, ...]]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Keys and values of a patch in these KV heads of these layers."""
+    own = Taken(layout.target, target.positions, layout.positions)
+    put = Taken(layout.source, donor.positions, layout.positions if patch.rotate else None)
+
+    def put_in(of: tuple[tuple[int, ...], LayerRope | None], own: Tensor, donor: Tensor) -> Tensor:
+        chosen, rope = of
+        new = put.values(donor) if rope is None else put.keys(donor, rope)
+        return blend(own, new, _mask(put.is_real, chosen, own.shape[-3]), patch.strength)
+
+    keys = over_layers(lambda rope, tensor: own.keys(tensor, rope), target.keys, of=target.rope)
+    values = over_layers(own.values, target.values)
+    if not heads or patch.strength == 0:
+        return keys, values
+    chosen = list(heads)
+
+    def with_put(own: tuple[Tensor, ...], donor: Sequence[Tensor], ropes: Sequence[LayerRope | None]) -> Any:
+        of = [(heads[layer], ropes[layer]) for layer in chosen]
+        new = over_layers(put_in, *([part[layer] for layer in chosen] for part in (own, donor)), of=of)
+        changed = dict(zip(chosen, new, strict=True))
+        return tuple(changed.get(layer, tensor) for layer, tensor in enumerate(own))
+
+    if "k" in patch.parts:
+        keys = with_put(keys, donor.keys, target.rope)
+    if "v" in patch.parts:
+        values = with_put(values, donor.values, [None] * target.layers)
+    return keys, values
 
 
 def _seeds(seed: object, batch: int) -> list[int]:
@@ -145,12 +168,9 @@ def plan(patch: Patch, source: KVCache, target: KVCache, seeds: Sequence[int], *
         first = target.slots - target.row_lengths[row]
         rows.append(_row_plan(patch.align, from_source, from_target, first, target.slots))
     slots = max((len(pairs) for pairs in rows), default=0)
-    table = torch.full((2, target.batch, slots), PAD, dtype=torch.int64)
-    for row, pairs in enumerate(rows):
-        if pairs:
-            table[:, row, slots - len(pairs) :] = torch.tensor(pairs, dtype=torch.int64).T
-    table = table.to(target.positions.device)
-    to, of = table[0], table[1]
+    padded = [[(PAD, PAD)] * (slots - len(pairs)) + pairs for pairs in rows]
+    table = np.array(padded, dtype=np.int64).reshape(target.batch, slots, 2)
+    to, of = (sent(np.ascontiguousarray(table[..., side]), target.positions.device) for side in (0, 1))
     if patch.align in ("replace", "append"):
         # The sequence runs on from the target's first position, whatever its new length.
         real = (to != PAD) | (of != PAD)
@@ -209,16 +229,20 @@ class Taken:
         """
         self._index = slots.clamp(min=0)[:, None, :, None]
         self.is_real = (slots != PAD)[:, None, :, None]
+        own = torch.where(positions != PAD, torch.arange(positions.shape[1], device=positions.device), PAD)
+        self._stays = torch.equal(slots, own)
         self._turns = None
         if landing is not None:
             self._turns = Turns(torch.where(slots != PAD, landing - _pick(positions, slots), 0))
 
     def values(self, tensor: Tensor) -> Tensor:
-        """The slots of [batch, heads, slots, dim] as they are; zeros for none."""
-        batch, heads, slots, dim = tensor.shape
+        """The slots of [..., batch, heads, slots, dim] as they are; zeros for none."""
+        *before, slots, dim = tensor.shape
+        if self._stays:
+            return tensor.clone()
         if slots == 0:
-            return tensor.new_zeros(batch, heads, self._index.shape[2], dim)
-        taken = tensor.gather(2, self._index.to(tensor.device).expand(-1, heads, -1, dim))
+            return tensor.new_zeros(*before, self._index.shape[2], dim)
+        taken = tensor.gather(-2, self._index.to(tensor.device).expand(*before, -1, dim))
         return torch.where(self.is_real.to(tensor.device), taken, 0)
 
     def keys(self, tensor: Tensor, rope: LayerRope) -> Tensor:
@@ -231,12 +255,12 @@ def _pick(labels: Tensor, slots: Tensor) -> Tensor:
     return labels.gather(1, slots.clamp(min=0)) if labels.shape[1] else torch.full_like(slots, PAD)
 
 
-def _mask(is_put: Tensor, heads: list[int], count: int) -> Tensor:
+def _mask(is_put: Tensor, heads: Sequence[int], count: int) -> Tensor:
     """[batch, heads or 1, slots, 1]: where something is put, of [batch, 1, slots, 1], in these heads of so many."""
     if len(set(heads)) == count:
         return is_put
     chosen = torch.zeros(count, dtype=torch.bool, device=is_put.device)
-    chosen[heads] = True
+    chosen[list(heads)] = True
     return is_put & chosen[None, :, None, None]
 
 
@@ -268,10 +292,9 @@ def _labelled(
         return torch.where(by_source, _pick(getattr(donor, name), layout.source), own)
 
     origins = torch.where(of_source & has_effect, int(Origin.patched), label("origins", of_source & False))
-    pieces = tuple(
-        _row_pieces(donor, target, row, layout.target[row].tolist(), layout.source[row].tolist(), by)
-        for row, by in enumerate(named_by_source.tolist())
-    )
+    on_host = (table.tolist() for table in (layout.target, layout.source, named_by_source))
+    rows = enumerate(zip(*on_host, strict=True))
+    pieces = tuple(_row_pieces(donor, target, row, to, of, by) for row, (to, of, by) in rows)
     return replace(
         target,
         keys=keys,

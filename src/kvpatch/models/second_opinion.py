@@ -220,7 +220,8 @@ def _tokens(backbone: Backbone, length: int, seed: int) -> Tensor:
 
 def _bound_of_noise(backbone: Backbone, longest: int) -> float:
     """Ten times what rounding alone does to the model's own logits, at least one rounding: the same row alone, and with
-    one more token behind it or another row beside it, which takes products of another shape."""
+    one more token behind it or another row beside it, which takes products of another shape. Products of quantised
+    weights take other ways for one token and for few, so there the row's first tokens by themselves are compared too."""
     row = _tokens(backbone, min(longest, backbone.geometry.context - 1), 0)
     alone, longer = of_model(backbone, row), torch.cat([row, row[:1]])
     hf: Any = backbone.hf
@@ -229,6 +230,10 @@ def _bound_of_noise(backbone: Backbone, longest: int) -> float:
         with attention_as_written(hf):
             logits = hf(input_ids=rows, use_cache=False)[0][0, : len(row)]
         off.append(_off(logits[-READ:].float(), alone))
+    for first in (1, READ) if backbone.quantization else ():
+        with attention_as_written(hf):
+            few, many = (hf(input_ids=of[None], use_cache=False)[0][0, :first].float() for of in (row[:first], row))
+        off.append(_off(few, many))
     return 10 * max(*off, backbone.rounding)
 
 

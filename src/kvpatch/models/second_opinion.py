@@ -221,7 +221,7 @@ def _tokens(backbone: Backbone, length: int, seed: int) -> Tensor:
 def _bound_of_noise(backbone: Backbone, longest: int) -> float:
     """Ten times what rounding alone does to the model's own logits, at least one rounding: the same row alone, and with
     one more token behind it or another row beside it, which takes products of another shape. Products of quantised
-    weights take other ways for one token and for few, so there the row's first tokens by themselves are compared too."""
+    weights go other ways for one token and for few, so there the row's first tokens by themselves are compared too."""
     row = _tokens(backbone, min(longest, backbone.geometry.context - 1), 0)
     alone, longer = of_model(backbone, row), torch.cat([row, row[:1]])
     hf: Any = backbone.hf

@@ -263,7 +263,13 @@ def _entry_from_parsed(row: Any, word_lists: dict[str, list[str]], origin: str, 
 
 def words(text: str) -> list[str]:
     """The words of the text, case-folded, in order."""
-    return [match[0].casefold() for match in WORD.finditer(normalise(text))]
+    return list(_words(text))
+
+
+@functools.lru_cache(maxsize=64)
+def _words(text: str) -> tuple[str, ...]:
+    """The words of a text, which its two scores and its overlap with the source each ask for."""
+    return tuple(map(str.casefold, WORD.findall(normalise(text))))
 
 
 def _forms(word: str) -> Iterator[str]:
@@ -337,7 +343,7 @@ def recursive_score_masked(text: str, source_text: str, lexicon: Lexicon) -> flo
 
 def per_100_words(hits: int, text: str) -> float:
     """Hits per 100 words of the text; 0.0 for a text without words."""
-    return 100 * hits / total if (total := len(words(text))) else 0.0
+    return 100 * hits / total if (total := len(_words(text))) else 0.0
 
 
 def uncopied_hits(text: str, source_text: str, lexicon: Lexicon) -> list[Hit]:
@@ -380,7 +386,7 @@ def copied_words(text: str, source_text: str) -> list[tuple[int, int]]:
 
 @functools.lru_cache(maxsize=4096)
 def _source_ngrams(source_text: str, n: int) -> frozenset[tuple[str, ...]]:
-    return frozenset(_ngrams(words(source_text), n))
+    return frozenset(_ngrams(_words(source_text), n))
 
 
 def ngram_overlap(text: str, source_text: str, n: int = 4) -> float:
@@ -392,9 +398,9 @@ def ngram_overlap(text: str, source_text: str, n: int = 4) -> float:
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
-    ngrams, in_source = _ngrams(words(text), n), _source_ngrams(source_text, n)
+    ngrams, in_source = _ngrams(_words(text), n), _source_ngrams(source_text, n)
     return sum(ngram in in_source for ngram in ngrams) / len(ngrams) if ngrams else float("nan")
 
 
-def _ngrams(items: list[str], n: int) -> list[tuple[str, ...]]:
+def _ngrams(items: tuple[str, ...], n: int) -> list[tuple[str, ...]]:
     return list(zip(*(items[offset:] for offset in range(n)), strict=False))

@@ -77,7 +77,7 @@ class LocalExecutor:
         self.rows = rows or {}
         self.rules = rules or {}
         self.noise: dict[str | None, Mapping[str, Any]] = dict(noise or {})
-        self.made_in = made_in or rows_in(model.backbone.device for model in models.values())
+        self.made_in: RowsIn = made_in or rows_in(model.backbone.device for model in models.values())
 
     def run(self, plan: Plan, store: Store, *, on_tokens: OnTokens, on_batch: OnBatch) -> dict[str, CoherenceLimits]:
         """Run what is left of a plan, in its order: the calibration of each model comes before what it judges.

@@ -197,10 +197,12 @@ class Store:
         Raises:
             StoreError: where they can't be written.
         """
-        table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=trial_schema())
+        table: Any = rows
+        if not isinstance(rows, pa.Table):
+            table = pa.Table.from_pylist(list(rows), schema=trial_schema())
         data = _parquet(table)
         sha256 = hashlib.sha256(data).hexdigest()
-        part = Part(part=f"{name}.parquet", rows=table.num_rows, sha256=sha256)
+        part = Part(part=f"{name}.parquet", rows=len(table), sha256=sha256)
         with explained(self.directory):
             if attention is not None:
                 of_heads = _parquet(attention.cast(ATTENTION_SCHEMA))

@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -23,6 +25,7 @@ from kvpatch.executors.local import LocalExecutor
 from kvpatch.executors.row_process import Asked, Made, RowMaker, RowsIn, rows_in
 from kvpatch.planning import plan as planner
 from kvpatch.planning.plan import Plan
+from kvpatch.readouts.fluency import CoherenceLimits
 from kvpatch.specs.readouts import Readout, register, unregister
 from kvpatch.store.directory import Store
 from small import CONDITIONS
@@ -187,6 +190,30 @@ def test_a_batch_during_which_the_other_process_is_killed_is_made_here(asked, ma
     assert is_gone(pid)
     assert rows_in_table(maker.made(question)) == rows_in_table(expected)
     maker.close()
+
+
+@pytest.mark.parametrize("module", [__name__, "of_a_notebook"])
+def test_a_batch_that_can_t_be_sent_or_not_be_read_there_is_made_here_and_the_next_one_there(
+    asked, made_here, monkeypatch, module
+):
+    class Known(CoherenceLimits):
+        """To this process alone."""
+
+    notebook = ModuleType("of_a_notebook")
+    monkeypatch.setitem(sys.modules, notebook.__name__, notebook)
+    Known.__module__ = module
+    Known.__qualname__ = "Known"
+    notebook.__dict__["Known"] = Known  # can be sent under this name, and there is no such module elsewhere
+    maker, question = RowMaker("process"), asked()
+    maker.start()
+    try:
+        here = maker.made(replace(question, limits=Known(excess_context=9.0, repetition_4=0.5)))
+        assert made_here == [question.batch.batch_id]
+        there = maker.made(replace(question, limits=CoherenceLimits(excess_context=9.0, repetition_4=0.5)))
+        assert made_here == [question.batch.batch_id]
+    finally:
+        maker.close()
+    assert rows_in_table(here) == rows_in_table(there)
 
 
 @pytest.mark.parametrize("code", [HANGS, ENDS])

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import pickle
 import select
+import struct
 import subprocess
 import sys
 import threading
@@ -43,6 +44,8 @@ RowsIn = Literal["thread", "process", "process when ready"]
 SETTING = "KVPATCH_ROWS_IN"
 """Environment variable that says "thread" or "process" in place of what `rows_in` would choose."""
 READY = b"!"
+LENGTH = struct.Struct("<Q")
+"""What stands before each question: how many bytes it has."""
 PROTOCOL = 5
 """Of pickle; arrays are copied once."""
 PATIENCE = 2.0
@@ -83,8 +86,8 @@ class Made:
 def rows_in(devices: Iterable[torch.device]) -> RowsIn:
     """Where a run makes its rows: in a thread on a processor, in another process once it is ready on a GPU.
 
-    On a processor, arithmetic takes the time, during which Python is free, and every core is in use: another process
-    would take from it the seconds of its start, and save nothing (`benchmarks/LOG.md`, 29 November).
+    On a processor a trial takes a thousand times as long as its row, nearly all of it arithmetic, during which Python
+    is free. Another process would take 3 s of a core and 400 MB for its start, and save none of it.
 
     Raises:
         KvpatchError: where the environment asks for a place that there is not.
@@ -177,8 +180,9 @@ class RowMaker:
         if self._process is None or from_outside():
             return False
         if not self._is_ready:
-            wait = None if self.where == "process" else 0
-            if not select.select([self._answers], [], [], wait)[0]:
+            answers = select.poll()
+            answers.register(self._answers, select.POLLIN)
+            if not answers.poll(None if self.where == "process" else 0):
                 return False
             self._is_ready = os.read(self._answers, 1) == READY
             if not self._is_ready:  # it could not start
@@ -189,8 +193,13 @@ class RowMaker:
         """None where the other process could not make the rows, or ended."""
         without_heads = replace(asked, measured=[replace(of, attention={}) for of in asked.measured])
         try:
+            question = pickle.dumps(without_heads, PROTOCOL)
+        except Exception:  # such as an intervention that was written in a notebook, whose class has no module
+            return None
+        try:
             with open(self._asks, "wb", closefd=False) as pipe:
-                pickle.dump(without_heads, pipe, PROTOCOL)
+                pipe.write(LENGTH.pack(len(question)))
+                pipe.write(question)
             with open(self._answers, "rb", closefd=False) as pipe:
                 answer = pickle.load(pipe)
         except (OSError, EOFError, pickle.UnpicklingError):
@@ -219,13 +228,10 @@ def serve(asked: int, answers: int) -> None:
     with suppress(Exception), open(asked, "rb") as questions, open(answers, "wb") as out:
         out.write(READY)
         out.flush()
-        while True:
+        while len(length := questions.read(LENGTH.size)) == LENGTH.size:
+            question = questions.read(*LENGTH.unpack(length))
             try:
-                question = pickle.load(questions)
-            except Exception:  # the run's process is gone, perhaps within a question
-                break
-            try:
-                answer = made(question)
+                answer = made(pickle.loads(question))
             except Exception:  # the process that asks makes them itself, and tells what is wrong
                 answer = None
             pickle.dump(answer, out, PROTOCOL)

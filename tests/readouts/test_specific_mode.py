@@ -78,3 +78,12 @@ def test_a_condition_that_could_not_be_made_and_a_bank_without_persons_are_no_ob
 
 def test_a_readout_of_few_positions_can_be_fitted():
     assert isinstance(fit(cells_of(7)[..., :2], first=2, **PLACES).rule, SpecificMode)
+
+
+@pytest.mark.parametrize("kinds", [4, 8])
+def test_a_trial_s_readout_and_its_damage_asked_for_at_once_are_those_asked_for_singly_to_the_bit(kinds):
+    cells = cells_of(8, pairs=400)[:, :, :kinds]
+    rule = SpecificMode(-3.3, (0.1, 0.02, 0.3, 0.1, 0.07), (0.2, -0.1, 0.03, 0.4, -0.3))
+    for one in cells.reshape(-1, *cells.shape[2:]):
+        told = rule.told(one, log_likelihood_ratios(one, first=6), first=6)
+        assert told == (rule.specific(one, first=6), rule.damage(one, first=6))

@@ -1,7 +1,7 @@
 """Run a plan in this process: every batch that is not stored yet, in the order of the plan.
 
-batches that run together -> measured on the model's device -> a second thread scores texts and stores rows, while
-the next ones decode
+batches that run together -> measured on the model's device -> a second thread, and on a GPU another process, scores
+texts and makes rows, and the thread stores them, while the next ones decode
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from kvpatch.errors import ProtocolError, StoreError
 from kvpatch.executors.batch import OnTokens
 from kvpatch.executors.groups import groups, rows_that_fit
 from kvpatch.executors.repeats import Repeats
-from kvpatch.executors.rows import Measured, attention_of, rows_of
+from kvpatch.executors.row_process import Asked, RowMaker, RowsIn, rows_in
+from kvpatch.executors.rows import Measured, attention_of
 from kvpatch.executors.together import measure_together, noise_of
 from kvpatch.planning.plan import Batch, Plan
 from kvpatch.readouts.fluency import CoherenceLimits, coherence_limits
@@ -61,6 +62,7 @@ class LocalExecutor:
     rules: for a model's key its mode readout, fitted on the calibration pairs; without one nothing is subtracted.
     noise: for a model's key what repeating some of its trials changed, as an earlier run found it; what this one finds
     is added.
+    made_in: where rows are made; None for what `rows_in` chooses by the models' devices.
     """
 
     def __init__(
@@ -69,11 +71,13 @@ class LocalExecutor:
         rows: Mapping[str | None, int | None] | None = None,
         rules: Mapping[str | None, SpecificMode | None] | None = None,
         noise: Mapping[str | None, Mapping[str, Any]] | None = None,
+        made_in: RowsIn | None = None,
     ) -> None:
         self.models = models
         self.rows = rows or {}
         self.rules = rules or {}
         self.noise: dict[str | None, Mapping[str, Any]] = dict(noise or {})
+        self.made_in: RowsIn = made_in or rows_in(model.backbone.device for model in models.values())
 
     def run(self, plan: Plan, store: Store, *, on_tokens: OnTokens, on_batch: OnBatch) -> dict[str, CoherenceLimits]:
         """Run what is left of a plan, in its order: the calibration of each model comes before what it judges.
@@ -87,7 +91,7 @@ class LocalExecutor:
         done = store.done()
         limits: dict[str, CoherenceLimits] = {}
         repeats = Repeats(plan, store)
-        with _Writer(store, repeats, self.rules, on_batch) as writer:
+        with _Writer(store, repeats, self.rules, on_batch, RowMaker(self.made_in)) as writer:
             for group in groups(plan.batches, self._most):
                 calibration = group[0].calibration
                 is_left = any(batch.batch_id not in done for batch in group)
@@ -101,6 +105,7 @@ class LocalExecutor:
                 # A group is run as planned even where some of it is stored: its rows then are the same, to the bit.
                 measured: list[list[Measured]] = [[] for _ in group]
                 if is_left:
+                    writer.maker.start()
                     own = [repeats.own(batch) for batch in group]
                     measured = self._measured(own, on_tokens)
                 for batch, of_batch in zip(group, measured, strict=True):
@@ -129,15 +134,21 @@ class LocalExecutor:
 
 
 class _Writer:
-    """Makes rows of what was measured and stores them, in a thread of its own; tells of stored batches in their order.
+    """Has rows made of what was measured and stores them, in a thread of its own; tells of stored batches in their
+    order.
 
     Whatever was handed over is stored before the `with` block is left, also on the way out of an error.
     """
 
     def __init__(
-        self, store: Store, repeats: Repeats, rules: Mapping[str | None, SpecificMode | None], on_batch: OnBatch
+        self,
+        store: Store,
+        repeats: Repeats,
+        rules: Mapping[str | None, SpecificMode | None],
+        on_batch: OnBatch,
+        maker: RowMaker,
     ) -> None:
-        self.store, self.repeats, self.rules, self.on_batch = store, repeats, rules, on_batch
+        self.store, self.repeats, self.rules, self.on_batch, self.maker = store, repeats, rules, on_batch, maker
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvpatch-rows")
         self._handed: deque[tuple[Batch, Future[int]]] = deque()
 
@@ -147,8 +158,11 @@ class _Writer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._thread.shutdown(wait=True)
-        sys.setswitchinterval(self._switched_after)
+        try:
+            self._thread.shutdown(wait=True)
+        finally:
+            self.maker.close()
+            sys.setswitchinterval(self._switched_after)
 
     def write(self, batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits | None) -> None:
         """Hand a batch over; `measured` is of the trials it computes itself."""
@@ -172,10 +186,13 @@ class _Writer:
 
     def _store(self, batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits | None) -> int:
         own = self.repeats.own(batch)
-        computed = rows_of(own, measured, limits, self.rules.get(batch.model))
+        order, kept = [trial.trial_id for trial in batch.trials], self.repeats.kept_of(batch)
+        copies, rule = self.repeats.rows_for(batch), self.rules.get(batch.model)
+        made = self.maker.made(Asked(own, measured, order, copies, kept, limits, rule))
+        self.repeats.keep(batch, made.kept)
         heads = self.repeats.completed_attention(batch, attention_of(own, measured))
-        self.store.append(batch.batch_id, self.repeats.completed(batch, computed), heads)
-        return sum(row["n_tokens"] for row in computed)
+        self.store.append(batch.batch_id, made.table, heads)
+        return made.tokens
 
 
 def natural_target(plan: Plan, calibration: str) -> str:

@@ -9,7 +9,7 @@ one computation: it covers what a phase asks for, so that no phase gets the row 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -56,21 +56,28 @@ class Repeats:
         """Whether later batches copy rows of this one."""
         return any(self._first.get(key, ("", ""))[0] == batch.batch_id for key in _keys(batch))
 
-    def completed(self, batch: Batch, computed: Sequence[Row]) -> list[Row]:
-        """All rows of a batch, in its order, from those it computed itself."""
-        own = {row["trial_id"]: row for row in computed}
-        rows = []
+    def rows_for(self, batch: Batch) -> dict[str, Row]:
+        """Rows of the batch's trials that an earlier batch computed, by their ids here. To be asked for once."""
+        elsewhere = {here for ids in self.copies(batch).values() for here in ids.values()}
+        rows = {}
         for trial, key in zip(batch.trials, _keys(batch), strict=True):
-            row = own.get(trial.trial_id)
-            if row is None:
-                row = copied(self._row(key), batch, trial)
+            if trial.trial_id in elsewhere:
+                rows[trial.trial_id] = copied(self._row(key), batch, trial)
                 self._left[key] -= 1
                 if not self._left[key]:
                     del self._rows[key]
-            elif self._left[key]:
-                self._rows[key] = row
-            rows.append(row)
         return rows
+
+    def kept_of(self, batch: Batch) -> list[str]:
+        """Ids of the trials of a batch whose rows later batches copy."""
+        each = zip(batch.trials, _keys(batch), strict=True)
+        return [trial.trial_id for trial, key in each if self._left[key] and self._first[key][0] == batch.batch_id]
+
+    def keep(self, batch: Batch, rows: Mapping[str, Row]) -> None:
+        """Keep rows of a batch, by trial id, for the batches that copy them."""
+        for trial, key in zip(batch.trials, _keys(batch), strict=True):
+            if trial.trial_id in rows:
+                self._rows[key] = rows[trial.trial_id]
 
     def completed_attention(self, batch: Batch, computed: pa.Table | None) -> pa.Table | None:
         """What the heads of all trials of a batch did, from the table of those it computed itself; the others' comes

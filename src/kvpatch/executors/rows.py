@@ -75,10 +75,11 @@ def rows_of(
         ExtensionError: where a readout from outside fails.
     """
     rows = []
+    recipes = {name: condition.recipe for name, condition in batch.conditions.items()}
     counts = ("n_slots_patched", "n_layers_patched", "n_kv_heads_patched")
     for index, of in enumerate(measured):
         row = {
-            **_identity(batch, index),
+            **_identity(batch, index, recipes),
             **_output(of),
             **_scores(batch, index, of),
             **forced_readouts(batch, of, rule),
@@ -118,7 +119,8 @@ def failed_rows(batch: Batch, told: str, models: Mapping[str | None, ModelRecord
     empty |= {"changes_planned": 0, "changes_fired": 0, "mode_hits": [], "error": without_private(told)}
     if models:
         empty["model"] = models[batch.model].name
-    return [empty | _identity(batch, index) for index in range(len(batch.trials))]
+    recipes = {name: condition.recipe for name, condition in batch.conditions.items()}
+    return [empty | _identity(batch, index, recipes) for index in range(len(batch.trials))]
 
 
 def _error(of: Measured, nll: float) -> str | None:
@@ -134,9 +136,10 @@ def _error(of: Measured, nll: float) -> str | None:
     return None
 
 
-def _identity(batch: Batch, index: int) -> dict[str, Any]:
+def _identity(batch: Batch, index: int, recipes: Mapping[str, str | None]) -> dict[str, Any]:
+    """Which trial it is; `recipes` are those of the batch's conditions, which many trials share."""
     trial = batch.trials[index]
-    condition, pair = batch.conditions[trial.condition], batch.pairs[trial.pair]
+    pair = batch.pairs[trial.pair]
     return {
         "trial_id": trial.trial_id,
         "content_id": trial.content_id,
@@ -151,7 +154,7 @@ def _identity(batch: Batch, index: int) -> dict[str, Any]:
         "target_domain": pair.domains.get("target"),
         "sample": trial.sample,
         "seed": trial.seed,
-        "patch": condition.recipe,
+        "patch": recipes[trial.condition],
         "source_text": pair.texts["source"],
         "target_text": pair.texts["target"],
     }
@@ -192,8 +195,9 @@ def _scores(batch: Batch, index: int, of: Measured) -> dict[str, Any]:
 
 def _from_outside(row: Mapping[str, Any]) -> dict[str, float | None]:
     """Readouts of other packages; null for a trial that is an error, which no test reads."""
-    if row["error"] is not None:
-        return {readout.name: None for readout in from_outside()}
+    outside = from_outside()
+    if row["error"] is not None or not outside:
+        return {readout.name: None for readout in outside}
     given: dict[str, Any] = {}
     for field in fields(TrialRecord):
         value = row[field.name]
@@ -205,15 +209,16 @@ def forced_readouts(batch: Batch, of: Measured, rule: SpecificMode | None) -> di
     """The columns that do not depend on the text which a trial wrote; `rule` as in `batch.run_batch`."""
     first = batch.readouts.likelihood_tokens
     ratios = log_likelihood_ratios(of.cells, first=first)
+    specific, damage = (ratios.mode, None) if rule is None else rule.told(of.cells, ratios, first=first)
     return {
         "rv_prompt": of.rv_prompt,
         "rv_output": of.rv_output,
         "js_pull": of.js_pull,
-        "mode_llr": ratios.mode if rule is None else rule.specific(of.cells, first=first),
+        "mode_llr": specific,
         "mode_llr_unweighted": ratios.mode,
         "content_llr": ratios.content,
         "register_llr": ratios.register,
-        "mode_llr_damage": None if rule is None else rule.damage(of.cells, first=first),
+        "mode_llr_damage": damage,
         "mode_llr_by_position": ratios.mode_by_position,
         "content_llr_by_position": ratios.content_by_position,
     }

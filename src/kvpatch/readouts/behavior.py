@@ -19,7 +19,7 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -34,11 +34,13 @@ from kvpatch.readouts.patterns import (
     AnyPattern,
     as_regex,
     compiled,
+    known_words,
     lowered,
     normalise,
     quantifies_a_space,
     read_lists,
     with_lists,
+    words,
 )
 from kvpatch.specs.regexes import PatternError
 from kvpatch.specs.scripts import WORD, WORD_END, is_single
@@ -261,11 +263,6 @@ def _entry_from_parsed(row: Any, word_lists: dict[str, list[str]], origin: str, 
     return Entry(id=row["id"], pattern=pattern, is_timed=is_timed, **examples_and_limits)
 
 
-def words(text: str) -> list[str]:
-    """The words of the text, case-folded, in order."""
-    return [match[0].casefold() for match in WORD.finditer(normalise(text))]
-
-
 def _forms(word: str) -> Iterator[str]:
     """What a case-folded word is compared by: itself and the parts of a compound, without a final 's."""
     yield word.removesuffix("'s")
@@ -337,7 +334,7 @@ def recursive_score_masked(text: str, source_text: str, lexicon: Lexicon) -> flo
 
 def per_100_words(hits: int, text: str) -> float:
     """Hits per 100 words of the text; 0.0 for a text without words."""
-    return 100 * hits / total if (total := len(words(text))) else 0.0
+    return 100 * hits / total if (total := len(known_words(text))) else 0.0
 
 
 def uncopied_hits(text: str, source_text: str, lexicon: Lexicon) -> list[Hit]:
@@ -392,9 +389,9 @@ def ngram_overlap(text: str, source_text: str, n: int = 4) -> float:
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
-    ngrams, in_source = _ngrams(words(text), n), _source_ngrams(source_text, n)
+    ngrams, in_source = _ngrams(known_words(text), n), _source_ngrams(source_text, n)
     return sum(ngram in in_source for ngram in ngrams) / len(ngrams) if ngrams else float("nan")
 
 
-def _ngrams(items: list[str], n: int) -> list[tuple[str, ...]]:
+def _ngrams(items: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return list(zip(*(items[offset:] for offset in range(n)), strict=False))

@@ -23,19 +23,27 @@ def repetition(token_ids: ArrayLike, n: int) -> float:
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
-    ids = np.asarray(token_ids)  # [tokens]; a torch tensor too, whose elements would all hash differently
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise ValueError(f"token_ids must be integers of shape [tokens], not {ids.dtype} {list(ids.shape)}")
-    if len(ids) < n:
-        return 0.0
-    listed = ids.tolist()
-    distinct = set(zip(*(listed[offset:] for offset in range(n)), strict=False))
-    return 1 - len(distinct) / (len(listed) - n + 1)
+    return _repetition(_listed(token_ids), n)
 
 
 def repetition_profile(token_ids: ArrayLike) -> dict[int, float]:
     """`repetition` for n = 1, 2, 4 and 8, keyed by n."""
-    return {n: repetition(token_ids, n) for n in NGRAM_LENGTHS}
+    listed = _listed(token_ids)
+    return {n: _repetition(listed, n) for n in NGRAM_LENGTHS}
+
+
+def _listed(token_ids: ArrayLike) -> list[int]:
+    ids = np.asarray(token_ids)  # [tokens]; a torch tensor too, whose elements would all hash differently
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(f"token_ids must be integers of shape [tokens], not {ids.dtype} {list(ids.shape)}")
+    return ids.tolist()
+
+
+def _repetition(listed: list[int], n: int) -> float:
+    if len(listed) < n:
+        return 0.0
+    distinct = set(zip(*(listed[offset:] for offset in range(n)), strict=False))
+    return 1 - len(distinct) / (len(listed) - n + 1)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvpatch.readouts.likelihood import log_likelihood_ratios
+from kvpatch.readouts.likelihood import LogLikelihoodRatios, log_likelihood_ratios
 
 Floats = NDArray[np.float64]
 COVARIATES = ("level", "register", "level_squared", "level_first", "level_middle")
@@ -42,6 +42,14 @@ class SpecificMode:
     def specific(self, cells: ArrayLike, *, first: int) -> float:
         """The readout of one trial's cells, less what damage explains of it; nats per token."""
         return float(self.of(np.asarray(cells, dtype=np.float64)[None], first=first)[0])
+
+    def told(self, cells: ArrayLike, ratios: LogLikelihoodRatios, *, first: int) -> tuple[float, list[float]]:
+        """`specific` and `damage` of one trial, whose ratios are known (`log_likelihood_ratios` of the same cells)."""
+        values = np.asarray(cells, dtype=np.float64)[None]
+        found, at_rest = covariates(values, centre=self.centre, first=first), np.array(self.at_rest)
+        specific = np.array([ratios.mode]) - (found - at_rest) @ np.array(self.coefficients)
+        found[0, 2] = found[0, 0] ** 2  # as `damage` squares it: of a single number NumPy rounds it differently
+        return float(specific[0]), (found[0] - at_rest).tolist()
 
     def damage(self, cells: ArrayLike, *, first: int) -> list[float]:
         """One trial's covariates, less those of the natural targets."""

@@ -65,6 +65,10 @@ OURS = {
 """What a run directory may hold beside run.json, which a killed process or a repair may have left without it."""
 
 
+Rows = Iterable[dict[str, Any]] | pa.Table
+"""Rows of a part: as they are measured, or as a table of `trial_schema`."""
+
+
 class Store:
     """One run directory."""
 
@@ -176,7 +180,7 @@ class Store:
             _stored(path, text.encode("utf-8"))
         return path
 
-    def append(self, name: str, rows: Iterable[dict[str, Any]], attention: pa.Table | None = None) -> None:
+    def append(self, name: str, rows: Rows, attention: pa.Table | None = None) -> None:
         """Store the rows of one batch as a part, data before index; `attention` is of `ATTENTION_SCHEMA`.
 
         Raises:
@@ -186,14 +190,16 @@ class Store:
         with explained(self.directory):
             self.name_part(part)
 
-    def write_part(self, name: str, rows: Iterable[dict[str, Any]], attention: pa.Table | None = None) -> Part:
+    def write_part(self, name: str, rows: Rows, attention: pa.Table | None = None) -> Part:
         """Write the files of one part, as `append` does, and leave it to whoever holds the directory to name it in
         parts.jsonl. Until then it does not count.
 
         Raises:
             StoreError: where they can't be written.
         """
-        table = pa.Table.from_pylist(list(rows), schema=trial_schema())
+        table: Any = rows
+        if not isinstance(rows, pa.Table):
+            table = pa.Table.from_pylist(list(rows), schema=trial_schema())
         data = _parquet(table)
         sha256 = hashlib.sha256(data).hexdigest()
         part = Part(part=f"{name}.parquet", rows=len(table), sha256=sha256)

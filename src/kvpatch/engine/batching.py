@@ -25,6 +25,7 @@ from kvpatch.caches.kvcache import PAD, KVCache
 from kvpatch.engine.backend import Fast
 from kvpatch.engine.step import PlainOps, Sampling, decode_step, make_places
 from kvpatch.models.backbone import Backbone
+from kvpatch.models.fp8 import are_activations_whole
 
 STRETCH = 16
 """Steps on a GPU between two looks at who is still going."""
@@ -70,6 +71,7 @@ class Written:
 
 def decode_in_places(backbone: Backbone, fast: Fast, cache: KVCache, request: Request, places: int | None) -> Written:
     """Decode all rows of a cache; with half the places, and from the beginning, where memory runs out."""
+    assert not are_activations_whole()  # a graph would keep it
     count = min(cache.batch, places) if places else planned_places(backbone, cache.slots, request.limit, cache.batch)
     count = min(count, backbone.kept.most_rows or count)
     while True:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvpatch.models import fp8
+from kvpatch.models.e4m3 import NUMBERS
 from kvpatch.models.fp8 import ScaledWeight, are_activations_whole, product_by_torch, rows_of, scaled_linear
 
 WIDE = 512
@@ -116,7 +117,7 @@ def _telling(
         numbers = torch.randn(count, inner, generator=generator, device=device)
         if is_mirrored:
             numbers[:, inner - half :] = sign * numbers[:, :half]
-        return numbers.to(fp8.NUMBERS)
+        return numbers.to(NUMBERS)
 
     def scales(count: int) -> Tensor:
         return 0.5 + torch.rand(count, generator=generator, device=device)

@@ -27,16 +27,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvpatch.errors import ModelError
+from kvpatch.models.e4m3 import NUMBERS, rows_by_torch
 from kvpatch.models.kinds import decoder_of
 
 FP8 = "fp8"
 """What such weights are called, as `--dtype` takes it and run.json keeps it."""
-NUMBERS = torch.float8_e4m3fn
-LARGEST = 448.0
-"""Largest number of e4m3."""
-INVERSE = 1 / LARGEST
-SMALLEST = 1e-12
-"""What a row's largest number is taken for at least, so that a row of zeros has a scale."""
 MULTIPLE = 16
 """The products want outputs and inner dimension to be multiples of this. Other layers stay as they are."""
 FAST_ACCUM = False
@@ -97,15 +92,8 @@ def scaled(weight: Tensor) -> ScaledWeight:
     return ScaledWeight(numbers, scale[:, 0])
 
 
-def rows_by_torch(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [rows, inner] as e4m3 numbers, and the scale of each row, [rows, 1], float32; see `rows_of`."""
-    x = x.float()
-    scale = x.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST) * INVERSE
-    return (x / scale).clamp(-LARGEST, LARGEST).to(NUMBERS), scale
-
-
 def rows_of(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, on a GPU by one kernel where Triton is there."""
+    """Rows as e4m3 numbers and the scale of each, see `e4m3.rows_by_torch`; on a GPU by one kernel where Triton is there."""
     if x.device.type == "cuda" and (kernel := _kernel()) is not None:
         return kernel(x)
     return rows_by_torch(x)
@@ -198,12 +186,14 @@ def has_fp8(hf: nn.Module) -> bool:
     return any(isinstance(module, Fp8Linear) for module in hf.modules())
 
 
-def refuse_unfit(device: torch.device) -> None:
-    """Refuse a device that has no products of such numbers.
+def refuse_unfit(device: torch.device | None) -> None:
+    """Refuse a device that has no products of such numbers, or None for several.
 
     Raises:
         ModelError: naming it, and what would do.
     """
+    if device is None:
+        raise ModelError("fp8 weights lie on one device; give device in place of device_map, or another dtype")
     if device.type == "cpu":
         return
     if device.type != "cuda":

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpatch.models.fp8 import INVERSE, LARGEST, NUMBERS, SMALLEST
+from kvpatch.models.e4m3 import INVERSE, LARGEST, NUMBERS, SMALLEST
 
 
 @triton.jit

@@ -129,11 +129,7 @@ def load_model(
     trust_remote_code = switch("trust_remote_code", trust_remote_code, error=ModelError)
     if revision is not None and not isinstance(revision, str):
         raise ModelError(f"revision must be a branch, a tag or a commit of a hub model, got {shown(revision)}")
-    precision = precision_of(dtype, device if placed is None else usual_device(placed))
-    if precision.quantised == FP8:
-        if placed is not None:
-            raise ModelError("fp8 weights lie on one device; give device in place of device_map, or another dtype")
-        refuse_unfit(torch.device(device))
+    precision = _precision(dtype, device, placed)
     found, is_converted = resolve(str(name), report)
     if isinstance(found, Path) and revision is not None:
         raise ModelError(f"a revision is of a hub model (owner/name), which {name} is not; leave it out")
@@ -155,6 +151,14 @@ def load_model(
         except Exception as error:
             raise ModelError(f"{name}: {why_unread(error, where)}") from error
     return Loaded(hf, tokenizer, str(name), where, is_converted, revision=commit)
+
+
+def _precision(dtype: str | torch.dtype | None, device: str, placed: str | dict[str, Any] | None) -> Precision:
+    """What a type means on a device, or on those of a map, which take no fp8 weights."""
+    found = precision_of(dtype, device if placed is None else usual_device(placed))
+    if found.quantised == FP8:
+        refuse_unfit(None if placed is not None else torch.device(device))
+    return found
 
 
 def _read(

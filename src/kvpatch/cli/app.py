@@ -116,8 +116,8 @@ DeviceMap = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16, float16, auto, or int8 or int4 (bitsandbytes). Default: float32 on a CPU, bfloat16 "
-        "on a GPU."
+        help="float32, bfloat16, float16, auto, fp8 (Ada, Hopper and later), or int8 or int4 (bitsandbytes). Default: "
+        "float32 on a CPU, bfloat16 on a GPU."
     ),
 ]
 OtherModels = Annotated[
@@ -331,6 +331,8 @@ _FLAGS = {
     "device and device_map both": "--device and --device-map both",
     "device_map='auto'": "--device-map auto",
     "dtype='int8'": "--dtype int8",
+    "dtype='fp8'": "--dtype fp8",
+    "dtype='bfloat16'": "--dtype bfloat16",
 }
 """Arguments of Python that messages name, and the options of the command line that stand for them."""
 

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,6 +20,7 @@ from kvpatch.engine.residual import disturbed_residual
 from kvpatch.engine.step import Ops, PlainOps, Sampling, feed_step, make_places
 from kvpatch.errors import ModelError
 from kvpatch.models.backbone import Backbone
+from kvpatch.models.fp8 import FP8, Weight, whole_activations
 from kvpatch.models.hf import Edits
 from kvpatch.models.llamalike import Network, network_of
 
@@ -30,6 +31,12 @@ MOST_NOISE = 0.2
 DRAWS = 4
 """Tokens are drawn so often at most, until some are found on which the model's own noise is below that. Of others the
 comparison says nothing: far apart, a few random tokens can move a model in 16 bits from one text to another."""
+LITTLE_NOISE = 5e-2
+"""The same of models with fp8 weights, so that a step is held to the narrowest bound among the draws: on some tokens
+their logits move as far by the step's rounding as by that of the noise."""
+FP8_NOISE = 1e-2
+"""What one product by an fp8 weight may differ by from the model's own, over its largest number. Both multiply the same
+numbers, and round in bfloat16 what they sum."""
 _FURTHEST = 32_767
 """Furthest position of the comparison: its tables take 16 MB a set of frequencies."""
 
@@ -52,7 +59,7 @@ class Fast:
         """Whether a row's tokens and log-probabilities are the same to the bit whatever rows it runs with."""
         return self.ops == "fused" and self.reader.products.is_exact
 
-    def weights(self, backbone: Backbone) -> list[torch.Tensor]:
+    def weights(self, backbone: Backbone) -> list[Weight]:
         """The matrices that every step multiplies by."""
         assert self.network is not None
         layers = self.network.layers
@@ -121,7 +128,11 @@ def _find(backbone: Backbone) -> Fast:
     for ops in _candidates(backbone, network, notes):
         try:
             found = _carried_out_by(backbone, network, ops)
-            error, noise = _difference(backbone, found)
+            with whole_activations():  # of fp8 weights; their own products are compared next
+                error, noise = _difference(backbone, found)
+            if backbone.quantization == FP8 and (off := _difference_of_products(backbone, found)) > FP8_NOISE:
+                notes.append(f"{ops}: fp8 products differ from the model's own by {off:.2g} of their size")
+                continue
         except torch.OutOfMemoryError:
             raise
         except Exception as problem:  # Triton needs a compiler, and its own errors have no common class
@@ -174,20 +185,48 @@ def _difference(backbone: Backbone, fast: Fast) -> tuple[float, float]:
     near = torch.arange(_CHECKED_ON + 1)
     # The near positions come last: a model that sets its own frequencies is left as short texts leave it.
     places = [torch.stack([spread, edge]), torch.stack([near, near - 2])]
-    found = [_telling_difference(backbone, fast, positions.to(backbone.device)) for positions in places]
+    enough = LITTLE_NOISE if backbone.quantization else MOST_NOISE
+    found = [_telling_difference(backbone, fast, positions.to(backbone.device), enough) for positions in places]
     return max(error for error, _ in found), max(noise for _, noise in found)
 
 
-def _telling_difference(backbone: Backbone, fast: Fast, positions: torch.Tensor) -> tuple[float, float]:
+@torch.no_grad()
+def _difference_of_products(backbone: Backbone, fast: Fast) -> float:
+    """How far products by the first and the last layer's fp8 weights are from those of the model's own modules, over
+    the largest number of each."""
+    assert fast.network is not None
+    ops = fast.make_ops(backbone, Sampling(0.0, 1.0, ()), 1)
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for index in (0, -1):
+        layer, block = fast.network.layers[index], cast(Any, backbone.blocks[index])
+        attention, mlp = block.self_attn, block.mlp
+        for weight, bias, modules in (
+            (layer.qkv, layer.qkv_bias, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.out, None, (attention.o_proj,)),
+            (layer.gate_up, None, (mlp.gate_proj, mlp.up_proj)),
+            (layer.down, None, (mlp.down_proj,)),
+        ):
+            x = torch.randn(_CHECKED_ON, weight.shape[1], generator=generator).to(backbone.device, backbone.dtype)
+            own = torch.cat([module(x) for module in modules], dim=1).float()
+            off = (ops.linear(x, weight, bias).float() - own).abs().max() / own.abs().max().clamp(min=1e-30)
+            worst = max(worst, float(off))
+    return worst
+
+
+def _telling_difference(
+    backbone: Backbone, fast: Fast, positions: torch.Tensor, enough: float = MOST_NOISE
+) -> tuple[float, float]:
     """The same at positions [2, cached tokens and one more], below 0 where padded.
 
-    It is that of the first tokens drawn on which the model's own noise is small, else of those where it is smallest.
+    It is that of the first tokens drawn on which the model's own noise is at most `enough`, else of those where it is
+    smallest.
     What the step does has no part in the choice.
     """
     drawn: list[tuple[float, float]] = []
     for seed in range(DRAWS):
         drawn.append(_difference_at(backbone, fast, positions, seed))
-        if drawn[-1][1] <= MOST_NOISE:
+        if drawn[-1][1] <= enough:
             return drawn[-1]
     return min(drawn, key=lambda of: of[1])
 

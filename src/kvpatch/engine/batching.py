@@ -26,6 +26,7 @@ from kvpatch.engine.backend import Fast
 from kvpatch.engine.step import PlainOps, Sampling, decode_step, make_places
 from kvpatch.engine.token_budget import MORE_AT_ONCE, is_narrow
 from kvpatch.models.backbone import Backbone
+from kvpatch.models.fp8 import are_activations_whole
 
 STRETCH = 16
 """Steps on a GPU between two looks at who is still going."""
@@ -73,6 +74,7 @@ class Written:
 
 def decode_in_places(backbone: Backbone, fast: Fast, cache: KVCache, request: Request, places: int | None) -> Written:
     """Decode all rows of a cache; with half the places, and from the beginning, where memory runs out."""
+    assert not are_activations_whole()  # a graph would keep it
     count = min(cache.batch, places) if places else planned_places(backbone, cache.slots, request.limit, cache.batch)
     count = min(count, backbone.kept.most_rows or count)
     while True:

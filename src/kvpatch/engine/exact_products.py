@@ -14,6 +14,8 @@ import triton
 from torch import Tensor
 
 from kvpatch.engine.reading_kernels import product_kernel
+from kvpatch.engine.scaled_products import ScaledProducts
+from kvpatch.models.fp8 import ScaledWeight, Weight, scaled_linear
 
 MIRRORED_AT_MOST = 1 << 27
 """Numbers of the largest weight that a trial makes one of its own size for."""
@@ -26,10 +28,13 @@ class Products:
 
     def __init__(self, *, is_exact: bool) -> None:
         self.is_exact = is_exact
+        self.scaled = ScaledProducts()
         self._torch_agrees: dict[tuple[object, ...], bool] = {}
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias of x [rows, inner] and weight [outputs, inner]."""
+        if isinstance(weight, ScaledWeight):
+            return self.scaled.linear(x, weight, bias) if self.is_exact else scaled_linear(x, weight, bias)
         if not self.is_exact:
             return F.linear(x, weight, bias)
         out = F.linear(x, weight) if self._is_torch_exact(len(x), weight) else ordered_product(x, weight)

@@ -21,6 +21,7 @@ from kvpatch.engine.kernels import (
 from kvpatch.engine.reading_kernels import add_norm_kernel
 from kvpatch.engine.step import Places, Sampling, rotary_tables
 from kvpatch.models.backbone import Backbone
+from kvpatch.models.fp8 import Weight
 from kvpatch.models.llamalike import LayerWeights, Network
 
 
@@ -99,7 +100,7 @@ class FusedOps:
     def gated(self, gate_up: Tensor) -> Tensor:
         return gated(gate_up, self.network.activation)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         return self.products.linear(x, weight, bias)
 
     def attend(self, layer: int, weights: LayerWeights, qkv: Tensor, places: Places) -> Tensor:

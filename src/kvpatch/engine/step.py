@@ -21,6 +21,7 @@ from torch import Tensor
 from kvpatch.caches.kvcache import PAD
 from kvpatch.engine.sampling import choose
 from kvpatch.models.backbone import Backbone
+from kvpatch.models.fp8 import Weight
 from kvpatch.models.hf import LayerEdit
 from kvpatch.models.llamalike import LayerWeights, Network
 from kvpatch.models.products import LaidOut
@@ -145,7 +146,7 @@ class Ops(Protocol):
         """activation(gate) * up of [places, 2 * inner]."""
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias."""
         ...
 
@@ -228,11 +229,11 @@ class PlainOps:
         hidden = hidden.add_(added if after is None else self.norm(added, after))
         return hidden, self.norm(hidden, weight)
 
-    def reuse(self, weights: Sequence[Tensor]) -> None:
+    def reuse(self, weights: Sequence[Weight]) -> None:
         """Lay these weights out for many steps, through which they must not change."""
         self.products = LaidOut(self.backbone.head.weight, weights)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         return self.products.linear(x, weight, bias)
 
     def gated(self, gate_up: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from kvpatch.errors import ModelError, ProtocolError
 from kvpatch.models.changes import ModelState, dropout_in_training, is_plain_linear, without_hooks
 from kvpatch.models.entering import Change, changed_streams
 from kvpatch.models.fingerprint import identity, tensors_sha256, vocabulary_sha256
+from kvpatch.models.fp8 import FP8, has_fp8
 from kvpatch.models.hf import AttentionObserver, Edits, Slab, Step, slab_attention
 from kvpatch.models.kept import Kept
 from kvpatch.models.kinds import decoder_of, refuse_other_states, refuse_placeless
@@ -149,7 +150,8 @@ class Backbone:
     @property
     def rounding(self) -> float:
         """What one rounding moves a number by at most, as a share of it: half a unit in the last place of the type, or
-        half of one of the 127 steps that 8-bit products round to."""
+        half of one of the 127 steps that products of int8 round to. With fp8 weights it is that of the rest: how far
+        activations are rounded is left out where numbers are compared (`fp8.whole_activations`)."""
         of_type = torch.finfo(self.dtype).eps / 2
         return max(of_type, 1 / 254) if self.quantization == "int8" else of_type
 
@@ -310,7 +312,9 @@ def _blocks(decoder: nn.Module, layers: int) -> nn.ModuleList:
 
 
 def quantization_of(hf: PreTrainedModel) -> str:
-    """How a model's weights are quantised: "int8", "int4" or the method's name; empty where they are not."""
+    """How a model's weights are quantised: "fp8", "int8", "int4" or the method's name; empty where they are not."""
+    if has_fp8(hf):
+        return FP8
     if not getattr(hf, "is_quantized", False) and getattr(hf, "hf_quantizer", None) is None:
         return ""
     for attribute, name in (("is_loaded_in_8bit", "int8"), ("is_loaded_in_4bit", "int4")):

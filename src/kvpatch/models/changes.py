@@ -34,6 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from kvpatch.models import fp8
+
 READ_UP_TO = 1024
 """Numbers of a buffer up to which its content is compared."""
 _PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
@@ -170,8 +172,9 @@ class ModelState:
 
 
 def what_runs_other_code(model: nn.Module) -> str | None:
-    """Which of a model's modules runs code that is neither transformers' for this model nor torch's; None where none
-    does. Such code may do what no comparison on a few tokens shows, so that nothing may stand in for it."""
+    """Which of a model's modules runs code that is neither transformers' for this model nor torch's, nor that of fp8
+    weights; None where none does. Such code may do what no comparison on a few tokens shows, so that nothing may stand
+    in for it."""
     home = type(model).__module__
     checked: set[type] = set()
     for name, value in vars(sys.modules[home]).items():
@@ -179,9 +182,10 @@ def what_runs_other_code(model: nn.Module) -> str | None:
             return f"{home}.{name} was replaced"
     for name, module in model.named_modules():
         kind, label = type(module), name or "the model"
-        if kind.__module__ != home and not kind.__module__.startswith(
+        is_known = kind is fp8.Fp8Linear or kind.__module__.startswith(
             ("torch.nn.modules.", "transformers.activations")
-        ):
+        )
+        if kind.__module__ != home and not is_known:
             return f"{label} is a {kind.__qualname__} of {kind.__module__}"
         for attribute in _attributes_that_call(module):
             if callable(getattr(kind, attribute, None)) or _is_foreign(vars(module)[attribute]):
@@ -275,7 +279,7 @@ def _own_bases(kind: type) -> Iterator[type]:
 @functools.cache
 def _library_folders() -> tuple[str, ...]:
     files = [getattr(sys.modules[name], "__file__", None) for name in ("torch", "transformers") if name in sys.modules]
-    return tuple(f"{Path(file).parent}/" for file in files if file)
+    return (*(f"{Path(file).parent}/" for file in files if file), fp8.__file__)
 
 
 def _attributes_that_call(module: nn.Module) -> list[str]:

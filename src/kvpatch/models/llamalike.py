@@ -19,26 +19,29 @@ from torch import Tensor, nn
 
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.changes import what_runs_other_code
+from kvpatch.models.fp8 import FP8, Fp8Linear, ScaledWeight, Weight
 
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 """Values of `config.model_type` that are taken for Llama-like."""
+_Linear = nn.Linear | Fp8Linear
 _ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer. Norm weights are float32, what Gemma adds to them included; the rest is the model's own type."""
+    """One layer. Norm weights are float32, what Gemma adds to them included; the rest is the model's own type, or
+    matrices of 8 floating bits."""
 
     before_attention: Tensor  # [width]
-    qkv: Tensor  # [(query_heads + 2 kv_heads) * head_dim, width]
+    qkv: Weight  # [(query_heads + 2 kv_heads) * head_dim, width]
     qkv_bias: Tensor | None
     query_norm: Tensor | None  # [head_dim]
     key_norm: Tensor | None
-    out: Tensor  # [width, query_heads * head_dim]
+    out: Weight  # [width, query_heads * head_dim]
     after_attention: Tensor | None  # [width]; Gemma's norm of what attention adds
     before_mlp: Tensor  # [width]
-    gate_up: Tensor  # [2 * inner, width]
-    down: Tensor  # [width, inner]
+    gate_up: Weight  # [2 * inner, width]
+    down: Weight  # [width, inner]
     after_mlp: Tensor | None
     window: int | None
     rope: int  # index into `Network.frequencies`
@@ -69,7 +72,7 @@ class Network:
     attention_scale: float
     frequencies: tuple[tuple[float, ...], ...]
     rope_scale: float
-    joined: tuple[tuple[tuple[nn.Linear, ...], Tensor], ...]
+    joined: tuple[tuple[tuple[_Linear, ...], Tensor], ...]
     copies: tuple[tuple[Tensor, nn.Module, str, float], ...]
 
     @property
@@ -101,7 +104,7 @@ def network_of(backbone: Backbone) -> Network | str:
     config = backbone.config
     if backbone.is_dispatched:
         return "the model is split over devices or partly offloaded"
-    if backbone.quantization:
+    if backbone.quantization not in ("", FP8):
         return f"the weights are quantised ({backbone.quantization})"
     if config.model_type not in LIKE_LLAMA:
         return f"{config.model_type} models take the general decoding step"
@@ -113,7 +116,7 @@ def network_of(backbone: Backbone) -> Network | str:
     decoder: Any = backbone.decoder
     is_gemma = config.model_type.startswith("gemma")
     frequencies = tuple(dict.fromkeys(rope.inv_freq for rope in geometry.rope))
-    joined: list[tuple[tuple[nn.Linear, ...], Tensor]] = []
+    joined: list[tuple[tuple[_Linear, ...], Tensor]] = []
     copies: list[tuple[Tensor, nn.Module, str, float]] = []
     layers = []
 
@@ -130,8 +133,7 @@ def network_of(backbone: Backbone) -> Network | str:
         attention, mlp = module.self_attn, module.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         gates = (mlp.gate_proj, mlp.up_proj)
-        for modules in (projections, gates):
-            joined.append((modules, _join(modules)))
+        qkv, gate_up = (_joined(modules, joined) for modules in (projections, gates))
         bias = None
         if attention.q_proj.bias is not None:
             bias = torch.cat([p.bias.data for p in projections])
@@ -140,15 +142,15 @@ def network_of(backbone: Backbone) -> Network | str:
         layers.append(
             LayerWeights(
                 before_attention=norm(module.input_layernorm),
-                qkv=joined[-2][1],
+                qkv=qkv,
                 qkv_bias=bias,
                 query_norm=norm(getattr(attention, "q_norm", None)),
                 key_norm=norm(getattr(attention, "k_norm", None)),
-                out=attention.o_proj.weight.data,
+                out=_weight_of(attention.o_proj),
                 after_attention=norm(module.post_attention_layernorm) if is_gemma else None,
                 before_mlp=norm(module.pre_feedforward_layernorm if is_gemma else module.post_attention_layernorm),
-                gate_up=joined[-1][1],
-                down=mlp.down_proj.weight.data,
+                gate_up=gate_up,
+                down=_weight_of(mlp.down_proj),
                 after_mlp=norm(module.post_feedforward_layernorm) if is_gemma else None,
                 window=geometry.windows[index],
                 rope=frequencies.index(geometry.rope[index].inv_freq),
@@ -210,8 +212,11 @@ def _what_is_odd_in(block: Any) -> str | None:
     attention, mlp = block.self_attn, block.mlp
     inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
     plain = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    if any(type(m) is not nn.Linear for m in (*inputs, *plain)) or any(m.bias is not None for m in plain):
+    kinds = {type(m) for m in (*inputs, *plain)}
+    if not kinds <= {nn.Linear, Fp8Linear} or any(m.bias is not None for m in plain):
         return "has biases, or projections that are not plain"
+    if any(len({type(m) for m in of}) > 1 for of in (inputs, (mlp.gate_proj, mlp.up_proj))):
+        return "has fp8 weights and others among projections of one input"
     if len({m.bias is None for m in inputs}) > 1:
         return "has biases of some of queries, keys and values"
     return "caps attention's logits" if getattr(attention, "attn_logit_softcapping", None) else None
@@ -242,18 +247,31 @@ def _embedding_scale(embedding: Any) -> Tensor | None:
     return None if scale is None else torch.as_tensor(scale).to(embedding.weight)
 
 
-def _join(modules: tuple[nn.Linear, ...]) -> Tensor:
-    """Stack the modules' weights, [all outputs, inputs]; theirs become views of the stack."""
-    weights = [module.weight.data for module in modules]
-    ends = [w.data_ptr() + w.numel() * w.element_size() for w in weights]
-    is_one_tensor = (
-        all(w.is_contiguous() for w in weights) and len({w.untyped_storage().data_ptr() for w in weights}) == 1
-    )
-    if is_one_tensor and [w.data_ptr() for w in weights[1:]] == ends[:-1]:
-        return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())  # done before
-    whole = torch.cat(weights)
+def _weight_of(module: _Linear) -> Weight:
+    if isinstance(module, Fp8Linear):
+        return ScaledWeight(module.weight.data, module.scale.data)
+    return module.weight.data
+
+
+def _joined(modules: tuple[_Linear, ...], joined: list[tuple[tuple[_Linear, ...], Tensor]]) -> Weight:
+    """Modules' weights as one, noted among those that are joined."""
+    whole = _join([cast(nn.Parameter, module.weight) for module in modules])
+    joined.append((modules, whole))
+    if all(isinstance(module, Fp8Linear) for module in modules):
+        return ScaledWeight(whole, _join([cast(Fp8Linear, module).scale for module in modules]))
+    return whole
+
+
+def _join(parameters: list[nn.Parameter]) -> Tensor:
+    """Stack parameters, whose numbers become views of the stack, [all outputs, ...]."""
+    held = [parameter.data for parameter in parameters]
+    ends = [w.data_ptr() + w.numel() * w.element_size() for w in held]
+    is_one_tensor = all(w.is_contiguous() for w in held) and len({w.untyped_storage().data_ptr() for w in held}) == 1
+    if is_one_tensor and [w.data_ptr() for w in held[1:]] == ends[:-1]:
+        return held[0].as_strided((sum(map(len, held)), *held[0].shape[1:]), held[0].stride())  # done before
+    whole = torch.cat(held)
     at = 0
-    for module, weight in zip(modules, weights, strict=True):
-        module.weight.data = whole[at : at + len(weight)]
-        at += len(weight)
+    for parameter, own in zip(parameters, held, strict=True):
+        parameter.data = whole[at : at + len(own)]
+        at += len(own)
     return whole

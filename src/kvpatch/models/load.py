@@ -30,6 +30,7 @@ from kvpatch.models.checkpoint import (
     tensors_of,
 )
 from kvpatch.models.fingerprint import tensors_sha256
+from kvpatch.models.fp8 import FP8, bytes_saved, make_fp8, refuse_unfit
 from kvpatch.models.hub import fetch_from_hub
 from kvpatch.models.kinds import auto_class
 from kvpatch.models.makers import made_model
@@ -56,7 +57,7 @@ from kvpatch.models.placement import (
     refuse_too_large,
     usual_device,
 )
-from kvpatch.models.precision import Precision, precision_of
+from kvpatch.models.precision import QUANTISED, Precision, precision_of
 from kvpatch.models.told import one_line, why_unread
 from kvpatch.specs.arguments import shown, switch
 
@@ -108,7 +109,7 @@ def load_model(
         name: a named model, an organism, a local directory, a `.gguf` file, or a hub id.
         device: "cuda" where there is one, else "cpu".
         dtype: float32 on a CPU, bfloat16 elsewhere. "auto" on a CPU: bfloat16 where the processor multiplies it faster.
-            "int8" and "int4" quantise the weights with bitsandbytes.
+            "int8" and "int4" quantise the weights with bitsandbytes; "fp8" makes them 8 floating bits.
         device_map: splits the model over devices, or offloads parts to memory or disk, in place of `device`: "auto",
             or names of modules with their devices (`placement.read_device_map`).
         allow_pickle: also take weights in pickled files, which can run code when read.
@@ -128,7 +129,7 @@ def load_model(
     trust_remote_code = switch("trust_remote_code", trust_remote_code, error=ModelError)
     if revision is not None and not isinstance(revision, str):
         raise ModelError(f"revision must be a branch, a tag or a commit of a hub model, got {shown(revision)}")
-    precision = precision_of(dtype, device if placed is None else usual_device(placed))
+    precision = _precision(dtype, device, placed)
     found, is_converted = resolve(str(name), report)
     if isinstance(found, Path) and revision is not None:
         raise ModelError(f"a revision is of a hub model (owner/name), which {name} is not; leave it out")
@@ -152,6 +153,14 @@ def load_model(
     return Loaded(hf, tokenizer, str(name), where, is_converted, revision=commit)
 
 
+def _precision(dtype: str | torch.dtype | None, device: str, placed: str | dict[str, Any] | None) -> Precision:
+    """What a type means on a device, or on those of a map, which take no fp8 weights."""
+    found = precision_of(dtype, device if placed is None else usual_device(placed))
+    if found.quantised == FP8:
+        refuse_unfit(None if placed is not None else torch.device(device))
+    return found
+
+
 def _read(
     where: Path, precision: Precision, place: str | dict[str, Any], allow_pickle: bool, settings: dict[str, Any]
 ) -> PreTrainedModel:
@@ -165,7 +174,10 @@ def _read(
     auto = auto_class(config)
     use: dict[str, Any] = precision.settings | {"use_safetensors": None if allow_pickle else True}
     is_device = isinstance(place, str) and place not in POLICIES
-    if is_device and (precision.quantised or getattr(config, "quantization_config", None)):
+    is_quantised_there = bool(getattr(config, "quantization_config", None))
+    if precision.quantised == FP8 and is_quantised_there:
+        raise ModelError("the checkpoint is quantised already, and fp8 weights are made of whole ones; leave dtype out")
+    if is_device and (precision.quantised in QUANTISED or is_quantised_there):
         place, is_device = {"": place}, False  # quantised weights are made on their device and can't be moved
     if not is_device:
         with torch.device("meta"):
@@ -175,6 +187,11 @@ def _read(
     refuse_incomplete(hf, info)
     recompute_buffers(hf)
     refuse_doubtful_names(hf, tensors_of(where))
+    if precision.quantised == FP8:
+        refuse_not_finite(hf)
+        refuse_too_large(hf, torch.device(str(place)), saved=bytes_saved(hf))
+        make_fp8(hf, torch.device(str(place)))
+        return hf.to(device=torch.device(str(place))).requires_grad_(False)
     if is_device:
         refuse_too_large(hf, torch.device(str(place)))
         hf.to(device=torch.device(str(place)))

@@ -137,8 +137,10 @@ def offload_folder() -> Path:
     return folder
 
 
-def refuse_too_large(model: nn.Module, device: torch.device) -> None:
+def refuse_too_large(model: nn.Module, device: torch.device, *, saved: int = 0) -> None:
     """Refuse a model whose weights do not fit on a GPU, before its memory is full.
+
+    saved: bytes that the weights will take less there than now.
 
     Raises:
         ModelError: with both sizes, and what to do.
@@ -146,11 +148,11 @@ def refuse_too_large(model: nn.Module, device: torch.device) -> None:
     if device.type != "cuda":
         return
     free, _ = torch.cuda.mem_get_info(device)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in {*model.parameters(), *model.buffers()})
+    size = sum(tensor.numel() * tensor.element_size() for tensor in {*model.parameters(), *model.buffers()}) - saved
     if size > free:
         raise ModelError(
             f"its weights take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {device}; device_map='auto' "
-            "splits it over GPUs and memory, and dtype='int8' or 'int4' makes it smaller"
+            "splits it over GPUs and memory, and dtype='fp8', 'int8' or 'int4' makes it smaller"
         )
 
 

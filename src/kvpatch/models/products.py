@@ -11,7 +11,7 @@ caller. `LaidOut` is for the engine's own step, which calls it by name and pays 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import psutil
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from kvpatch.models.fp8 import ScaledWeight, Weight, scaled_linear
 
 PACKED_SHARE = 0.25
 """Weights are laid out anew where they take no more than this share of the free memory."""
@@ -53,12 +55,14 @@ class LaidOut:
         reused: see `fast_products`.
     """
 
-    def __init__(self, weight: Tensor, reused: Iterable[Tensor] = ()) -> None:
+    def __init__(self, weight: Tensor, reused: Iterable[Weight] = ()) -> None:
         self._is_own = weight.device.type == "cpu" and weight.dtype in _types_of_onednn()
         self._packed = _laid_out(list(reused)) if self._is_own else {}
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias of x [..., inner] and weight [outputs, inner]."""
+        if isinstance(weight, ScaledWeight):
+            return scaled_linear(x, weight, bias, whole=self._packed.get(_place(weight.numbers)))
         if not self._is_own or not x.numel():
             return F.linear(x, weight, bias)
         packed = self._packed.get(_place(weight))
@@ -75,11 +79,14 @@ def _types_of_onednn() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if is_bfloat16_there else (torch.float32,)
 
 
-def _laid_out(weights: list[Tensor]) -> dict[tuple[object, ...], Tensor]:
-    """Weights in oneDNN's own layout by `_place` of the plain ones; none where memory is short."""
-    if sum(w.nbytes for w in weights) > PACKED_SHARE * psutil.virtual_memory().available:
+def _laid_out(weights: Sequence[Weight]) -> dict[tuple[object, ...], Tensor]:
+    """Weights in oneDNN's own layout by `_place` of the plain ones, of 8 floating bits by that of their numbers, which
+    are laid out as float32; none where memory is short."""
+    sizes = [4 * w.numbers.numel() if isinstance(w, ScaledWeight) else w.nbytes for w in weights]
+    if sum(sizes) > PACKED_SHARE * psutil.virtual_memory().available:
         return {}
-    return {_place(w): torch.ops.mkldnn._reorder_linear_weight(w, None) for w in weights}
+    plain = ((w.numbers, w.numbers.float()) if isinstance(w, ScaledWeight) else (w, w) for w in weights)
+    return {_place(own): torch.ops.mkldnn._reorder_linear_weight(w, None) for own, w in plain}
 
 
 def _place(weight: Tensor) -> tuple[object, ...]:

@@ -28,6 +28,7 @@ from kvpatch.caches.kvcache import PAD
 from kvpatch.errors import ModelError
 from kvpatch.files import cache_directory, read_json, write_whole
 from kvpatch.models.backbone import Backbone
+from kvpatch.models.fp8 import whole_activations
 from kvpatch.models.limits import lengths_around, named_limits
 from kvpatch.models.load import Loaded
 from kvpatch.models.placement import told_placement
@@ -116,11 +117,17 @@ def _sees_later_tokens(backbone: Backbone) -> bool:
 
 @torch.no_grad()
 def compare(backbone: Backbone, work: float = 1.0) -> Opinion:
-    """Compare logits at every length that matters.
+    """Compare logits at every length that matters. Of fp8 weights the activations are left whole, see
+    `fp8.whole_activations`.
 
     Args:
         work: how much may be spent on long prompts, 1 as at load.
     """
+    with whole_activations():
+        return _compare(backbone, work)
+
+
+def _compare(backbone: Backbone, work: float) -> Opinion:
     lengths, left_out = lengths_to_compare(backbone, work)
     bound = BOUND if backbone.is_exact else _bound_of_noise(backbone, lengths[-1])
     errors = _errors(backbone, lengths, 0)

@@ -107,6 +107,7 @@ def stand_in(*names: str) -> None:
 stand_in("altair", "altair.utils", "altair.utils.schemapi", "vl_convert", "duckdb", "polars")
 
 # Imported here because some of them import what was stood in for above; pyproject.toml allows it.
+from fp8_rates import compare
 from growth import grow
 from kvpatch.checks.identities import check
 from kvpatch.engine import backend as fast_room
@@ -643,6 +644,11 @@ def growth(bench: Bench) -> None:
     grow(bench.model("8b"), (25, 50, 100, 200, 400), (32, 64, 128))
 
 
+def fp8(bench: Bench) -> None:
+    """The 8B shape in fp8 against itself in bfloat16."""
+    compare(bench.model("8b"), bench.options.batch, PROMPT, NEW, bench.options.seconds)
+
+
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "ceilings": ceilings,
     "same_texts": same_texts,
@@ -658,6 +664,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "phase1_profile": phase1_profile,
     "dec7": dec7,
     "growth": growth,
+    "fp8": fp8,
     "host_profile": host_profile,
     "plain": plain,
     "peers": peers,

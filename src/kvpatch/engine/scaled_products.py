@@ -41,10 +41,12 @@ class Order:
     scaled_by: str
 
 
-def orders() -> list[Order]:
-    """Every way that our kernel knows, the likeliest first."""
-    promoted = (0, 128, 64, 32) if fp8.FAST_ACCUM else (128, 64, 32, 0)
-    return [Order(numbers, by) for numbers in promoted for by in ("weight", "row", "both")]
+SCALED_BY = ("weight", "row", "both")
+
+
+def promotions() -> tuple[int, ...]:
+    """Every `Order.promoted` that is looked for, the likeliest first."""
+    return (0, 128, 32) if fp8.FAST_ACCUM else (128, 64, 32, 0)
 
 
 class ScaledProducts:
@@ -87,17 +89,28 @@ def is_order_known() -> bool:
 
 @functools.cache
 def _torch_order(is_fast: bool) -> tuple[Order, bool]:
-    device = torch.device("cuda", torch.cuda.current_device())
-    found = next((order for order in orders() if _torch_agrees(*SHOWN_ON, order, device)), None)
-    return (orders()[0], False) if found is None else (found, True)
+    """First when sums go on in float32, by scales of 1, then which scale comes first."""
+    device, likeliest = torch.device("cuda", torch.cuda.current_device()), Order(promotions()[0], SCALED_BY[0])
+    for promoted in promotions():
+        if not _torch_agrees(*SHOWN_ON, Order(promoted, SCALED_BY[0]), device, is_scaled=False):
+            continue
+        for by in SCALED_BY:
+            if _torch_agrees(*SHOWN_ON, Order(promoted, by), device):
+                return Order(promoted, by), True
+        return Order(promoted, SCALED_BY[0]), False
+    return likeliest, False
 
 
 @torch.no_grad()
-def _torch_agrees(rows: int, outputs: int, inner: int, order: Order, device: torch.device) -> bool:
+def _torch_agrees(
+    rows: int, outputs: int, inner: int, order: Order, device: torch.device, *, is_scaled: bool = True
+) -> bool:
     """Whether torch's product gives the bits of ours, on numbers that show it."""
     try:
         for is_mirrored in (True, False):
             numbers, scale, weight = _telling(rows, outputs, inner, device, is_mirrored=is_mirrored)
+            if not is_scaled:
+                scale, weight = torch.ones_like(scale), ScaledWeight(weight.numbers, torch.ones_like(weight.scale))
             own = ordered_scaled_product(numbers, scale, weight, order)
             if not torch.equal(product_by_torch(numbers, scale, weight), own):
                 return False

@@ -93,7 +93,8 @@ def scaled(weight: Tensor) -> ScaledWeight:
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as e4m3 numbers and the scale of each, see `e4m3.rows_by_torch`; on a GPU by one kernel where Triton is there."""
+    """Rows as e4m3 numbers and the scale of each, see `e4m3.rows_by_torch`; on a GPU by one kernel where there is
+    Triton."""
     if x.device.type == "cuda" and (kernel := _kernel()) is not None:
         return kernel(x)
     return rows_by_torch(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,7 +30,43 @@ def device_of(value: object, *, error: type[KvpatchError] = CacheError) -> torch
     return found
 
 
+STAGED = 64 << 20
+"""Bytes of memory, pinned, that arrays go through on their way to a GPU."""
+
+
+class _Stage:
+    """Pinned memory that is used round and round. Half of it is written again once the GPU has read that half."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(STAGED, dtype=torch.uint8, pin_memory=True)
+        self.half, self.at = 0, 0
+        self.read = (torch.cuda.Event(), torch.cuda.Event())
+
+    def send(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """A tensor of the host on a GPU, of at most half as many bytes as there are here."""
+        size = tensor.numel() * tensor.element_size()
+        if self.at + size > STAGED // 2:
+            self.read[self.half].record()
+            self.half, self.at = 1 - self.half, 0
+            self.read[self.half].synchronize()
+        start = self.half * STAGED // 2 + self.at
+        self.at += -(-size // 64) * 64
+        place = self.memory[start : start + size].view(tensor.dtype).view(tensor.shape)
+        place.copy_(tensor)
+        return place.to(device, non_blocking=True)
+
+
+_STAGES: dict[torch.device, _Stage] = {}
+_STAGING = threading.Lock()
+
+
 def sent(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """An array as a tensor on a device. A GPU is not waited for: it copies the numbers once it gets there."""
+    """An array as a tensor on a device. A GPU is not waited for: it reads the numbers once it gets there."""
     tensor = torch.from_numpy(numbers)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    size = tensor.numel() * tensor.element_size()
+    if device.type != "cuda" or not 0 < size <= STAGED // 2:
+        return tensor.to(device)
+    with _STAGING, torch.cuda.device(device):
+        if device not in _STAGES:
+            _STAGES[device] = _Stage()
+        return _STAGES[device].send(tensor, device)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kvpatch.caches.checksums import checksums_of
-from kvpatch.caches.devices import device_of
+from kvpatch.caches.devices import device_of, sent
 from kvpatch.caches.display import Layers, cache_as_html, shortened
 from kvpatch.caches.rope import LayerRope
 from kvpatch.caches.stacks import over_layers
@@ -126,17 +126,20 @@ class KVCache:
             CacheError: for a row that there is not, a mask of another length, or anything else.
         """
         index = chosen_rows(rows, self.batch)
-        at = torch.tensor(index, device=self.positions.device)
-        cut = self.slots - max(self.row_lengths[row] for row in index)
+        at = sent(np.array(index, dtype=np.int64), self.positions.device)
+        lengths = tuple(self.row_lengths[row] for row in index)
+        cut = self.slots - max(lengths)
 
         def chosen(tensor: Tensor) -> Tensor:
             return tensor[..., cut:, :].index_select(-4, at.to(tensor.device))
 
+        positions = self.positions[at, cut:]
+        _READ[positions] = lengths
         return replace(
             self,
             keys=over_layers(chosen, self.keys),
             values=over_layers(chosen, self.values),
-            positions=self.positions[at, cut:],
+            positions=positions,
             token_ids=self.token_ids[at, cut:],
             segments=self.segments[at, cut:],
             origins=self.origins[at, cut:],

@@ -18,9 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kvpatch.caches.devices import sent
 from kvpatch.caches.kvcache import PAD, KVCache
 from kvpatch.engine.backend import Fast
 from kvpatch.engine.step import PlainOps, Sampling, decode_step, make_places
@@ -364,4 +366,4 @@ class _Turns:
 
 
 def _index(numbers: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(list(numbers), dtype=torch.int64, device=device)
+    return sent(np.array(numbers, dtype=np.int64), device)

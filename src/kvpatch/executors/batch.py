@@ -21,6 +21,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from kvpatch.caches.devices import sent
 from kvpatch.caches.kvcache import PAD
 from kvpatch.engine.attention import Attention, AttentionRequest
 from kvpatch.engine.backend import left_alone
@@ -287,13 +288,13 @@ def _force(
         assert part.logits is not None
         late, early = (part.values[layer] for layer in layers)
         watched += [part.attention] if part.attention else []
+        of_pairs = [t.pair for t in trials]
         if natural_late is not None:
             sides_late = natural_late[:n_pairs], natural_late[n_pairs:]
-            of_pairs = [t.pair for t in trials]
             geometry.append(beside.submit(output_geometries, (late, early), sides_late, of_pairs, lengths, window))
         rv_output.append(_rv_before(late, early, [lengths[t.pair] for t in trials], window))
-        pairs = torch.tensor([t.pair for t in trials], device=part.logits.device)
-        counts = torch.tensor([min(positions, lengths[t.pair]) for t in trials], device=part.logits.device)
+        pairs = sent(np.array(of_pairs), part.logits.device)
+        counts = sent(np.array([min(positions, lengths[pair]) for pair in of_pairs]), part.logits.device)
         pulls.append(js_pulls(part.logits, reading.logits[pairs], reading.logits[n_pairs + pairs], counts))
         logprobs.append(part.logprobs[:, 1:, : settings.likelihood_tokens])
     beside.shutdown(wait=False)
@@ -336,7 +337,7 @@ def _own_attention(
 def _rv_before(late: Tensor, early: Tensor, ends: Sequence[int], window: int) -> Tensor:
     """R_V [rows] of the `window` tokens that end before `ends`, of values [rows, kv_heads, tokens, head_dim]; NaN where
     there are fewer."""
-    stop = torch.tensor(list(ends), device=late.device)
+    stop = sent(np.array(ends), late.device)
     has_window = stop >= window
     if late.shape[2] < window:
         return torch.full((len(late),), float("nan"), device=late.device)

@@ -42,12 +42,16 @@ class Layout:
 
     Attributes:
         target, source: [batch, slots], slot of the target (of the donor) it is made of; -1 for none.
+        on_host: [batch, slots, 2], the same two where no GPU has to be waited for.
+        keeps_target: whether the target's slots stay what and where they are, but for what is put in.
         positions: [batch, slots], where it lands; -1 where padded.
         pending_position: [batch].
     """
 
     target: Tensor
     source: Tensor
+    on_host: np.ndarray
+    keeps_target: bool
     positions: Tensor
     pending_position: Tensor
 
@@ -96,7 +100,7 @@ def counted_splice(
     layout = plan(patch, donor, target, seeds, may_be_empty=may_be_empty)
     keys, values = _spliced(patch, donor, target, layout, {layer: tuple(heads[layer]) for layer in sorted(layers)})
     mixed = _labelled(patch, donor, target, layout, keys, values)
-    changed = (layout.source != PAD).sum(dim=1).tolist()
+    changed = (layout.on_host[..., 1] != PAD).sum(axis=1).tolist()
     return mixed, Touched(tuple(changed), len(layers), max((len(heads[layer]) for layer in layers), default=0))
 
 
@@ -104,7 +108,6 @@ def _spliced(
     patch: Patch, donor: KVCache, target: KVCache, layout: Layout, heads: Mapping[int, tuple[int, ...]]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Keys and values of a patch in these KV heads of these layers."""
-    own = Taken(layout.target, target.positions, layout.positions)
     put = Taken(layout.source, donor.positions, layout.positions if patch.rotate else None)
 
     def put_in(of: tuple[tuple[int, ...], LayerRope | None], own: Tensor, donor: Tensor) -> Tensor:
@@ -112,8 +115,12 @@ def _spliced(
         new = put.values(donor) if rope is None else put.keys(donor, rope)
         return blend(own, new, _mask(put.is_real, chosen, own.shape[-3]), patch.strength)
 
-    keys = over_layers(lambda rope, tensor: own.keys(tensor, rope), target.keys, of=target.rope)
-    values = over_layers(own.values, target.values)
+    if layout.keeps_target:
+        keys, values = (over_layers(torch.clone, tensors) for tensors in (target.keys, target.values))
+    else:
+        own = Taken(layout.target, target.positions, layout.positions)
+        keys = over_layers(lambda rope, tensor: own.keys(tensor, rope), target.keys, of=target.rope)
+        values = over_layers(own.values, target.values)
     if not heads or patch.strength == 0:
         return keys, values
     chosen = list(heads)
@@ -171,6 +178,8 @@ def plan(patch: Patch, source: KVCache, target: KVCache, seeds: Sequence[int], *
     padded = [[(PAD, PAD)] * (slots - len(pairs)) + pairs for pairs in rows]
     table = np.array(padded, dtype=np.int64).reshape(target.batch, slots, 2)
     to, of = (sent(np.ascontiguousarray(table[..., side]), target.positions.device) for side in (0, 1))
+    slot = np.arange(target.slots)
+    unmoved = np.where(slot >= target.slots - np.array(target.row_lengths)[:, None], slot, PAD)
     if patch.align in ("replace", "append"):
         # The sequence runs on from the target's first position, whatever its new length.
         real = (to != PAD) | (of != PAD)
@@ -183,7 +192,7 @@ def plan(patch: Patch, source: KVCache, target: KVCache, seeds: Sequence[int], *
     else:
         positions = torch.where(to != PAD, _pick(target.positions, to), PAD)
         pending = target.pending_position
-    return Layout(to, of, positions, pending)
+    return Layout(to, of, table, np.array_equal(table[..., 0], unmoved), positions, pending)
 
 
 def _from_target(
@@ -229,8 +238,6 @@ class Taken:
         """
         self._index = slots.clamp(min=0)[:, None, :, None]
         self.is_real = (slots != PAD)[:, None, :, None]
-        own = torch.where(positions != PAD, torch.arange(positions.shape[1], device=positions.device), PAD)
-        self._stays = torch.equal(slots, own)
         self._turns = None
         if landing is not None:
             self._turns = Turns(torch.where(slots != PAD, landing - _pick(positions, slots), 0))
@@ -238,8 +245,6 @@ class Taken:
     def values(self, tensor: Tensor) -> Tensor:
         """The slots of [..., batch, heads, slots, dim] as they are; zeros for none."""
         *before, slots, dim = tensor.shape
-        if self._stays:
-            return tensor.clone()
         if slots == 0:
             return tensor.new_zeros(*before, self._index.shape[2], dim)
         taken = tensor.gather(-2, self._index.to(tensor.device).expand(*before, -1, dim))
@@ -285,15 +290,16 @@ def _labelled(
     is_whole = patch.parts == "kv" and patch.strength == 1 and changed == sum(heads)
     has_effect = patch.strength != 0 and changed > 0
     has_no_target = layout.target == PAD
-    named_by_source = of_source & (has_no_target | is_whole)
+    to, of = layout.on_host[..., 0], layout.on_host[..., 1]
+    is_named_by_source = (of != PAD) & ((to == PAD) | is_whole)
+    named_by_source = sent(is_named_by_source, of_source.device)
 
     def label(name: str, by_source: Tensor) -> Tensor:
         own = torch.where(layout.target != PAD, _pick(getattr(target, name), layout.target), PAD)
         return torch.where(by_source, _pick(getattr(donor, name), layout.source), own)
 
     origins = torch.where(of_source & has_effect, int(Origin.patched), label("origins", of_source & False))
-    on_host = (table.tolist() for table in (layout.target, layout.source, named_by_source))
-    rows = enumerate(zip(*on_host, strict=True))
+    rows = enumerate(zip(to.tolist(), of.tolist(), is_named_by_source.tolist(), strict=True))
     pieces = tuple(_row_pieces(donor, target, row, to, of, by) for row, (to, of, by) in rows)
     return replace(
         target,

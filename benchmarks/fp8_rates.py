@@ -151,7 +151,8 @@ def compare(model: Model, batches: Sequence[int], prompt: int, new: int, seconds
         if not is_late(f"batch {batch}"):
             before, after = rates[batch] = decoding(model, batch, prompt, new), decoding(made, batch, prompt, new)
             print(
-                f"decoding, {batch} rows: bfloat16 {before:,.0f} tokens/s, fp8 {after:,.0f}, ratio {after / before:.2f}",
+                f"decoding, {batch} rows: bfloat16 {before:,.0f} tokens/s, fp8 {after:,.0f}, "
+                f"ratio {after / before:.2f}",
                 flush=True,
             )
     known = [rate for rate in rates.values() if rate[0] == rate[0] and rate[1] == rate[1]]

@@ -106,10 +106,8 @@ def side_by_side(one: Ran, two: Ran, names: list[str]) -> pd.DataFrame:
 def texts_in_common(one: Ran, two: Ran) -> tuple[int, int, int]:
     """Trials of the first run, those that both have, and those of them with the same tokens."""
     left, right = (r.run.trials().set_index(["phase", "condition", "pair_id", "sample"]) for r in (one, two))
-    both = left.join(right, how="inner", lsuffix="_one", rsuffix="_two")
-    same = sum(
-        list(a) == list(b) for a, b in zip(both["output_token_ids_one"], both["output_token_ids_two"], strict=True)
-    )
+    both = pd.concat([left["output_token_ids"], right["output_token_ids"]], axis=1, join="inner", keys=["one", "two"])
+    same = sum(list(a) == list(b) for a, b in zip(both["one"], both["two"], strict=True))
     return len(left), len(both), same
 
 
@@ -132,7 +130,8 @@ def main() -> None:
     table = side_by_side(one, two, names)
     with pd.option_context("display.width", 250, "display.max_columns", None, "display.max_rows", None):
         print(table.to_string(index=False))
-    print(f"verdicts: {int(table['equal'].sum())} of {len(table)} equal")
+    words = ", ".join(f"{count} {word}" for word, count in table.loc[table["equal"], names[0]].value_counts().items())
+    print(f"verdicts: {int(table['equal'].sum())} of {len(table)} equal ({words or 'none'})")
     for _, row in table[~table["equal"]].iterrows():
         print(
             f"  {row['hypothesis']}: {row[names[0]]} in {names[0]}, {row[names[1]]} in {names[1]}; estimates "

@@ -89,34 +89,38 @@ def is_order_known() -> bool:
 
 @functools.cache
 def _torch_order(is_fast: bool) -> tuple[Order, bool]:
-    """First when sums go on in float32, by scales of 1, then which scale comes first."""
+    """First when sums go on in float32, by scales of 1, then which scale comes first. Where memory runs out nothing is
+    found, and that is told: another order would give other bits than the same run gave before."""
     device, likeliest = torch.device("cuda", torch.cuda.current_device()), Order(promotions()[0], SCALED_BY[0])
     for promoted in promotions():
-        if not _torch_agrees(*SHOWN_ON, Order(promoted, SCALED_BY[0]), device, is_scaled=False):
+        if not _agrees(*SHOWN_ON, Order(promoted, SCALED_BY[0]), device, is_scaled=False):
             continue
         for by in SCALED_BY:
-            if _torch_agrees(*SHOWN_ON, Order(promoted, by), device):
+            if _agrees(*SHOWN_ON, Order(promoted, by), device):
                 return Order(promoted, by), True
         return Order(promoted, SCALED_BY[0]), False
     return likeliest, False
 
 
-@torch.no_grad()
-def _torch_agrees(
-    rows: int, outputs: int, inner: int, order: Order, device: torch.device, *, is_scaled: bool = True
-) -> bool:
-    """Whether torch's product gives the bits of ours, on numbers that show it."""
+def _torch_agrees(rows: int, outputs: int, inner: int, order: Order, device: torch.device) -> bool:
+    """Whether torch's product may be taken for ours; not where there is no memory to try it."""
     try:
-        for is_mirrored in (True, False):
-            numbers, scale, weight = _telling(rows, outputs, inner, device, is_mirrored=is_mirrored)
-            if not is_scaled:
-                scale, weight = torch.ones_like(scale), ScaledWeight(weight.numbers, torch.ones_like(weight.scale))
-            own = ordered_scaled_product(numbers, scale, weight, order)
-            if not torch.equal(product_by_torch(numbers, scale, weight), own):
-                return False
-        return True
+        return _agrees(rows, outputs, inner, order, device)
     except torch.OutOfMemoryError:
         return False
+
+
+@torch.no_grad()
+def _agrees(rows: int, outputs: int, inner: int, order: Order, device: torch.device, *, is_scaled: bool = True) -> bool:
+    """Whether torch's product gives the bits of ours, on numbers that show it."""
+    for is_mirrored in (True, False):
+        numbers, scale, weight = _telling(rows, outputs, inner, device, is_mirrored=is_mirrored)
+        if not is_scaled:
+            scale, weight = torch.ones_like(scale), ScaledWeight(weight.numbers, torch.ones_like(weight.scale))
+        own = ordered_scaled_product(numbers, scale, weight, order)
+        if not torch.equal(product_by_torch(numbers, scale, weight), own):
+            return False
+    return True
 
 
 def _telling(
@@ -163,7 +167,7 @@ def ordered_scaled_product(numbers: Tensor, scale: Tensor, weight: ScaledWeight,
         BY_WEIGHT=order.scaled_by == "weight",
         BY_ROW=order.scaled_by == "row",
         num_warps=block[0] // 16,
-        num_stages=4,
+        num_stages=3 if block[0] == 128 else 4,
     )
     return out
 

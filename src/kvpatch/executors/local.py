@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
@@ -28,7 +28,10 @@ from kvpatch.planning.plan import Batch, Plan
 from kvpatch.readouts.fluency import CoherenceLimits, coherence_limits
 from kvpatch.readouts.specific_mode import SpecificMode
 from kvpatch.store.directory import Store
+from kvpatch.store.parts import Part
 
+FILES_AT_ONCE = 8
+"""Parts that are written at a time; each waits until the disk has it, and a disk takes several together."""
 OnBatch = Callable[[Batch, int], None]
 """Called when a batch is stored (or found stored): the batch, and the tokens it wrote now."""
 
@@ -108,11 +111,7 @@ class LocalExecutor:
                     writer.maker.start()
                     own = [repeats.own(batch) for batch in group]
                     measured = self._measured(own, on_tokens)
-                for batch, of_batch in zip(group, measured, strict=True):
-                    if batch.batch_id in done:
-                        writer.found(batch)
-                    else:
-                        writer.write(batch, of_batch, limits.get(calibration))
+                writer.write(list(zip(group, measured, strict=True)), done, limits.get(calibration))
                 writer.settle(len(group))
             writer.settle(0)
         return limits
@@ -150,7 +149,7 @@ class _Writer:
     ) -> None:
         self.store, self.repeats, self.rules, self.on_batch, self.maker = store, repeats, rules, on_batch, maker
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvpatch-rows")
-        self._handed: deque[tuple[Batch, Future[int]]] = deque()
+        self._handed: deque[tuple[Batch, Future[dict[str, int]]]] = deque()
 
     def __enter__(self) -> _Writer:
         self._switched_after = sys.getswitchinterval()
@@ -164,15 +163,19 @@ class _Writer:
             self.maker.close()
             sys.setswitchinterval(self._switched_after)
 
-    def write(self, batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits | None) -> None:
-        """Hand a batch over; `measured` is of the trials it computes itself."""
-        self._handed.append((batch, self._thread.submit(self._store, batch, measured, limits)))
+    def write(
+        self,
+        group: Sequence[tuple[Batch, Sequence[Measured]]],
+        done: Collection[str],
+        limits: CoherenceLimits | None,
+    ) -> None:
+        """Hand the batches of a group over, each with what was measured of the trials it computes itself.
 
-    def found(self, batch: Batch) -> None:
-        """A batch that is stored already."""
-        nothing: Future[int] = Future()
-        nothing.set_result(0)
-        self._handed.append((batch, nothing))
+        done: ids of batches that are stored already.
+        """
+        left = [(batch, measured) for batch, measured in group if batch.batch_id not in done]
+        stored = self._thread.submit(self._store, left, limits)
+        self._handed += [(batch, stored) for batch, _ in group]
 
     def settle(self, outstanding: int) -> None:
         """Wait until no more than so many batches are outstanding, and tell of the others.
@@ -182,17 +185,44 @@ class _Writer:
         """
         while len(self._handed) > outstanding:
             batch, stored = self._handed.popleft()
-            self.on_batch(batch, stored.result())
+            self.on_batch(batch, stored.result().get(batch.batch_id, 0))
 
-    def _store(self, batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits | None) -> int:
-        own = self.repeats.own(batch)
-        order, kept = [trial.trial_id for trial in batch.trials], self.repeats.kept_of(batch)
-        copies, rule = self.repeats.rows_for(batch), self.rules.get(batch.model)
-        made = self.maker.made(Asked(own, measured, order, copies, kept, limits, rule))
-        self.repeats.keep(batch, made.kept)
-        heads = self.repeats.completed_attention(batch, attention_of(own, measured))
-        self.store.append(batch.batch_id, made.table, heads)
-        return made.tokens
+    def _store(
+        self, group: Sequence[tuple[Batch, Sequence[Measured]]], limits: CoherenceLimits | None
+    ) -> dict[str, int]:
+        """Store the batches of a group; the tokens that each wrote, by its id.
+
+        Several files are written at a time, since each waits until it is on the disk, and the index once for all: a
+        group is run again as a whole in any case. Whatever could be written before an error is named in the index.
+        """
+        tokens: dict[str, int] = {}
+        written: list[Future[Part]] = []
+
+        def name() -> None:
+            parts = [part.result() for part in written if part.exception() is None]
+            failed = [error for part in written if (error := part.exception())]
+            written.clear()
+            if parts:
+                self.store.name_parts(parts)
+            if failed:
+                raise failed[0]
+
+        with ThreadPoolExecutor(max_workers=FILES_AT_ONCE, thread_name_prefix="kvpatch-parts") as files:
+            try:
+                for batch, measured in group:
+                    if copies := self.repeats.rows_for(batch):
+                        name()  # what is copied is read from the store
+                    own = self.repeats.own(batch)
+                    order, kept = [trial.trial_id for trial in batch.trials], self.repeats.kept_of(batch)
+                    rule = self.rules.get(batch.model)
+                    made = self.maker.made(Asked(own, measured, order, copies, kept, limits, rule))
+                    self.repeats.keep(batch, made.kept)
+                    heads = self.repeats.completed_attention(batch, attention_of(own, measured))
+                    written.append(files.submit(self.store.write_part, batch.batch_id, made.table, heads))
+                    tokens[batch.batch_id] = made.tokens
+            finally:
+                name()
+        return tokens
 
 
 def natural_target(plan: Plan, calibration: str) -> str:

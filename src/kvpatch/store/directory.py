@@ -186,9 +186,7 @@ class Store:
         Raises:
             StoreError: where they can't be written; nothing stored before is lost.
         """
-        part = self.write_part(name, rows, attention)
-        with explained(self.directory):
-            self.name_part(part)
+        self.name_parts([self.write_part(name, rows, attention)])
 
     def write_part(self, name: str, rows: Rows, attention: pa.Table | None = None) -> Part:
         """Write the files of one part, as `append` does, and leave it to whoever holds the directory to name it in
@@ -214,17 +212,18 @@ class Store:
             _stored(self.trials / part.part, data)
         return part
 
-    def name_part(self, part: Part) -> None:
-        """Name a part, whose files are written, in parts.jsonl.
+    def name_parts(self, parts: Sequence[Part]) -> None:
+        """Name parts, whose files are written, in parts.jsonl.
 
         Raises:
-            OSError: where it can't be written; what was there before stays.
+            StoreError: where it can't be written; what was there before stays.
         """
         own = session_of(self.index) if isinstance(self.index, ObjectPath) else None
-        if own is not None:
-            return own.name_parts([part])
-        kept = [other for other in self.parts() if other.part != part.part]
-        self.write_index([*kept, part])
+        with explained(self.directory):
+            if own is not None:
+                return own.name_parts(list(parts))
+            new = {part.part for part in parts}
+            self.write_index([*(other for other in self.parts() if other.part not in new), *parts])
 
     def write_index(self, parts: Iterable[Part]) -> None:
         """Write parts.jsonl anew.

@@ -26,7 +26,7 @@ def test_the_usual_type_follows_the_device() -> None:
 
 @pytest.mark.parametrize("wrong", ["float12", "int32", "uint8", "Tensor", torch.int64])
 def test_another_type_is_refused_with_those_that_there_are(wrong: object) -> None:
-    with pytest.raises(kv.ModelError, match=r"use float32, bfloat16, float16, auto or fp8, or int8 or int4") as caught:
+    with pytest.raises(kv.ModelError, match=r"use float32, bfloat16, float16 or auto, fp8, or int8 or int4") as caught:
         precision_of(wrong, "cpu")  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 

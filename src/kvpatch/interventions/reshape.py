@@ -97,7 +97,7 @@ def with_ratio(v: Tensor, wanted: Tensor) -> Tensor:
         CacheError: for a ratio that these directions can't have.
     """
     v = v.double()
-    u, s, w = (part.to(v.device) for part in torch.linalg.svd(v.cpu(), full_matrices=False))  # a GPU is slow at it
+    u, s, w = torch.linalg.svd(v, full_matrices=False)
     energy = s.square() / s[..., :1].square()
     is_there = energy > torch.finfo(torch.float32).eps ** 2
     low, high = (

@@ -71,6 +71,6 @@ def precision_of(dtype: str | torch.dtype | None, device: str) -> Precision:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         raise ModelError(
-            f"no dtype {shown(dtype)}; use float32, bfloat16, float16, auto or fp8, or int8 or int4 with bitsandbytes"
+            f"no dtype {shown(dtype)}; use float32, bfloat16, float16 or auto, fp8, or int8 or int4 with bitsandbytes"
         )
     return Precision(found)

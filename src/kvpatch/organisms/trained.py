@@ -114,8 +114,8 @@ def train(recipe: Recipe, seed: int, report: Callable[[int, float], None] | None
     """
     from transformers import LlamaForCausalLM
 
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
         model = LlamaForCausalLM(config())
         model.apply(_initialise)
     keep_to_plant = _constraints(model, recipe)

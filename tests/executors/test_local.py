@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from kvpatch.errors import StoreError
 from kvpatch.executors import together
 from kvpatch.executors.local import LocalExecutor, stored_limits
 from kvpatch.planning import plan as planner
@@ -128,3 +129,28 @@ def test_limits_come_from_the_natural_target_of_the_calibration_alone_and_judge_
     rest = table[table["split"] == "test"]
     within = (rest["excess_context"] <= limits.excess_context) & (rest["repetition_4"] <= limits.repetition_4)
     assert (rest["coherent"].astype(bool) == within).all()
+
+
+def test_a_part_that_can_t_be_written_takes_none_of_its_group_along(model, plan, tmp_path, undisturbed, monkeypatch):
+    """The other parts of the group are named in the index, the error is told, and the run goes on from there."""
+    store, write_part = Store(tmp_path / "run"), Store.write_part
+    tested = [batch.batch_id for batch in plan.batches if batch.split == "test"]
+
+    def full(self: Store, name: str, *rows):
+        if name == tested[1]:
+            raise StoreError("the disk is full")
+        return write_part(self, name, *rows)
+
+    def together_with(store: Store) -> None:
+        executor = LocalExecutor({None: model}, rows={None: plan.n_trials})
+        executor.run(plan, store, on_tokens=lambda rows: None, on_batch=lambda batch, tokens: None)
+
+    with store.locked():
+        monkeypatch.setattr(Store, "write_part", full)
+        with pytest.raises(StoreError, match="the disk is full"):
+            together_with(store)
+        monkeypatch.setattr(Store, "write_part", write_part)
+        assert {part.batch for part in store.parts()} == {batch.batch_id for batch in plan.batches} - {tested[1]}
+        together_with(store)
+    store.write_text("run.json", "{}")
+    assert len(rows_of(store)) == len(undisturbed) == plan.n_trials

@@ -107,7 +107,7 @@ def stand_in(*names: str) -> None:
 stand_in("altair", "altair.utils", "altair.utils.schemapi", "vl_convert", "duckdb", "polars")
 
 # Imported here because some of them import what was stood in for above; pyproject.toml allows it.
-from fp8_rates import compare
+from fp8_rates import compare, settle, timed
 from growth import grow
 from kvpatch.checks.identities import check
 from kvpatch.engine import backend as fast_room
@@ -174,19 +174,6 @@ class Bench:
         products = max(2 * weights / self.copy_rate, 2 * weights * batch / self.matmul_rate)
         slots = batch * (prompt + new / 2) * slot / self.copy_rate
         return products + slots, products, slots
-
-
-def settle() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(work: Callable[[], Any]) -> float:
-    settle()
-    start = time.perf_counter()
-    work()
-    settle()
-    return time.perf_counter() - start
 
 
 def median_of(work: Callable[[], Any], times: int = 10) -> float:

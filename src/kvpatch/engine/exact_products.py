@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvpatch.engine.reading_kernels import product_kernel
 from kvpatch.engine.scaled_products import ScaledProducts
+from kvpatch.engine.tried import Tried
 from kvpatch.models.fp8 import ScaledWeight, Weight, scaled_linear
 
 MIRRORED_AT_MOST = 1 << 27
@@ -29,7 +30,7 @@ class Products:
     def __init__(self, *, is_exact: bool) -> None:
         self.is_exact = is_exact
         self.scaled = ScaledProducts()
-        self._torch_agrees: dict[tuple[object, ...], bool] = {}
+        self._tried = Tried()
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias of x [rows, inner] and weight [outputs, inner]."""
@@ -42,11 +43,7 @@ class Products:
 
     def _is_torch_exact(self, rows: int, weight: Tensor) -> bool:
         key = (rows, *weight.shape, weight.dtype)
-        if (known := self._torch_agrees.get(key)) is None:
-            if torch.cuda.is_current_stream_capturing():
-                return False  # nothing can be compared now; ours is right
-            known = self._torch_agrees[key] = _torch_agrees(rows, weight)
-        return known
+        return self._tried.holds(key, lambda: _torch_agrees(rows, weight))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpatch.engine.tried import Tried
 from kvpatch.models import fp8
 from kvpatch.models.e4m3 import NUMBERS
 from kvpatch.models.fp8 import ScaledWeight, are_activations_whole, product_by_torch, rows_of, scaled_linear
@@ -53,7 +54,7 @@ class ScaledProducts:
     """Products by one model's fp8 weights."""
 
     def __init__(self) -> None:
-        self._torch_agrees: dict[tuple[object, ...], bool] = {}
+        self._tried = Tried()
 
     def linear(self, x: Tensor, weight: ScaledWeight, bias: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias of x [rows, inner], bfloat16, and weight [outputs, inner]."""
@@ -66,15 +67,11 @@ class ScaledProducts:
 
     def agreement(self) -> dict[tuple[object, ...], bool]:
         """Of every shape that was tried, (rows, outputs, inner, `fp8.FAST_ACCUM`), whether torch's product is taken."""
-        return dict(self._torch_agrees)
+        return dict(self._tried.found)
 
     def _is_torch_exact(self, rows: int, weight: ScaledWeight) -> bool:
         key = (rows, *weight.shape, fp8.FAST_ACCUM)
-        if (known := self._torch_agrees.get(key)) is None:
-            if torch.cuda.is_current_stream_capturing():
-                return False  # nothing can be compared now; ours is right
-            known = self._torch_agrees[key] = _torch_agrees(rows, *weight.shape, torch_order(), weight.numbers.device)
-        return known
+        return self._tried.holds(key, lambda: _torch_agrees(rows, *weight.shape, torch_order(), weight.numbers.device))
 
 
 def torch_order() -> Order:

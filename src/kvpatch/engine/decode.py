@@ -120,7 +120,7 @@ def decode(
         raise ProtocolError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     fast = fast_of(backbone)  # first, since it takes over what was changed in the model
     refuse_foreign(backbone, cache)
-    longest = int(cache.pending_position.max()) + max_new_tokens
+    longest = max(cache.row_pending_position) + max_new_tokens
     if longest > backbone.geometry.context:
         raise ProtocolError(f"{longest} positions are needed; {backbone.geometry.limit}")
     request = Request(

@@ -181,6 +181,11 @@ def test_several_processes_make_the_batches_of_a_group_and_one_may_be_killed(
     assert kill or made_here == []
 
 
+def test_the_other_process_starts_without_what_loads_models():
+    code = "import sys; import kvpatch.executors.row_process; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_a_part_waits_for_a_process_that_starts_until_the_run_waits_for_the_part(asked, made_here, monkeypatch):
     question = asked()
     monkeypatch.setattr(row_process, "_CODE", HANGS)

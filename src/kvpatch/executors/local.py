@@ -6,6 +6,7 @@ texts and makes rows, and the thread stores them, while the next ones decode
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -41,6 +42,12 @@ LIMITING = ("phase", "condition", "error", "nll_target", *(limit.name for limit 
 """Columns that say what the limits of coherence are."""
 
 
+MOST_OUTSTANDING = 4096
+"""Trials that may be measured and not stored yet, beside the group that was measured last; what a trial left takes some
+tens of kilobytes. A killed run measures them again."""
+COLLECTED_AFTER = 50_000
+"""Objects after which Python looks for garbage in cycles, of which a run makes little; at the usual 2,000 the looking
+took a twentieth of a run."""
 SWITCH_AFTER = 2e-4
 """Seconds for which the writing thread may keep Python from the one that feeds the device. With Python's 5 ms each of
 the device's kernels, whose launch lets the other thread in, would wait that long."""
@@ -118,7 +125,7 @@ class LocalExecutor:
                 writer.write(list(zip(group, measured, strict=True)), done, limits.get(calibration))
                 if is_left:
                     self._measure_noise(own, measured)
-                writer.settle(len(group))
+                writer.settle_all_but(len(group), MOST_OUTSTANDING)
             writer.settle(0)
         return limits
 
@@ -161,8 +168,9 @@ class _Writer:
         self._handed: deque[tuple[Batch, Future[dict[str, int]]]] = deque()
 
     def __enter__(self) -> _Writer:
-        self._switched_after = sys.getswitchinterval()
+        self._switched_after, self._collected_after = sys.getswitchinterval(), gc.get_threshold()
         sys.setswitchinterval(SWITCH_AFTER)
+        gc.set_threshold(max(COLLECTED_AFTER, self._collected_after[0]), *self._collected_after[1:])
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -171,6 +179,7 @@ class _Writer:
         finally:
             self.makers.close()
             sys.setswitchinterval(self._switched_after)
+            gc.set_threshold(*self._collected_after)
 
     def write(
         self,
@@ -185,6 +194,19 @@ class _Writer:
         left = [(batch, measured) for batch, measured in group if batch.batch_id not in done]
         stored = self._thread.submit(self._store, left, limits)
         self._handed += [(batch, stored) for batch, _ in group]
+
+    def settle_all_but(self, group: int, most: int) -> None:
+        """Wait until, beside the last `group` batches, no more than `most` trials are outstanding; tell of what is
+        stored."""
+        outstanding, trials = group, 0
+        for batch, stored in list(self._handed)[: len(self._handed) - group][::-1]:
+            trials += 0 if stored.done() else len(batch.trials)
+            if trials > most:
+                break
+            outstanding += 1
+        self.settle(outstanding)
+        while self._handed and self._handed[0][1].done():
+            self.settle(len(self._handed) - 1)
 
     def settle(self, outstanding: int) -> None:
         """Wait until no more than so many batches are outstanding, and tell of the others.

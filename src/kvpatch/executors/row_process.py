@@ -53,6 +53,8 @@ MOST_PROCESSES, CORES_EACH = 3, 4
 """Processes that make rows: at most so many, and one for each so many cores of the host. Each takes 400 MB."""
 ASKED_AGAIN = 50
 """Milliseconds after which it is asked again whether a process is ready, or the run waits for its rows."""
+CLOSED = -1
+"""In the place of a pipe's end."""
 _HERE = threading.Lock()
 """One thread of this process makes rows at a time; more would only take Python from one another."""
 PATIENCE = 2.0
@@ -158,6 +160,8 @@ class RowMakers:
     def close(self) -> None:
         """End the processes, once they have answered what they were asked."""
         for maker in self._all:
+            maker.leave()
+        for maker in self._all:
             maker.close()
 
 
@@ -173,6 +177,7 @@ class RowMaker:
         self.where, self.hurry = where, hurry
         self._process: subprocess.Popen[bytes] | None = None
         self._is_ready = False
+        self._asks = self._answers = CLOSED
         self._lock = threading.Lock()  # whoever is interrupted may close it while another thread asks
 
     def start(self) -> None:
@@ -209,6 +214,11 @@ class RowMaker:
         with _HERE:
             return made(asked)
 
+    def leave(self) -> None:
+        """Tell the other process, once it has answered what it was asked, that nothing more will be."""
+        with self._lock:
+            self._close_pipes()
+
     def close(self) -> None:
         """End the other process, once it has answered what it was asked."""
         with self._lock:
@@ -227,7 +237,7 @@ class RowMaker:
 
     def _can_ask(self) -> bool:
         """Whether the other process can be asked now. Readouts from outside may be known to this process alone."""
-        if self._process is None or from_outside():
+        if self._process is None or self._asks == CLOSED or from_outside():
             return False
         if not self._is_ready:
             answers = select.poll()
@@ -266,8 +276,10 @@ class RowMaker:
         self.where = "thread"
 
     def _close_pipes(self) -> None:
-        os.close(self._asks)
-        os.close(self._answers)
+        for end in (self._asks, self._answers):
+            if end != CLOSED:
+                os.close(end)
+        self._asks = self._answers = CLOSED
 
 
 def serve(asked: int, answers: int) -> None:

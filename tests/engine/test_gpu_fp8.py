@@ -13,7 +13,7 @@ from kvpatch.engine.prefill import prefill
 from kvpatch.engine.score import score
 from kvpatch.models import fp8
 from kvpatch.models.backbone import Backbone
-from kvpatch.models.e4m3 import rows_by_torch
+from kvpatch.models.e4m3 import Rounded, rows_by_torch
 from kvpatch.models.fp8 import make_fp8, rows_of, scaled, scaled_linear
 from tiny import CONFIGS, random_prompts
 
@@ -48,6 +48,39 @@ def test_the_kernel_gives_the_bits_that_torch_gives(inner: int) -> None:
     for numbers, scale in (on_gpu, by_kernel):
         assert torch.equal(numbers.cpu().view(torch.uint8), on_processor[0].view(torch.uint8))
         assert torch.equal(scale.cpu(), on_processor[1])
+
+
+@pytest.mark.parametrize("width", [48, 128, 576, 4096, 14_336])
+def test_kernels_that_round_what_they_make_give_the_bits_of_rounding_it_afterwards(width: int) -> None:
+    from kvpatch.engine.fused import add_norm, gated, norm
+
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    following = scaled(drawn(16, width))
+    hidden, added, both = drawn(300, width).bfloat16(), drawn(300, width).bfloat16(), drawn(300, 2 * width).bfloat16()
+    for x in (hidden, added, both):
+        x[1] *= 3e4
+        x[2, 5:] *= 1e-5
+        x[3] = 0
+    weight, after = drawn(width), drawn(width)
+    made = {
+        "norm": lambda to: norm(hidden, weight, 1e-5, to),
+        "add_norm": lambda to: add_norm(hidden.clone(), added, None, weight, 1e-5, to),
+        "add_norm after a norm": lambda to: add_norm(hidden.clone(), added, after, weight, 1e-5, to),
+        "silu": lambda to: gated(both, "silu", to),
+        "gelu": lambda to: gated(both, "gelu_tanh", to),
+    }
+    for name, make in made.items():
+        whole, found = make(None), make(following)
+        assert isinstance(whole, torch.Tensor) and isinstance(found, Rounded), name
+        numbers, scale = rows_of(whole)
+        assert torch.equal(found.numbers.view(torch.uint8), numbers.view(torch.uint8)), name
+        assert torch.equal(found.scale, scale), name
+        with fp8.whole_activations():
+            assert isinstance(make(following), torch.Tensor), name
 
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 17, 300])

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvpatch.models.fp8_kernels import store_row
+
 SLOT_BLOCK = 64
 VOCABULARY_BLOCK = 2048
 VOCABULARY_SPLIT = 16_384
@@ -19,20 +21,40 @@ INNER_BLOCK = 1024
 
 
 @triton.jit
-def norm_kernel(hidden, weight, out, epsilon, width, BLOCK: tl.constexpr):
+def norm_kernel(hidden, weight, out, scale, epsilon, width, BLOCK: tl.constexpr):
+    """out: in the type of `hidden`, or e4m3 with a scale for each row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     x = tl.load(hidden + row * width + at, mask=inside, other=0.0).to(tl.float32)
     x = x * tl.rsqrt(tl.sum(x * x, axis=0) / width + epsilon)
-    x = x * tl.load(weight + at, mask=inside, other=0.0)
-    tl.store(out + row * width + at, x.to(out.dtype.element_ty), mask=inside)
+    x = (x * tl.load(weight + at, mask=inside, other=0.0)).to(hidden.dtype.element_ty)
+    if out.dtype.element_ty == tl.float8e4nv:
+        store_row(x.to(tl.float32), out, scale, row, width, BLOCK)
+    else:
+        tl.store(out + row * width + at, x, mask=inside)
 
 
 @triton.jit
 def gated_kernel(gate_up, out, inner, IS_SILU: tl.constexpr, BLOCK: tl.constexpr):
+    """A stretch of a row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + row * inner + at, _gated(gate_up, row, inner, at, IS_SILU), mask=at < inner)
+
+
+@triton.jit
+def rounded_gated_kernel(gate_up, numbers, scale, inner, IS_SILU: tl.constexpr, BLOCK: tl.constexpr):
+    """A whole row, since its scale follows from its largest number."""
+    row = tl.program_id(0).to(tl.int64)
+    made = _gated(gate_up, row, inner, tl.arange(0, BLOCK), IS_SILU)
+    store_row(made.to(tl.float32), numbers, scale, row, inner, BLOCK)
+
+
+@triton.jit
+def _gated(gate_up, row, inner, at, IS_SILU: tl.constexpr):
+    """activation(gate) * up at these places of a row, in the type of gate_up [rows, 2 * inner]."""
+    kind = gate_up.dtype.element_ty
     inside = at < inner
     gate = tl.load(gate_up + row * 2 * inner + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * inner + inner + at, mask=inside, other=0.0).to(tl.float32)
@@ -42,8 +64,7 @@ def gated_kernel(gate_up, out, inner, IS_SILU: tl.constexpr, BLOCK: tl.constexpr
         u = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         active = gate / (1.0 + tl.exp(-2.0 * u))
     # The model rounds the activation before it multiplies.
-    active = active.to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * inner + at, (active * up).to(out.dtype.element_ty), mask=inside)
+    return (active.to(kind).to(tl.float32) * up).to(kind)
 
 
 @triton.jit

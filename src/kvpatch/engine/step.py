@@ -21,7 +21,7 @@ from torch import Tensor
 from kvpatch.caches.kvcache import PAD
 from kvpatch.engine.sampling import choose
 from kvpatch.models.backbone import Backbone
-from kvpatch.models.fp8 import Weight
+from kvpatch.models.fp8 import Input, Weight
 from kvpatch.models.hf import LayerEdit
 from kvpatch.models.llamalike import LayerWeights, Network
 from kvpatch.models.products import LaidOut
@@ -127,26 +127,32 @@ def multiplies_keys(backbone: Backbone) -> bool:
 
 
 class Ops(Protocol):
-    """The parts of a step. Hidden states are [places, width]."""
+    """The parts of a step. Hidden states are [places, width].
+
+    What makes rows that a product follows is told the matrix, `following`: for one of 8 floating bits it may give them
+    rounded already.
+    """
 
     def begin(self, places: Places) -> None:
         """Prepare what the layers of one step share."""
         ...
 
-    def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+    def norm(self, hidden: Tensor, weight: Tensor, following: Weight) -> Input:
         """Root mean square norm."""
         ...
 
-    def add_norm(self, hidden: Tensor, added: Tensor, after: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self, hidden: Tensor, added: Tensor, after: Tensor | None, weight: Tensor, following: Weight
+    ) -> tuple[Tensor, Input]:
         """hidden + added, `added` first normed where there is an `after`, and the norm of the sum. `hidden` may change
         in place."""
         ...
 
-    def gated(self, gate_up: Tensor) -> Tensor:
+    def gated(self, gate_up: Tensor, following: Weight) -> Input:
         """activation(gate) * up of [places, 2 * inner]."""
         ...
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Input, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias."""
         ...
 
@@ -170,20 +176,19 @@ def feed_step(backbone: Backbone, network: Network, ops: Ops, places: Places) ->
     if network.embedding_scale is not None:
         hidden = hidden * network.embedding_scale
     ops.begin(places)
-    normed = ops.norm(hidden, network.layers[0].before_attention)
+    entered = [*network.entered, (network.norm, backbone.head.weight)]
+    normed = ops.norm(hidden, *entered[0])
     for index, layer in enumerate(network.layers):
-        is_last = index + 1 == len(network.layers)
-        following = network.norm if is_last else network.layers[index + 1].before_attention
         qkv = ops.linear(normed, layer.qkv, layer.qkv_bias)
         attended = ops.linear(ops.attend(index, layer, qkv, places), layer.out)
-        hidden, normed = ops.add_norm(hidden, attended, layer.after_attention, layer.before_mlp)
-        inner = ops.linear(ops.gated(ops.linear(normed, layer.gate_up)), layer.down)
-        hidden, normed = ops.add_norm(hidden, inner, layer.after_mlp, following)
+        hidden, normed = ops.add_norm(hidden, attended, layer.after_attention, layer.before_mlp, layer.gate_up)
+        inner = ops.linear(ops.gated(ops.linear(normed, layer.gate_up), layer.down), layer.down)
+        hidden, normed = ops.add_norm(hidden, inner, layer.after_mlp, *entered[index + 1])
     return ops.linear(normed, backbone.head.weight, backbone.head.bias)
 
 
 class PlainOps:
-    """The parts of a step in torch: for CPUs, and for a GPU without Triton."""
+    """The parts of a step in torch: for CPUs, and for a GPU without Triton. Rows are given whole."""
 
     def __init__(self, backbone: Backbone, network: Network, sampling: Sampling, positions: int) -> None:
         self.backbone, self.network, self.sampling = backbone, network, sampling
@@ -220,12 +225,14 @@ class PlainOps:
             return slice(None), slice(None), int(self.slot[0])
         return torch.arange(len(self.slot), device=self.slot.device), slice(None), self.slot
 
-    def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+    def norm(self, hidden: Tensor, weight: Tensor, following: Weight | None = None) -> Tensor:
         x = hidden.float()
         x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.network.epsilon)
         return (x * weight).to(hidden.dtype)
 
-    def add_norm(self, hidden: Tensor, added: Tensor, after: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self, hidden: Tensor, added: Tensor, after: Tensor | None, weight: Tensor, following: Weight
+    ) -> tuple[Tensor, Tensor]:
         hidden = hidden.add_(added if after is None else self.norm(added, after))
         return hidden, self.norm(hidden, weight)
 
@@ -233,10 +240,10 @@ class PlainOps:
         """Lay these weights out for many steps, through which they must not change."""
         self.products = LaidOut(self.backbone.head.weight, weights)
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Input, weight: Weight, bias: Tensor | None = None) -> Tensor:
         return self.products.linear(x, weight, bias)
 
-    def gated(self, gate_up: Tensor) -> Tensor:
+    def gated(self, gate_up: Tensor, following: Weight) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         active = F.silu(gate) if self.network.activation == "silu" else F.gelu(gate, approximate="tanh")
         return active.mul_(up)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvpatch.errors import ModelError
-from kvpatch.models.e4m3 import NUMBERS, rows_by_torch
+from kvpatch.models.e4m3 import NUMBERS, Rounded, rows_by_torch
 from kvpatch.models.kinds import decoder_of
 
 FP8 = "fp8"
@@ -64,6 +64,8 @@ class ScaledWeight:
 
 Weight = Tensor | ScaledWeight
 """A matrix that a step multiplies by."""
+Input = Tensor | Rounded
+"""Rows that a step multiplies: whole, or in e4m3 already where the kernel that made them was told of the weight."""
 
 
 class Fp8Linear(nn.Module):
@@ -92,9 +94,11 @@ def scaled(weight: Tensor) -> ScaledWeight:
     return ScaledWeight(numbers, scale[:, 0])
 
 
-def rows_of(x: Tensor) -> tuple[Tensor, Tensor]:
+def rows_of(x: Input) -> tuple[Tensor, Tensor]:
     """Rows as e4m3 numbers and the scale of each, see `e4m3.rows_by_torch`; on a GPU by one kernel where there is
-    Triton."""
+    Triton. Of rows that are rounded already what they are."""
+    if isinstance(x, Rounded):
+        return x.numbers, x.scale
     if x.device.type == "cuda" and (kernel := _kernel()) is not None:
         return kernel(x)
     return rows_by_torch(x)
@@ -116,24 +120,26 @@ def _kernel() -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
     return rows_by_triton
 
 
-def scaled_linear(
-    x: Tensor, weight: ScaledWeight, bias: Tensor | None = None, *, whole: Tensor | None = None
-) -> Tensor:
-    """x @ weight.T + bias of x [..., inner], in the type of x, which is bfloat16 on a GPU.
+def scaled_linear(x: Input, weight: ScaledWeight, bias: Tensor | None = None, *, whole: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias of x [..., inner], in the type of x, which is bfloat16 on a GPU and of rows that are rounded.
 
     whole: on a processor, the weight's own numbers in float32 in oneDNN's layout, where somebody keeps them.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(x, Rounded):
+        rows, dtype, shape = x, torch.bfloat16, x.numbers.shape
+    else:
+        rows, dtype, shape = x.reshape(-1, x.shape[-1]), x.dtype, x.shape
     if are_activations_whole():
-        out = F.linear(rows, weight.whole(x.dtype))
-    elif x.device.type == "cuda":
+        assert isinstance(rows, Tensor)  # whoever makes rows asks `are_rounded_for` first
+        out = F.linear(rows, weight.whole(dtype))
+    elif weight.numbers.device.type == "cuda":
         out = product_by_torch(*rows_of(rows), weight)
     else:
         numbers, scale = rows_of(rows)
         sums = _float32_product(numbers.float(), weight.numbers.float() if whole is None else whole)
-        out = (sums * scale * weight.scale).to(x.dtype)
+        out = (sums * scale * weight.scale).to(dtype)
     out = out if bias is None else out + bias
-    return out.view(*x.shape[:-1], len(weight))
+    return out.view(*shape[:-1], len(weight))
 
 
 def product_by_torch(numbers: Tensor, scale: Tensor, weight: ScaledWeight) -> Tensor:
@@ -180,6 +186,11 @@ def whole_activations() -> Iterator[None]:
 def are_activations_whole() -> bool:
     """Whether a block of `whole_activations` is entered."""
     return _left_whole.get()
+
+
+def are_rounded_for(weight: Weight | None) -> bool:
+    """Whether rows that this weight multiplies are rounded to e4m3 first; not for none."""
+    return isinstance(weight, ScaledWeight) and not are_activations_whole()
 
 
 def has_fp8(hf: nn.Module) -> bool:

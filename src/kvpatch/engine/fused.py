@@ -19,8 +19,9 @@ from kvpatch.engine.kernels import (
     note_kernel,
     rounded_gated_kernel,
 )
+from kvpatch.engine.places import Places
 from kvpatch.engine.reading_kernels import add_norm_kernel
-from kvpatch.engine.step import Places, Sampling, rotary_tables
+from kvpatch.engine.step import Sampling, rotary_tables
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.e4m3 import NUMBERS, Rounded
 from kvpatch.models.fp8 import Input, Weight, are_rounded_for
@@ -125,6 +126,7 @@ class FusedOps:
         net, count = self.network, len(places)
         out = qkv.new_empty(count, net.query_heads * net.head_dim)
         cos, sin = self.tables[weights.rope]
+        keys, values = places.keys[layer], places.values[layer]
         edit = places.steering.get(layer)
         steering = None
         if edit is not None:
@@ -133,8 +135,10 @@ class FusedOps:
         has_norm = weights.query_norm is not None
         attend_kernel[(count * net.kv_heads,)](
             qkv,
-            places.keys[layer],
-            places.values[layer],
+            keys.numbers,
+            values.numbers,
+            cos if keys.scale is None else keys.scale,
+            cos if values.scale is None else values.scale,
             out,
             cos,
             sin,

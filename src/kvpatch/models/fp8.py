@@ -120,6 +120,18 @@ def _kernel() -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
     return rows_by_triton
 
 
+def in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors [..., dim] as e4m3 numbers [..., dim], and the scale of each vector [...], as `rows_of` rounds."""
+    numbers, scale = rows_of(x.reshape(-1, x.shape[-1]))
+    return numbers.view(x.shape), scale.view(x.shape[:-1])
+
+
+def as_held(x: Tensor) -> Tensor:
+    """What vectors [..., dim] are once they were rounded to e4m3, in their own type."""
+    numbers, scale = in_8_bits(x)
+    return (numbers.float() * scale[..., None]).to(x.dtype)
+
+
 def scaled_linear(x: Input, weight: ScaledWeight, bias: Tensor | None = None, *, whole: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias of x [..., inner], in the type of x, which is bfloat16 on a GPU and of rows that are rounded.
 
@@ -171,7 +183,8 @@ _left_whole: ContextVar[bool] = ContextVar("left_whole", default=False)
 
 @contextlib.contextmanager
 def whole_activations() -> Iterator[None]:
-    """Within the block what is multiplied stays as it is, and weights are taken for the numbers that they stand for.
+    """Within the block what is multiplied stays as it is, also the keys and values that decoding holds, and weights are
+    taken for the numbers that they stand for.
 
     Two ways to compute one thing then differ by the rounding of the model's type alone. With activations of 3 bits they
     differ far more: a number that was off by a hair falls to the other side of a step.
@@ -198,23 +211,29 @@ def has_fp8(hf: nn.Module) -> bool:
     return any(isinstance(module, Fp8Linear) for module in hf.modules())
 
 
-def refuse_unfit(device: torch.device | None) -> None:
-    """Refuse a device that has no products of such numbers, or None for several.
+def refuse_unfit(
+    device: torch.device | None,
+    what: str = "fp8 weights",
+    instead: str = "use dtype='bfloat16', or 'int8' or 'int4'",
+) -> None:
+    """Refuse a device that does not compute with such numbers, or None for several.
 
+    Args:
+        what: is asked for. instead: what would do on an older GPU.
     Raises:
-        ModelError: naming it, and what would do.
+        ModelError: naming the device, and what would do.
     """
     if device is None:
         raise ModelError("fp8 weights lie on one device; give device in place of device_map, or another dtype")
     if device.type == "cpu":
         return
     if device.type != "cuda":
-        raise ModelError(f"fp8 weights need an NVIDIA GPU of Hopper's kind or a processor, and not {device.type}")
+        raise ModelError(f"{what} need an NVIDIA GPU of Hopper's kind or a processor, and not {device.type}")
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY:
         raise ModelError(
             f"{torch.cuda.get_device_name(device)} (compute capability {found[0]}.{found[1]}) has no fp8 products, "
-            "which begin at 8.9 (Ada, Hopper); use dtype='bfloat16', or 'int8' or 'int4'"
+            f"which begin at 8.9 (Ada, Hopper); {instead}"
         )
 
 

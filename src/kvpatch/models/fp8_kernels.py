@@ -21,17 +21,28 @@ _SMALLEST = tl.constexpr(SMALLEST)
 
 
 @triton.jit
+def scale_of(largest):
+    """A row's scale, of its largest number."""
+    return tl.maximum(largest, _SMALLEST) * _INVERSE
+
+
+@triton.jit
+def in_steps(x, scale):
+    """Numbers of one row in e4m3."""
+    # Division as IEEE 754 rounds it; Triton's own may be off by a unit in the last place.
+    x = tl.div_rn(x, tl.zeros(x.shape, tl.float32) + scale)
+    return tl.minimum(tl.maximum(x, -_LARGEST), _LARGEST).to(tl.float8e4nv)
+
+
+@triton.jit
 def store_row(x, numbers, scale, row, inner, BLOCK: tl.constexpr):
     """Write one row, x [BLOCK] in float32 and 0 from `inner` on, as e4m3 numbers [rows, inner] and its scale [rows]."""
     at = tl.arange(0, BLOCK)
-    factor = tl.maximum(tl.max(tl.abs(x), axis=0), _SMALLEST) * _INVERSE
-    # Division as IEEE 754 rounds it; Triton's own may be off by a unit in the last place.
-    x = tl.div_rn(x, tl.zeros([BLOCK], tl.float32) + factor)
-    x = tl.minimum(tl.maximum(x, -_LARGEST), _LARGEST)
+    factor = scale_of(tl.max(tl.abs(x), axis=0))
     # By eights, as numbers of 16 bits are stored. Triton lays a kernel's rows out as its widest store likes them, and
     # by sixteens they would be summed in another order than in the kernel that leaves them whole.
     to = tl.max_contiguous(numbers + row * inner + at, 8)
-    tl.store(to, x.to(tl.float8e4nv), mask=at < inner)
+    tl.store(to, in_steps(x, factor), mask=at < inner)
     tl.store(scale + row, factor)
 
 

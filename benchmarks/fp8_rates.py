@@ -1,6 +1,8 @@
-"""fp8 weights against bfloat16 on a GPU: single products, decoding, prefill and scoring, each a ratio in one process.
+"""fp8 weights, with and without an fp8 cache, against bfloat16 on a GPU: decoding, single products, prefill and
+scoring, each a ratio in one process.
 
-`python benchmarks/gpu.py --only fp8 --batch 256 512 768 1024` runs it on the 8B shape. Random weights: speed only.
+`python benchmarks/gpu.py --only fp8 --batch 1024 1536 768 2048` runs it on the 8B shape, batches in the order that they
+are given. Random weights: speed only.
 """
 
 from __future__ import annotations
@@ -14,18 +16,22 @@ from typing import Any
 
 import torch
 
+from kvpatch.caches.kvcache import KVCache
 from kvpatch.engine import backend as fast_room
 from kvpatch.engine import batching as places_room
-from kvpatch.engine.decode import decode
+from kvpatch.engine.batching import Request
 from kvpatch.engine.model import Model
 from kvpatch.engine.prefill import prefill
 from kvpatch.engine.score import score
-from kvpatch.engine.token_budget import tokens_at_once
+from kvpatch.engine.step import Sampling
 from kvpatch.models import fp8
 from kvpatch.models.template import EncodedPrompt
 
 READ = 600
 """Prompts that are read at once."""
+DRAWN = 128
+"""Prompts that a batch's rows are made of, over and over, so that reading them takes little of the time."""
+WAYS = ("bfloat16", "fp8", "fp8 + cache")
 
 
 def settle() -> None:
@@ -46,19 +52,24 @@ def prompts_of(batch: int, tokens: int) -> list[EncodedPrompt]:
     return [EncodedPrompt(tuple(row), (2,) * len(row), ("",) * len(row)) for row in rows]
 
 
-def in_fp8(model: Model) -> Model:
-    """A copy of a model with fp8 weights, on the same device."""
+def in_fp8(model: Model) -> dict[str, Model]:
+    """The ways that are compared: a model, a copy of it with fp8 weights on the same device, and the same copy whose
+    decoding holds an fp8 cache."""
     hf = copy.deepcopy(model.hf).bfloat16()
     fp8.make_fp8(hf, model.backbone.device)
-    made = Model(replace(model.loaded, hf=hf))
-    made.backbone.batch_invariant = model.backbone.batch_invariant
-    fast = fast_room.fast_of(made.backbone)
-    gigabytes = sum(p.numel() * p.element_size() for p in hf.parameters()) / 1e9
-    print(
-        f"fp8: {gigabytes:.1f} GB of weights; decoding step: {fast.ops} (off by {fast.error:.1e}), batch-invariant: "
-        f"{fast.is_batch_invariant} {fast.note}"
-    )
-    return made
+    ways = {"bfloat16": model} | {name: Model(replace(model.loaded, hf=hf)) for name in WAYS[1:]}
+    for name, made in ways.items():
+        made.backbone.batch_invariant = model.backbone.batch_invariant
+        if name == WAYS[2]:
+            fast_room.hold_cache_in(made.backbone, "fp8")
+        fast = fast_room.fast_of(made.backbone)
+        gigabytes = sum(p.numel() * p.element_size() for p in made.hf.parameters()) / 1e9
+        print(
+            f"{name}: {gigabytes:.1f} GB of weights; decoding step: {fast.ops} (off by {fast.error:.1e}), "
+            f"batch-invariant: {fast.is_batch_invariant} {fast.note}",
+            flush=True,
+        )
+    return ways
 
 
 def single_products(model: Model, made: Model, batches: Sequence[int]) -> None:
@@ -100,24 +111,40 @@ def _microseconds(work: Callable[[], Any], times: int = 20) -> float:
     return 1e6 * statistics.median(timed(lambda: [work() for _ in range(5)]) / 5 for _ in range(times))
 
 
-def decoding(model: Model, batch: int, prompt: int, new: int) -> float:
-    """Tokens a second, after one run that captures the graph; NaN where memory runs out."""
+def decoding(model: Model, cache: KVCache, batch: int, new: int) -> float:
+    """Tokens a second of so many rows, made of those of a cache; NaN where memory runs out. The graph is captured
+    before."""
     backbone = model.backbone
-    backbone.kept.tokens_at_once = tokens_at_once(backbone)
+    request = Request(
+        limit=new,
+        sampling=Sampling(0.7, 1.0, ()),
+        seeds=torch.arange(batch, device=backbone.device),
+        keep_values=(),
+        steering={},
+        on_step=None,
+    )
     try:
-        cache = prefill(backbone, prompts_of(batch, prompt))
-        settings: dict[str, Any] = {"temperature": 0.7, "seeds": range(batch), "places": batch}
-
-        def work() -> None:
-            decode(backbone, cache, max_new_tokens=new, **settings)
-
-        work()
-        return batch * new / timed(work)
+        rows = cache[[row % cache.batch for row in range(batch)]]
+        fast = fast_room.fast_of(backbone)
+        places_room._runner(backbone, fast, rows, request, batch, is_exact=True)
+        return batch * new / timed(lambda: places_room.decode_in_places(backbone, fast, rows, request, batch))
     except torch.OutOfMemoryError as error:
         print(f"  batch {batch}: {str(error).splitlines()[0]}")
         return float("nan")
     finally:
+        backbone.kept.most_rows = None
         places_room.release(backbone)
+
+
+def tell_what_fits(ways: dict[str, Model], prompt: int, new: int) -> None:
+    """The most rows that the planner would put into the memory that is free now, all three models in it."""
+    told = []
+    for name, model in ways.items():
+        backbone = model.backbone
+        of_place = places_room.bytes_per_place(backbone, prompt, new)
+        most = int((1 - places_room.LEFT_FREE) * places_room.free_bytes(backbone) / of_place)
+        told.append(f"{name} {most:,} ({of_place / 1e6:.1f} MB a row)")
+    print(f"rows that fit beside both sets of weights: {', '.join(told)}", flush=True)
 
 
 def reading(model: Model, prompt: int) -> dict[str, float]:
@@ -133,8 +160,7 @@ def reading(model: Model, prompt: int) -> dict[str, float]:
 
 
 def compare(model: Model, batches: Sequence[int], prompt: int, new: int, seconds: float) -> None:
-    """Print all of it for a bfloat16 model and a copy in fp8, the largest batch first; begin nothing after so many
-    seconds."""
+    """Print all of it for a bfloat16 model and the ways of `in_fp8`; begin nothing after so many seconds."""
     start = time.perf_counter()
 
     def is_late(what: str) -> bool:
@@ -143,37 +169,42 @@ def compare(model: Model, batches: Sequence[int], prompt: int, new: int, seconds
             print(f"{what}: no time left")
         return late
 
-    made = in_fp8(model)
+    ways = in_fp8(model)
+    caches = {name: prefill(ways[name].backbone, prompts_of(DRAWN, prompt)) for name in WAYS[:2]}
+    caches[WAYS[2]] = caches[WAYS[1]]  # of one set of weights
     if model.backbone.device.type == "cuda":
-        single_products(model, made, (max(batches),))
-    rates: dict[int, tuple[float, float]] = {}
-    for batch in sorted(batches, reverse=True):
-        if not is_late(f"batch {batch}"):
-            before, after = rates[batch] = decoding(model, batch, prompt, new), decoding(made, batch, prompt, new)
-            print(
-                f"decoding, {batch} rows: bfloat16 {before:,.0f} tokens/s, fp8 {after:,.0f}, "
-                f"ratio {after / before:.2f}",
-                flush=True,
-            )
-    known = [rate for rate in rates.values() if rate[0] == rate[0] and rate[1] == rate[1]]
-    if not known:
+        tell_what_fits(ways, prompt, new)
+    rates: dict[int, dict[str, float]] = {}
+    for batch in batches:
+        if is_late(f"batch {batch}"):
+            continue
+        found = rates[batch] = {name: decoding(ways[name], caches[name], batch, new) for name in WAYS}
+        told = [
+            f"{name} {rate:,.0f} tokens/s ({1e3 * batch / rate:.1f} ms a step, {rate / found[WAYS[0]]:.2f})"
+            for name, rate in found.items()
+        ]
+        print(f"decoding, {batch} rows: {', '.join(told)}", flush=True)
+    best = {name: max((of[name] for of in rates.values() if of[name] == of[name]), default=0.0) for name in WAYS}
+    if not all(best.values()):
         return
-    best, best_fp8 = max(before for before, _ in known), max(after for _, after in known)
-    print(f"each at its best batch: bfloat16 {best:,.0f} tokens/s, fp8 {best_fp8:,.0f}, ratio {best_fp8 / best:.2f}")
+    told = [f"{name} {rate:,.0f} tokens/s ({rate / best[WAYS[0]]:.2f})" for name, rate in best.items()]
+    print(f"each at its best batch: {', '.join(told)}", flush=True)
+    _tell_shapes(ways[WAYS[1]])
+    if model.backbone.device.type == "cuda" and not is_late("single products"):
+        single_products(model, ways[WAYS[1]], (max(batches),))
     if not is_late("prefill and scoring"):
-        read = reading(model, prompt), reading(made, prompt)
+        read = reading(model, prompt), reading(ways[WAYS[1]], prompt)
         for name in read[0]:
             one, two = (of[name] for of in read)
             print(f"{name}: bfloat16 {one:,.0f} tokens/s, fp8 {two:,.0f}, ratio {two / one:.2f}", flush=True)
-    _tell_shapes(made)
     if not is_late("fast accumulation"):
-        batch = max(rates, key=lambda batch: rates[batch][1])
+        batch = max(rates, key=lambda batch: rates[batch][WAYS[1]])
         fp8.FAST_ACCUM = True
         try:
-            fast = decoding(made, batch, prompt, new)
+            fast = decoding(ways[WAYS[1]], caches[WAYS[1]], batch, new)
         finally:
             fp8.FAST_ACCUM = False
-        print(f"fp8 with fast accumulation, {batch} rows: {fast:,.0f} tokens/s, ratio {fast / best:.2f}")
+        print(f"fp8 with fast accumulation, {batch} rows: {fast:,.0f} tokens/s, ratio {fast / best[WAYS[0]]:.2f}")
 
 
 def _tell_shapes(made: Model) -> None:

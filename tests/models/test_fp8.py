@@ -20,6 +20,7 @@ from kvpatch.engine.decode import decode
 from kvpatch.engine.prefill import prefill
 from kvpatch.executors.host import model_record
 from kvpatch.models import fp8
+from kvpatch.models.e4m3 import Rounded
 from kvpatch.models.fp8 import Fp8Linear, ScaledWeight, make_fp8, rows_of, scaled, scaled_linear, whole_activations
 from kvpatch.models.products import LaidOut
 from tiny import CHATML, CONFIGS, random_prompts, tiny_of, tiny_tokenizer
@@ -91,6 +92,19 @@ def test_weights_that_are_laid_out_for_a_processor_give_the_same_numbers() -> No
     laid_out = LaidOut(torch.zeros(1), [weight])
     assert laid_out._packed
     torch.testing.assert_close(laid_out.linear(x, weight), scaled_linear(x, weight), atol=0, rtol=0.01)
+
+
+def test_rows_that_are_rounded_already_are_multiplied_as_they_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(9, 64, generator=generator).bfloat16(), scaled(torch.randn(32, 64, generator=generator))
+    bias = torch.randn(32, generator=generator).bfloat16()
+    made = Rounded(*rows_of(x))
+    for linear in (scaled_linear, LaidOut(torch.zeros(1), [weight]).linear):
+        assert torch.equal(linear(made, weight, bias), linear(x, weight, bias))
+    assert fp8.are_rounded_for(weight)
+    assert not fp8.are_rounded_for(torch.zeros(3)) and not fp8.are_rounded_for(None)
+    with whole_activations():
+        assert not fp8.are_rounded_for(weight)
 
 
 def test_linear_layers_of_the_decoder_take_a_byte_per_weight_and_all_else_is_bfloat16(model: kv.Model) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvpatch.caches.kvcache import KVCache
 from kvpatch.caches.rope import rotate
-from kvpatch.engine.decode import decode, slab_of
+from kvpatch.engine.decode import decode, round_held, slab_of
 from kvpatch.engine.model import Model
 from kvpatch.engine.prefill import prefill
 from kvpatch.engine.residual import disturbed_residual, recorded_residual, replaced_residual
@@ -65,11 +65,12 @@ def check(model: Model, on_identity: Callable[[Identity], None] | None = None) -
         One `Identity` each, in a fixed order. In float32 the bound is 1e-5, or three times a rounding that was measured
         on the model's own passes where that is more; in other types, and with quantised weights, it is ten times the
         measured noise of the same row among other batch mates (at least one rounding), and that noise has a limit of
-        its own. Of a model with fp8 weights what rounding moves is measured twice, see `_in_both_ways`.
+        its own. Of a model with fp8 weights, or whose decoding holds an fp8 cache, what rounding moves is measured
+        twice, see `_in_both_ways`.
     """
     setup = _set_up(model)
     spared = None
-    if model.backbone.quantization == FP8:
+    if FP8 in (model.backbone.quantization, model.backbone.cache_dtype):
         with whole_activations():
             spared = _set_up(model)
     out = []
@@ -101,10 +102,10 @@ def _in_both_ways(
     """An identity of a model with fp8 weights: with activations left whole, under the bound of other types, which shows
     what is wrong; and with activations in 8 bits, as a run has them. Those enlarge any rounding, so that there the
     bound follows from what one more rounding at every layer does to the model's own logits. The error and the bound are
-    those of the way that comes nearer to its bound.
+    those of the way that comes nearer to its bound. The same of a cache that decoding holds in 8 bits.
 
     Args:
-        spared: made with activations left whole.
+        spared: made with activations and cache left whole.
     """
     with whole_activations():
         error, note, bound = measure(spared)
@@ -113,18 +114,22 @@ def _in_both_ways(
         return error, note, bound
     noise = _disturbed(setup)
     of_rounded = max(own, OF_DISTURBED * noise)
-    told = f"{error:.2g} with activations left whole, {rounded:.2g} in 8 bits, where noise is {noise:.2g}"
+    left = "activations" if setup.model.backbone.quantization == FP8 else "the cache"
+    told = f"{error:.2g} with {left} left whole, {rounded:.2g} in 8 bits, where noise is {noise:.2g}"
     note = f"{note}; {told}" if note else told
     return (rounded, note, of_rounded) if rounded * bound > error * of_rounded else (error, note, bound)
 
 
 @torch.no_grad()
 def _disturbed(s: _Setup) -> float:
-    """How far the logits of the model's own pass move where each layer's input is off by one unit in the last place."""
+    """How far the logits of the model's own pass move where each layer's input is off by one unit in the last place;
+    behind a cache that is rounded, where decoding rounds it."""
     backbone, ids = s.model.backbone, torch.tensor([s.source_prompt.token_ids], device=s.model.backbone.device)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
 
     def logits() -> Tensor:
+        if backbone.rounds_cache:
+            return next_logits(s.model, prefill(backbone, [s.source_prompt]))
         return backbone.logits(backbone.forward(ids, positions, backbone.slab(1, ids.shape[1]))[:, -1])
 
     still = logits()
@@ -145,8 +150,9 @@ def _same_length(model: Model) -> tuple[EncodedPrompt, EncodedPrompt]:
 
 
 def next_logits(model: Model, cache: KVCache) -> Tensor:
-    """Logits [batch, vocabulary] after the pending token."""
+    """Logits [batch, vocabulary] after the pending token, over the cache as decoding holds it."""
     slab = slab_of(model.backbone, cache, 1)
+    round_held(model.backbone, slab)
     with torch.no_grad():
         hidden = model.backbone.forward(cache.pending[:, None], cache.pending_position[:, None], slab)
         return model.backbone.logits(hidden[:, -1])

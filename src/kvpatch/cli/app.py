@@ -21,7 +21,6 @@ from kvpatch.errors import (
     MOST_QUOTED,
     KvpatchError,
     ProtocolMistakes,
-    is_installed,
     missing_extra,
     quoted_briefly,
 )
@@ -105,31 +104,11 @@ def as_place(given: str) -> Any:
 Directory = Annotated[
     Path, typer.Argument(help="A run directory, or its address: s3://BUCKET/RUN.", parser=as_place, metavar="DIRECTORY")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")]
-DeviceMap = Annotated[
-    str | None,
-    typer.Option(
-        help="Split the model over GPUs, memory and disk, in place of --device: auto, balanced, sequential, or JSON (a "
-        "file, or text) of modules and devices."
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="float32, bfloat16, float16, auto, fp8 (Ada, Hopper and later), or int8 or int4 (bitsandbytes). Default: "
-        "float32 on a CPU, bfloat16 on a GPU."
-    ),
-]
 OtherModels = Annotated[
     list[str] | None,
     typer.Option(
         "--other-model", help="KEY=MODEL: replace a model that the protocol's 'models' names. May be repeated."
     ),
-]
-TrustRemoteCode = Annotated[bool, typer.Option(help="Run modelling code that comes with the model.")]
-AllowPickle = Annotated[bool, typer.Option(help="Also read pickled weights, which can run code when read.")]
-Revision = Annotated[
-    str | None, typer.Option(help="The version of a model from the hub: a branch, a tag or a commit. Default: main.")
 ]
 AllowCode = Annotated[bool, typer.Option(help="Allow the scoring function that the protocol names to run.")]
 AllowOutside = Annotated[
@@ -202,46 +181,6 @@ def warn_of_clocks(names: list[str]) -> None:
             "only while the template writes the same",
             err=True,
         )
-
-
-def how_to_read(
-    device: str | None,
-    dtype: str | None,
-    device_map: str | None,
-    trust_remote_code: bool,
-    allow_pickle: bool,
-    revision: str | None,
-) -> dict[str, Any]:
-    """The options that every command with a model takes, as `load` takes them."""
-    return {
-        "device": device,
-        "dtype": dtype,
-        "device_map": device_map,
-        "trust_remote_code": trust_remote_code,
-        "allow_pickle": allow_pickle,
-        "revision": revision,
-    }
-
-
-def at_its_commit(name: str, how: dict[str, Any]) -> dict[str, Any]:
-    """How a model is read, the commit fixed of one that comes from the hub.
-
-    It is fetched here, before torch is imported, which takes seconds: whoever has no network hears of it at once.
-
-    Raises:
-        ModelError: where the hub can't be reached or has no such model.
-    """
-    from kvpatch.models.named import hub_repository
-
-    repository = hub_repository(name)
-    if repository is None or not is_installed("huggingface_hub"):
-        return how
-    from kvpatch.cli.progress import loading
-    from kvpatch.models.hub import fetch_from_hub
-
-    given = {key: how[key] for key in ("revision", "allow_pickle", "trust_remote_code")}
-    with loading() as report:
-        return {**how, "revision": fetch_from_hub(repository, report, **given).name}
 
 
 def sources_of(
@@ -330,6 +269,8 @@ _FLAGS = {
     "trust_remote_code=True": "--trust-remote-code",
     "device and device_map both": "--device and --device-map both",
     "device_map='auto'": "--device-map auto",
+    "no cache_dtype": "no --cache-dtype",
+    "leave cache_dtype out": "leave --cache-dtype out",
     "dtype='int8'": "--dtype int8",
     "dtype='fp8'": "--dtype fp8",
     "dtype='bfloat16'": "--dtype bfloat16",

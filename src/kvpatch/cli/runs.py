@@ -13,20 +13,12 @@ from kvpatch.cli.app import (
     All,
     AllowCode,
     AllowOutside,
-    AllowPickle,
-    Device,
-    DeviceMap,
-    Dtype,
     Json,
     ModelName,
     OtherModels,
     Phases,
-    Revision,
-    TrustRemoteCode,
     app,
     as_place,
-    at_its_commit,
-    how_to_read,
     load_all,
     phase_names,
     refuse_code,
@@ -41,6 +33,17 @@ from kvpatch.cli.app import (
 )
 from kvpatch.cli.console import MOST_LINES, printed, say
 from kvpatch.cli.hosts import Address, Gpus, On, Workers, asked_for, host_of
+from kvpatch.cli.reading import (
+    AllowPickle,
+    CacheDtype,
+    Device,
+    DeviceMap,
+    Dtype,
+    Revision,
+    TrustRemoteCode,
+    at_its_commit,
+    how_to_read,
+)
 from kvpatch.errors import KvpatchError
 
 
@@ -70,6 +73,7 @@ def run(
     address: Address = None,
     device: Device = None,
     dtype: Dtype = None,
+    cache_dtype: CacheDtype = None,
     device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
@@ -105,7 +109,8 @@ def run(
         )
     refuse_unwritable(out)
     chosen_phases(chosen, phase_names(phases), n)
-    how = at_its_commit(model, how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision))
+    read = how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision, cache_dtype)
+    how = at_its_commit(model, read)
     from kvpatch.cli.progress import run_progress
     from kvpatch.planned import clocked
     from kvpatch.planning.listener import ProgressListener
@@ -165,6 +170,7 @@ def plan(
     ] = True,
     device: Device = None,
     dtype: Dtype = None,
+    cache_dtype: CacheDtype = None,
     device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
@@ -186,7 +192,8 @@ def plan(
     refuse_code(chosen, allow_code)
     warn_of_deviations(chosen)
     warn_of_too_few(chosen, n, phase_names(phases))
-    how = at_its_commit(model, how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision))
+    read = how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision, cache_dtype)
+    how = at_its_commit(model, read)
     from kvpatch.cli.planning import planned_summary
     from kvpatch.cli.tables import print_plan
     from kvpatch.planned import clocked

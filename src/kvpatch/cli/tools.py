@@ -10,20 +10,23 @@ import typer
 
 from kvpatch.cli.app import (
     All,
-    AllowPickle,
-    Device,
-    DeviceMap,
-    Dtype,
     Json,
-    Revision,
-    TrustRemoteCode,
     app,
-    at_its_commit,
-    how_to_read,
     refuse_unwritable,
     show,
 )
 from kvpatch.cli.console import say, say_json
+from kvpatch.cli.reading import (
+    AllowPickle,
+    CacheDtype,
+    Device,
+    DeviceMap,
+    Dtype,
+    Revision,
+    TrustRemoteCode,
+    at_its_commit,
+    how_to_read,
+)
 from kvpatch.errors import KvpatchError, is_installed
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ def check(
     as_json: Json = False,
     device: Device = None,
     dtype: Dtype = None,
+    cache_dtype: CacheDtype = None,
     device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
@@ -48,7 +52,8 @@ def check(
 
     Example: kvpatch check smollm2-135m
     """
-    how = at_its_commit(model, how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision))
+    read = how_to_read(device, dtype, device_map, trust_remote_code, allow_pickle, revision, cache_dtype)
+    how = at_its_commit(model, read)
     from kvpatch.checks.identities import check as check_model
     from kvpatch.cli.progress import loading
     from kvpatch.cli.tables import print_check

@@ -16,13 +16,15 @@ import torch
 
 from kvpatch.caches.kvcache import PAD
 from kvpatch.engine.pack import Held, pack_rows
+from kvpatch.engine.places import Places, make_places
 from kvpatch.engine.residual import disturbed_residual
-from kvpatch.engine.step import Ops, PlainOps, Sampling, feed_step, make_places
+from kvpatch.engine.step import Ops, PlainOps, Sampling, feed_step
 from kvpatch.errors import ModelError
 from kvpatch.models.backbone import Backbone
-from kvpatch.models.fp8 import FP8, Weight, whole_activations
+from kvpatch.models.fp8 import FP8, Weight, refuse_unfit, whole_activations
 from kvpatch.models.hf import Edits
 from kvpatch.models.llamalike import Network, network_of
+from kvpatch.specs.arguments import shown
 
 _CHECKED_ON = 7
 """Cached tokens of the comparison's longer row."""
@@ -37,6 +39,8 @@ their logits move as far by the step's rounding as by that of the noise."""
 FP8_NOISE = 1e-2
 """What one product by an fp8 weight may differ by from the model's own, over its largest number. Both multiply the same
 numbers, and round in bfloat16 what they sum."""
+CACHE_NOISE = 2e-2
+"""The same of what attention gives over keys and values of 8 bits, which `PlainOps` multiplies in float32."""
 _FURTHEST = 32_767
 """Furthest position of the comparison: its tables take 16 MB a set of frequencies."""
 
@@ -91,6 +95,38 @@ def fast_of(backbone: Backbone) -> Fast:
     return known
 
 
+def hold_cache_in(backbone: Backbone, wanted: str | None) -> None:
+    """Let decoding hold keys and values in "fp8", or in the model's own type, None.
+
+    Raises:
+        ModelError: for another type, or a model or device that this does not go with.
+    """
+    if wanted is None:
+        return
+    if wanted != FP8:
+        raise ModelError(f"no cache_dtype {shown(wanted)}; it is fp8, or left out for the model's own type")
+    refuse_unfit(backbone.device, "fp8 caches", "leave cache_dtype out")
+    if backbone.dtype != torch.bfloat16:
+        own = str(backbone.dtype).removeprefix("torch.")
+        raise ModelError(f"fp8 caches go with bfloat16, and the model is in {own}; give dtype='bfloat16' or 'fp8'")
+    backbone.cache_dtype = FP8
+    backbone.kept.clear()
+    refuse_unheld(backbone, fast_of(backbone))
+
+
+def refuse_unheld(backbone: Backbone, fast: Fast) -> None:
+    """Refuse to decode over a cache of 8 bits where the engine's own step, which holds it, does not run.
+
+    Raises:
+        ModelError: saying why it does not.
+    """
+    if backbone.cache_dtype and fast.network is None:
+        raise ModelError(
+            "fp8 caches are held by the engine's own decoding step, which this model does not take: "
+            f"{fast.note or backbone.name}; leave cache_dtype out"
+        )
+
+
 @contextmanager
 def left_alone(backbone: Backbone) -> Iterator[None]:
     """Look at the model once, and not again within the block, in which nobody may change it.
@@ -132,6 +168,9 @@ def _find(backbone: Backbone) -> Fast:
                 error, noise = _difference(backbone, found)
             if backbone.quantization == FP8 and (off := _difference_of_products(backbone, found)) > FP8_NOISE:
                 notes.append(f"{ops}: fp8 products differ from the model's own by {off:.2g} of their size")
+                continue
+            if backbone.rounds_cache and (off := _difference_over_the_cache(backbone, found)) > CACHE_NOISE:
+                notes.append(f"{ops}: attention over an fp8 cache is off by {off:.2g} of its size")
                 continue
         except torch.OutOfMemoryError:
             raise
@@ -214,6 +253,54 @@ def _difference_of_products(backbone: Backbone, fast: Fast) -> float:
     return worst
 
 
+@torch.no_grad()
+def _difference_over_the_cache(backbone: Backbone, fast: Fast) -> float:
+    """How far what the first and the last layer's attention gives over keys and values of 8 bits is from what torch
+    gives in float32, over the largest number of each."""
+    assert fast.network is not None
+    generator, sampling = torch.Generator().manual_seed(0), Sampling(0.0, 1.0, ())
+    ways = (
+        PlainOps(backbone, fast.network, sampling, _CHECKED_ON + 1),
+        fast.make_ops(backbone, sampling, _CHECKED_ON + 1),
+    )
+    worst, first = 0.0, torch.tensor([0, 2])
+    for index in (0, -1):
+        layer = range(backbone.geometry.layers)[index]
+        weights = fast.network.layers[layer]
+        shape = (2, backbone.geometry.kv_heads, _CHECKED_ON, backbone.geometry.head_dim)
+        keys, values = (torch.randn(shape, generator=generator).to(backbone.device, backbone.dtype) for _ in range(2))
+        qkv = torch.randn(2, weights.qkv.shape[0], generator=generator).to(backbone.device, backbone.dtype)
+        found = []
+        for ops in ways:
+            places = _filled(backbone, {layer: (keys, values)}, torch.arange(_CHECKED_ON).expand(2, -1), first)
+            ops.begin(places)
+            found.append(ops.attend(layer, weights, qkv.clone(), places).float())
+        worst = max(worst, float((found[1] - found[0]).abs().max() / found[0].abs().max().clamp(min=1e-30)))
+    return worst
+
+
+def _filled(
+    backbone: Backbone,
+    cached: dict[int, tuple[torch.Tensor, torch.Tensor]],
+    positions: torch.Tensor,
+    first: torch.Tensor,
+) -> Places:
+    """Places for two rows that are to feed one token each behind what is cached: keys and values by layer, at positions
+    [2, slots] from the slots `first` [2] on."""
+    slots = positions.shape[1]
+    places = make_places(backbone, 2, slots, 1, [])
+    at = (slice(None), slice(None), slice(0, slots))
+    for layer, (keys, values) in cached.items():
+        places.keys[layer].write(at, keys)
+        places.values[layer].write(at, values)
+    places.slot_positions[:, :slots] = positions
+    places.first.copy_(first)
+    places.position.fill_(slots)
+    places.going.fill_(True)
+    places.live = slots + 1
+    return places
+
+
 def _telling_difference(
     backbone: Backbone, fast: Fast, positions: torch.Tensor, enough: float = MOST_NOISE
 ) -> tuple[float, float]:
@@ -240,16 +327,10 @@ def _difference_at(backbone: Backbone, fast: Fast, positions: torch.Tensor, seed
     positions = positions.clamp(min=PAD)
     slab = backbone.slab(2, slots + 1)
     backbone.forward(tokens[:, :slots], positions[:, :slots], slab)
-    places = make_places(backbone, 2, slots, 1, [])
-    for layer, held in enumerate(slab.slab_layers):
-        places.keys[layer][:, :, :slots] = held.keys[:, :, :slots]
-        places.values[layer][:, :, :slots] = held.values[:, :, :slots]
-    places.slot_positions[:, :slots] = positions[:, :slots]
-    places.first.copy_((positions[:, :slots] == PAD).sum(dim=1))
+    cached = {i: (held.keys[:, :, :slots], held.values[:, :, :slots]) for i, held in enumerate(slab.slab_layers)}
+    places = _filled(backbone, cached, positions[:, :slots], (positions[:, :slots] == PAD).sum(dim=1))
     places.feed.copy_(tokens[:, slots])
     places.position.copy_(positions[:, slots])
-    places.going.fill_(True)
-    places.live = slots + 1
     own = backbone.logits(backbone.forward(tokens[:, slots:], positions[:, slots:], slab)[:, -1])
     ops = fast.make_ops(backbone, Sampling(0.0, 1.0, ()), int(positions.max()) + 1)
     assert fast.network is not None

@@ -25,7 +25,8 @@ from torch import Tensor
 from kvpatch.caches.devices import sent
 from kvpatch.caches.kvcache import PAD, KVCache
 from kvpatch.engine.backend import Fast
-from kvpatch.engine.step import PlainOps, Sampling, decode_step, make_places
+from kvpatch.engine.places import Slots, bytes_per_slot, make_places
+from kvpatch.engine.step import PlainOps, Sampling, decode_step
 from kvpatch.engine.token_budget import MORE_AT_ONCE, is_narrow
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.fp8 import are_activations_whole
@@ -124,7 +125,7 @@ def bytes_per_place(backbone: Backbone, slots: int, limit: int) -> int:
     """Memory of one place: its slots in every layer, its logits, and what one step makes on the way."""
     geometry, config = backbone.geometry, backbone.config
     size = backbone.head.weight.element_size()
-    cached = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * (_rounded(slots) + limit + 1) * size
+    cached = bytes_per_slot(backbone) * (_rounded(slots) + limit + 1)
     inner = int(getattr(config, "intermediate_size", 4 * config.hidden_size))
     passing = (4 * inner + 8 * config.hidden_size) * size + geometry.vocabulary * (size + 8)
     return cached + passing + 16 * limit
@@ -163,7 +164,7 @@ class _Runner:
     @property
     def nbytes(self) -> int:
         """Bytes of the slab."""
-        return sum(t.numel() * t.element_size() for t in (*self.places.keys, *self.places.values))
+        return sum(slots.nbytes for slots in (*self.places.keys, *self.places.values))
 
     def fits(self, fast: Fast, most: int, least: int, area: int, request: Request, positions: int) -> bool:
         """Whether these places, graphs included, do for a request that wants `least` to `most` of them."""
@@ -310,8 +311,8 @@ class _Turns:
         to, of = _index(places, own.first.device), _index(rows, own.first.device)
         start = own.area - cache.slots
         for tensors, held in ((own.keys, cache.keys), (own.values, cache.values)):
-            for slab, tensor in zip(tensors, held, strict=True):
-                slab[to, :, start : own.area] = tensor[of].to(slab.dtype)
+            for slots, tensor in zip(tensors, held, strict=True):
+                slots.write((to, slice(None), slice(start, own.area)), tensor[of])
         own.slot_positions[to] = PAD
         own.slot_positions[to, start : own.area] = cache.positions[of].int()
         own.first[to] = (own.area - cache.lengths[of]).int()
@@ -337,7 +338,8 @@ class _Turns:
         self.lengths[to] = own.step[of].long()
         for layer, values in self.values.items():
             # Token t was fed at step t + 1.
-            values[to, :, : own.limit - 1] = own.values[layer][of, :, own.area + 1 : own.area + own.limit]
+            written = own.values[layer].read((of, slice(None), slice(own.area + 1, own.area + own.limit)))
+            values[to, :, : own.limit - 1] = written.to(values.dtype)
         for place in places:
             self.row[place] = None
 
@@ -349,8 +351,8 @@ class _Turns:
         own = self.runner.places
         at = _index(used, own.first.device)
         for layer in range(len(own.keys)):
-            own.keys[layer] = own.keys[layer].mT[at].mT  # as they lay
-            own.values[layer] = own.values[layer][at]
+            own.keys[layer] = Slots(own.keys[layer].numbers.mT[at].mT)  # as they lay; none of float32 is rounded
+            own.values[layer] = Slots(own.values[layer].numbers[at])
         names = ("slot_positions", "first", "step", "feed", "position", "seeds", "going", "token_ids", "logprobs")
         self.runner.places = replace(
             own,

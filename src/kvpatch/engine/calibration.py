@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from kvpatch.engine.backend import fast_of
-from kvpatch.engine.step import PlainOps, Sampling, decode_step, make_places
+from kvpatch.engine.places import make_places
+from kvpatch.engine.step import PlainOps, Sampling, decode_step
 from kvpatch.models.backbone import Backbone
 
 ROWS = (32, 64, 128)

@@ -20,12 +20,13 @@ from torch import Tensor
 from kvpatch.caches.kvcache import PAD, KVCache
 from kvpatch.caches.noise import int64_seeds
 from kvpatch.engine.attention import Attention, AttentionCapture, AttentionRequest
-from kvpatch.engine.backend import fast_of
+from kvpatch.engine.backend import fast_of, refuse_unheld
 from kvpatch.engine.batching import Request, Written, decode_in_places
 from kvpatch.engine.sampling import choose
 from kvpatch.engine.step import Sampling
 from kvpatch.errors import CacheError, ProtocolError
 from kvpatch.models.backbone import Backbone
+from kvpatch.models.fp8 import as_held
 from kvpatch.models.hf import Edits, Slab
 
 OnStep = Callable[[int], None]
@@ -113,12 +114,14 @@ def decode(
     Raises:
         CacheError: where the seeds do not fit the batch, or another model made the cache.
         ProtocolError: where the context has no room for the new tokens.
+        ModelError: for a cache in 8 bits where the engine's own step does not run.
     """
     if len(seeds) != cache.batch:
         raise CacheError(f"{len(seeds)} seeds for a batch of {cache.batch}; give one a row")
     if max_new_tokens < 1:
         raise ProtocolError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     fast = fast_of(backbone)  # first, since it takes over what was changed in the model
+    refuse_unheld(backbone, fast)
     refuse_foreign(backbone, cache)
     longest = max(cache.row_pending_position) + max_new_tokens
     if longest > backbone.geometry.context:
@@ -160,6 +163,7 @@ def _decode_plainly(
     capture, on_logits = watchers
     shape = (cache.batch, request.limit)
     slab = slab_of(backbone, cache, request.limit)
+    round_held(backbone, slab)
     token_ids = torch.full(shape, PAD, dtype=torch.int64, device=backbone.device)
     logprobs = torch.full(shape, float("nan"), device=backbone.device)
     ends = torch.tensor(request.sampling.end_tokens, dtype=torch.int64, device=backbone.device)
@@ -256,6 +260,17 @@ def slab_of(backbone: Backbone, cache: KVCache, room: int) -> Slab:
     """A slab holding a copy of a cache, with room for `room` more slots."""
     refuse_foreign(backbone, cache)
     return Slab.holding(cache.keys, cache.values, cache.positions, room)
+
+
+def round_held(backbone: Backbone, slab: Slab) -> None:
+    """Round what the live slots of a slab hold, and whatever is written from now on, as decoding in places holds it:
+    where the model's cache is in 8 bits."""
+    if not backbone.rounds_cache:
+        return
+    slab.extent.rounds, live = as_held, slice(0, slab.length)
+    for layer in slab.slab_layers:
+        for held in (layer.keys, layer.values):
+            held[:, :, live] = as_held(held[:, :, live])
 
 
 def _new_values(slab: Slab, layer: int, slots: int, token_ids: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvpatch.engine.reading_kernels import product_kernel
 from kvpatch.engine.scaled_products import ScaledProducts
 from kvpatch.engine.tried import Tried
-from kvpatch.models.fp8 import ScaledWeight, Weight, scaled_linear
+from kvpatch.models.fp8 import Input, ScaledWeight, Weight, scaled_linear
 
 MIRRORED_AT_MOST = 1 << 27
 """Numbers of the largest weight that a trial makes one of its own size for."""
@@ -32,8 +32,9 @@ class Products:
         self.scaled = ScaledProducts()
         self._tried = Tried()
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        """x @ weight.T + bias of x [rows, inner] and weight [outputs, inner]."""
+    def linear(self, x: Input, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x @ weight.T + bias of x [rows, inner], rounded already at most for a `ScaledWeight`, and weight [outputs,
+        inner]."""
         if isinstance(weight, ScaledWeight):
             return self.scaled.linear(x, weight, bias) if self.is_exact else scaled_linear(x, weight, bias)
         if not self.is_exact:

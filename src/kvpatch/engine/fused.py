@@ -17,11 +17,15 @@ from kvpatch.engine.kernels import (
     gated_kernel,
     norm_kernel,
     note_kernel,
+    rounded_gated_kernel,
 )
+from kvpatch.engine.places import Places
 from kvpatch.engine.reading_kernels import add_norm_kernel
-from kvpatch.engine.step import Places, Sampling, rotary_tables
+from kvpatch.engine.step import Sampling, rotary_tables
 from kvpatch.models.backbone import Backbone
-from kvpatch.models.fp8 import Weight
+from kvpatch.models.e4m3 import NUMBERS, Rounded
+from kvpatch.models.fp8 import Input, Weight, are_rounded_for
+from kvpatch.models.fp8_kernels import row_of
 from kvpatch.models.llamalike import LayerWeights, Network
 
 
@@ -35,45 +39,58 @@ def what_is_unfit(network: Network) -> str | None:
     return None
 
 
-def norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Root mean square norm of [rows, width]."""
+def norm(hidden: Tensor, weight: Tensor, epsilon: float, following: Weight | None = None) -> Input:
+    """Root mean square norm of [rows, width], as the matrix that multiplies it next takes it."""
     rows, width = hidden.shape
-    out = torch.empty_like(hidden)
-    norm_kernel[(rows,)](hidden, weight, out, epsilon, width, **_row_of(width))
-    return out
+    made, out, scale = _room(hidden, width, following)
+    norm_kernel[(rows,)](hidden, weight, out, scale, epsilon, width, **row_of(width))
+    return made
 
 
-def add_norm(hidden: Tensor, added: Tensor, after: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
-    """Add to hidden [rows, width] in place, `added` first normed where there is an `after`; the norm of the sum."""
+def add_norm(
+    hidden: Tensor, added: Tensor, after: Tensor | None, weight: Tensor, epsilon: float, following: Weight | None = None
+) -> Input:
+    """Add to hidden [rows, width] in place, `added` first normed where there is an `after`; the norm of the sum, as the
+    matrix that multiplies it next takes it."""
     rows, width = hidden.shape
-    out = torch.empty_like(hidden)
+    made, out, scale = _room(hidden, width, following)
     add_norm_kernel[(rows,)](
         hidden,
         added,
         weight if after is None else after,
         weight,
         out,
+        scale,
         epsilon,
         width,
         HAS_AFTER=after is not None,
-        **_row_of(width),
+        **row_of(width),
     )
-    return out
+    return made
 
 
-def gated(gate_up: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up of [rows, 2 * inner]."""
+def gated(gate_up: Tensor, activation: str, following: Weight | None = None) -> Input:
+    """activation(gate) * up of [rows, 2 * inner], as the matrix that multiplies it next takes it."""
     rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, inner)
-    grid = (rows, triton.cdiv(inner, INNER_BLOCK))
-    gated_kernel[grid](gate_up, out, inner, IS_SILU=activation == "silu", BLOCK=INNER_BLOCK)
-    return out
+    is_silu = activation == "silu"
+    made, out, scale = _room(gate_up, inner, following)
+    if isinstance(made, Rounded):
+        rounded_gated_kernel[(rows,)](gate_up, out, scale, inner, IS_SILU=is_silu, **row_of(inner))
+    else:
+        grid = (rows, triton.cdiv(inner, INNER_BLOCK))
+        gated_kernel[grid](gate_up, out, inner, IS_SILU=is_silu, BLOCK=INNER_BLOCK)
+    return made
 
 
-def _row_of(width: int) -> dict[str, int]:
-    """How a kernel takes a row of so many numbers."""
-    block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+def _room(like: Tensor, inner: int, following: Weight | None) -> tuple[Input, Tensor, Tensor]:
+    """Room for rows [rows, inner] that a matrix multiplies next, and what a kernel is to write into: the numbers and
+    their scales, which rows of the model's own type have none of."""
+    if not are_rounded_for(following):
+        whole = like.new_empty(len(like), inner)
+        return whole, whole, whole
+    numbers = like.new_empty(len(like), inner, dtype=NUMBERS)
+    scale = like.new_empty(len(like), 1, dtype=torch.float32)
+    return Rounded(numbers, scale), numbers, scale
 
 
 class FusedOps:
@@ -91,22 +108,25 @@ class FusedOps:
             slot = (places.area + places.step.long())[:, None]
             places.slot_positions.scatter_(1, slot, places.position[:, None].int())
 
-    def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return norm(hidden, weight, self.network.epsilon)
+    def norm(self, hidden: Tensor, weight: Tensor, following: Weight) -> Input:
+        return norm(hidden, weight, self.network.epsilon, following)
 
-    def add_norm(self, hidden: Tensor, added: Tensor, after: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return hidden, add_norm(hidden, added, after, weight, self.network.epsilon)
+    def add_norm(
+        self, hidden: Tensor, added: Tensor, after: Tensor | None, weight: Tensor, following: Weight
+    ) -> tuple[Tensor, Input]:
+        return hidden, add_norm(hidden, added, after, weight, self.network.epsilon, following)
 
-    def gated(self, gate_up: Tensor) -> Tensor:
-        return gated(gate_up, self.network.activation)
+    def gated(self, gate_up: Tensor, following: Weight) -> Input:
+        return gated(gate_up, self.network.activation, following)
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Input, weight: Weight, bias: Tensor | None = None) -> Tensor:
         return self.products.linear(x, weight, bias)
 
     def attend(self, layer: int, weights: LayerWeights, qkv: Tensor, places: Places) -> Tensor:
         net, count = self.network, len(places)
         out = qkv.new_empty(count, net.query_heads * net.head_dim)
         cos, sin = self.tables[weights.rope]
+        keys, values = places.keys[layer], places.values[layer]
         edit = places.steering.get(layer)
         steering = None
         if edit is not None:
@@ -115,8 +135,10 @@ class FusedOps:
         has_norm = weights.query_norm is not None
         attend_kernel[(count * net.kv_heads,)](
             qkv,
-            places.keys[layer],
-            places.values[layer],
+            keys.numbers,
+            values.numbers,
+            cos if keys.scale is None else keys.scale,
+            cos if values.scale is None else values.scale,
             out,
             cos,
             sin,

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvpatch.models.fp8_kernels import in_steps, scale_of, store_row
+
 SLOT_BLOCK = 64
 VOCABULARY_BLOCK = 2048
 VOCABULARY_SPLIT = 16_384
@@ -19,20 +21,40 @@ INNER_BLOCK = 1024
 
 
 @triton.jit
-def norm_kernel(hidden, weight, out, epsilon, width, BLOCK: tl.constexpr):
+def norm_kernel(hidden, weight, out, scale, epsilon, width, BLOCK: tl.constexpr):
+    """out: in the type of `hidden`, or e4m3 with a scale for each row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     x = tl.load(hidden + row * width + at, mask=inside, other=0.0).to(tl.float32)
     x = x * tl.rsqrt(tl.sum(x * x, axis=0) / width + epsilon)
-    x = x * tl.load(weight + at, mask=inside, other=0.0)
-    tl.store(out + row * width + at, x.to(out.dtype.element_ty), mask=inside)
+    x = (x * tl.load(weight + at, mask=inside, other=0.0)).to(hidden.dtype.element_ty)
+    if out.dtype.element_ty == tl.float8e4nv:
+        store_row(x.to(tl.float32), out, scale, row, width, BLOCK)
+    else:
+        tl.store(out + row * width + at, x, mask=inside)
 
 
 @triton.jit
 def gated_kernel(gate_up, out, inner, IS_SILU: tl.constexpr, BLOCK: tl.constexpr):
+    """A stretch of a row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + row * inner + at, _gated(gate_up, row, inner, at, IS_SILU), mask=at < inner)
+
+
+@triton.jit
+def rounded_gated_kernel(gate_up, numbers, scale, inner, IS_SILU: tl.constexpr, BLOCK: tl.constexpr):
+    """A whole row, since its scale follows from its largest number."""
+    row = tl.program_id(0).to(tl.int64)
+    made = _gated(gate_up, row, inner, tl.arange(0, BLOCK), IS_SILU)
+    store_row(made.to(tl.float32), numbers, scale, row, inner, BLOCK)
+
+
+@triton.jit
+def _gated(gate_up, row, inner, at, IS_SILU: tl.constexpr):
+    """activation(gate) * up at these places of a row, in the type of gate_up [rows, 2 * inner]."""
+    kind = gate_up.dtype.element_ty
     inside = at < inner
     gate = tl.load(gate_up + row * 2 * inner + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * inner + inner + at, mask=inside, other=0.0).to(tl.float32)
@@ -42,15 +64,16 @@ def gated_kernel(gate_up, out, inner, IS_SILU: tl.constexpr, BLOCK: tl.constexpr
         u = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         active = gate / (1.0 + tl.exp(-2.0 * u))
     # The model rounds the activation before it multiplies.
-    active = active.to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * inner + at, (active * up).to(out.dtype.element_ty), mask=inside)
+    return (active.to(kind).to(tl.float32) * up).to(kind)
 
 
 @triton.jit
 def attend_kernel(
     qkv,  # [places, (GROUP + 2) * KV_HEADS * head_dim]
-    keys,  # [places, KV_HEADS, capacity, head_dim]
+    keys,  # [places, KV_HEADS, capacity, head_dim], in the type of qkv or e4m3
     values,
+    key_scale,  # [places, KV_HEADS, capacity], where keys and values are e4m3
+    value_scale,
     out,  # [places, GROUP * KV_HEADS * head_dim]
     cos,  # [positions, HALF]
     sin,
@@ -77,11 +100,17 @@ def attend_kernel(
     HAS_STEERING: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One KV head of one place. Heads come as halves, since RoPE pairs dimension i with i + HALF."""
+    """One KV head of one place. Heads come as halves, since RoPE pairs dimension i with i + HALF.
+
+    Keys and values of 8 bits are multiplied in float16, which has all numbers of e4m3 and which a GPU turns them into
+    at once; their scales are multiplied in float32. Queries go into its range by a power of two, which changes no
+    digit, and a block's scales of values over the largest of them.
+    """
     DIM: tl.constexpr = 2 * HALF
     place = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     head = tl.program_id(0) % KV_HEADS
-    kind = keys.dtype.element_ty
+    kind = qkv.dtype.element_ty
+    IN_8_BITS: tl.constexpr = keys.dtype.element_ty == tl.float8e4nv
     half = tl.arange(0, HALF)
     whole = tl.arange(0, DIM)
     group = tl.arange(0, GROUP_BLOCK)
@@ -112,8 +141,16 @@ def attend_kernel(
     new1 = (k1 * c - k2 * s).to(kind)
     new2 = (k2 * c + k1 * s).to(kind)
     v = v.to(kind)
-    base = (place * KV_HEADS + head) * capacity * DIM
+    first_slot = (place * KV_HEADS + head) * capacity
+    base = first_slot * DIM
     slot = base + last * DIM
+    if IN_8_BITS:
+        new1, new2, v = new1.to(tl.float32), new2.to(tl.float32), v.to(tl.float32)
+        k_scale = scale_of(tl.maximum(tl.max(tl.abs(new1), axis=0), tl.max(tl.abs(new2), axis=0)))
+        v_scale = scale_of(tl.max(tl.abs(v), axis=0))
+        new1, new2, v = in_steps(new1, k_scale), in_steps(new2, k_scale), in_steps(v, v_scale)
+        tl.store(key_scale + first_slot + last, k_scale)
+        tl.store(value_scale + first_slot + last, v_scale)
     tl.store(keys + slot + half, new1)
     tl.store(keys + slot + HALF + half, new2)
     tl.store(values + slot + whole, v)
@@ -123,14 +160,29 @@ def attend_kernel(
         best = (best + tl.sum(turned2.to(tl.float32) * new2.to(tl.float32)[None, :], axis=1)) * scale
         total = tl.full([GROUP_BLOCK], 1.0, tl.float32)
         mixed = tl.zeros([GROUP_BLOCK, DIM], tl.float32) + v.to(tl.float32)[None, :]
+        if IN_8_BITS:
+            best = best * k_scale
+            mixed = mixed * v_scale
+            single1, single2 = turned1.to(tl.float32), turned2.to(tl.float32)
+            largest_query = tl.maximum(tl.max(tl.abs(single1), axis=1), tl.max(tl.abs(single2), axis=1))
+            exponent = largest_query.to(tl.int32, bitcast=True) & 0x7F800000
+            inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)  # of the power of two
+            query1 = (single1 * inverse[:, None]).to(tl.float16)
+            query2 = (single2 * inverse[:, None]).to(tl.float16)
+            of_queries = exponent.to(tl.float32, bitcast=True) * scale
         for start in range(tl.load(first + place), last, BLOCK):
             slots = start + tl.arange(0, BLOCK)
             may = slots < last
             offsets = base + slots.to(tl.int64) * DIM
             block1 = tl.load(keys + offsets[None, :] + half[:, None], mask=may[None, :], other=0.0)  # [HALF, BLOCK]
             block2 = tl.load(keys + offsets[None, :] + HALF + half[:, None], mask=may[None, :], other=0.0)
-            scores = tl.dot(turned1, block1, input_precision=PRECISION)
-            scores = tl.dot(turned2, block2, scores, input_precision=PRECISION) * scale
+            if IN_8_BITS:
+                of_keys = tl.load(key_scale + first_slot + slots, mask=may, other=0.0)
+                scores = tl.dot(query1, block1.to(tl.float16))
+                scores = tl.dot(query2, block2.to(tl.float16), scores) * of_queries[:, None] * of_keys[None, :]
+            else:
+                scores = tl.dot(turned1, block1, input_precision=PRECISION)
+                scores = tl.dot(turned2, block2, scores, input_precision=PRECISION) * scale
             if HAS_WINDOW:
                 seen = tl.load(slot_positions + place * capacity + slots, mask=may, other=0)
                 may = may & (at - seen < window)
@@ -140,7 +192,13 @@ def attend_kernel(
             share = tl.exp(scores - higher[:, None])
             total = total * shrink + tl.sum(share, axis=1)
             block = tl.load(values + offsets[:, None] + whole[None, :], mask=(slots < last)[:, None], other=0.0)
-            mixed = tl.dot(share.to(kind), block, mixed * shrink[:, None], input_precision=PRECISION)
+            if IN_8_BITS:
+                of_values = tl.load(value_scale + first_slot + slots, mask=slots < last, other=0.0)
+                largest = tl.max(of_values, axis=0)
+                share = (share * (of_values / largest)[None, :]).to(tl.float16)
+                mixed = mixed * shrink[:, None] + tl.dot(share, block.to(tl.float16)) * largest
+            else:
+                mixed = tl.dot(share.to(kind), block, mixed * shrink[:, None], input_precision=PRECISION)
             best = higher
         to = out + place * GROUP * KV_HEADS * DIM + (head * GROUP + group)[:, None] * DIM + whole[None, :]
         tl.store(to, (mixed / total[:, None]).to(kind), mask=is_query)

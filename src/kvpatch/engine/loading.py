@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 
+from kvpatch.engine.backend import hold_cache_in
 from kvpatch.engine.model import Model
 from kvpatch.errors import ModelError
 from kvpatch.models.in_memory import held_model, refuse_as_name
@@ -30,6 +31,7 @@ def load(
     revision: str | None = None,
     progress: Progress | None = None,
     batch_invariant: bool = True,
+    cache_dtype: str | None = None,
 ) -> Model:
     """Load a model to patch, or take one that is in memory: `kv.load("smollm2-135m")`, or
     `kv.load(model=hf_model, tokenizer=tokenizer)`.
@@ -42,18 +44,13 @@ def load(
             in evaluation mode.
         tokenizer: the tokenizer of `model`.
         batch_invariant: see `Model.batch_invariant`.
+        cache_dtype: "fp8" for decoding to hold keys and values in 8 floating bits; what is prefilled, patched and
+            scored stays in the model's type. The model's own type if None.
     Raises:
         ModelError: where it can't be found, read, trusted, or patched correctly.
     """
     if model is not None:
-        if name is not None:
-            raise ModelError("a name and a model in memory are given; give one of the two")
-        if revision is not None:
-            raise ModelError("revision says which version of a hub model is read; leave it out for one in memory")
-        if device is not None or dtype is not None or device_map is not None:
-            raise ModelError(
-                "device, dtype and device_map say how a model is read; move one in memory with .to() before"
-            )
+        _refuse_for_one_in_memory(name, revision, (device, dtype, device_map))
         loaded: Any = held_model(model, tokenizer)
     else:
         if not isinstance(name, str | os.PathLike):
@@ -72,5 +69,20 @@ def load(
         )
     made = Model(loaded)
     made.batch_invariant = switch("batch_invariant", batch_invariant, error=ModelError)
+    hold_cache_in(made.backbone, cache_dtype)
     made.opinion = second_opinion(made.backbone, loaded)
     return made
+
+
+def _refuse_for_one_in_memory(name: object, revision: object, how: tuple[object, ...]) -> None:
+    """Refuse what says which model is read, or how, where there is one already.
+
+    Raises:
+        ModelError: naming it.
+    """
+    if name is not None:
+        raise ModelError("a name and a model in memory are given; give one of the two")
+    if revision is not None:
+        raise ModelError("revision says which version of a hub model is read; leave it out for one in memory")
+    if any(setting is not None for setting in how):
+        raise ModelError("device, dtype and device_map say how a model is read; move one in memory with .to() before")

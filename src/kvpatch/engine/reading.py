@@ -89,13 +89,12 @@ class Reader:
         hidden = F.embedding(token_ids, network.embedding)  # [room, width]
         if network.embedding_scale is not None:
             hidden = hidden * network.embedding_scale
-        normed = norm(hidden, network.layers[0].before_attention, network.epsilon)
+        normed = norm(hidden, network.layers[0].before_attention, network.epsilon, network.layers[0].qkv)
+        entered = [*network.entered, (network.norm, None)]  # states are given as they are
         for index, layer in enumerate(network.layers):
-            is_last = index + 1 == len(network.layers)
-            following = network.norm if is_last else network.layers[index + 1].before_attention
             for change in streams.get(index, ()):
                 hidden[:count] = change(_table(hidden[:count], pack.shape, place))[place]
-                normed = norm(hidden, layer.before_attention, network.epsilon)
+                normed = norm(hidden, layer.before_attention, network.epsilon, layer.qkv)
             qkv = self.products.linear(normed, layer.qkv, layer.qkv_bias)
             self._turn(qkv, layer, tables[layer.rope], positions)
             heads = qkv.view(room, -1, network.head_dim)[:count]
@@ -104,14 +103,15 @@ class Reader:
             if on_layer is not None:
                 _, keys, values = heads.split([network.query_heads, network.kv_heads, network.kv_heads], dim=1)
                 on_layer(index, keys, values)
-            if is_last and not wants_states:
+            if index + 1 == len(network.layers) and not wants_states:
                 return hidden[:0]
             attended = self._attend(index, layer, qkv, tiles, positions, cache)
             added = self.products.linear(attended, layer.out)
-            normed = add_norm(hidden, added, layer.after_attention, layer.before_mlp, network.epsilon)
-            inner = gated(self.products.linear(normed, layer.gate_up), network.activation)
+            normed = add_norm(hidden, added, layer.after_attention, layer.before_mlp, network.epsilon, layer.gate_up)
+            inner = gated(self.products.linear(normed, layer.gate_up), network.activation, layer.down)
             added = self.products.linear(inner, layer.down)
-            normed = add_norm(hidden, added, layer.after_mlp, following, network.epsilon)
+            weight, following = entered[index + 1]
+            normed = add_norm(hidden, added, layer.after_mlp, weight, network.epsilon, following)
         return normed[:count]
 
     def token_logprobs(self, states: Tensor, token_ids: Tensor, of: np.ndarray) -> tuple[Tensor, Tensor]:

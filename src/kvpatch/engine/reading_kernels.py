@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from kvpatch.engine.kernels import _logits_of
+from kvpatch.models.fp8_kernels import store_row
 
 KEY_BLOCK = 64
 QUERY_BLOCK = 64
@@ -26,7 +27,8 @@ def add_norm_kernel(
     added,  # [tokens, width]
     after,  # [width]
     weight,  # [width]
-    out,  # [tokens, width]
+    out,  # [tokens, width], in the type of hidden or e4m3
+    scale,  # [tokens], where `out` is e4m3
     epsilon,
     width,
     HAS_AFTER: tl.constexpr,
@@ -45,8 +47,11 @@ def add_norm_kernel(
     tl.store(hidden + row * width + at, x, mask=inside)
     x = x.to(tl.float32)
     x = x * tl.rsqrt(tl.sum(x * x, axis=0) / width + epsilon)
-    x = x * tl.load(weight + at, mask=inside, other=0.0)
-    tl.store(out + row * width + at, x.to(kind), mask=inside)
+    x = (x * tl.load(weight + at, mask=inside, other=0.0)).to(kind)
+    if out.dtype.element_ty == tl.float8e4nv:
+        store_row(x.to(tl.float32), out, scale, row, width, BLOCK)
+    else:
+        tl.store(out + row * width + at, x, mask=inside)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from torch import Tensor
 from kvpatch.engine.tried import Tried
 from kvpatch.models import fp8
 from kvpatch.models.e4m3 import NUMBERS
-from kvpatch.models.fp8 import ScaledWeight, are_activations_whole, product_by_torch, rows_of, scaled_linear
+from kvpatch.models.fp8 import Input, ScaledWeight, are_activations_whole, product_by_torch, rows_of, scaled_linear
 
 WIDE = 512
 """Rows from which on our kernel takes larger tiles; a number's sum is the same in either."""
@@ -56,12 +56,12 @@ class ScaledProducts:
     def __init__(self) -> None:
         self._tried = Tried()
 
-    def linear(self, x: Tensor, weight: ScaledWeight, bias: Tensor | None = None) -> Tensor:
-        """x @ weight.T + bias of x [rows, inner], bfloat16, and weight [outputs, inner]."""
+    def linear(self, x: Input, weight: ScaledWeight, bias: Tensor | None = None) -> Tensor:
+        """x @ weight.T + bias of x [rows, inner], bfloat16 or rounded already, and weight [outputs, inner]."""
         if are_activations_whole():
             return scaled_linear(x, weight, bias)
         numbers, scale = rows_of(x)
-        is_torch = self._is_torch_exact(len(x), weight)
+        is_torch = self._is_torch_exact(len(numbers), weight)
         out = (product_by_torch if is_torch else ordered_scaled_product)(numbers, scale, weight)
         return out if bias is None else out.add_(bias)
 

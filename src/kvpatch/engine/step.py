@@ -11,18 +11,17 @@ out with torch alone; `fused.FusedOps` does the same with Triton.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvpatch.caches.kvcache import PAD
+from kvpatch.engine.places import Places, multiplies_keys
 from kvpatch.engine.sampling import choose
 from kvpatch.models.backbone import Backbone
-from kvpatch.models.fp8 import Weight
-from kvpatch.models.hf import LayerEdit
+from kvpatch.models.fp8 import Input, Weight
 from kvpatch.models.llamalike import LayerWeights, Network
 from kvpatch.models.products import LaidOut
 
@@ -39,114 +38,33 @@ class Sampling:
     end_tokens: tuple[int, ...]
 
 
-@dataclass
-class Places:
-    """Where rows stand while they are decoded: buffers that change in place.
-
-    Slots [0, area) of a place hold its row's cache, right-aligned: the first real one is `first`. The token fed at step
-    s goes to slot area + s, so that rows that began at different times share a slab. The last slot is where places
-    without a row, and rows that have stopped, write; nothing reads it.
-    """
-
-    area: int
-    limit: int  # most tokens a row may write
-    keys: list[Tensor]  # a layer, [places, kv_heads, capacity, head_dim], after RoPE; `make_places` says how they lie
-    values: list[Tensor]
-    slot_positions: Tensor  # [places, capacity], int32; -1 where not real. Windows count in them.
-    first: Tensor  # [places], int32
-    step: Tensor  # [places], int32: tokens the row has written
-    feed: Tensor  # [places], int64: the token fed next
-    position: Tensor  # [places], int64: the position it is fed at
-    seeds: Tensor  # [places], int64
-    going: Tensor  # [places], bool
-    token_ids: Tensor  # [places, limit], int64; -1 where not written
-    logprobs: Tensor  # [places, limit], float32; NaN where not written
-    ends: Tensor  # [end tokens], int64
-    steering: dict[int, LayerEdit] = field(default_factory=dict)  # by layer; each steers [places, kv_heads, head_dim]
-    live: int = 0  # slots [0, live) hold everything real: attention need not look further
-
-    def __len__(self) -> int:
-        return self.first.shape[0]
-
-    @property
-    def capacity(self) -> int:
-        """Slots of a place."""
-        return self.area + self.limit + 1
-
-
-def make_places(
-    backbone: Backbone,
-    count: int,
-    area: int,
-    limit: int,
-    end_tokens: Sequence[int],
-    steered_layers: Sequence[int] = (),
-) -> Places:
-    """Empty places for rows whose caches have up to `area` slots and that write up to `limit` tokens.
-
-    Keys that are multiplied as matrices are held in float32, their numbers the model's own, and so that the slots of a
-    dimension are neighbours.
-    """
-    geometry, device = backbone.geometry, backbone.device
-    shape = (count, geometry.kv_heads, area + limit + 1, geometry.head_dim)
-
-    def counted(dtype: torch.dtype, value: int = 0) -> Tensor:
-        return torch.full((count,), value, dtype=dtype, device=device)
-
-    def slab(dtype: torch.dtype, shape: Sequence[int]) -> list[Tensor]:
-        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(geometry.layers)]
-
-    if multiplies_keys(backbone):
-        keys = [tensor.mT for tensor in slab(torch.float32, (*shape[:2], shape[3], shape[2]))]
-    else:
-        keys = slab(backbone.dtype, shape)
-    values = slab(backbone.dtype, shape)
-    return Places(
-        area=area,
-        limit=limit,
-        keys=keys,
-        values=values,
-        slot_positions=torch.full((count, shape[2]), PAD, dtype=torch.int32, device=device),
-        first=counted(torch.int32, area),
-        step=counted(torch.int32),
-        feed=counted(torch.int64),
-        position=counted(torch.int64),
-        seeds=counted(torch.int64),
-        going=counted(torch.bool),
-        token_ids=torch.full((count, limit), PAD, dtype=torch.int64, device=device),
-        logprobs=torch.full((count, limit), float("nan"), device=device),
-        ends=torch.tensor(list(end_tokens), dtype=torch.int64, device=device),
-        steering={layer: LayerEdit(steer=torch.zeros_like(values[0][:, :, 0])) for layer in steered_layers},
-    )
-
-
-def multiplies_keys(backbone: Backbone) -> bool:
-    """Whether `PlainOps` multiplies queries and keys as matrices, which on a CPU takes half to three quarters of the
-    time of torch's attention."""
-    return backbone.device.type == "cpu" and backbone.dtype in (torch.float32, torch.bfloat16)
-
-
 class Ops(Protocol):
-    """The parts of a step. Hidden states are [places, width]."""
+    """The parts of a step. Hidden states are [places, width].
+
+    What makes rows that a product follows is told the matrix, `following`: for one of 8 floating bits it may give them
+    rounded already.
+    """
 
     def begin(self, places: Places) -> None:
         """Prepare what the layers of one step share."""
         ...
 
-    def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+    def norm(self, hidden: Tensor, weight: Tensor, following: Weight) -> Input:
         """Root mean square norm."""
         ...
 
-    def add_norm(self, hidden: Tensor, added: Tensor, after: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self, hidden: Tensor, added: Tensor, after: Tensor | None, weight: Tensor, following: Weight
+    ) -> tuple[Tensor, Input]:
         """hidden + added, `added` first normed where there is an `after`, and the norm of the sum. `hidden` may change
         in place."""
         ...
 
-    def gated(self, gate_up: Tensor) -> Tensor:
+    def gated(self, gate_up: Tensor, following: Weight) -> Input:
         """activation(gate) * up of [places, 2 * inner]."""
         ...
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Input, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias."""
         ...
 
@@ -170,20 +88,19 @@ def feed_step(backbone: Backbone, network: Network, ops: Ops, places: Places) ->
     if network.embedding_scale is not None:
         hidden = hidden * network.embedding_scale
     ops.begin(places)
-    normed = ops.norm(hidden, network.layers[0].before_attention)
+    entered = [*network.entered, (network.norm, backbone.head.weight)]
+    normed = ops.norm(hidden, *entered[0])
     for index, layer in enumerate(network.layers):
-        is_last = index + 1 == len(network.layers)
-        following = network.norm if is_last else network.layers[index + 1].before_attention
         qkv = ops.linear(normed, layer.qkv, layer.qkv_bias)
         attended = ops.linear(ops.attend(index, layer, qkv, places), layer.out)
-        hidden, normed = ops.add_norm(hidden, attended, layer.after_attention, layer.before_mlp)
-        inner = ops.linear(ops.gated(ops.linear(normed, layer.gate_up)), layer.down)
-        hidden, normed = ops.add_norm(hidden, inner, layer.after_mlp, following)
+        hidden, normed = ops.add_norm(hidden, attended, layer.after_attention, layer.before_mlp, layer.gate_up)
+        inner = ops.linear(ops.gated(ops.linear(normed, layer.gate_up), layer.down), layer.down)
+        hidden, normed = ops.add_norm(hidden, inner, layer.after_mlp, *entered[index + 1])
     return ops.linear(normed, backbone.head.weight, backbone.head.bias)
 
 
 class PlainOps:
-    """The parts of a step in torch: for CPUs, and for a GPU without Triton."""
+    """The parts of a step in torch: for CPUs, and for a GPU without Triton. Rows are given whole."""
 
     def __init__(self, backbone: Backbone, network: Network, sampling: Sampling, positions: int) -> None:
         self.backbone, self.network, self.sampling = backbone, network, sampling
@@ -205,7 +122,8 @@ class PlainOps:
             seen = may
             if window is not None:
                 seen = may & (places.position[:, None] - places.slot_positions[:, : places.live] < window)
-            bias = torch.zeros(seen.shape, dtype=places.keys[0].dtype, device=seen.device)
+            dtype = places.keys[0].numbers.dtype if places.keys[0].scale is None else torch.float32
+            bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
             bias = bias.masked_fill_(~seen, float("-inf"))
             if self.multiplies:
                 self.masks[window] = bias.repeat_interleave(self.network.kv_heads, dim=0)[:, None]
@@ -220,12 +138,14 @@ class PlainOps:
             return slice(None), slice(None), int(self.slot[0])
         return torch.arange(len(self.slot), device=self.slot.device), slice(None), self.slot
 
-    def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+    def norm(self, hidden: Tensor, weight: Tensor, following: Weight | None = None) -> Tensor:
         x = hidden.float()
         x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.network.epsilon)
         return (x * weight).to(hidden.dtype)
 
-    def add_norm(self, hidden: Tensor, added: Tensor, after: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self, hidden: Tensor, added: Tensor, after: Tensor | None, weight: Tensor, following: Weight
+    ) -> tuple[Tensor, Tensor]:
         hidden = hidden.add_(added if after is None else self.norm(added, after))
         return hidden, self.norm(hidden, weight)
 
@@ -233,10 +153,10 @@ class PlainOps:
         """Lay these weights out for many steps, through which they must not change."""
         self.products = LaidOut(self.backbone.head.weight, weights)
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Input, weight: Weight, bias: Tensor | None = None) -> Tensor:
         return self.products.linear(x, weight, bias)
 
-    def gated(self, gate_up: Tensor) -> Tensor:
+    def gated(self, gate_up: Tensor, following: Weight) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         active = F.silu(gate) if self.network.activation == "silu" else F.gelu(gate, approximate="tanh")
         return active.mul_(up)
@@ -251,14 +171,16 @@ class PlainOps:
         q, k = _turned(qk, *self.turns[weights.rope]).split([net.query_heads, net.kv_heads], dim=1)
         if edit := places.steering.get(layer):
             v = edit.apply("value", v[:, :, None])[:, :, 0]
-        places.keys[layer][self.slots] = k.to(places.keys[layer])
-        places.values[layer][self.slots] = v
+        places.keys[layer].write(self.slots, k)
+        places.values[layer].write(self.slots, v)
         q = q.reshape(count, net.kv_heads, net.group, net.head_dim)
-        keys, values = places.keys[layer][:, :, : places.live], places.values[layer][:, :, : places.live]
+        live = (slice(None), slice(None), slice(0, places.live))
+        keys, values = places.keys[layer].read(live), places.values[layer].read(live)
         mask = self.masks[weights.window]
         if not self.multiplies:
+            q = q.to(keys.dtype)
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=net.attention_scale)
-            return out.reshape(count, -1)
+            return out.reshape(count, -1).to(qkv.dtype)
         scores = torch.baddbmm(mask, q.flatten(0, 1).to(keys), keys.mT.flatten(0, 1), alpha=net.attention_scale)
         return torch.bmm(scores.softmax(dim=-1).to(values), values.flatten(0, 1)).view(count, -1)
 

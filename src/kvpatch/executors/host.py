@@ -100,6 +100,10 @@ def model_record(model: Model) -> ModelRecord:
 
 
 def _type_of(model: Model) -> str:
-    """The type of a model's weights, and of those that are quantised how."""
-    plain, quantised = str(model.backbone.dtype).removeprefix("torch."), model.backbone.quantization
-    return f"{plain}, {quantised} weights" if quantised else plain
+    """The type of a model's weights, of those that are quantised how, and of the cache that decoding holds where it is
+    another."""
+    backbone = model.backbone
+    parts = [str(backbone.dtype).removeprefix("torch.")]
+    parts += [f"{backbone.quantization} weights"] if backbone.quantization else []
+    parts += [f"{backbone.cache_dtype} cache"] if backbone.cache_dtype else []
+    return ", ".join(parts)

@@ -15,7 +15,7 @@ from kvpatch.errors import ModelError, ProtocolError
 from kvpatch.models.changes import ModelState, dropout_in_training, is_plain_linear, without_hooks
 from kvpatch.models.entering import Change, changed_streams
 from kvpatch.models.fingerprint import identity, tensors_sha256, vocabulary_sha256
-from kvpatch.models.fp8 import FP8, has_fp8
+from kvpatch.models.fp8 import FP8, are_activations_whole, has_fp8
 from kvpatch.models.hf import AttentionObserver, Edits, Slab, Step, slab_attention
 from kvpatch.models.kept import Kept
 from kvpatch.models.kinds import decoder_of, refuse_other_states, refuse_placeless
@@ -40,6 +40,7 @@ class Backbone:
         is_dispatched: whether it is split over devices or partly offloaded; its own forward pass alone then runs it.
         quantization: how its weights are quantised ("int4", say), empty where they are not.
         batch_invariant: whether a GPU's products are to give a row the same bits whatever rows it runs with.
+        cache_dtype: "fp8" where decoding holds keys and values in 8 floating bits, empty for the model's own type.
         changed_streams: what passes over it do to the residual stream that enters some layers (`engine.residual`).
         is_left_alone: whether nobody changes the model for now, so that it need not be looked at again.
     """
@@ -49,6 +50,7 @@ class Backbone:
         self.changed_streams: dict[int, tuple[Change, ...]] = {}
         self.is_left_alone = False
         self.batch_invariant = batch_invariant
+        self.cache_dtype = ""
         self.tokenizer = tokenizer
         self.hf = hf.eval()
         self._settle()
@@ -146,6 +148,11 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         """Type of the weights, of those that are not quantised."""
         return self.head.weight.dtype
+
+    @property
+    def rounds_cache(self) -> bool:
+        """Whether decoding now holds keys and values in 8 floating bits: not within `fp8.whole_activations`."""
+        return self.cache_dtype == FP8 and not are_activations_whole()
 
     @property
     def rounding(self) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,17 @@ LARGEST = 448.0
 INVERSE = 1 / LARGEST
 SMALLEST = 1e-12
 """What a row's largest number is taken for at least, so that a row of zeros has a scale."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Rows that were made in e4m3: number [i, j] stands for numbers[i, j] * scale[i, 0].
+
+    numbers, scale: [rows, inner], and [rows, 1] in float32, as `rows_by_torch` gives them.
+    """
+
+    numbers: Tensor
+    scale: Tensor
 
 
 def rows_by_torch(x: Tensor) -> tuple[Tensor, Tensor]:

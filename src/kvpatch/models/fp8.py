@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvpatch.errors import ModelError
-from kvpatch.models.e4m3 import NUMBERS, rows_by_torch
+from kvpatch.models.e4m3 import NUMBERS, Rounded, rows_by_torch
 from kvpatch.models.kinds import decoder_of
 
 FP8 = "fp8"
@@ -64,6 +64,8 @@ class ScaledWeight:
 
 Weight = Tensor | ScaledWeight
 """A matrix that a step multiplies by."""
+Input = Tensor | Rounded
+"""Rows that a step multiplies: whole, or in e4m3 already where the kernel that made them was told of the weight."""
 
 
 class Fp8Linear(nn.Module):
@@ -92,9 +94,11 @@ def scaled(weight: Tensor) -> ScaledWeight:
     return ScaledWeight(numbers, scale[:, 0])
 
 
-def rows_of(x: Tensor) -> tuple[Tensor, Tensor]:
+def rows_of(x: Input) -> tuple[Tensor, Tensor]:
     """Rows as e4m3 numbers and the scale of each, see `e4m3.rows_by_torch`; on a GPU by one kernel where there is
-    Triton."""
+    Triton. Of rows that are rounded already what they are."""
+    if isinstance(x, Rounded):
+        return x.numbers, x.scale
     if x.device.type == "cuda" and (kernel := _kernel()) is not None:
         return kernel(x)
     return rows_by_torch(x)
@@ -116,24 +120,38 @@ def _kernel() -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
     return rows_by_triton
 
 
-def scaled_linear(
-    x: Tensor, weight: ScaledWeight, bias: Tensor | None = None, *, whole: Tensor | None = None
-) -> Tensor:
-    """x @ weight.T + bias of x [..., inner], in the type of x, which is bfloat16 on a GPU.
+def in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors [..., dim] as e4m3 numbers [..., dim], and the scale of each vector [...], as `rows_of` rounds."""
+    numbers, scale = rows_of(x.reshape(-1, x.shape[-1]))
+    return numbers.view(x.shape), scale.view(x.shape[:-1])
+
+
+def as_held(x: Tensor) -> Tensor:
+    """What vectors [..., dim] are once they were rounded to e4m3, in their own type."""
+    numbers, scale = in_8_bits(x)
+    return (numbers.float() * scale[..., None]).to(x.dtype)
+
+
+def scaled_linear(x: Input, weight: ScaledWeight, bias: Tensor | None = None, *, whole: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias of x [..., inner], in the type of x, which is bfloat16 on a GPU and of rows that are rounded.
 
     whole: on a processor, the weight's own numbers in float32 in oneDNN's layout, where somebody keeps them.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(x, Rounded):
+        rows, dtype, shape = x, torch.bfloat16, x.numbers.shape
+    else:
+        rows, dtype, shape = x.reshape(-1, x.shape[-1]), x.dtype, x.shape
     if are_activations_whole():
-        out = F.linear(rows, weight.whole(x.dtype))
-    elif x.device.type == "cuda":
+        assert isinstance(rows, Tensor)  # whoever makes rows asks `are_rounded_for` first
+        out = F.linear(rows, weight.whole(dtype))
+    elif weight.numbers.device.type == "cuda":
         out = product_by_torch(*rows_of(rows), weight)
     else:
         numbers, scale = rows_of(rows)
         sums = _float32_product(numbers.float(), weight.numbers.float() if whole is None else whole)
-        out = (sums * scale * weight.scale).to(x.dtype)
+        out = (sums * scale * weight.scale).to(dtype)
     out = out if bias is None else out + bias
-    return out.view(*x.shape[:-1], len(weight))
+    return out.view(*shape[:-1], len(weight))
 
 
 def product_by_torch(numbers: Tensor, scale: Tensor, weight: ScaledWeight) -> Tensor:
@@ -165,7 +183,8 @@ _left_whole: ContextVar[bool] = ContextVar("left_whole", default=False)
 
 @contextlib.contextmanager
 def whole_activations() -> Iterator[None]:
-    """Within the block what is multiplied stays as it is, and weights are taken for the numbers that they stand for.
+    """Within the block what is multiplied stays as it is, also the keys and values that decoding holds, and weights are
+    taken for the numbers that they stand for.
 
     Two ways to compute one thing then differ by the rounding of the model's type alone. With activations of 3 bits they
     differ far more: a number that was off by a hair falls to the other side of a step.
@@ -182,28 +201,39 @@ def are_activations_whole() -> bool:
     return _left_whole.get()
 
 
+def are_rounded_for(weight: Weight | None) -> bool:
+    """Whether rows that this weight multiplies are rounded to e4m3 first; not for none."""
+    return isinstance(weight, ScaledWeight) and not are_activations_whole()
+
+
 def has_fp8(hf: nn.Module) -> bool:
     """Whether some of a model's weights are of 8 floating bits."""
     return any(isinstance(module, Fp8Linear) for module in hf.modules())
 
 
-def refuse_unfit(device: torch.device | None) -> None:
-    """Refuse a device that has no products of such numbers, or None for several.
+def refuse_unfit(
+    device: torch.device | None,
+    what: str = "fp8 weights",
+    instead: str = "use dtype='bfloat16', or 'int8' or 'int4'",
+) -> None:
+    """Refuse a device that does not compute with such numbers, or None for several.
 
+    Args:
+        what: is asked for. instead: what would do on an older GPU.
     Raises:
-        ModelError: naming it, and what would do.
+        ModelError: naming the device, and what would do.
     """
     if device is None:
         raise ModelError("fp8 weights lie on one device; give device in place of device_map, or another dtype")
     if device.type == "cpu":
         return
     if device.type != "cuda":
-        raise ModelError(f"fp8 weights need an NVIDIA GPU of Hopper's kind or a processor, and not {device.type}")
+        raise ModelError(f"{what} need an NVIDIA GPU of Hopper's kind or a processor, and not {device.type}")
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY:
         raise ModelError(
             f"{torch.cuda.get_device_name(device)} (compute capability {found[0]}.{found[1]}) has no fp8 products, "
-            "which begin at 8.9 (Ada, Hopper); use dtype='bfloat16', or 'int8' or 'int4'"
+            f"which begin at 8.9 (Ada, Hopper); {instead}"
         )
 
 

@@ -1,4 +1,7 @@
-"""Rows as e4m3 numbers by one Triton kernel: a row's largest number, its scale, its numbers, in one pass over memory.
+"""Rows as e4m3 numbers in Triton: a row's largest number, its scale, its numbers, in one pass over memory.
+
+`store_row` is for kernels that make a row and give it on to a product: it rounds in registers what `rows_by_triton`
+would read again. The numbers are the same to the bit.
 
 This file is imported only where there is a CUDA device and Triton.
 """
@@ -12,29 +15,44 @@ from torch import Tensor
 
 from kvpatch.models.e4m3 import INVERSE, LARGEST, NUMBERS, SMALLEST
 
+_LARGEST = tl.constexpr(LARGEST)
+_INVERSE = tl.constexpr(INVERSE)
+_SMALLEST = tl.constexpr(SMALLEST)
+
 
 @triton.jit
-def _rows_kernel(
-    x,  # [rows, inner]
-    numbers,  # [rows, inner], e4m3
-    scale,  # [rows]
-    inner,
-    LARGEST: tl.constexpr,
-    INVERSE: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def scale_of(largest):
+    """A row's scale, of its largest number."""
+    return tl.maximum(largest, _SMALLEST) * _INVERSE
+
+
+@triton.jit
+def in_steps(x, scale):
+    """Numbers of one row in e4m3."""
+    # Division as IEEE 754 rounds it; Triton's own may be off by a unit in the last place.
+    x = tl.div_rn(x, tl.zeros(x.shape, tl.float32) + scale)
+    return tl.minimum(tl.maximum(x, -_LARGEST), _LARGEST).to(tl.float8e4nv)
+
+
+@triton.jit
+def store_row(x, numbers, scale, row, inner, BLOCK: tl.constexpr):
+    """Write one row, x [BLOCK] in float32 and 0 from `inner` on, as e4m3 numbers [rows, inner] and its scale [rows]."""
+    at = tl.arange(0, BLOCK)
+    factor = scale_of(tl.max(tl.abs(x), axis=0))
+    # By eights, as numbers of 16 bits are stored. Triton lays a kernel's rows out as its widest store likes them, and
+    # by sixteens they would be summed in another order than in the kernel that leaves them whole.
+    to = tl.max_contiguous(numbers + row * inner + at, 8)
+    tl.store(to, in_steps(x, factor), mask=at < inner)
+    tl.store(scale + row, factor)
+
+
+@triton.jit
+def _rows_kernel(x, numbers, scale, inner, BLOCK: tl.constexpr):
+    """x [rows, inner]."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    inside = at < inner
-    own = tl.load(x + row * inner + at, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(own), axis=0)
-    factor = tl.maximum(largest, SMALLEST) * INVERSE
-    # Division as IEEE 754 rounds it; Triton's own may be off by a unit in the last place.
-    own = tl.div_rn(own, tl.zeros([BLOCK], tl.float32) + factor)
-    own = tl.minimum(tl.maximum(own, -LARGEST), LARGEST)
-    tl.store(numbers + row * inner + at, own.to(tl.float8e4nv), mask=inside)
-    tl.store(scale + row, factor)
+    own = tl.load(x + row * inner + at, mask=at < inner, other=0.0).to(tl.float32)
+    store_row(own, numbers, scale, row, inner, BLOCK)
 
 
 def rows_by_triton(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,16 +62,11 @@ def rows_by_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     numbers = torch.empty(rows, inner, dtype=NUMBERS, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     if rows:
-        block = triton.next_power_of_2(inner)
-        _rows_kernel[(rows,)](
-            x,
-            numbers,
-            scale,
-            inner,
-            LARGEST=LARGEST,
-            INVERSE=INVERSE,
-            SMALLEST=SMALLEST,
-            BLOCK=block,
-            num_warps=min(16, max(1, block // 512)),
-        )
+        _rows_kernel[(rows,)](x, numbers, scale, inner, **row_of(inner))
     return numbers, scale
+
+
+def row_of(inner: int) -> dict[str, int]:
+    """How a kernel takes a row of so many numbers."""
+    block = triton.next_power_of_2(inner)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}

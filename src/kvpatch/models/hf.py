@@ -108,6 +108,7 @@ class _Extent:
     capacity: int
     start: int = 0
     length: int = 0
+    rounds: Callable[[Tensor], Tensor] | None = None  # what keys and values are written as
 
 
 class SlabLayer(CacheLayerMixin):
@@ -134,6 +135,8 @@ class SlabLayer(CacheLayerMixin):
         start, end = self.extent.start, self.extent.length
         if edit := _running.step.edits.get(self.layer):
             key_states, value_states = edit.apply("key", key_states), edit.apply("value", value_states)
+        if (rounds := self.extent.rounds) is not None:
+            key_states, value_states = rounds(key_states), rounds(value_states)
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         return self.keys[:, :, :end], self.values[:, :, :end]

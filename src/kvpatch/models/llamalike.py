@@ -80,6 +80,11 @@ class Network:
         """Query heads that share a KV head."""
         return self.query_heads // self.kv_heads
 
+    @property
+    def entered(self) -> list[tuple[Tensor, Weight]]:
+        """For every layer the norm that its input passes, and the matrix that multiplies it next."""
+        return [(layer.before_attention, layer.qkv) for layer in self.layers]
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over what was changed in the small weights that are held twice: norms and biases."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from kvpatch.models.fp8 import ScaledWeight, Weight, scaled_linear
+from kvpatch.models.fp8 import Input, ScaledWeight, Weight, scaled_linear
 
 PACKED_SHARE = 0.25
 """Weights are laid out anew where they take no more than this share of the free memory."""
@@ -59,10 +59,12 @@ class LaidOut:
         self._is_own = weight.device.type == "cpu" and weight.dtype in _types_of_onednn()
         self._packed = _laid_out(list(reused)) if self._is_own else {}
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        """x @ weight.T + bias of x [..., inner] and weight [outputs, inner]."""
+    def linear(self, x: Input, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x @ weight.T + bias of x [..., inner], rounded already at most for a `ScaledWeight`, and weight [outputs,
+        inner]."""
         if isinstance(weight, ScaledWeight):
             return scaled_linear(x, weight, bias, whole=self._packed.get(_place(weight.numbers)))
+        assert isinstance(x, Tensor)
         if not self._is_own or not x.numel():
             return F.linear(x, weight, bias)
         packed = self._packed.get(_place(weight))

@@ -21,6 +21,7 @@ from kvpatch.engine import backend as fast_room
 from kvpatch.engine import batching as places_room
 from kvpatch.engine.batching import Request
 from kvpatch.engine.model import Model
+from kvpatch.engine.places import make_places
 from kvpatch.engine.prefill import prefill
 from kvpatch.engine.score import score
 from kvpatch.engine.step import Sampling
@@ -111,6 +112,46 @@ def _microseconds(work: Callable[[], Any], times: int = 20) -> float:
     return 1e6 * statistics.median(timed(lambda: [work() for _ in range(5)]) / 5 for _ in range(times))
 
 
+def attention(ways: dict[str, Model], batch: int, prompt: int, step: int) -> None:
+    """Microseconds of one layer's attention by what slots hold; of 8 bits for several ways to walk them."""
+    from kvpatch.engine import fused
+
+    kept = fused.SLOTS_IN_8_BITS
+    tried: list[dict[str, int]] = [
+        {"BLOCK": block, "num_warps": warps, "num_stages": stages} | ({"maxnreg": most} if most else {})
+        for block, warps, stages, most in (
+            (64, 4, 2, 0),
+            (64, 4, 2, 96),
+            (32, 2, 3, 0),
+            (32, 4, 3, 80),
+            (32, 1, 3, 0),
+        )
+    ]
+    for name, settings in ((WAYS[0], [kept]), (WAYS[2], [kept, *tried])):
+        backbone = ways[name].backbone
+        fast = fast_room.fast_of(backbone)
+        if fast.ops != "fused" or fast.network is None:
+            continue
+        places = make_places(backbone, batch, prompt, step + 1, [])
+        places.first.zero_()
+        places.step.fill_(step)
+        places.position.fill_(prompt + step)
+        places.going.fill_(True)
+        places.keys[0].write((), torch.randn_like(places.keys[0].numbers, dtype=torch.bfloat16))
+        places.values[0].write((), torch.randn_like(places.values[0].numbers, dtype=torch.bfloat16))
+        ops = fast.make_ops(backbone, Sampling(0.0, 1.0, ()), prompt + step + 1)
+        weights = fast.network.layers[0]
+        qkv = torch.randn(batch, weights.qkv.shape[0], device=backbone.device).bfloat16()
+        for fused.SLOTS_IN_8_BITS in settings:
+            took = _microseconds(lambda o=ops, w=weights, q=qkv, p=places: o.attend(0, w, q, p))
+            how = "" if name == WAYS[0] else f" {fused.SLOTS_IN_8_BITS}"
+            print(
+                f"attention of a layer, {batch} rows of {prompt + step} slots, {name}{how}: {took:.0f} us", flush=True
+            )
+        del places
+    fused.SLOTS_IN_8_BITS = kept
+
+
 def decoding(model: Model, cache: KVCache, batch: int, new: int) -> float:
     """Tokens a second of so many rows, made of those of a cache; NaN where memory runs out. The graph is captured
     before."""
@@ -174,6 +215,7 @@ def compare(model: Model, batches: Sequence[int], prompt: int, new: int, seconds
     caches[WAYS[2]] = caches[WAYS[1]]  # of one set of weights
     if model.backbone.device.type == "cuda":
         tell_what_fits(ways, prompt, new)
+        attention(ways, min(1024, max(batches)), prompt, new // 2)
     rates: dict[int, dict[str, float]] = {}
     for batch in batches:
         if is_late(f"batch {batch}"):

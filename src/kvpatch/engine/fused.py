@@ -28,6 +28,12 @@ from kvpatch.models.fp8 import Input, Weight, are_rounded_for
 from kvpatch.models.fp8_kernels import row_of
 from kvpatch.models.llamalike import LayerWeights, Network
 
+WHOLE_SLOTS = {"BLOCK": SLOT_BLOCK, "num_warps": 4, "num_stages": 2}
+"""How attention walks the slots of a row."""
+SLOTS_IN_8_BITS = {"BLOCK": SLOT_BLOCK, "num_warps": 2, "num_stages": 2}
+"""The same where slots hold 8 bits: turning those into float16 takes instructions, of which fewer warps run fewer, and
+registers, which larger heads have none left of."""
+
 
 def what_is_unfit(network: Network) -> str | None:
     """Why these kernels can't run a network, or None."""
@@ -159,13 +165,11 @@ class FusedOps:
             GROUP=net.group,
             GROUP_BLOCK=16,
             HALF=net.head_dim // 2,
-            BLOCK=SLOT_BLOCK,
             HAS_NORM=has_norm,
             HAS_WINDOW=weights.window is not None,
             HAS_STEERING=steering is not None,
             PRECISION=self.precision,
-            num_warps=4,
-            num_stages=2,
+            **(WHOLE_SLOTS if keys.scale is None or net.head_dim > 128 else SLOTS_IN_8_BITS),
         )
         return out
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvpatch.models.fp8_kernels import in_steps, scale_of, store_row
+from kvpatch.models.fp8_kernels import power_of, store_row
 
 SLOT_BLOCK = 64
 VOCABULARY_BLOCK = 2048
@@ -146,9 +146,10 @@ def attend_kernel(
     slot = base + last * DIM
     if IN_8_BITS:
         new1, new2, v = new1.to(tl.float32), new2.to(tl.float32), v.to(tl.float32)
-        k_scale = scale_of(tl.maximum(tl.max(tl.abs(new1), axis=0), tl.max(tl.abs(new2), axis=0)))
-        v_scale = scale_of(tl.max(tl.abs(v), axis=0))
-        new1, new2, v = in_steps(new1, k_scale), in_steps(new2, k_scale), in_steps(v, v_scale)
+        k_scale, k_inverse = power_of(tl.maximum(tl.max(tl.abs(new1), axis=0), tl.max(tl.abs(new2), axis=0)))
+        v_scale, v_inverse = power_of(tl.max(tl.abs(v), axis=0))
+        new1, new2 = (new1 * k_inverse).to(tl.float8e4nv), (new2 * k_inverse).to(tl.float8e4nv)
+        v = (v * v_inverse).to(tl.float8e4nv)
         tl.store(key_scale + first_slot + last, k_scale)
         tl.store(value_scale + first_slot + last, v_scale)
     tl.store(keys + slot + half, new1)
@@ -196,7 +197,7 @@ def attend_kernel(
                 of_values = tl.load(value_scale + first_slot + slots, mask=slots < last, other=0.0)
                 largest = tl.max(of_values, axis=0)
                 share = (share * (of_values / largest)[None, :]).to(tl.float16)
-                mixed = mixed * shrink[:, None] + tl.dot(share, block.to(tl.float16)) * largest
+                mixed = mixed * shrink[:, None] + tl.dot(share, _settled(block.to(tl.float16))) * largest
             else:
                 mixed = tl.dot(share.to(kind), block, mixed * shrink[:, None], input_precision=PRECISION)
             best = higher
@@ -205,6 +206,13 @@ def attend_kernel(
     else:
         to = out + place * GROUP * KV_HEADS * DIM + (head * GROUP + group)[:, None] * DIM + whole[None, :]
         tl.store(to, tl.zeros([GROUP_BLOCK, DIM], kind), mask=is_query)
+
+
+@triton.jit
+def _settled(x):
+    """x, float16, which Triton then turns into a product's operand as it is. It would turn numbers of 8 bits first, one
+    byte after the other, which takes a quarter more instructions in all."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float16, is_pure=False, pack=2)
 
 
 @triton.jit

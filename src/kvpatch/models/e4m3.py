@@ -31,3 +31,14 @@ def rows_by_torch(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     scale = x.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST) * INVERSE
     return (x / scale).clamp(-LARGEST, LARGEST).to(NUMBERS), scale
+
+
+def vectors_by_torch(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors [..., dim] as e4m3 numbers [..., dim] and scales [...], float32: of each vector the least power of two by
+    which none of its numbers is too large. So a number times its scale has four digits, which bfloat16 holds."""
+    x = x.float()
+    bits = x.abs().amax(dim=-1).clamp(min=SMALLEST).view(torch.int32)
+    # The exponent, one more where what follows it is past that of 448 = 1.75 * 2^8, less 8.
+    scale = ((bits + 0x1FFFFF) & 0x7F800000) - (8 << 23)
+    inverse = (0x7F000000 - scale).view(torch.float32)
+    return (x * inverse[..., None]).to(NUMBERS), scale.view(torch.float32)

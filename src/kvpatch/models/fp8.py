@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvpatch.errors import ModelError
-from kvpatch.models.e4m3 import NUMBERS, Rounded, rows_by_torch
+from kvpatch.models.e4m3 import NUMBERS, Rounded, rows_by_torch, vectors_by_torch
 from kvpatch.models.kinds import decoder_of
 
 FP8 = "fp8"
@@ -121,13 +121,17 @@ def _kernel() -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
 
 
 def in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors [..., dim] as e4m3 numbers [..., dim], and the scale of each vector [...], as `rows_of` rounds."""
-    numbers, scale = rows_of(x.reshape(-1, x.shape[-1]))
-    return numbers.view(x.shape), scale.view(x.shape[:-1])
+    """Vectors [..., dim] as e4m3 numbers [..., dim], and the scale of each, see `e4m3.vectors_by_torch`; on a GPU by
+    one kernel where there is Triton."""
+    if x.device.type == "cuda" and _kernel() is not None:
+        from kvpatch.models.fp8_kernels import vectors_by_triton
+
+        return vectors_by_triton(x)
+    return vectors_by_torch(x)
 
 
 def as_held(x: Tensor) -> Tensor:
-    """What vectors [..., dim] are once they were rounded to e4m3, in their own type."""
+    """What vectors [..., dim] are once they were rounded by `in_8_bits`, in their own type, which holds it."""
     numbers, scale = in_8_bits(x)
     return (numbers.float() * scale[..., None]).to(x.dtype)
 

@@ -19,7 +19,7 @@ def seen(labels: torch.Tensor, calls: list[int]) -> tuple[int, ...]:
         calls.append(1)
         return tuple(rows)
 
-    return on_host.once(labels, read)
+    return on_host.once(labels, "plain", read)
 
 
 def test_labels_are_read_once():
@@ -45,6 +45,16 @@ def test_what_was_told_of_labels_that_changed_since_is_not_passed_on():
     part = labels[:1].clone()
     on_host.pass_on(labels, part, slice(0, 1))
     assert seen(part, calls) == (7,)
+
+
+def test_one_tensor_may_be_read_for_several_things():
+    labels = torch.tensor([[-1, 4], [5, 6]])
+    lengths = on_host.once(labels, "lengths", lambda rows: tuple(sum(at >= 0 for at in row) for row in rows))
+    assert lengths == (1, 2) and seen(labels, []) == ([-1, 4], [5, 6])
+    part = labels[1:]
+    on_host.pass_on(labels, part, slice(1, 2))
+    assert seen(part, []) == ([5, 6],)
+    assert on_host.once(part, "lengths", lambda rows: ()) == (2,)
 
 
 def test_labels_made_in_inference_mode_are_read():

@@ -135,7 +135,7 @@ class KVCache:
         positions = self.positions[at, cut:]
         labels = {name: getattr(self, name)[at, cut:] for name in ("token_ids", "segments", "origins")}
         labels |= {name: getattr(self, name)[at] for name in ("pending", "pending_position")}
-        on_host.told(positions, lengths)
+        on_host.told(positions, on_host.LENGTHS, lengths)
         for name, part in labels.items():
             on_host.pass_on(getattr(self, name), part, index)
         return replace(
@@ -166,27 +166,29 @@ class KVCache:
     @property
     def row_lengths(self) -> tuple[int, ...]:
         """Slots of each row that are not padding, as numbers."""
-        return on_host.once(self.positions, lambda rows: tuple(sum(at != PAD for at in row) for row in rows))
+        return on_host.once(
+            self.positions, on_host.LENGTHS, lambda rows: tuple(sum(at != PAD for at in row) for row in rows)
+        )
 
     @property
     def row_pending(self) -> tuple[int, ...]:
         """The pending token of each row, as numbers."""
-        return on_host.once(self.pending, tuple)
+        return on_host.once(self.pending, on_host.PLAIN, tuple)
 
     @property
     def row_pending_position(self) -> tuple[int, ...]:
         """The position that each row's pending token is fed at, as numbers."""
-        return on_host.once(self.pending_position, tuple)
+        return on_host.once(self.pending_position, on_host.PLAIN, tuple)
 
     @property
     def row_segments(self) -> tuple[tuple[int, ...], ...]:
         """Segment of each row's own slots (padding left out), as numbers."""
-        return on_host.once(self.segments, _without_padding)
+        return on_host.once(self.segments, on_host.OWN, _without_padding)
 
     @property
     def row_tokens(self) -> tuple[tuple[int, ...], ...]:
         """Token of each row's own slots (padding left out), as numbers."""
-        return on_host.once(self.token_ids, _without_padding)
+        return on_host.once(self.token_ids, on_host.OWN, _without_padding)
 
     @property
     def batch(self) -> int:

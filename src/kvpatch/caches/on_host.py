@@ -13,30 +13,39 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 T = TypeVar("T")
+LENGTHS, OWN, PLAIN = "lengths", "own", "plain"
+"""What is read: how many slots of a row are real, the labels of those, or the labels as they are."""
 _READ: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Of labels that were read: how often they had been changed in place by then, and what was read."""
+"""Of labels that were read: how often they had been changed in place by then, and what was read, by what it is."""
 
 
-def once(labels: Tensor, read: Callable[[list[Any]], T]) -> T:
-    """What is read off labels, again only where they were changed in place since."""
-    known = _READ.get(labels)
-    if known is None or known[0] != _changes(labels):
-        known = _READ[labels] = _changes(labels), read(labels.tolist())
-    return known[1]
+def once(labels: Tensor, what: str, read: Callable[[list[Any]], tuple[T, ...]]) -> tuple[T, ...]:
+    """What is read off labels, one entry a row; read again only where they were changed in place since.
+
+    Args:
+        what: its name, since the same labels may be read for several things.
+    """
+    known = _known(labels)
+    if what not in known:
+        known[what] = read(labels.tolist())
+    return known[what]
 
 
-def told(labels: Tensor, known: tuple[Any, ...]) -> None:
-    """Note what reading labels would give."""
-    _READ[labels] = _changes(labels), known
+def told(labels: Tensor, what: str, entries: tuple[Any, ...]) -> None:
+    """Note what reading labels would give, one entry a row."""
+    _known(labels)[what] = entries
 
 
 def pass_on(whole: Tensor, part: Tensor, rows: Sequence[int] | slice) -> None:
-    """Note of labels that are some rows of others what was read off those, if it was."""
-    known = _READ.get(whole)
-    if known is not None and known[0] == _changes(whole):
-        told(part, known[1][rows] if isinstance(rows, slice) else tuple(known[1][row] for row in rows))
+    """Note of labels that are some rows of others what was read off those."""
+    for what, entries in _known(whole).items():
+        told(part, what, entries[rows] if isinstance(rows, slice) else tuple(entries[row] for row in rows))
 
 
-def _changes(labels: Tensor) -> int:
-    """How often a tensor was changed in place; torch does not count it for what is made in inference mode."""
-    return 0 if labels.is_inference() else labels._version
+def _known(labels: Tensor) -> dict[str, tuple[Any, ...]]:
+    """What was read off labels since they were last changed in place, which torch does not count in inference mode."""
+    changes = 0 if labels.is_inference() else labels._version
+    seen = _READ.get(labels)
+    if seen is None or seen[0] != changes:
+        seen = _READ[labels] = changes, {}
+    return seen[1]

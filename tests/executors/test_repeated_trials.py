@@ -14,6 +14,7 @@ from kvpatch.executors import together
 from kvpatch.executors.batch import measure
 from kvpatch.executors.local import LocalExecutor
 from kvpatch.executors.noise import is_worth_repeating, repeated_trials
+from kvpatch.planning import plan as planner
 from kvpatch.store.directory import Store
 
 pytestmark = pytest.mark.model
@@ -79,3 +80,32 @@ def test_only_what_may_depend_on_its_company_is_repeated_and_once(
     found = noise_of(half, "half")
     assert found[None]["repeated"] > 0 and len(calls) == 1
     assert noise_of(half, "again", found) == found and len(calls) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_a_run_that_was_ended_while_its_noise_was_measured_measures_it_when_it_is_resumed(
+    small_plan: Any, tmp_path: Any, tiny_dirs: Any, monkeypatch: pytest.MonkeyPatch, rows: int
+):
+    monkeypatch.setattr(planner, "ROWS_PER_BATCH", 3)
+    plan = small_plan(n=2)
+    assert len([batch for batch in plan.batches if batch.split == "test"]) > 1
+    half = kv.load(tiny_dirs("llama"), device="cpu", dtype="bfloat16")
+    store = Store(tmp_path / "run")
+
+    def run() -> Any:
+        executor = LocalExecutor({None: half}, {None: rows})
+        with store.locked():
+            executor.run(plan, store, on_tokens=lambda rows: None, on_batch=lambda batch, tokens: None)
+        return executor.noise
+
+    def ended(*given: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(together, "repeated_trials", ended)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    tests = {batch.batch_id for batch in plan.batches if batch.split == "test"}
+    assert len(store.done() & tests) == (1 if rows == 1 else 0)
+    assert run()[None]["repeated"] > 0
+    assert store.done() >= tests

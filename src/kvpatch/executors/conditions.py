@@ -21,7 +21,7 @@ from kvpatch.protocols.conditions import Condition
 from kvpatch.readouts.geometry import layer_at
 
 MOST_KEPT = 1 << 30
-"""Bytes of copied natural caches that a batch keeps."""
+"""Bytes of copied natural caches that are kept while the trials of a batch are built."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Natural:
     kept: dict[tuple[int, ...], KVCache] = field(default_factory=dict)
 
     def rows(self, pairs: Sequence[int], role: str) -> KVCache:
-        """The caches of one role for some pairs; small ones are kept, since most conditions start from the same."""
+        """The caches of one role for some pairs. Small ones are kept while trials are built: most conditions start from
+        the same."""
         rows = tuple(self.row[pair, role] for pair in pairs)
         if rows in self.kept:
             return self.kept[rows]
@@ -127,6 +128,7 @@ def build_all(model: Model, batch: Batch, natural: Natural) -> Built:
         for layer, step in part.steps.items():
             whole = steps.setdefault(layer, step.new_zeros(count, *step.shape[1:]))
             whole[places] = step
+    natural.kept.clear()
     cache = parts[0] if len(parts) == 1 else KVCache.concat(parts)
     if order != list(range(count)):
         cache = cache[sorted(range(count), key=order.__getitem__)]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
@@ -102,6 +102,12 @@ class LocalExecutor:
         done = store.done()
         limits: dict[str, CoherenceLimits] = {}
         repeats = Repeats(plan, store)
+
+        def left_of(batches: Iterable[Batch]) -> Counter[str | None]:
+            """How many batches that a noise floor can be measured on are not stored, by their model's key."""
+            return Counter(b.model for b in batches if b.split == "test" and b.batch_id not in done)
+
+        left = left_of(plan.batches)
         with (
             one_host_thread(model.backbone.device for model in self.models.values()),
             _Writer(store, repeats, self.rules, on_batch, RowMakers(self.made_in)) as writer,
@@ -122,9 +128,12 @@ class LocalExecutor:
                 if is_left:
                     writer.makers.start()
                     measured = self._measured(own, on_tokens)
+                    left -= left_of(group)
+                    if not left[group[0].model]:  # a run that ends once these are stored could not measure it any more
+                        self._measure_noise(own, measured)
                 writer.write(list(zip(group, measured, strict=True)), done, limits.get(calibration))
                 if is_left:
-                    self._measure_noise(own, measured)
+                    self._measure_noise(own, measured)  # while rows are made
                 writer.settle_all_but(len(group), MOST_OUTSTANDING)
             writer.settle(0)
         return limits
@@ -140,7 +149,7 @@ class LocalExecutor:
         return measure_together(self.models[key], own, on_tokens=on_tokens, places=self.rows.get(key))
 
     def _measure_noise(self, own: Sequence[Batch], measured: Sequence[Sequence[Measured]]) -> None:
-        """How noisy the trials of each model's first group are; their rows are made meanwhile."""
+        """How noisy the trials of each model's first group are."""
         key = own[0].model
         if own[0].split == "test" and key not in self.noise:
             found = noise_of(self.models[key], own, measured, self.rules.get(key), self.rows.get(key))
@@ -170,7 +179,8 @@ class _Writer:
     def __enter__(self) -> _Writer:
         self._switched_after, self._collected_after = sys.getswitchinterval(), gc.get_threshold()
         sys.setswitchinterval(SWITCH_AFTER)
-        gc.set_threshold(max(COLLECTED_AFTER, self._collected_after[0]), *self._collected_after[1:])
+        if self._collected_after[0]:  # 0 is for never
+            gc.set_threshold(max(COLLECTED_AFTER, self._collected_after[0]), *self._collected_after[1:])
         return self
 
     def __exit__(self, *error: object) -> None:

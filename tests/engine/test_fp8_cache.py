@@ -13,6 +13,7 @@ import kvpatch as kv
 from kvpatch.checks import identities
 from kvpatch.checks.identities import check
 from kvpatch.engine import backend
+from kvpatch.engine import places as places_room
 from kvpatch.engine.backend import CACHE_NOISE, Fast, fast_of
 from kvpatch.engine.batching import bytes_per_place
 from kvpatch.engine.decode import decode
@@ -91,6 +92,15 @@ def test_a_slot_is_rounded_by_its_own_numbers_alone() -> None:
     assert slots.nbytes == 3 * 2 * 7 * (16 + 4)
 
 
+@pytest.fixture(params=["in bytes, as on a GPU", "in bfloat16"])
+def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How rounded slots are held."""
+    if "bytes" in request.param:
+        monkeypatch.setattr(places_room, "holds_bytes", lambda backbone: backbone.rounds_cache)
+    return request.param
+
+
+@pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
 def test_attention_is_that_over_the_numbers_that_are_held(tmp_path: Path, architecture: str) -> None:
     model = loaded(tmp_path, architecture)
@@ -130,6 +140,22 @@ def turned_queries(ops: PlainOps, weights: LayerWeights, qkv: torch.Tensor) -> t
     return torch.cat([turned.real, turned.imag], dim=-1).bfloat16()
 
 
+def test_both_ways_to_hold_them_hold_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(tmp_path)
+    cache = prefill(model.backbone, random_prompts([9, 3, 14]))
+    places = [filled(model, cache)]
+    monkeypatch.setattr(places_room, "holds_bytes", lambda backbone: backbone.rounds_cache)
+    places.append(filled(model, cache))
+    at = (*ALL, slice(0, cache.slots))
+    for layer in range(model.geometry.layers):
+        for part in ("keys", "values"):
+            one, two = (getattr(of, part)[layer] for of in places)
+            assert one.scale is None and two.scale is not None
+            assert torch.equal(one.read(at).float(), two.read(at))
+            assert one.read(at).float().ne(getattr(cache, part)[layer].float()).any()
+
+
+@pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("dtype", ["bfloat16", "fp8"])
 def test_decoding_goes_on_from_rounded_numbers_and_all_else_stays_whole(tmp_path: Path, dtype: str) -> None:
     whole, model = (loaded(tmp_path, dtype=dtype, cache=cache) for cache in (None, "fp8"))
@@ -182,7 +208,8 @@ def test_a_row_does_not_depend_on_its_mates_numbers(tmp_path: Path) -> None:
     assert torch.equal(found.token_ids, again.token_ids.flip(0))
 
 
-def test_places_take_the_memory_that_is_planned_for(tmp_path: Path) -> None:
+def test_places_take_the_memory_that_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places_room, "holds_bytes", lambda backbone: backbone.rounds_cache)
     whole, model = (loaded(tmp_path, cache=cache) for cache in (None, "fp8"))
     assert bytes_per_slot(model.backbone) < bytes_per_slot(whole.backbone)
     places = make_places(model.backbone, 3, 8, 4, [])
@@ -191,15 +218,18 @@ def test_places_take_the_memory_that_is_planned_for(tmp_path: Path) -> None:
     assert planned[0] - planned[1] == 37 * (bytes_per_slot(whole.backbone) - bytes_per_slot(model.backbone))
 
 
+@pytest.mark.usefixtures("held")
 def test_within_whole_activations_nothing_is_rounded(tmp_path: Path) -> None:
     model = loaded(tmp_path)
     assert model.backbone.rounds_cache
     with whole_activations():
         assert not model.backbone.rounds_cache
-        assert make_places(model.backbone, 1, 4, 1, []).values[0].scale is None
+        slots = make_places(model.backbone, 1, 4, 1, []).values[0]
+        assert slots.scale is None and not slots.is_rounded
 
 
-def test_attention_that_drops_the_scales_is_not_taken(tmp_path: Path) -> None:
+def test_attention_that_drops_the_scales_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places_room, "holds_bytes", lambda backbone: backbone.rounds_cache)
     model = loaded(tmp_path)
     network = fast_of(model.backbone).network
 

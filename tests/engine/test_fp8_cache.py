@@ -16,7 +16,7 @@ from kvpatch.engine import backend
 from kvpatch.engine import places as places_room
 from kvpatch.engine.backend import CACHE_NOISE, Fast, fast_of
 from kvpatch.engine.batching import bytes_per_place
-from kvpatch.engine.decode import decode
+from kvpatch.engine.decode import decode, round_held, slab_of
 from kvpatch.engine.places import Places, Slots, bytes_per_slot, make_places
 from kvpatch.engine.prefill import prefill
 from kvpatch.engine.score import score
@@ -186,6 +186,32 @@ def test_the_model_s_own_pass_which_shows_logits_holds_the_same_numbers(tmp_path
     shown = decode(model.backbone, cache, on_logits=lambda step: None, **settings).logprobs
     unrounded = decode(whole.backbone, cache, on_logits=lambda step: None, **settings).logprobs
     assert float((found - shown).abs().max()) < 0.5 * float((found - unrounded).abs().max())
+
+
+def test_a_slab_of_the_model_s_own_pass_is_rounded_as_it_is_and_as_it_grows(tmp_path: Path) -> None:
+    model = loaded(tmp_path)
+    cache = prefill(model.backbone, random_prompts([3, 9]))
+    slab = slab_of(model.backbone, cache, 2)
+    round_held(model.backbone, slab)
+    model.backbone.forward(cache.pending[:, None], cache.pending_position[:, None], slab)
+    for layer in slab.slab_layers:
+        for held, whole in ((layer.keys, cache.keys), (layer.values, cache.values)):
+            assert torch.equal(held, fp8.as_held(held))
+            assert held[:, :, cache.slots].any() and not held[:, :, cache.slots + 1].any()
+            assert torch.equal(held[:, :, : cache.slots], fp8.as_held(whole[layer.layer]))
+    with whole_activations():
+        still = slab_of(model.backbone, cache, 2)
+        round_held(model.backbone, still)
+    assert torch.equal(still.slab_layers[0].keys[:, :, : cache.slots], cache.keys[0])
+
+
+def test_check_looks_through_a_rounded_cache(tmp_path: Path) -> None:
+    model = loaded(tmp_path)
+    cache = prefill(model.backbone, random_prompts([3, 9]))
+    rounded = identities.next_logits(model, cache)
+    with whole_activations():
+        whole = identities.next_logits(model, cache)
+    assert 0 < float((rounded - whole).abs().max() / whole.abs().max()) < 0.5
 
 
 def test_steering_is_rounded_with_the_value_that_it_steers(tmp_path: Path) -> None:

@@ -74,15 +74,15 @@ def in_fp8(model: Model) -> dict[str, Model]:
 
 
 def single_products(model: Model, made: Model, batches: Sequence[int]) -> None:
-    """Microseconds of one layer's four products by batch: bfloat16, torch's fp8 with and without its short sums, our
+    """Microseconds of one layer's four products by batch: bfloat16, torch's fp8 with short sums and long ones, our
     own fp8 kernel, and what making the rows' numbers takes."""
     from kvpatch.engine.scaled_products import is_order_known, ordered_scaled_product, torch_order
 
-    for is_fast in (False, True):
+    chosen = fp8.FAST_ACCUM
+    for is_fast in (not chosen, chosen):
         fp8.FAST_ACCUM = is_fast
         known = "" if is_order_known() else " (the likeliest: torch goes none that our kernel knows)"
         print(f"fast accumulation {is_fast}: torch's order is {torch_order()}{known}")
-    fp8.FAST_ACCUM = False
     plain, networks = model.backbone, [fast_room.fast_of(m.backbone).network for m in (model, made)]
     assert networks[0] is not None and networks[1] is not None
     for batch in batches:
@@ -97,9 +97,10 @@ def single_products(model: Model, made: Model, batches: Sequence[int]) -> None:
                 "ours": lambda n=numbers, s=scale, w=weight: ordered_scaled_product(n, s, w),
             }
             found = {way: _microseconds(work) for way, work in ways.items()}
-            fp8.FAST_ACCUM = True
-            found |= {f"{way}, fast": _microseconds(ways[way]) for way in ("torch", "ours")}
-            fp8.FAST_ACCUM = False
+            fp8.FAST_ACCUM = not chosen
+            other = "long sums" if chosen else "fast"
+            found |= {f"{way}, {other}": _microseconds(ways[way]) for way in ("torch", "ours")}
+            fp8.FAST_ACCUM = chosen
             print(
                 f"batch {batch}, {name} {list(whole.shape)}: " + ", ".join(f"{w} {t:.0f} us" for w, t in found.items())
             )
@@ -239,14 +240,15 @@ def compare(model: Model, batches: Sequence[int], prompt: int, new: int, seconds
         for name in read[0]:
             one, two = (of[name] for of in read)
             print(f"{name}: bfloat16 {one:,.0f} tokens/s, fp8 {two:,.0f}, ratio {two / one:.2f}", flush=True)
-    if not is_late("fast accumulation"):
-        batch = max(rates, key=lambda batch: rates[batch][WAYS[1]])
-        fp8.FAST_ACCUM = True
+    if not is_late("the other way to sum"):
+        batch, chosen = max(rates, key=lambda batch: rates[batch][WAYS[1]]), fp8.FAST_ACCUM
+        fp8.FAST_ACCUM = not chosen
         try:
-            fast = decoding(ways[WAYS[1]], caches[WAYS[1]], batch, new)
+            other = decoding(ways[WAYS[1]], caches[WAYS[1]], batch, new)
         finally:
-            fp8.FAST_ACCUM = False
-        print(f"fp8 with fast accumulation, {batch} rows: {fast:,.0f} tokens/s, ratio {fast / best[WAYS[0]]:.2f}")
+            fp8.FAST_ACCUM = chosen
+        ratio = other / best[WAYS[0]]
+        print(f"fp8, fast accumulation {not chosen}, {batch} rows: {other:,.0f} tokens/s, ratio {ratio:.2f}")
 
 
 def _tell_shapes(made: Model) -> None:

@@ -22,7 +22,7 @@ import torch
 from kvpatch.errors import KvpatchError, ProtocolError
 from kvpatch.executors import row_process
 from kvpatch.executors.local import LocalExecutor
-from kvpatch.executors.row_process import Asked, Made, RowMaker, RowsIn, rows_in
+from kvpatch.executors.row_process import Asked, Made, RowMaker, RowMakers, RowsIn, rows_in
 from kvpatch.planning import plan as planner
 from kvpatch.planning.plan import Plan
 from kvpatch.readouts.fluency import CoherenceLimits
@@ -116,11 +116,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def run(model, plan: Plan, folder: Path, made_in: RowsIn, on_batch=lambda batch, tokens: None) -> dict[str, bytes]:
+def run(
+    model, plan: Plan, folder: Path, made_in: RowsIn, on_batch=lambda batch, tokens: None, *, rows: int | None = None
+) -> dict[str, bytes]:
     """What a run leaves, byte for byte."""
     store = Store(folder / "run")
+    executor = LocalExecutor({None: model}, {None: rows}, made_in=made_in)
     with store.locked():
-        LocalExecutor({None: model}, made_in=made_in).run(plan, store, on_tokens=lambda rows: None, on_batch=on_batch)
+        executor.run(plan, store, on_tokens=lambda rows: None, on_batch=on_batch)
     return files_of(folder)
 
 
@@ -158,6 +161,48 @@ def test_files_of_a_run_are_the_same_to_the_byte_wherever_rows_are_made(
     assert any("attention" in name for name in in_thread)
     assert made_here == []
     assert makers[0]._process is None
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_several_processes_make_the_batches_of_a_group_and_one_may_be_killed(
+    model, plan, tmp_path, made_here, makers, monkeypatch, kill
+):
+    expected = run(model, plan, tmp_path / "thread", "thread", rows=64)
+    made_here.clear()
+    makers.clear()
+    monkeypatch.setattr(row_process.os, "cpu_count", lambda: 12)
+
+    def kill_one(batch, tokens):
+        if kill and makers[0]._process is not None:
+            os.kill(pid_of(makers[0]), signal.SIGKILL)
+
+    assert run(model, plan, tmp_path / "process", "process", kill_one, rows=64) == expected
+    assert len(set(makers)) == 3
+    assert kill or made_here == []
+
+
+def test_the_other_process_starts_without_what_loads_models():
+    code = "import sys; import kvpatch.executors.row_process; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_part_waits_for_a_process_that_starts_until_the_run_waits_for_the_part(asked, made_here, monkeypatch):
+    question = asked()
+    monkeypatch.setattr(row_process, "_CODE", HANGS)
+    makers = RowMakers("process when ready")
+    makers.start()
+    found: list[Made] = []
+    thread = threading.Thread(target=lambda: found.append(makers.made(question)))
+    thread.start()
+    try:
+        thread.join(0.5)
+        assert made_here == [] and thread.is_alive()
+        makers.hurry.set()
+        thread.join(30)
+        assert made_here == [question.batch.batch_id] and len(found) == 1
+    finally:
+        makers.hurry.set()
+        makers.close()
 
 
 def test_a_run_whose_other_process_is_killed_between_batches_leaves_the_same(

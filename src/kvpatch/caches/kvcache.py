@@ -9,17 +9,17 @@ token is not cached: it is `pending`, and generation starts by feeding it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from kvpatch.caches import on_host
 from kvpatch.caches.checksums import checksums_of
 from kvpatch.caches.devices import device_of, sent
 from kvpatch.caches.display import Layers, cache_as_html, shortened
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from kvpatch.engine.model import Model
 
 PAD = -1
-T = TypeVar("T")
 
 
 class Segment(IntEnum):
@@ -134,18 +133,18 @@ class KVCache:
             return tensor[..., cut:, :].index_select(-4, at.to(tensor.device))
 
         positions = self.positions[at, cut:]
-        _READ[positions] = lengths
+        labels = {name: getattr(self, name)[at, cut:] for name in ("token_ids", "segments", "origins")}
+        labels |= {name: getattr(self, name)[at] for name in ("pending", "pending_position")}
+        on_host.told(positions, on_host.LENGTHS, lengths)
+        for name, part in labels.items():
+            on_host.pass_on(getattr(self, name), part, index)
         return replace(
             self,
             keys=over_layers(chosen, self.keys),
             values=over_layers(chosen, self.values),
             positions=positions,
-            token_ids=self.token_ids[at, cut:],
-            segments=self.segments[at, cut:],
-            origins=self.origins[at, cut:],
-            pending=self.pending[at],
-            pending_position=self.pending_position[at],
             pieces=tuple(self.pieces[row] for row in index),
+            **labels,
         )
 
     def __iter__(self) -> Iterator[KVCache]:
@@ -154,22 +153,42 @@ class KVCache:
     def rows(self, low: int, high: int) -> KVCache:
         """Rows [low, high), which share their memory with these; all slots stay."""
         names = ("positions", "token_ids", "segments", "origins", "pending", "pending_position", "pieces")
+        parts = {name: getattr(self, name)[low:high] for name in names}
+        for name in names[:-1]:
+            on_host.pass_on(getattr(self, name), parts[name], slice(low, high))
         return replace(
             self,
             keys=tuple(k[low:high] for k in self.keys),
             values=tuple(v[low:high] for v in self.values),
-            **{name: getattr(self, name)[low:high] for name in names},
+            **parts,
         )
 
     @property
     def row_lengths(self) -> tuple[int, ...]:
         """Slots of each row that are not padding, as numbers."""
-        return _once(self.positions, lambda rows: tuple(sum(at != PAD for at in row) for row in rows))
+        return on_host.once(
+            self.positions, on_host.LENGTHS, lambda rows: tuple(sum(at != PAD for at in row) for row in rows)
+        )
+
+    @property
+    def row_pending(self) -> tuple[int, ...]:
+        """The pending token of each row, as numbers."""
+        return on_host.once(self.pending, on_host.PLAIN, tuple)
+
+    @property
+    def row_pending_position(self) -> tuple[int, ...]:
+        """The position that each row's pending token is fed at, as numbers."""
+        return on_host.once(self.pending_position, on_host.PLAIN, tuple)
 
     @property
     def row_segments(self) -> tuple[tuple[int, ...], ...]:
         """Segment of each row's own slots (padding left out), as numbers."""
-        return _once(self.segments, lambda rows: tuple(tuple(at for at in row if at != PAD) for row in rows))
+        return on_host.once(self.segments, on_host.OWN, _without_padding)
+
+    @property
+    def row_tokens(self) -> tuple[tuple[int, ...], ...]:
+        """Token of each row's own slots (padding left out), as numbers."""
+        return on_host.once(self.token_ids, on_host.OWN, _without_padding)
 
     @property
     def batch(self) -> int:
@@ -264,8 +283,8 @@ class KVCache:
             CacheError: for a row that there is not.
         """
         row = whole("row", row, least=-self.batch, most=self.batch - 1)
-        ids = self.token_ids[row][self.is_real[row]].tolist()
-        return [*ids, int(self.pending[row])] if with_pending else ids
+        ids = self.row_tokens[row]
+        return [*ids, self.row_pending[row]] if with_pending else list(ids)
 
     def to_dynamic(self) -> DynamicCache:
         """A copy as `transformers.DynamicCache`, given to `model.hf` as `cache` (`past_key_values` before 5.24).
@@ -365,14 +384,8 @@ def refuse_unlike(one: KVCache, other: KVCache, names: str, *, may_differ_in_typ
         )
 
 
-_READ: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _once(labels: Tensor, read: Callable[[list[list[int]]], T]) -> T:
-    """What is read off labels, brought to the host once: asking a GPU row by row would wait for it every time."""
-    if labels not in _READ:
-        _READ[labels] = read(labels.tolist())
-    return _READ[labels]
+def _without_padding(rows: list[list[int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(at for at in row if at != PAD) for row in rows)
 
 
 def pad_left(tensor: Tensor, slots: int, fill: int, axis: int) -> Tensor:

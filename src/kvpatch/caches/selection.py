@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from kvpatch.caches.devices import sent
 from kvpatch.caches.kvcache import KVCache, Segment
 from kvpatch.errors import CacheError, EmptySelection
 from kvpatch.specs.arguments import shown
@@ -195,10 +195,15 @@ def mirrored_slots(source: KVCache, target: KVCache, row: int, of: str, chosen: 
 
 def slot_mask(cache: KVCache, slots: Patch | str | SlotQuery | Span | Sequence[int]) -> Tensor:
     """[batch, slots], True for the slots of every row that a selection means; see `slot_indices`."""
-    mask = torch.zeros(cache.is_real.shape, dtype=torch.bool)
-    for row in range(cache.batch):
-        mask[row, slot_indices(cache, row, slots)] = True
-    return mask.to(cache.positions.device)
+    return _mask(cache, [slot_indices(cache, row, slots) for row in range(cache.batch)])
+
+
+def _mask(cache: KVCache, slots: Sequence[Sequence[int]]) -> Tensor:
+    """[batch, slots], True for these slots of every row, where the cache is."""
+    mask = np.zeros((cache.batch, cache.slots), dtype=bool)
+    for row, chosen in enumerate(slots):
+        mask[row, chosen] = True
+    return sent(mask, cache.positions.device)
 
 
 def beside_mask(cache: KVCache, marked: str | SlotQuery | Span | Sequence[int]) -> Tensor:
@@ -208,19 +213,18 @@ def beside_mask(cache: KVCache, marked: str | SlotQuery | Span | Sequence[int]) 
     Args:
         marked: the slots that are marked; a query keeps its own stretch, anything else is compared within the body.
     """
-    marks = slot_mask(cache, marked)
     stretch = marked.of if isinstance(marked, SlotQuery) else "body"
-    out = torch.zeros_like(marks)
+    beside: list[list[int]] = []
     for row in range(cache.batch):
-        padding = marks.shape[1] - cache.row_lengths[row]
+        padding = cache.slots - cache.row_lengths[row]
         sinks = set(_named(cache, row, "sinks"))
         own = _named(cache, row, stretch)
-        like = [slot - padding for slot in marks[row].nonzero().flatten().tolist()]
+        like = [slot - padding for slot in slot_indices(cache, row, marked)]
         like, pool = [s for s in like if s not in sinks], [s for s in own if s not in sinks]
-        if like and len(pool) - len(set(like) & set(pool)) >= len(like):
-            tokens = cache.token_ids[row, padding:].tolist()
-            out[row, [slot + padding for slot in _like_ones(pool, like, own, tokens)]] = True
-    return out
+        has_others = like and len(pool) - len(set(like) & set(pool)) >= len(like)
+        others = _like_ones(pool, like, own, cache.row_tokens[row]) if has_others else []
+        beside.append([slot + padding for slot in others])
+    return _mask(cache, beside)
 
 
 def chosen_mask(
@@ -280,14 +284,13 @@ def _query(cache: KVCache, row: int, query: SlotQuery, seed: int) -> list[int]:
         low, high = (round(share * len(pool)) for share in query.fraction)
         pool = pool[low:high]
     if query.keywords is not None:
-        matches = _keyword_slots(cache.pieces[row], query.keywords)
+        matches = _keyword_slots(tuple(cache.pieces[row]), tuple(query.keywords))
         pool = [slot for slot in pool if slot in matches]
     if query.matched_to is not None:
         like = _query(cache, row, query.matched_to, seed)
         stretch = _named(cache, row, query.of)
         if query.equally_frequent:
-            padding = cache.token_ids.shape[1] - cache.row_lengths[row]
-            pool = _like_ones(pool, like, stretch, cache.token_ids[row, padding:].tolist())
+            pool = _like_ones(pool, like, stretch, cache.row_tokens[row])
         else:
             pool = _matched(pool, like, stretch, seed)
     if query.at_most is not None and len(pool) > query.at_most:
@@ -301,7 +304,8 @@ def _compiled(keyword: str) -> Pattern:
     return Pattern(keyword, re.IGNORECASE)
 
 
-def _keyword_slots(pieces: Sequence[str], keywords: Sequence[str]) -> set[int]:
+@functools.lru_cache(maxsize=4096)
+def _keyword_slots(pieces: tuple[str, ...], keywords: tuple[str, ...]) -> frozenset[int]:
     """Slots whose piece of text overlaps a match of one of the patterns in the text of the row, case ignored."""
     text = "".join(pieces)
     ends = np.cumsum([len(piece) for piece in pieces])
@@ -312,7 +316,7 @@ def _keyword_slots(pieces: Sequence[str], keywords: Sequence[str]) -> set[int]:
             last = int(np.searchsorted(ends, match.end() - 1, side="right"))
             if match.end() > match.start():
                 hit.update(range(first, last + 1))
-    return hit
+    return frozenset(hit)
 
 
 def _free(pool: Sequence[int], like: Sequence[int]) -> list[int]:

@@ -19,12 +19,13 @@ from kvpatch.caches.kvcache import PAD, KVCache, Origin, Segment
 from kvpatch.caches.selection import SINKS
 from kvpatch.engine.head_statistics import CLASSES, Block, block_statistics
 from kvpatch.errors import CacheError, missing_extra
-from kvpatch.models.hf import AttentionInputs
 from kvpatch.specs.arguments import whole
 from kvpatch.specs.attention import STATISTICS
 
 if TYPE_CHECKING:
     import xarray as xr
+
+    from kvpatch.models.hf import AttentionInputs
 
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 """Most bytes of the scores of one block: on a CPU so few that the passes over it stay in its cache, on a GPU so many

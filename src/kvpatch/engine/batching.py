@@ -224,7 +224,7 @@ class _Runner:
 
 def _runner(backbone: Backbone, fast: Fast, cache: KVCache, request: Request, count: int, *, is_exact: bool) -> _Runner:
     """The kept places where they do, a few idle ones allowed; on a GPU new ones are kept with the model."""
-    positions = int(cache.pending_position.max()) + request.limit + 1
+    positions = max(cache.row_pending_position) + request.limit + 1
     if backbone.device.type != "cuda":
         return _Runner(backbone, fast, count, cache.slots, request, positions, capture=False)
     kept = backbone.kept.runner

@@ -123,7 +123,7 @@ def decode(
     fast = fast_of(backbone)  # first, since it takes over what was changed in the model
     refuse_unheld(backbone, fast)
     refuse_foreign(backbone, cache)
-    longest = int(cache.pending_position.max()) + max_new_tokens
+    longest = max(cache.row_pending_position) + max_new_tokens
     if longest > backbone.geometry.context:
         raise ProtocolError(f"{longest} positions are needed; {backbone.geometry.limit}")
     request = Request(

@@ -30,9 +30,9 @@ from kvpatch.models.llamalike import LayerWeights, Network
 
 WHOLE_SLOTS = {"BLOCK": SLOT_BLOCK, "num_warps": 4, "num_stages": 2}
 """How attention walks the slots of a row."""
-SLOTS_IN_8_BITS = {"BLOCK": SLOT_BLOCK, "num_warps": 2, "num_stages": 2}
+SLOTS_IN_8_BITS = {"BLOCK": 32, "num_warps": 1, "num_stages": 3}
 """The same where slots hold 8 bits: turning those into float16 takes instructions, of which fewer warps run fewer, and
-registers, which larger heads have none left of."""
+registers, which larger heads have none left of (benchmarks/LOG.md has the ways that were timed)."""
 
 
 def what_is_unfit(network: Network) -> str | None:

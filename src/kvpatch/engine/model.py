@@ -391,7 +391,8 @@ class Model:
             self._continuations[key] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return list(self._continuations[key])
 
-    def texts(self, token_ids: Tensor) -> list[str]:
+    def texts(self, token_ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
         """Decode rows of token ids, -1 left out, special tokens skipped."""
-        rows = [[t for t in row if t != PAD] for row in token_ids.tolist()]
+        lists = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
+        rows = [[t for t in row if t != PAD] for row in lists]
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvpatch.caches import on_host
 from kvpatch.caches.devices import sent
 from kvpatch.caches.kvcache import PAD, KVCache, Origin
 from kvpatch.caches.stacks import stack_of
@@ -195,18 +196,27 @@ def labels_of(prompts: Sequence[EncodedPrompt], device: str | torch.device) -> d
     model."""
     slots = max(len(prompt.token_ids) for prompt in prompts) - 1
 
-    def table(rows: Sequence[Sequence[int]]) -> Tensor:
-        padded = [[PAD] * (slots - len(row)) + list(row) for row in rows]
-        return torch.tensor(padded, dtype=torch.int64, device=device).reshape(len(prompts), slots)
+    def table(rows: Sequence[Sequence[int]], what: str, known: tuple[Any, ...]) -> Tensor:
+        """[batch, slots]; `known` is what a cache will ask for."""
+        padded = np.array([[PAD] * (slots - len(row)) + list(row) for row in rows], dtype=np.int64)
+        return noted(padded.reshape(len(prompts), slots), what, known)
 
-    positions = table([range(len(prompt.token_ids) - 1) for prompt in prompts])  # [batch, slots]
+    def noted(numbers: np.ndarray, what: str, known: tuple[Any, ...]) -> Tensor:
+        labels = sent(numbers, torch.device(device))
+        on_host.told(labels, what, known)
+        return labels
+
+    lengths = tuple(len(prompt.token_ids) - 1 for prompt in prompts)
+    tokens, segments = (tuple(tuple(getattr(p, of)[:-1]) for p in prompts) for of in ("token_ids", "segments"))
+    pending = tuple(prompt.token_ids[-1] for prompt in prompts)
+    positions = table([range(length) for length in lengths], on_host.LENGTHS, lengths)  # [batch, slots]
     return {
         "positions": positions,
-        "token_ids": table([prompt.token_ids[:-1] for prompt in prompts]),
-        "segments": table([prompt.segments[:-1] for prompt in prompts]),
+        "token_ids": table(tokens, on_host.OWN, tokens),
+        "segments": table(segments, on_host.OWN, segments),
         "origins": torch.where(positions == PAD, PAD, int(Origin.own)),
-        "pending": torch.tensor([prompt.token_ids[-1] for prompt in prompts], device=device),
-        "pending_position": torch.tensor([len(prompt.token_ids) - 1 for prompt in prompts], device=device),
+        "pending": noted(np.array(pending, dtype=np.int64), on_host.PLAIN, pending),
+        "pending_position": noted(np.array(lengths, dtype=np.int64), on_host.PLAIN, lengths),
         "pieces": tuple(prompt.pieces[:-1] for prompt in prompts),
     }
 

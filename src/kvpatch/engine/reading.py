@@ -256,8 +256,9 @@ def _table(own: Tensor, shape: tuple[int, int], place: tuple[Tensor, ...]) -> Te
 
 
 def _rounded(rows: int) -> int:
-    """Few numbers of rows, so that few shapes of products are tried: multiples of 64, 128 and 512."""
-    step = 64 if rows <= 512 else 128 if rows <= 2048 else 512
+    """Few numbers of rows, so that few shapes of products are tried: multiples of 64, 128 and 512, and beyond 16,384,
+    which narrow models alone take at a time, of a sixteenth of the power of two below."""
+    step = 64 if rows <= 512 else 128 if rows <= 2048 else max(512, 1 << (rows - 1).bit_length() - 5)
     return max(step, -(-rows // step) * step)
 
 

@@ -86,7 +86,7 @@ def score(
     reader = reader_of(backbone)  # first, since it takes over what was changed in the model
     refuse_foreign(backbone, cache)
     longest = max(len(branch) for row in continuations for branch in row)
-    starts = cache.pending_position.tolist()
+    starts = cache.row_pending_position
     goes_on_from = range(cache.batch) if of is None else of
     last = max(starts[of_row] + max(map(len, row)) for of_row, row in zip(goes_on_from, continuations, strict=True))
     if last > backbone.geometry.context:
@@ -216,7 +216,7 @@ def _score_rows(
     """Run one pass, its rows going on from the rows of `cache`, and write what it gives into `scores`, but for the
     attention that `to_capture` asks for, which is returned."""
     device = backbone.device
-    made = _pack(cache.pending.tolist(), continuations, rows, scores.logprobs.shape, bool(scores.values))
+    made = _pack(cache.row_pending, continuations, rows, scores.logprobs.shape, bool(scores.values))
     tokens, branches, offsets = (torch.from_numpy(t).to(device) for t in (made.tokens, made.branches, made.offsets))
     positions = torch.where(offsets == PAD, PAD, cache.pending_position[:, None] + offsets)
     width = tokens.shape[1]
@@ -262,7 +262,7 @@ def _read_rows(
 ) -> None:
     """The same by the engine's own kernels: rows go on from the rows `of` of the cache, which is read where it lies."""
     device = reader.backbone.device
-    pending, starts, lengths = cache.pending.tolist(), cache.pending_position.tolist(), cache.row_lengths
+    pending, starts, lengths = cache.row_pending, cache.row_pending_position, cache.row_lengths
     made = _pack([pending[row] for row in of], continuations, rows, scores.logprobs.shape, bool(scores.values))
     pack, packed_at = _packed(made, [starts[row] for row in of], of, [lengths[row] for row in of], cache.slots)
     place, column = pack.row, pack.column

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from kvpatch.caches.devices import sent
-from kvpatch.caches.kvcache import PAD
 from kvpatch.engine.attention import Attention, AttentionRequest
 from kvpatch.engine.backend import left_alone
 from kvpatch.engine.decode import Continuations, decode
@@ -132,26 +131,26 @@ def _measured(model: Model, batch: Batch, on_tokens: OnTokens | None, places: in
     lengths = written.lengths
     outputs = [row[:length] for row, length in zip(written.token_ids.tolist(), lengths, strict=True)]
     _count_steered_steps(built, steering, max(lengths))
+    logprobs = written.logprobs.tolist()
     rv_own = _rv_own(written, lengths, layers, batch.readouts.r_v.window).tolist()
-    forced = _force(model, own.batch, natural, own.built, layers, to_capture)
-    own_attention = None if to_capture is None else _own_attention(model, own.built, outputs, to_capture)
-    read = fluency(model, batch, natural, [outputs[at] for at in own.of], held_prompts(batch, built, equal))
-    after = mixed.checksums()
     rv_prompt = r_v(mixed, early=layers[1], late=layers[0], window=batch.readouts.r_v.window).tolist()
-    texts = model.texts(written.token_ids)
+    await_forced = _force(model, own.batch, natural, own.built, layers, to_capture)
+    texts = model.texts(outputs)
+    source_ids, target_ids = _prompt_ids(batch, natural)
+    held = held_prompts(batch, built, equal)
+    own_attention = None if to_capture is None else _own_attention(model, own.built, outputs, to_capture)
+    read = fluency(model, batch, natural, [outputs[at] for at in own.of], held)
+    forced = await_forced()
+    after = mixed.checksums()
     direction = batch.readouts.semantic
     by_meaning = [None] * len(texts) if direction is None else semantic_scores(direction, texts, model.backbone.device)
     asked, heads = _asked_for(own.batch, own.built, to_capture, layers, written, forced, own_attention)
-    logprobs = written.logprobs.tolist()
-    source_ids, target_ids = _prompt_ids(batch, natural)
-    pending = built.cache.pending.tolist()
-    cached = [[token for token in row if token != PAD] for row in built.cache.token_ids.tolist()]
     return [
         Measured(
             model=model.loaded.published_name,
             source_token_ids=source_ids[i],
             target_token_ids=target_ids[i],
-            cache_token_ids=[*cached[i], pending[i]],
+            cache_token_ids=built.cache.row_token_ids(i),
             output_token_ids=outputs[at],
             output_logprobs=logprobs[at][: lengths[at]],
             text=texts[at],
@@ -239,8 +238,12 @@ def _force(
     built: Built,
     layers: tuple[int, int],
     to_capture: AttentionRequest | None,
-) -> _Forced:
-    """Force the fixed continuation and the held-out ones on every trial, and the fixed one on the natural prompts."""
+) -> Callable[[], _Forced]:
+    """Force the fixed continuation and the held-out ones on every trial, and the fixed one on the natural prompts.
+
+    Returns:
+        What waits for the device and gives what it found; until it is called the device has work, and the host is free.
+    """
     settings = batch.readouts
     ids = functools.cache(model.continuation_ids)  # many pairs have a text in common
     forced = [ids(pair.forced)[: settings.forced_tokens] for pair in batch.pairs]
@@ -298,16 +301,20 @@ def _force(
         pulls.append(js_pulls(part.logits, reading.logits[pairs], reading.logits[n_pairs + pairs], counts))
         logprobs.append(part.logprobs[:, 1:, : settings.likelihood_tokens])
     beside.shutdown(wait=False)
-    cells = np.concatenate(
-        [
-            cell_means(part.cpu().numpy(), [held_out[t.pair] for t in batch.trials[i * step :][: len(part)]])
-            for i, part in enumerate(logprobs)
-        ]
-    )
-    missing = settings.likelihood_tokens - cells.shape[2]
-    cells = np.pad(cells, ((0, 0), (0, 0), (0, missing)), constant_values=np.nan)
     seen = Attention.concat(watched) if watched else None
-    return _Forced(torch.cat(rv_output).tolist(), torch.cat(pulls).tolist(), cells, geometry, seen)
+
+    def found() -> _Forced:
+        cells = np.concatenate(
+            [
+                cell_means(part.cpu().numpy(), [held_out[t.pair] for t in batch.trials[i * step :][: len(part)]])
+                for i, part in enumerate(logprobs)
+            ]
+        )
+        missing = settings.likelihood_tokens - cells.shape[2]
+        cells = np.pad(cells, ((0, 0), (0, 0), (0, missing)), constant_values=np.nan)
+        return _Forced(torch.cat(rv_output).tolist(), torch.cat(pulls).tolist(), cells, geometry, seen)
+
+    return found
 
 
 def _edits_from(built: Built, low: int) -> Callable[[slice], Edits] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -20,6 +20,9 @@ from kvpatch.planning.plan import Batch, PlannedPair
 from kvpatch.protocols.conditions import Condition
 from kvpatch.readouts.geometry import layer_at
 
+MOST_KEPT = 1 << 30
+"""Bytes of copied natural caches that a batch keeps."""
+
 
 @dataclass(frozen=True)
 class Natural:
@@ -28,10 +31,17 @@ class Natural:
     cache: KVCache
     prompts: list[EncodedPrompt]
     row: dict[tuple[int, str], int]  # (pair, role) -> row
+    kept: dict[tuple[int, ...], KVCache] = field(default_factory=dict)
 
     def rows(self, pairs: Sequence[int], role: str) -> KVCache:
-        """The caches of one role for some pairs."""
-        return self.cache[[self.row[pair, role] for pair in pairs]]
+        """The caches of one role for some pairs; small ones are kept, since most conditions start from the same."""
+        rows = tuple(self.row[pair, role] for pair in pairs)
+        if rows in self.kept:
+            return self.kept[rows]
+        found = self.cache[rows]
+        if found.nbytes + sum(cache.nbytes for cache in self.kept.values()) <= MOST_KEPT:
+            self.kept[rows] = found
+        return found
 
     def prompts_of(self, pairs: Sequence[int], role: str) -> list[EncodedPrompt]:
         """The prompts of one role for some pairs."""

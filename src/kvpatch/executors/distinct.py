@@ -73,7 +73,7 @@ def _keys(batch: Batch, built: Built, checksums: Sequence[str]) -> list[Hashable
         steered or batch.roles[trial.condition] == "integrity"
         for trial, steered in zip(batch.trials, is_steered.tolist(), strict=True)
     ]
-    pending, starts = cache.pending.tolist(), cache.pending_position.tolist()
+    pending, starts = cache.row_pending, cache.row_pending_position
     positions = [tuple(at for at in row if at != PAD) for row in cache.positions.tolist()]
     return [
         i if alone else (trial.pair, trial.seed, checksums[i], pending[i], starts[i], positions[i])

@@ -13,6 +13,7 @@ from typing import Protocol as Interface
 
 import torch
 
+from kvpatch.caches.devices import one_host_thread
 from kvpatch.engine.model import Model
 from kvpatch.executors.local import Executor, LocalExecutor
 from kvpatch.models.load import template_sha256, tokenizer_sha256, weights_sha256
@@ -66,7 +67,8 @@ class Here:
 
     def ask(self, function: Callable[..., Any], *args: Any, listener: ProgressListener) -> Any:
         """`function(models, listener, *args)`."""
-        return function(self.models, listener, *args)
+        with one_host_thread(model.backbone.device for model in self.models.values()):
+            return function(self.models, listener, *args)
 
     def executor(self, how: How, on_change: OnChange) -> Executor:
         """The local executor."""

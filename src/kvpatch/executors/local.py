@@ -6,6 +6,7 @@ texts and makes rows, and the thread stores them, while the next ones decode
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,12 +17,13 @@ from typing import Protocol as Interface
 
 import pyarrow as pa
 
+from kvpatch.caches.devices import one_host_thread
 from kvpatch.engine.model import Model
 from kvpatch.errors import ProtocolError, StoreError
 from kvpatch.executors.batch import OnTokens
 from kvpatch.executors.groups import groups, rows_that_fit
 from kvpatch.executors.repeats import Repeats
-from kvpatch.executors.row_process import Asked, RowMaker, RowsIn, rows_in
+from kvpatch.executors.row_process import Asked, Made, RowMakers, RowsIn, rows_in
 from kvpatch.executors.rows import Measured, attention_of
 from kvpatch.executors.together import measure_together, noise_of
 from kvpatch.planning.plan import Batch, Plan
@@ -40,6 +42,12 @@ LIMITING = ("phase", "condition", "error", "nll_target", *(limit.name for limit 
 """Columns that say what the limits of coherence are."""
 
 
+MOST_OUTSTANDING = 4096
+"""Trials that may be measured and not stored yet, beside the group that was measured last; what a trial left takes some
+tens of kilobytes. A killed run measures them again."""
+COLLECTED_AFTER = 50_000
+"""Objects after which Python looks for garbage in cycles, of which a run makes little; at the usual 2,000 the looking
+took a twentieth of a run."""
 SWITCH_AFTER = 2e-4
 """Seconds for which the writing thread may keep Python from the one that feeds the device. With Python's 5 ms each of
 the device's kernels, whose launch lets the other thread in, would wait that long."""
@@ -94,7 +102,10 @@ class LocalExecutor:
         done = store.done()
         limits: dict[str, CoherenceLimits] = {}
         repeats = Repeats(plan, store)
-        with _Writer(store, repeats, self.rules, on_batch, RowMaker(self.made_in)) as writer:
+        with (
+            one_host_thread(model.backbone.device for model in self.models.values()),
+            _Writer(store, repeats, self.rules, on_batch, RowMakers(self.made_in)) as writer,
+        ):
             for group in groups(plan.batches, self._most):
                 calibration = group[0].calibration
                 is_left = any(batch.batch_id not in done for batch in group)
@@ -106,13 +117,15 @@ class LocalExecutor:
                         if is_left:
                             raise  # where nothing is left to judge, a run of before keeps the limits it has
                 # A group is run as planned even where some of it is stored: its rows then are the same, to the bit.
+                own = [repeats.own(batch) for batch in group] if is_left else []
                 measured: list[list[Measured]] = [[] for _ in group]
                 if is_left:
-                    writer.maker.start()
-                    own = [repeats.own(batch) for batch in group]
+                    writer.makers.start()
                     measured = self._measured(own, on_tokens)
                 writer.write(list(zip(group, measured, strict=True)), done, limits.get(calibration))
-                writer.settle(len(group))
+                if is_left:
+                    self._measure_noise(own, measured)
+                writer.settle_all_but(len(group), MOST_OUTSTANDING)
             writer.settle(0)
         return limits
 
@@ -122,14 +135,17 @@ class LocalExecutor:
         return self.rows.get(key) or rows_that_fit(self.models[key], batches)
 
     def _measured(self, own: Sequence[Batch], on_tokens: OnTokens) -> list[list[Measured]]:
-        """What the trials of a group gave; of each model's first one also how noisy they are."""
+        """What the trials of a group gave."""
         key = own[0].model
-        model, places = self.models[key], self.rows.get(key)
-        measured = measure_together(model, own, on_tokens=on_tokens, places=places)
+        return measure_together(self.models[key], own, on_tokens=on_tokens, places=self.rows.get(key))
+
+    def _measure_noise(self, own: Sequence[Batch], measured: Sequence[Sequence[Measured]]) -> None:
+        """How noisy the trials of each model's first group are; their rows are made meanwhile."""
+        key = own[0].model
         if own[0].split == "test" and key not in self.noise:
-            if (found := noise_of(model, own, measured, self.rules.get(key), places)) is not None:
+            found = noise_of(self.models[key], own, measured, self.rules.get(key), self.rows.get(key))
+            if found is not None:
                 self.noise[key] = found
-        return measured
 
 
 class _Writer:
@@ -145,23 +161,25 @@ class _Writer:
         repeats: Repeats,
         rules: Mapping[str | None, SpecificMode | None],
         on_batch: OnBatch,
-        maker: RowMaker,
+        makers: RowMakers,
     ) -> None:
-        self.store, self.repeats, self.rules, self.on_batch, self.maker = store, repeats, rules, on_batch, maker
+        self.store, self.repeats, self.rules, self.on_batch, self.makers = store, repeats, rules, on_batch, makers
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvpatch-rows")
         self._handed: deque[tuple[Batch, Future[dict[str, int]]]] = deque()
 
     def __enter__(self) -> _Writer:
-        self._switched_after = sys.getswitchinterval()
+        self._switched_after, self._collected_after = sys.getswitchinterval(), gc.get_threshold()
         sys.setswitchinterval(SWITCH_AFTER)
+        gc.set_threshold(max(COLLECTED_AFTER, self._collected_after[0]), *self._collected_after[1:])
         return self
 
     def __exit__(self, *error: object) -> None:
         try:
             self._thread.shutdown(wait=True)
         finally:
-            self.maker.close()
+            self.makers.close()
             sys.setswitchinterval(self._switched_after)
+            gc.set_threshold(*self._collected_after)
 
     def write(
         self,
@@ -177,6 +195,19 @@ class _Writer:
         stored = self._thread.submit(self._store, left, limits)
         self._handed += [(batch, stored) for batch, _ in group]
 
+    def settle_all_but(self, group: int, most: int) -> None:
+        """Wait until, beside the last `group` batches, no more than `most` trials are outstanding; tell of what is
+        stored."""
+        outstanding, trials = group, 0
+        for batch, stored in list(self._handed)[: len(self._handed) - group][::-1]:
+            trials += 0 if stored.done() else len(batch.trials)
+            if trials > most:
+                break
+            outstanding += 1
+        self.settle(outstanding)
+        while self._handed and self._handed[0][1].done():
+            self.settle(len(self._handed) - 1)
+
     def settle(self, outstanding: int) -> None:
         """Wait until no more than so many batches are outstanding, and tell of the others.
 
@@ -185,18 +216,36 @@ class _Writer:
         """
         while len(self._handed) > outstanding:
             batch, stored = self._handed.popleft()
-            self.on_batch(batch, stored.result().get(batch.batch_id, 0))
+            self.makers.hurry.set()
+            try:
+                tokens = stored.result().get(batch.batch_id, 0)
+            finally:
+                self.makers.hurry.clear()
+            self.on_batch(batch, tokens)
 
     def _store(
         self, group: Sequence[tuple[Batch, Sequence[Measured]]], limits: CoherenceLimits | None
     ) -> dict[str, int]:
         """Store the batches of a group; the tokens that each wrote, by its id.
 
-        Several files are written at a time, since each waits until it is on the disk, and the index once for all: a
-        group is run again as a whole in any case. Whatever could be written before an error is named in the index.
+        Rows of several batches are made at a time where there are several makers. Several files are written at a time,
+        since each waits until it is on the disk, and the index once for all: a group is run again as a whole in any
+        case. Whatever could be written before an error is named in the index.
         """
         tokens: dict[str, int] = {}
+        making: deque[tuple[Batch, Sequence[Measured], Future[Made]]] = deque()
         written: list[Future[Part]] = []
+        unnamed: set[str] = set()  # batches that no other can copy from yet
+
+        def write(left: int) -> None:
+            """Have rows written until no more than so many batches are being made."""
+            while len(making) > left:
+                batch, measured, rows = making.popleft()
+                made = rows.result()
+                self.repeats.keep(batch, made.kept)
+                heads = self.repeats.completed_attention(batch, attention_of(self.repeats.own(batch), measured))
+                written.append(files.submit(self.store.write_part, batch.batch_id, made.table, heads))
+                tokens[batch.batch_id] = made.tokens
 
         def name() -> None:
             parts = [part.result() for part in written if part.exception() is None]
@@ -207,22 +256,29 @@ class _Writer:
             if failed:
                 raise failed[0]
 
-        with ThreadPoolExecutor(max_workers=FILES_AT_ONCE, thread_name_prefix="kvpatch-parts") as files:
+        with (
+            ThreadPoolExecutor(max_workers=FILES_AT_ONCE, thread_name_prefix="kvpatch-parts") as files,
+            ThreadPoolExecutor(max_workers=self.makers.count, thread_name_prefix="kvpatch-rows-of") as makers,
+        ):
             try:
                 for batch, measured in group:
-                    if copies := self.repeats.rows_for(batch):
-                        name()  # what is copied is read from the store
-                    own = self.repeats.own(batch)
-                    order, kept = [trial.trial_id for trial in batch.trials], self.repeats.kept_of(batch)
-                    rule = self.rules.get(batch.model)
-                    made = self.maker.made(Asked(own, measured, order, copies, kept, limits, rule))
-                    self.repeats.keep(batch, made.kept)
-                    heads = self.repeats.completed_attention(batch, attention_of(own, measured))
-                    written.append(files.submit(self.store.write_part, batch.batch_id, made.table, heads))
-                    tokens[batch.batch_id] = made.tokens
+                    if unnamed & self.repeats.copies(batch).keys():  # what is copied is read from the store
+                        write(0)
+                        name()
+                        unnamed.clear()
+                    asked = self._asked(batch, measured, limits)
+                    making.append((batch, measured, makers.submit(self.makers.made, asked)))
+                    unnamed.add(batch.batch_id)
+                    write(self.makers.count)
+                write(0)
             finally:
                 name()
         return tokens
+
+    def _asked(self, batch: Batch, measured: Sequence[Measured], limits: CoherenceLimits | None) -> Asked:
+        copies, order = self.repeats.rows_for(batch), [trial.trial_id for trial in batch.trials]
+        rule = self.rules.get(batch.model)
+        return Asked(self.repeats.own(batch), measured, order, copies, self.repeats.kept_of(batch), limits, rule)
 
 
 def natural_target(plan: Plan, calibration: str) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import queue
 import select
 import struct
 import subprocess
@@ -48,6 +49,14 @@ LENGTH = struct.Struct("<Q")
 """What stands before each question: how many bytes it has."""
 PROTOCOL = 5
 """Of pickle; arrays are copied once."""
+MOST_PROCESSES, CORES_EACH = 3, 4
+"""Processes that make rows: at most so many, and one for each so many cores of the host. Each takes 400 MB."""
+ASKED_AGAIN = 50
+"""Milliseconds after which it is asked again whether a process is ready, or the run waits for its rows."""
+CLOSED = -1
+"""In the place of a pipe's end."""
+_HERE = threading.Lock()
+"""One thread of this process makes rows at a time; more would only take Python from one another."""
 PATIENCE = 2.0
 """Seconds in which an idle process ends by itself when its pipe is closed; then it is killed."""
 _CODE = "from kvpatch.executors.row_process import serve; serve({asked}, {answers})"
@@ -115,17 +124,60 @@ def made(asked: Asked) -> Made:
     return Made(table, {trial: own[trial] for trial in asked.kept}, tokens)
 
 
+class RowMakers:
+    """Makes rows where it was told to, several parts at a time where there are several processes.
+
+    where: as `rows_in` gives it.
+    hurry: set while the run waits for its rows. Until then a part of before a process is ready waits for it, so that
+    nothing takes Python from the thread that feeds the device.
+    """
+
+    def __init__(self, where: RowsIn) -> None:
+        self.hurry = threading.Event()
+        self.count = 1 if where == "thread" else min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // CORES_EACH))
+        self._all = [RowMaker(where, self.hurry) for _ in range(self.count)]
+        self._free: queue.SimpleQueue[RowMaker] = queue.SimpleQueue()
+        for maker in self._all:
+            self._free.put(maker)
+
+    def start(self) -> None:
+        """Start the processes; comes back at once."""
+        for maker in self._all:
+            maker.start()
+
+    def made(self, asked: Asked) -> Made:
+        """The rows of a part, by the first maker that is free. Any number of threads may ask.
+
+        Raises:
+            ProtocolError, ExtensionError: as `rows_of`.
+        """
+        maker = self._free.get()
+        try:
+            return maker.made(asked)
+        finally:
+            self._free.put(maker)
+
+    def close(self) -> None:
+        """End the processes, once they have answered what they were asked."""
+        for maker in self._all:
+            maker.leave()
+        for maker in self._all:
+            maker.close()
+
+
 class RowMaker:
     """Makes rows where it was told to. One thread may ask at a time.
 
     where: as `rows_in` gives it.
+    hurry: as in `RowMakers`; without it no part waits for a process, unless they are to be made in one.
     """
 
-    def __init__(self, where: RowsIn) -> None:
+    def __init__(self, where: RowsIn, hurry: threading.Event | None = None) -> None:
         assert where in get_args(RowsIn), where
-        self.where = where
+        self.where, self.hurry = where, hurry
         self._process: subprocess.Popen[bytes] | None = None
         self._is_ready = False
+        self._asks = self._answers = CLOSED
         self._lock = threading.Lock()  # whoever is interrupted may close it while another thread asks
 
     def start(self) -> None:
@@ -157,7 +209,15 @@ class RowMaker:
         """
         with self._lock:
             answer = self._made_there(asked) if self._can_ask() else None
-        return made(asked) if answer is None else answer
+        if answer is not None:
+            return answer
+        with _HERE:
+            return made(asked)
+
+    def leave(self) -> None:
+        """Tell the other process, once it has answered what it was asked, that nothing more will be."""
+        with self._lock:
+            self._close_pipes()
 
     def close(self) -> None:
         """End the other process, once it has answered what it was asked."""
@@ -177,13 +237,14 @@ class RowMaker:
 
     def _can_ask(self) -> bool:
         """Whether the other process can be asked now. Readouts from outside may be known to this process alone."""
-        if self._process is None or from_outside():
+        if self._process is None or self._asks == CLOSED or from_outside():
             return False
         if not self._is_ready:
             answers = select.poll()
             answers.register(self._answers, select.POLLIN)
-            if not answers.poll(None if self.where == "process" else 0):
-                return False
+            while not answers.poll(ASKED_AGAIN):
+                if self.where != "process" and (self.hurry is None or self.hurry.is_set()):
+                    return False
             self._is_ready = os.read(self._answers, 1) == READY
             if not self._is_ready:  # it could not start
                 self._give_up()
@@ -215,8 +276,10 @@ class RowMaker:
         self.where = "thread"
 
     def _close_pipes(self) -> None:
-        os.close(self._asks)
-        os.close(self._answers)
+        for end in (self._asks, self._answers):
+            if end != CLOSED:
+                os.close(end)
+        self._asks = self._answers = CLOSED
 
 
 def serve(asked: int, answers: int) -> None:

@@ -22,6 +22,7 @@ import pyarrow as pa
 import torch
 
 import kvpatch
+from kvpatch.caches.devices import one_host_thread
 from kvpatch.crash import without_private
 from kvpatch.engine.batching import release
 from kvpatch.engine.loading import load
@@ -209,7 +210,8 @@ class Worker:
         try:
             if self.threads:
                 torch.set_num_threads(self.threads)  # counts for the thread that calls it
-            return act()
+            with one_host_thread(model.backbone.device for model in self.models.values()):
+                return act()
         except Exception as error:
             return _failure(error)
 

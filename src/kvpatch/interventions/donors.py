@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from kvpatch.caches.devices import sent
 from kvpatch.caches.kvcache import KVCache, refuse_unlike
 from kvpatch.caches.noise import int64_seeds, normal
-from kvpatch.caches.rope import Turns
+from kvpatch.caches.rope import LayerRope, Turns
 from kvpatch.caches.stacks import over_layers
 from kvpatch.errors import CacheError
 
@@ -88,7 +89,7 @@ def _shuffle_heads(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCache
         heads = k.shape[1]
         if heads < 2:
             raise CacheError(f"layer {layer} has one KV head, so its heads can't be shuffled")
-        order = torch.tensor(np.stack([_derangement(rng, heads) for rng in rows]), device=k.device)
+        order = sent(np.stack([_derangement(rng, heads) for rng in rows]), k.device)
         at = torch.arange(k.shape[0], device=k.device)[:, None]
         keys.append(k[at, order])
         values.append(v[at, order])
@@ -115,19 +116,25 @@ def _gaussian_fitted(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCac
     """F2: Gaussian with the mean and covariance of each layer and head over the reference's slots (first slot left
     out: a sink's norm would swamp them). Keys are fitted before RoPE and rotated to the slot's position."""
     to_places = Turns(torch.where(source.is_real, source.positions, 0))
-
-    def drawn(fit: _Fit, like: Tensor, stream: int) -> Tensor:
-        noise = _normal(source, seeds, stream, like.shape[1], fit.root.shape[1])  # [batch, kv_heads, slots, width]
-        noise = noise.to(like.device)
-        return (fit.mean[:, None] + noise @ fit.root).to(like.dtype)
-
-    keys, values = [], []
     fits = _fits(reference)
-    for layer, (k, v, rope) in enumerate(zip(source.keys, source.values, source.rope, strict=True)):
-        of_keys, of_values = fits[layer]
-        keys.append(to_places.turn(drawn(of_keys, k, 2 * layer), rope))
-        values.append(drawn(of_values, v, 2 * layer + 1))
-    return replace(source, keys=tuple(keys), values=tuple(values))
+
+    def drawn(like: Tensor, mean: Tensor, root: Tensor, stream: Tensor) -> Tensor:
+        noise = _normal(source, seeds, stream, like.shape[-3], root.shape[-2])  # [..., batch, kv_heads, slots, width]
+        rows = noise.to(root.device).transpose(-4, -3).flatten(-3, -2)  # [..., kv_heads, batch * slots, width]
+        # In float64, so that what is left after rounding does not depend on how a product of so many rows is summed.
+        made = rows.double() @ root.double() + mean.double()[..., None, :]
+        return made.unflatten(-2, (source.batch, source.slots)).transpose(-4, -3).to(like.dtype)
+
+    def placed(rope: LayerRope, *numbers: Tensor) -> Tensor:
+        return to_places.turn(drawn(*numbers), rope)
+
+    streams = torch.arange(2 * source.layers, dtype=torch.int32, device=source.positions.device).unbind()
+    of_keys, of_values = ([(fit.mean, fit.root) for fit in kind] for kind in zip(*fits, strict=True))
+    return replace(
+        source,
+        keys=over_layers(placed, source.keys, *zip(*of_keys, strict=True), streams[0::2], of=source.rope),
+        values=over_layers(drawn, source.values, *zip(*of_values, strict=True), streams[1::2]),
+    )
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def with_ratio(v: Tensor, wanted: Tensor) -> Tensor:
     Raises:
         CacheError: for a ratio that these directions can't have.
     """
-    v = v.double()
+    on, v, wanted = v.device, v.double().cpu(), wanted.cpu()  # a GPU decomposes windows one after the other, slowly
     u, s, w = torch.linalg.svd(v, full_matrices=False)
     energy = s.square() / s[..., :1].square()
     is_there = energy > torch.finfo(torch.float32).eps ** 2
@@ -119,7 +119,7 @@ def with_ratio(v: Tensor, wanted: Tensor) -> Tensor:
     share = raised / raised.sum(dim=-1, keepdim=True)
     new = (share * s.square().sum(dim=-1, keepdim=True)).sqrt()
     # Added to the window, so that an unchanged spectrum gives the same numbers.
-    return v + (u * torch.where(is_there, new - s, 0)[..., None, :]) @ w
+    return (v + (u * torch.where(is_there, new - s, 0)[..., None, :]) @ w).to(on)
 
 
 def turned(v: Tensor, distance: float, seed: int) -> Tensor:

@@ -34,7 +34,7 @@ FP8 = "fp8"
 """What such weights are called, as `--dtype` takes it and run.json keeps it."""
 MULTIPLE = 16
 """The products want outputs and inner dimension to be multiples of this. Other layers stay as they are."""
-FAST_ACCUM = False
+FAST_ACCUM = True
 """Whether a GPU may sum in the short registers of its tensor cores all the way, which is faster and rounds more."""
 LEAST_ROWS = 16
 """Fewer rows are filled up to these before they are multiplied on a GPU."""

@@ -28,14 +28,15 @@ def participation_ratio(v: Tensor) -> Tensor:
         [...], between 1 and min(tokens, dim); NaN for an empty or all-zero window. float64 for float64, else float32.
 
     With s the singular values of the window, (sum s^2)^2 / sum s^4; computed as (tr G)^2 / tr(G^2) for the smaller
-    Gram matrix G of the two, which needs no decomposition (Gao et al. 2017, eq. 4, without centring).
+    Gram matrix G of the two, which needs no decomposition (Gao et al. 2017, eq. 4, without centring). It is computed in
+    float64, so that how many windows are given at a time leaves no trace in a float32.
     """
-    v = _scaled(v)
+    v, given = _scaled(v)
     if 0 in v.shape[-2:]:
-        return v.new_full(v.shape[:-2], float("nan"))
+        return v.new_full(v.shape[:-2], float("nan"), dtype=given)
     gram = v @ v.mT if v.shape[-2] <= v.shape[-1] else v.mT @ v
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    return trace**2 / gram.square().sum(dim=(-2, -1))
+    return (trace**2 / gram.square().sum(dim=(-2, -1))).to(given)
 
 
 def corrected_participation_ratio(v: Tensor) -> Tensor:
@@ -52,18 +53,19 @@ def corrected_participation_ratio(v: Tensor) -> Tensor:
     V^T (the unbiased estimators of Chen, Zhang & Zhong 2010, JASA 105:810, uncentred). It takes the vectors to be
     independent draws, which neighbouring tokens are not quite; read it beside the raw ratio.
     """
-    v = _scaled(v)
+    v, given = _scaled(v)
     if v.shape[-2] < 2 or v.shape[-1] == 0:
-        return v.new_full(v.shape[:-2], float("nan"))
+        return v.new_full(v.shape[:-2], float("nan"), dtype=given)
     gram = v @ v.mT
     own = gram.diagonal(dim1=-2, dim2=-1)
     squares = own.square().sum(dim=-1)
-    return (own.sum(dim=-1) ** 2 - squares) / (gram.square().sum(dim=(-2, -1)) - squares).clamp(min=0)
+    ratio = (own.sum(dim=-1) ** 2 - squares) / (gram.square().sum(dim=(-2, -1)) - squares).clamp(min=0)
+    return ratio.to(given)
 
 
-def _scaled(v: Tensor) -> Tensor:
-    """Windows in float32 or float64, each divided by its largest entry: no ratio depends on scale, and fourth powers
-    neither over- nor underflow."""
+def _scaled(v: Tensor) -> tuple[Tensor, torch.dtype]:
+    """Windows in float64, each divided by its largest entry: no ratio depends on scale, and fourth powers neither over-
+    nor underflow. And the type that a ratio is given in: float64 for float64, else float32."""
     if not isinstance(v, Tensor):
         try:
             v = torch.as_tensor(v)
@@ -73,11 +75,12 @@ def _scaled(v: Tensor) -> Tensor:
         raise CacheError(f"participation_ratio needs real numbers, got {v.dtype}")
     if v.ndim < 2:
         raise CacheError(f"participation_ratio needs [..., tokens, dim], got shape {tuple(v.shape)}")
-    v = v if v.dtype == torch.float64 else v.float()
+    given = torch.float64 if v.dtype == torch.float64 else torch.float32
+    v = v.double()
     if 0 in v.shape[-2:]:
-        return v
+        return v, given
     largest = v.abs().amax(dim=(-2, -1), keepdim=True)
-    return v / torch.where(largest > 0, largest, 1)
+    return v / torch.where(largest > 0, largest, 1), given
 
 
 def cache_ratios(

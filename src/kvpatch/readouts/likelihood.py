@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +64,7 @@ def js_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
         [...], between 0 and log 2.
     """
     p, q = p_logits.log_softmax(dim=-1), q_logits.log_softmax(dim=-1)
-    mixed = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, dtype=p.dtype, device=p.device))
+    mixed = torch.logaddexp(p, q) - math.log(2)
     return ((p.exp() * (p - mixed)).sum(dim=-1) + (q.exp() * (q - mixed)).sum(dim=-1)).clamp(min=0) / 2
 
 

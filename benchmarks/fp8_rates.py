@@ -121,11 +121,11 @@ def attention(ways: dict[str, Model], batch: int, prompt: int, step: int) -> Non
     tried: list[dict[str, int]] = [
         {"BLOCK": block, "num_warps": warps, "num_stages": stages} | ({"maxnreg": most} if most else {})
         for block, warps, stages, most in (
-            (64, 4, 2, 0),
-            (64, 4, 2, 96),
+            (64, 2, 2, 0),
             (32, 2, 3, 0),
-            (32, 4, 3, 80),
-            (32, 1, 3, 0),
+            (32, 1, 2, 0),
+            (32, 1, 4, 0),
+            (16, 1, 3, 0),
         )
     ]
     for name, settings in ((WAYS[0], [kept]), (WAYS[2], [kept, *tried])):

@@ -13,9 +13,10 @@ import kvpatch as kv
 from kvpatch.checks import identities
 from kvpatch.checks.identities import check
 from kvpatch.engine import backend
+from kvpatch.engine import places as places_room
 from kvpatch.engine.backend import CACHE_NOISE, Fast, fast_of
 from kvpatch.engine.batching import bytes_per_place
-from kvpatch.engine.decode import decode
+from kvpatch.engine.decode import decode, round_held, slab_of
 from kvpatch.engine.places import Places, Slots, bytes_per_slot, make_places
 from kvpatch.engine.prefill import prefill
 from kvpatch.engine.score import score
@@ -91,6 +92,15 @@ def test_a_slot_is_rounded_by_its_own_numbers_alone() -> None:
     assert slots.nbytes == 3 * 2 * 7 * (16 + 4)
 
 
+@pytest.fixture(params=["in bytes, as on a GPU", "in bfloat16"])
+def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How rounded slots are held."""
+    if "bytes" in request.param:
+        monkeypatch.setattr(places_room, "holds_bytes", lambda backbone: backbone.rounds_cache)
+    return request.param
+
+
+@pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
 def test_attention_is_that_over_the_numbers_that_are_held(tmp_path: Path, architecture: str) -> None:
     model = loaded(tmp_path, architecture)
@@ -130,6 +140,22 @@ def turned_queries(ops: PlainOps, weights: LayerWeights, qkv: torch.Tensor) -> t
     return torch.cat([turned.real, turned.imag], dim=-1).bfloat16()
 
 
+def test_both_ways_to_hold_them_hold_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(tmp_path)
+    cache = prefill(model.backbone, random_prompts([9, 3, 14]))
+    places = [filled(model, cache)]
+    monkeypatch.setattr(places_room, "holds_bytes", lambda backbone: backbone.rounds_cache)
+    places.append(filled(model, cache))
+    at = (*ALL, slice(0, cache.slots))
+    for layer in range(model.geometry.layers):
+        for part in ("keys", "values"):
+            one, two = (getattr(of, part)[layer] for of in places)
+            assert one.scale is None and two.scale is not None
+            assert torch.equal(one.read(at).float(), two.read(at))
+            assert one.read(at).float().ne(getattr(cache, part)[layer].float()).any()
+
+
+@pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("dtype", ["bfloat16", "fp8"])
 def test_decoding_goes_on_from_rounded_numbers_and_all_else_stays_whole(tmp_path: Path, dtype: str) -> None:
     whole, model = (loaded(tmp_path, dtype=dtype, cache=cache) for cache in (None, "fp8"))
@@ -162,6 +188,32 @@ def test_the_model_s_own_pass_which_shows_logits_holds_the_same_numbers(tmp_path
     assert float((found - shown).abs().max()) < 0.5 * float((found - unrounded).abs().max())
 
 
+def test_a_slab_of_the_model_s_own_pass_is_rounded_as_it_is_and_as_it_grows(tmp_path: Path) -> None:
+    model = loaded(tmp_path)
+    cache = prefill(model.backbone, random_prompts([3, 9]))
+    slab = slab_of(model.backbone, cache, 2)
+    round_held(model.backbone, slab)
+    model.backbone.forward(cache.pending[:, None], cache.pending_position[:, None], slab)
+    for layer in slab.slab_layers:
+        for held, whole in ((layer.keys, cache.keys), (layer.values, cache.values)):
+            assert torch.equal(held, fp8.as_held(held))
+            assert held[:, :, cache.slots].any() and not held[:, :, cache.slots + 1].any()
+            assert torch.equal(held[:, :, : cache.slots], fp8.as_held(whole[layer.layer]))
+    with whole_activations():
+        still = slab_of(model.backbone, cache, 2)
+        round_held(model.backbone, still)
+    assert torch.equal(still.slab_layers[0].keys[:, :, : cache.slots], cache.keys[0])
+
+
+def test_check_looks_through_a_rounded_cache(tmp_path: Path) -> None:
+    model = loaded(tmp_path)
+    cache = prefill(model.backbone, random_prompts([3, 9]))
+    rounded = identities.next_logits(model, cache)
+    with whole_activations():
+        whole = identities.next_logits(model, cache)
+    assert 0 < float((rounded - whole).abs().max() / whole.abs().max()) < 0.5
+
+
 def test_steering_is_rounded_with_the_value_that_it_steers(tmp_path: Path) -> None:
     model = loaded(tmp_path)
     cache = prefill(model.backbone, random_prompts([3, 9]))
@@ -182,7 +234,8 @@ def test_a_row_does_not_depend_on_its_mates_numbers(tmp_path: Path) -> None:
     assert torch.equal(found.token_ids, again.token_ids.flip(0))
 
 
-def test_places_take_the_memory_that_is_planned_for(tmp_path: Path) -> None:
+def test_places_take_the_memory_that_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places_room, "holds_bytes", lambda backbone: backbone.rounds_cache)
     whole, model = (loaded(tmp_path, cache=cache) for cache in (None, "fp8"))
     assert bytes_per_slot(model.backbone) < bytes_per_slot(whole.backbone)
     places = make_places(model.backbone, 3, 8, 4, [])
@@ -191,15 +244,18 @@ def test_places_take_the_memory_that_is_planned_for(tmp_path: Path) -> None:
     assert planned[0] - planned[1] == 37 * (bytes_per_slot(whole.backbone) - bytes_per_slot(model.backbone))
 
 
+@pytest.mark.usefixtures("held")
 def test_within_whole_activations_nothing_is_rounded(tmp_path: Path) -> None:
     model = loaded(tmp_path)
     assert model.backbone.rounds_cache
     with whole_activations():
         assert not model.backbone.rounds_cache
-        assert make_places(model.backbone, 1, 4, 1, []).values[0].scale is None
+        slots = make_places(model.backbone, 1, 4, 1, []).values[0]
+        assert slots.scale is None and not slots.is_rounded
 
 
-def test_attention_that_drops_the_scales_is_not_taken(tmp_path: Path) -> None:
+def test_attention_that_drops_the_scales_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places_room, "holds_bytes", lambda backbone: backbone.rounds_cache)
     model = loaded(tmp_path)
     network = fast_of(model.backbone).network
 

@@ -2,6 +2,7 @@
 
 Slots hold numbers in the model's own type, or in 8 floating bits with one scale per row, KV head and slot. Those are
 rounded when they are written, whether a cache moves in or a step writes a new token, and each by its own numbers alone.
+On a processor, which turns 8 bits into others slowly, they are held in bfloat16, which has the same numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from kvpatch.caches.kvcache import PAD
 from kvpatch.models.backbone import Backbone
 from kvpatch.models.e4m3 import NUMBERS
-from kvpatch.models.fp8 import in_8_bits
+from kvpatch.models.fp8 import as_held, in_8_bits
 from kvpatch.models.hf import LayerEdit
 
 
@@ -26,10 +27,12 @@ class Slots:
 
     numbers: [places, kv_heads, capacity, head_dim]; number [p, h, s, d] stands for numbers[p, h, s, d] * scale[p, h, s]
         where there is a scale, [places, kv_heads, capacity] in float32.
+    is_rounded: whether they hold numbers of 8 bits times their scale; so do those with a scale.
     """
 
     numbers: Tensor
     scale: Tensor | None = None
+    is_rounded: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -39,7 +42,7 @@ class Slots:
     def write(self, at: tuple[Any, ...], new: Tensor) -> None:
         """Write into the slots that `at` chooses, an index of the first three axes."""
         if self.scale is None:
-            self.numbers[at] = new.to(self.numbers.dtype)
+            self.numbers[at] = (as_held(new) if self.is_rounded else new).to(self.numbers.dtype)
             return
         numbers, self.scale[at] = in_8_bits(new)
         self.numbers.view(torch.uint8)[at] = numbers.view(torch.uint8)  # torch moves few numbers of 8 floating bits
@@ -106,12 +109,14 @@ def make_places(
         return torch.full((count,), value, dtype=dtype, device=device)
 
     def slots(*, are_multiplied: bool) -> Slots:
-        if backbone.rounds_cache:
+        if holds_bytes(backbone):
             numbers = torch.zeros(shape, dtype=torch.uint8, device=device).view(NUMBERS)
             return Slots(numbers, torch.zeros(shape[:3], device=device))
         if are_multiplied:
-            return Slots(torch.zeros((*shape[:2], shape[3], shape[2]), device=device).mT)
-        return Slots(torch.zeros(shape, dtype=backbone.dtype, device=device))
+            numbers = torch.zeros((*shape[:2], shape[3], shape[2]), device=device).mT
+        else:
+            numbers = torch.zeros(shape, dtype=backbone.dtype, device=device)
+        return Slots(numbers, is_rounded=backbone.rounds_cache)
 
     steer = torch.zeros(count, geometry.kv_heads, geometry.head_dim, dtype=backbone.dtype, device=device)
     return Places(
@@ -139,12 +144,17 @@ def multiplies_keys(backbone: Backbone) -> bool:
     return (
         backbone.device.type == "cpu"
         and backbone.dtype in (torch.float32, torch.bfloat16)
-        and not backbone.rounds_cache
+        and not holds_bytes(backbone)
     )
+
+
+def holds_bytes(backbone: Backbone) -> bool:
+    """Whether slots that are rounded to 8 bits are held in them: on a GPU."""
+    return backbone.rounds_cache and backbone.device.type != "cpu"
 
 
 def bytes_per_slot(backbone: Backbone) -> int:
     """Memory that one slot of one place takes, keys and values of all layers."""
     geometry = backbone.geometry
-    of_head = geometry.head_dim + 4 if backbone.rounds_cache else geometry.head_dim * backbone.dtype.itemsize
+    of_head = geometry.head_dim + 4 if holds_bytes(backbone) else geometry.head_dim * backbone.dtype.itemsize
     return 2 * geometry.layers * geometry.kv_heads * of_head

@@ -126,7 +126,8 @@ class KVCache:
         """
         index = chosen_rows(rows, self.batch)
         at = sent(np.array(index, dtype=np.int64), self.positions.device)
-        lengths = tuple(self.row_lengths[row] for row in index)
+        known = self.row_lengths
+        lengths = tuple(known[row] for row in index)
         cut = self.slots - max(lengths)
 
         def chosen(tensor: Tensor) -> Tensor:

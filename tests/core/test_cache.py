@@ -55,6 +55,16 @@ def test_token_ids_of_a_row_leave_padding_out(cache: KVCache):
     assert cache.row_token_ids(2, with_pending=False) == [10200]
 
 
+@pytest.mark.parametrize("padding", [-1, 0])
+def test_positions_alone_say_which_slots_have_tokens(padding):
+    cache = make_cache((4, 2), seed=1)
+    token_ids = torch.where(cache.is_real, cache.token_ids, padding)
+    token_ids[:, -1] = -1  # nobody knows the token, as of a slot that no text made
+    cache = replace(cache, token_ids=token_ids)
+    assert cache.row_token_ids(0) == [10000, 10001, 10002, -1, 10099]
+    assert cache[[1, 0]].row_token_ids(0, with_pending=False) == [10100, -1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -57,10 +57,13 @@ def test_one_tensor_may_be_read_for_several_things():
     assert on_host.once(part, "lengths", lambda rows: ()) == (2,)
 
 
-def test_labels_made_in_inference_mode_are_read():
+def test_labels_made_in_inference_mode_are_read_once_and_again_where_they_were_changed():
     with torch.inference_mode():
-        labels = torch.tensor([3, 1])
-    assert seen(labels, []) == (3, 1)
+        labels, calls = torch.tensor([3, 1]), []
+        assert seen(labels, calls) == seen(labels, calls) == (3, 1) and len(calls) == 1
+        labels[0] = 7
+        assert seen(labels, calls) == (7, 1)
+    assert seen(labels, calls) == (7, 1) and len(calls) == 2
 
 
 @given(rows=st.lists(st.integers(0, 3), min_size=1, max_size=6), low=st.integers(0, 3), size=st.integers(1, 4))

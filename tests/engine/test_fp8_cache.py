@@ -324,6 +324,19 @@ def test_what_it_does_not_go_with_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_another_type_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(kv.ModelError, match="no cache_dtype 'int8'"):
+        kv.load("no/such-model", cache_dtype="int8")
+
+
+def test_a_model_in_memory_is_refused_with_what_would_do_for_it(tmp_path: Path) -> None:
+    read = kv.load(saved(tmp_path), dtype="float32", device="cpu")
+    with pytest.raises(kv.ModelError, match=r"in float32; move it with .to\(torch.bfloat16\) before$"):
+        kv.load(model=read.hf, tokenizer=read.tokenizer, cache_dtype="fp8")
+    again = kv.load(model=read.hf.to(torch.bfloat16), tokenizer=read.tokenizer, cache_dtype="fp8")
+    assert again.backbone.rounds_cache
+
+
 def test_an_older_gpu_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
@@ -354,3 +367,5 @@ def test_the_command_line_takes_it_and_refuses_in_its_own_words(tmp_path: Path) 
     assert "with the cache left whole" in out.output
     out = CliRunner().invoke(app, [*given, "int8"])
     assert "no --cache-dtype 'int8'" in with_flags(str(out.exception))
+    out = CliRunner().invoke(app, ["check", where, "--device", "cpu", "--cache-dtype", "fp8"])
+    assert with_flags(str(out.exception)).endswith("in float32; give --dtype bfloat16 or --dtype fp8")

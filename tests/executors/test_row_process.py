@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from kvpatch.errors import KvpatchError, ProtocolError
-from kvpatch.executors import row_process
+from kvpatch.executors import local, row_process
 from kvpatch.executors.local import LocalExecutor
 from kvpatch.executors.row_process import Asked, Made, RowMaker, RowMakers, RowsIn, rows_in
 from kvpatch.planning import plan as planner
@@ -203,6 +203,37 @@ def test_a_part_waits_for_a_process_that_starts_until_the_run_waits_for_the_part
     finally:
         makers.hurry.set()
         makers.close()
+
+
+def test_a_run_that_ends_early_stores_what_it_handed_over_without_waiting_for_a_process_that_starts(
+    model, plan, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(row_process, "_CODE", HANGS)
+    groups: list[Any] = []
+
+    def measured(executor, own, on_tokens):
+        groups.append(own)
+        if len(groups) == 2:
+            raise KeyboardInterrupt
+        return measure(executor, own, on_tokens)
+
+    def interrupted() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            run(model, plan, tmp_path, "process when ready")
+
+    measure = LocalExecutor._measured
+    monkeypatch.setattr(LocalExecutor, "_measured", measured)
+    making: list[RowMakers] = []
+    monkeypatch.setattr(local, "RowMakers", lambda where: making.append(RowMakers(where)) or making[0])
+    thread = threading.Thread(target=interrupted)
+    thread.start()
+    try:
+        thread.join(30)
+        assert not thread.is_alive()
+    finally:
+        making[0].hurry.set()
+        thread.join()
+    assert len(Store(tmp_path / "run").done()) == 1
 
 
 def test_a_run_whose_other_process_is_killed_between_batches_leaves_the_same(

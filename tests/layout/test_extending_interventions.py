@@ -23,6 +23,7 @@ from kvpatch.prompts.bank import load_bank
 from kvpatch.protocols.conditions import Condition
 from kvpatch.protocols.load import load_protocol, parse_protocol
 from kvpatch.protocols.schema import Protocol
+from kvpatch.readouts.fluency import CoherenceLimits
 from kvpatch.run import run
 from kvpatch.specs import outside_interventions
 from kvpatch.specs.base import Number
@@ -280,6 +281,27 @@ def test_code_that_fails_marks_its_own_trials_alone(model: Any, tmp_path: Path, 
     rows = run_batch(model, batch_of(plan_of(model, loaded(tmp_path, SAID))))
     assert {row["condition"] for row in rows if row["error"]} == {"X"}
     assert all(told in row["error"] for row in rows if row["condition"] == "X")
+
+
+def test_code_that_changes_natural_caches_in_place_changes_its_own_trials_alone(model: Any, tmp_path: Path):
+    def in_place(spec: Blended, trials: Trials) -> Made:
+        made = blend(spec, trials)
+        for cache in (trials.own, trials.giver_caches()):
+            for values in cache.values:
+                values.fill_(7)
+            cache.pending.fill_(9)
+        return made
+
+    protocol = loaded(tmp_path, {"kind": "blended"}, **{"from": "source"})
+    batch = batch_of(plan_of(model, protocol))
+    limits = CoherenceLimits(excess_context=9.0, repetition_4=0.5)
+
+    def others() -> list[str]:
+        return [repr(row) for row in run_batch(model, batch, limits=limits) if row["condition"] != "X"]
+
+    expected = others()
+    register(Kind(Blended, in_place))
+    assert others() == expected
 
 
 def test_a_name_is_taken_once():

@@ -126,7 +126,8 @@ class KVCache:
         """
         index = chosen_rows(rows, self.batch)
         at = sent(np.array(index, dtype=np.int64), self.positions.device)
-        lengths = tuple(self.row_lengths[row] for row in index)
+        known = self.row_lengths
+        lengths = tuple(known[row] for row in index)
         cut = self.slots - max(lengths)
 
         def chosen(tensor: Tensor) -> Tensor:
@@ -187,8 +188,9 @@ class KVCache:
 
     @property
     def row_tokens(self) -> tuple[tuple[int, ...], ...]:
-        """Token of each row's own slots (padding left out), as numbers."""
-        return on_host.once(self.token_ids, on_host.OWN, _without_padding)
+        """Token of each row's own slots (padding left out), as numbers; whatever stands for a token, -1 too."""
+        lengths = self.row_lengths
+        return on_host.once(self.token_ids, on_host.OWN, lambda rows: tuple(map(_last, rows, lengths)))
 
     @property
     def batch(self) -> int:
@@ -386,6 +388,10 @@ def refuse_unlike(one: KVCache, other: KVCache, names: str, *, may_differ_in_typ
 
 def _without_padding(rows: list[list[int]]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(at for at in row if at != PAD) for row in rows)
+
+
+def _last(row: list[int], count: int) -> tuple[int, ...]:
+    return tuple(row[len(row) - count :])
 
 
 def pad_left(tensor: Tensor, slots: int, fill: int, axis: int) -> Tensor:

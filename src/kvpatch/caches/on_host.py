@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -16,7 +17,7 @@ T = TypeVar("T")
 LENGTHS, OWN, PLAIN = "lengths", "own", "plain"
 """What is read: how many slots of a row are real, the labels of those, or the labels as they are."""
 _READ: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Of labels that were read: how often they had been changed in place by then, and what was read, by what it is."""
+"""Of labels that were read: what tells whether they were changed in place since, and what was read, by what it is."""
 
 
 def once(labels: Tensor, what: str, read: Callable[[list[Any]], tuple[T, ...]]) -> tuple[T, ...]:
@@ -43,9 +44,12 @@ def pass_on(whole: Tensor, part: Tensor, rows: Sequence[int] | slice) -> None:
 
 
 def _known(labels: Tensor) -> dict[str, tuple[Any, ...]]:
-    """What was read off labels since they were last changed in place, which torch does not count in inference mode."""
-    changes = 0 if labels.is_inference() else labels._version
+    """What was read off labels since they were last changed in place. torch counts changes, but not of what was made in
+    inference mode, which is compared with what it was."""
     seen = _READ.get(labels)
-    if seen is None or seen[0] != changes:
-        seen = _READ[labels] = changes, {}
+    if labels.is_inference():
+        if seen is None or not torch.equal(seen[0], labels):
+            seen = _READ[labels] = labels.clone(), {}
+    elif seen is None or seen[0] != labels._version:
+        seen = _READ[labels] = labels._version, {}
     return seen[1]

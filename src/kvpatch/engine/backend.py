@@ -95,20 +95,34 @@ def fast_of(backbone: Backbone) -> Fast:
     return known
 
 
-def hold_cache_in(backbone: Backbone, wanted: str | None) -> None:
+def refuse_other_cache(wanted: object) -> None:
+    """Refuse a type of caches that there is not.
+
+    Raises:
+        ModelError: naming it.
+    """
+    if wanted is not None and wanted != FP8:
+        raise ModelError(f"no cache_dtype {shown(wanted)}; it is fp8, or left out for the model's own type")
+
+
+def hold_cache_in(backbone: Backbone, wanted: str | None, *, is_in_memory: bool = False) -> None:
     """Let decoding hold keys and values in "fp8", or in the model's own type, None.
 
+    Args:
+        is_in_memory: whether the model was there before, so that nothing says how it is read.
     Raises:
         ModelError: for another type, or a model or device that this does not go with.
     """
+    refuse_other_cache(wanted)
     if wanted is None:
         return
-    if wanted != FP8:
-        raise ModelError(f"no cache_dtype {shown(wanted)}; it is fp8, or left out for the model's own type")
     refuse_unfit(backbone.device, "fp8 caches", "leave cache_dtype out")
     if backbone.dtype != torch.bfloat16:
         own = str(backbone.dtype).removeprefix("torch.")
-        raise ModelError(f"fp8 caches go with bfloat16, and the model is in {own}; give dtype='bfloat16' or 'fp8'")
+        instead = "give dtype='bfloat16' or dtype='fp8'"
+        if is_in_memory:
+            instead = "move it with .to(torch.bfloat16) before"
+        raise ModelError(f"fp8 caches go with bfloat16, and the model is in {own}; {instead}")
     backbone.cache_dtype = FP8
     backbone.kept.clear()
     refuse_unheld(backbone, fast_of(backbone))

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from kvpatch.engine.backend import hold_cache_in
+from kvpatch.engine.backend import hold_cache_in, refuse_other_cache
 from kvpatch.engine.model import Model
 from kvpatch.errors import ModelError
 from kvpatch.models.in_memory import held_model, refuse_as_name
@@ -49,6 +49,7 @@ def load(
     Raises:
         ModelError: where it can't be found, read, trusted, or patched correctly.
     """
+    refuse_other_cache(cache_dtype)  # before anything is read
     if model is not None:
         _refuse_for_one_in_memory(name, revision, (device, dtype, device_map))
         loaded: Any = held_model(model, tokenizer)
@@ -69,7 +70,7 @@ def load(
         )
     made = Model(loaded)
     made.batch_invariant = switch("batch_invariant", batch_invariant, error=ModelError)
-    hold_cache_in(made.backbone, cache_dtype)
+    hold_cache_in(made.backbone, cache_dtype, is_in_memory=model is not None)
     made.opinion = second_opinion(made.backbone, loaded)
     return made
 

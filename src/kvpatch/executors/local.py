@@ -184,6 +184,7 @@ class _Writer:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.makers.hurry.set()  # what is handed over does not wait for a process that starts
         try:
             self._thread.shutdown(wait=True)
         finally:

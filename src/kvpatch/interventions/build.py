@@ -8,6 +8,7 @@ entry in `OWN`; a kind from outside is made known with `register`, or by an entr
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from kvpatch.caches.kvcache import KVCache
@@ -129,7 +130,8 @@ def build(change: Change | None, trials: Trials) -> Made:
     kind = kind_of(change)
     if type(change) in _BY_SETTINGS:
         return kind.build(change, trials)
-    made = _asked(change, lambda: kind.build(change, trials))
+    copies = replace(trials, own=trials.own[:], giver_caches=lambda: trials.giver_caches()[:])
+    made = _asked(change, lambda: kind.build(change, copies))  # other conditions have the same natural caches
     _refuse_useless(kind, made, trials)
     return made
 

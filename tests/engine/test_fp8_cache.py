@@ -26,6 +26,7 @@ from kvpatch.models import fp8
 from kvpatch.models.fp8 import whole_activations
 from kvpatch.models.hf import LayerEdit
 from kvpatch.models.llamalike import LayerWeights
+from synthetic import dec7, record_of
 from tiny import CHATML, CONFIGS, random_prompts, tiny_of, tiny_tokenizer
 
 ALL = (slice(None), slice(None))
@@ -286,6 +287,19 @@ def test_run_json_says_it_and_another_run_is_told_from_it(tmp_path: Path, dtype:
     whole, model = (model_record(loaded(tmp_path, dtype=dtype, cache=cache)) for cache in (None, "fp8"))
     assert model.dtype == {"bfloat16": "bfloat16, fp8 cache", "fp8": "bfloat16, fp8 weights, fp8 cache"}[dtype]
     assert whole.model_copy(update={"dtype": model.dtype}) == model
+
+
+def test_a_run_does_not_go_on_with_another_cache_and_is_told_which_it_has(tmp_path: Path) -> None:
+    whole, rounded = loaded(tmp_path, cache=None), loaded(tmp_path)
+    assert repr(rounded) == repr(whole).replace("torch.bfloat16,", "torch.bfloat16, fp8 cache,")
+    records = [record_of(dec7(), {}, model=model_record(model)) for model in (whole, rounded)]
+    for stored, mine, told in [
+        (*records, "bfloat16, and not bfloat16, fp8 cache"),
+        (*records[::-1], "bfloat16, fp8 cache, and not bfloat16"),
+    ]:
+        with pytest.raises(kv.StoreError) as caught:
+            mine.continued(stored)
+        assert f"it has another model (dtype of {stored.model.name}: {told}); give another --out" in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "fp8"])

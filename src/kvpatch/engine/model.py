@@ -60,7 +60,7 @@ class Model:
         g = self.geometry
         return (
             f"Model({self.loaded.name!r}, {g.architecture}, layers={g.layers}, query_heads={g.query_heads}, "
-            f"kv_heads={g.kv_heads}, head_dim={g.head_dim}, {self.backbone.dtype}, {self.backbone.device})"
+            f"kv_heads={g.kv_heads}, head_dim={g.head_dim}, torch.{self.backbone.told_type}, {self.backbone.device})"
         )
 
     @property

@@ -88,7 +88,7 @@ def model_record(model: Model) -> ModelRecord:
         kv_heads=g.kv_heads,
         query_heads=g.query_heads,
         head_dim=g.head_dim,
-        dtype=_type_of(model),
+        dtype=model.backbone.told_type,
         device=str(model.backbone.device.type),
         weights_sha256=weights_sha256(model.loaded),
         tokenizer_sha256=tokenizer_sha256(model.tokenizer),
@@ -97,13 +97,3 @@ def model_record(model: Model) -> ModelRecord:
         revision=model.loaded.revision,
         placement=told_placement(model.hf),
     )
-
-
-def _type_of(model: Model) -> str:
-    """The type of a model's weights, of those that are quantised how, and of the cache that decoding holds where it is
-    another."""
-    backbone = model.backbone
-    parts = [str(backbone.dtype).removeprefix("torch.")]
-    parts += [f"{backbone.quantization} weights"] if backbone.quantization else []
-    parts += [f"{backbone.cache_dtype} cache"] if backbone.cache_dtype else []
-    return ", ".join(parts)

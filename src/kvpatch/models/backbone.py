@@ -150,6 +150,15 @@ class Backbone:
         return self.head.weight.dtype
 
     @property
+    def told_type(self) -> str:
+        """The type of the weights, of those that are quantised how, and of the cache that decoding holds where it is
+        another."""
+        parts = [str(self.dtype).removeprefix("torch.")]
+        parts += [f"{self.quantization} weights"] if self.quantization else []
+        parts += [f"{self.cache_dtype} cache"] if self.cache_dtype else []
+        return ", ".join(parts)
+
+    @property
     def rounds_cache(self) -> bool:
         """Whether decoding now holds keys and values in 8 floating bits: not within `fp8.whole_activations`."""
         return self.cache_dtype == FP8 and not are_activations_whole()

@@ -215,7 +215,8 @@ class RunRecord(Frozen):
         for mine, theirs in pairs:
             for key in ("weights_sha256", "tokenizer_sha256", "template_sha256", "dtype", "device"):
                 if getattr(mine, key) != getattr(theirs, key):
-                    return f"another model ({key.removesuffix('_sha256')} of {theirs.name})"
+                    said = "" if key.endswith("_sha256") else f": {getattr(theirs, key)}, and not {getattr(mine, key)}"
+                    return f"another model ({key.removesuffix('_sha256')} of {theirs.name}{said})"
             scaffolds = {mine.scaffold_sha256, theirs.scaffold_sha256} - {None}
             if len(scaffolds) > 1:
                 return (

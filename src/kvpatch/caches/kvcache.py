@@ -126,8 +126,7 @@ class KVCache:
         """
         index = chosen_rows(rows, self.batch)
         at = sent(np.array(index, dtype=np.int64), self.positions.device)
-        known = self.row_lengths
-        lengths = tuple(known[row] for row in index)
+        lengths = tuple(map(self.row_lengths.__getitem__, index))
         cut = self.slots - max(lengths)
 
         def chosen(tensor: Tensor) -> Tensor:
@@ -184,13 +183,18 @@ class KVCache:
     @property
     def row_segments(self) -> tuple[tuple[int, ...], ...]:
         """Segment of each row's own slots (padding left out), as numbers."""
-        return on_host.once(self.segments, on_host.OWN, _without_padding)
+        return self._own(self.segments)
 
     @property
     def row_tokens(self) -> tuple[tuple[int, ...], ...]:
         """Token of each row's own slots (padding left out), as numbers; whatever stands for a token, -1 too."""
-        lengths = self.row_lengths
-        return on_host.once(self.token_ids, on_host.OWN, lambda rows: tuple(map(_last, rows, lengths)))
+        return self._own(self.token_ids)
+
+    def _own(self, labels: Tensor) -> tuple[tuple[int, ...], ...]:
+        def read(rows: list[list[int]]) -> tuple[tuple[int, ...], ...]:
+            return tuple(tuple(row[len(row) - n :]) for row, n in zip(rows, self.row_lengths, strict=True))
+
+        return on_host.once(labels, on_host.OWN, read)
 
     @property
     def batch(self) -> int:
@@ -384,14 +388,6 @@ def refuse_unlike(one: KVCache, other: KVCache, names: str, *, may_differ_in_typ
             f"{names} are of different models ({one.model or 'unknown'} and {other.model or 'unknown'}); "
             "prefill both with the same model"
         )
-
-
-def _without_padding(rows: list[list[int]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(at for at in row if at != PAD) for row in rows)
-
-
-def _last(row: list[int], count: int) -> tuple[int, ...]:
-    return tuple(row[len(row) - count :])
 
 
 def pad_left(tensor: Tensor, slots: int, fill: int, axis: int) -> Tensor:

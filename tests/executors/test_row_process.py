@@ -170,7 +170,7 @@ def test_several_processes_make_the_batches_of_a_group_and_one_may_be_killed(
     expected = run(model, plan, tmp_path / "thread", "thread", rows=64)
     made_here.clear()
     makers.clear()
-    monkeypatch.setattr(row_process.os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(row_process, "cores_here", lambda: 12)
 
     def kill_one(batch, tokens):
         if kill and makers[0]._process is not None:
@@ -179,6 +179,14 @@ def test_several_processes_make_the_batches_of_a_group_and_one_may_be_killed(
     assert run(model, plan, tmp_path / "process", "process", kill_one, rows=64) == expected
     assert len(set(makers)) == 3
     assert kill or made_here == []
+
+
+@pytest.mark.parametrize(("cores", "count"), [(1, 1), (4, 1), (8, 2), (64, 3)])
+def test_processes_are_counted_by_the_cores_that_the_run_may_use(monkeypatch, cores, count):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda of: set(range(cores)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert RowMakers("process").count == count
+    assert RowMakers("thread").count == 1
 
 
 def test_the_other_process_starts_without_what_loads_models():

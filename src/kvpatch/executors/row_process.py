@@ -32,6 +32,7 @@ import pyarrow as pa
 import torch
 
 from kvpatch.errors import KvpatchError
+from kvpatch.executors.cluster import cores_here
 from kvpatch.executors.repeats import Row
 from kvpatch.executors.rows import Measured, rows_of
 from kvpatch.planning.plan import Batch
@@ -50,7 +51,7 @@ LENGTH = struct.Struct("<Q")
 PROTOCOL = 5
 """Of pickle; arrays are copied once."""
 MOST_PROCESSES, CORES_EACH = 3, 4
-"""Processes that make rows: at most so many, and one for each so many cores of the host. Each takes 400 MB."""
+"""Processes that make rows: at most so many, and one for each so many cores that the run may use. Each takes 400 MB."""
 ASKED_AGAIN = 50
 """Milliseconds after which it is asked again whether a process is ready, or the run waits for its rows."""
 CLOSED = -1
@@ -134,7 +135,7 @@ class RowMakers:
 
     def __init__(self, where: RowsIn) -> None:
         self.hurry = threading.Event()
-        self.count = 1 if where == "thread" else min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // CORES_EACH))
+        self.count = 1 if where == "thread" else min(MOST_PROCESSES, max(1, cores_here() // CORES_EACH))
         self._all = [RowMaker(where, self.hurry) for _ in range(self.count)]
         self._free: queue.SimpleQueue[RowMaker] = queue.SimpleQueue()
         for maker in self._all:

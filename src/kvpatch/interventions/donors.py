@@ -104,11 +104,11 @@ def _gaussian_isotropic(source: KVCache, seeds: Seeds, reference: KVCache) -> KV
         norm = tensor.float().norm(dim=-1, keepdim=True)
         return (noise / noise.norm(dim=-1, keepdim=True) * norm).to(tensor.dtype)
 
-    streams = torch.arange(2 * source.layers, dtype=torch.int32, device=source.positions.device).unbind()
+    key_streams, value_streams = _streams(source)
     return replace(
         source,
-        keys=over_layers(like, source.keys, streams[0::2]),
-        values=over_layers(like, source.values, streams[1::2]),
+        keys=over_layers(like, source.keys, key_streams),
+        values=over_layers(like, source.values, value_streams),
     )
 
 
@@ -128,12 +128,12 @@ def _gaussian_fitted(source: KVCache, seeds: Seeds, reference: KVCache) -> KVCac
     def placed(rope: LayerRope, *numbers: Tensor) -> Tensor:
         return to_places.turn(drawn(*numbers), rope)
 
-    streams = torch.arange(2 * source.layers, dtype=torch.int32, device=source.positions.device).unbind()
+    key_streams, value_streams = _streams(source)
     of_keys, of_values = ([(fit.mean, fit.root) for fit in kind] for kind in zip(*fits, strict=True))
     return replace(
         source,
-        keys=over_layers(placed, source.keys, *zip(*of_keys, strict=True), streams[0::2], of=source.rope),
-        values=over_layers(drawn, source.values, *zip(*of_values, strict=True), streams[1::2]),
+        keys=over_layers(placed, source.keys, *zip(*of_keys, strict=True), key_streams, of=source.rope),
+        values=over_layers(drawn, source.values, *zip(*of_values, strict=True), value_streams),
     )
 
 
@@ -223,6 +223,12 @@ def _gathered(tensors: Sequence[Tensor], order: Tensor) -> tuple[Tensor, ...]:
     """Every layer's slots in another order, [batch, slots]."""
     at = order[:, None, :, None]
     return over_layers(lambda tensor: tensor.gather(-2, at.to(tensor.device).expand(tensor.shape)), tensors)
+
+
+def _streams(source: KVCache) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """For each layer the stream of random numbers that its keys draw from, and that its values do."""
+    streams = torch.arange(2 * source.layers, dtype=torch.int32, device=source.positions.device).unbind()
+    return streams[0::2], streams[1::2]
 
 
 def _normal(source: KVCache, seeds: Sequence[int], stream: Tensor | int, heads: int, width: int) -> Tensor:

@@ -106,8 +106,16 @@ def test_rotation_order_and_transposition_do_not_matter(tokens: int, dim: int, s
     assert float(participation_ratio(v.mT)) == expected
 
 
+@pytest.mark.parametrize("ratio", [participation_ratio, corrected_participation_ratio])
+def test_a_ratio_in_float32_is_that_in_float64_rounded_however_many_windows_there_are(ratio):
+    v = random(40, 16, 192).bfloat16()
+    exact = ratio(v.double()).float()
+    assert torch.equal(ratio(v), exact)
+    assert torch.equal(torch.cat([ratio(v[:1]), ratio(v[1:4]), ratio(v[4:])]), exact)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_shorter_types_are_worked_on_in_float32(dtype: torch.dtype):
+def test_ratios_of_shorter_types_are_given_in_float32(dtype: torch.dtype):
     v = (random(16, 32) * 1000).to(dtype)
     ratio = participation_ratio(v)
     assert ratio.dtype == torch.float32
